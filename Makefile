@@ -1,0 +1,37 @@
+# Each target sets up what it needs and can be run first, second or again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SHARED := ../shared
+REAL := $(or $(WLORA_MERGE_REAL_MODELS),$(HOME)/.cache/wlora_merge/real-models)
+
+.PHONY: quickstart test format bench clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[onnx,report,quickstart,dev]'
+	touch $@
+
+quickstart: $(VENV)/.ready
+	$(BIN)/python recipes/quickstart.py --out quickstart-out
+
+test: $(VENV)/.ready real-models
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	WLORA_MERGE_REAL_MODELS=$(REAL) $(BIN)/pytest
+
+# The two real base models that some tests use; the tests skip, with a reason, where the tool that fetches them is absent.
+.PHONY: real-models
+real-models: $(VENV)/.ready
+	@if [ -f $(SHARED)/tools/get_real_models.py ] && [ ! -f $(REAL)/smollm2/model.safetensors ]; then \
+		PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(SHARED)/tools/get_real_models.py $(REAL) || \
+		echo "real models could not be had; tests that need them will skip"; fi
+
+format: $(VENV)/.ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) quickstart-out bench-out

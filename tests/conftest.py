@@ -1,0 +1,121 @@
+"""Tiny models from configs, PEFT adapters on them, and the real ones where they are to be had."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digests remembered by a test are forgotten after it."""
+    monkeypatch.setenv("WLORA_MERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not (SHARED / "zoo").is_dir():
+        pytest.skip(f"{SHARED} with the real data and adapters is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def real_models() -> Path:
+    folder = Path(os.environ.get("WLORA_MERGE_REAL_MODELS", Path.home() / ".cache" / "wlora_merge" / "real-models"))
+    for name in ("minilm", "smollm2"):
+        if not (folder / name / "model.safetensors").is_file():
+            pytest.skip(f"{folder / name} is not here: make real-models fetches it")
+    return folder
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(config | overrides))).to(dtype).eval()
+
+
+def tiny_bert(**overrides: Any) -> Any:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+        "max_position_embeddings": 32,
+    }
+    return BertModel(BertConfig(**(config | overrides))).eval()
+
+
+def make_adapter(model: Any, folder: Path, seed: int, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    """A random PEFT adapter on a copy of `model`, saved as PEFT saves it."""
+    import copy
+
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    peft = get_peft_model(copy.deepcopy(model), LoraConfig(init_lora_weights=False, **config))
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter) * 0.1
+    if dtype is not torch.float32:
+        peft = peft.to(dtype)
+    peft.peft_config["default"].base_model_name_or_path = "tiny"
+    peft.save_pretrained(folder)
+    return folder
+
+
+MIXED: tuple[dict[str, Any], ...] = (
+    {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    {"r": 3, "lora_alpha": 5, "target_modules": EVERY_LINEAR, "use_rslora": True},
+    {
+        "r": 4,
+        "lora_alpha": 12,
+        "target_modules": ["q_proj", "k_proj", "o_proj"],
+        "rank_pattern": {r"layers\.0\.self_attn\.q_proj": 2},
+        "alpha_pattern": {"k_proj": 3},
+    },
+)
+
+
+@pytest.fixture(scope="session")
+def llama_zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list[Path]]]:
+    """A function: dtype -> (a tiny Llama's folder, three adapters that differ in rank, alpha, rsLoRA, patterns, targets)."""
+    made: dict[torch.dtype, tuple[Path, list[Path]]] = {}
+
+    def make(dtype: torch.dtype = torch.float32) -> tuple[Path, list[Path]]:
+        if dtype not in made:
+            root = tmp_path_factory.mktemp("llama")
+            model = tiny_llama(dtype)
+            model.save_pretrained(root / "base")
+            folders = [
+                make_adapter(model.float(), root / f"a{i}", i, dtype=dtype if i else torch.float32, **config)
+                for i, config in enumerate(MIXED)
+            ]
+            made[dtype] = (root / "base", folders)
+        return made[dtype]
+
+    return make

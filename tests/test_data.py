@@ -1,0 +1,325 @@
+"""What is read, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wlora_merge.columns import choose_columns
+from wlora_merge.data import Examples, read_examples, split_held_out, stratified_folds
+from wlora_merge.errors import DataError, UnsupportedError
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is absent")
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def lines(path: Path, rows: list[Any]) -> Path:
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def classes(tmp_path: Path, labels: list[Any]) -> Examples:
+    rows = [{"text": f"example {i}", "label": label} for i, label in enumerate(labels)]
+    return read_examples(lines(tmp_path / "classes.jsonl", rows), task="text-classification")
+
+
+def refusal(path: Path | str, task: str = "text-classification", **options: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        read_examples(path, task=task, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "NA", "label": "01"}\n\n{"text": "one, two", "label": "null"}\n'),
+        ("a.json", '[{"text": "NA", "label": "01"}, {"text": "one, two", "label": "null"}]'),
+        (
+            "b.json",
+            '{"canary": "x", "examples": [{"text": "NA", "label": "01"}, {"text": "one, two", "label": "null"}]}',
+        ),
+        ("c.json", '{"text": "NA", "label": "01"}\n{"text": "one, two", "label": "null"}'),
+        ("a.csv", 'text,label\nNA,01\n"one, two",null\n'),
+        ("bom.csv", '\ufefftext,label\r\nNA,01\r\n\r\n"one, two",null\r\n'),
+        ("a.tsv", "text\tlabel\nNA\t01\none, two\tnull\n"),
+    ],
+)
+def test_every_text_format_gives_the_same_rows_and_guesses_no_types(tmp_path: Path, name: str, content: str) -> None:
+    path = write(tmp_path / "[odd] *" / name, content)
+    examples = read_examples(path, task="text-classification")
+    assert list(examples.rows) == [{"text": "NA", "label": "01"}, {"text": "one, two", "label": "null"}]
+    assert examples.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [p.name for p in path.parent.iterdir()] == [name]
+
+
+def test_parquet_keeps_class_names(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    rows.to_parquet(str(tmp_path / "x.parquet"))
+    examples = read_examples(tmp_path / "x.parquet", task="text-classification")
+    assert examples.column("label") == ["yes", "no"]
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\nx,1\n")
+    first = read_examples(path, task="text-classification")
+    write(path, "text,label\ny,1\n")
+    second = read_examples(path, task="text-classification")
+    assert (first[0]["text"], second[0]["text"]) == ("x", "y")
+    assert first.sha256 != second.sha256
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    read_examples(write(tmp_path / "a.csv", "text,label\nx,1\n"), task="text-classification")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_text_file_is_one_example_a_line_and_a_folder_one_a_file(tmp_path: Path) -> None:
+    single = read_examples(write(tmp_path / "t.txt", "one\n\ntwo\n"), task="causal-lm")
+    assert single.column("text") == ["one", "two"]
+    write(tmp_path / "docs" / "a.txt", "one\ntwo\n")
+    write(tmp_path / "docs" / "b.txt", "three")
+    assert read_examples(tmp_path / "docs", task="causal-lm").column("text") == ["one\ntwo\n", "three"]
+    write(tmp_path / "classes" / "good" / "a.txt", "nice")
+    write(tmp_path / "classes" / "bad" / "a.txt", "awful")
+    rows = read_examples(tmp_path / "classes", task="text-classification").rows
+    assert list(rows) == [{"text": "awful", "label": "bad"}, {"text": "nice", "label": "good"}]
+
+
+def test_an_image_folder_has_a_class_for_each_folder_even_one_called_train(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for name, value in (("train", 0), ("car", 255)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        image.new("L", (4, 4), value).save(tmp_path / "set" / name / "1.png")
+    examples = read_examples(tmp_path / "set", task="image-classification")
+    assert examples.column("label") == ["car", "train"]
+    assert examples[0]["image"].getpixel((0, 0)) == 255
+    write(tmp_path / "set" / "car" / "2.png", b"no image")
+    assert "2.png" in refusal(tmp_path / "set", "image-classification")
+
+
+def test_image_paths_in_a_table_are_relative_to_it_and_count_in_the_digest(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (2, 2), "red").save(tmp_path / "1.png")
+    path = lines(tmp_path / "x.jsonl", [{"image": "1.png", "label": "a"}])
+    first = read_examples(path, task="image-classification")
+    image.new("RGB", (2, 2), "blue").save(tmp_path / "1.png")
+    assert first.sha256 != read_examples(path, task="image-classification").sha256
+    assert "2.png" in refusal(lines(tmp_path / "y.jsonl", [{"image": "2.png", "label": "a"}]), "image-classification")
+
+
+def test_splits_of_a_folder_are_its_train_files_unless_another_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "train-0.csv", "text,label\na,1\n")
+    write(tmp_path / "train-1.csv", "text,label\nb,1\n")
+    write(tmp_path / "test.csv", "text,label\nc,1\n")
+    assert read_examples(tmp_path, task="text-classification").column("text") == ["a", "b"]
+    assert read_examples(tmp_path, task="text-classification", split="test").column("text") == ["c"]
+    assert "'validation'" in refusal(tmp_path, split="validation")
+    write(tmp_path / "more.csv", "text,label\nd,1\n")
+    assert "more.csv" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "found", "chosen"),
+    [
+        ("causal-lm", ["input", "target"], {"prompt": "input", "completion": "target"}),
+        ("causal-lm", ["Messages", "id"], {"messages": "Messages"}),
+        ("text-classification", ["sentence1", "sentence2", "label"],
+         {"text": "sentence1", "label": "label", "text_pair": "sentence2"}),
+        ("seq2seq-lm", ["article", "highlights", "id"], {"source": "article", "target": "highlights"}),
+        ("question-answering", ["id", "title", "context", "question", "answers"],
+         {"question": "question", "context": "context", "answers": "answers"}),
+        ("image-classification", ["img", "label"], {"image": "img", "label": "label"}),
+    ],
+)  # fmt: skip
+def test_conventional_names_are_found(task: str, found: list[str], chosen: dict[str, str]) -> None:
+    assert choose_columns(task, found) == chosen
+
+
+@pytest.mark.parametrize(
+    ("task", "found", "given", "words"),
+    [
+        ("text-classification", ["text", "sentence", "label"], {}, ["'text', 'sentence'", "--column text="]),
+        ("text-classification", ["utterance", "label"], {}, ["'utterance', 'label'", "--column text=NAME"]),
+        ("text-classification", ["text", "label"], {"text": "txt"}, ["'txt'", "Did you mean 'text'"]),
+        ("text-classification", ["text", "label"], {"lable": "label"}, ["Did you mean 'label'"]),
+        ("text-classification", ["text", "label"], {"text": "label", "label": "label"}, ["cannot be both"]),
+        ("causal-lm", ["text", "prompt", "completion"], {}, ["text or as prompt + completion"]),
+        ("causal-lm", ["instruction", "input", "output"], {}, ["'instruction', 'input'"]),
+        ("causal-lm", ["a", "b"], {"text": "a", "prompt": "b"}, ["text together with prompt"]),
+        ("token-classification", ["tokens", "pos_tags", "ner_tags"], {}, ["--column tags="]),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(
+    task: str, found: list[str], given: dict[str, str], words: list[str]
+) -> None:
+    with pytest.raises(DataError) as caught:
+        choose_columns(task, found, given)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_given_column_wins_over_every_guess() -> None:
+    found = ["text", "sentence", "label", "target"]
+    given = {"text": "sentence", "label": "target"}
+    assert choose_columns("text-classification", found, given) == given
+    assert choose_columns("causal-lm", ["text", "input", "output"], {"text": "text"}) == {"text": "text"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "", "is empty"),
+        ("a.csv", "text,label\n", "holds no examples"),
+        ("a.csv", 'text,label\n"x\ny",1\nz\n', "line 4: the header has 2 fields, this line 1"),
+        ("a.csv", "text,label\nx,1\n ,1\n", "line 3: column 'text' is empty"),
+        ("a.csv", "text,text\nx,1\n", "'text' twice"),
+        ("a.csv", b"text,label\nx,1\ncaf\xe9,1\n", "line 3: byte 0xe9 is not UTF-8"),
+        ("a.csv", b"text,label\nx\0,1\n", "line 2: holds a NUL"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": \n', "line 2: not JSON"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n[1]\n', "line 2: expected an object"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"}\n', "line 2: column 'label' has no value"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": 5, "label": 1}\n', "column 'text' holds a number, not text"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y", "label": [1]}\n', "a list, the first example a number"),
+        ("a.jsonl", '{"text": "x", "label": NaN}\n', "not a finite number"),
+        ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', "surrogate"),
+        ("a.json", '{"a": [{"x": 1}], "b": [{"x": 1}]}', "several lists of examples: a, b"),
+        ("a.json", "[1, 2]", "expected a list of objects"),
+        ("a.parquet", "PAR1 or not", "cannot be read as Parquet"),
+    ],
+)
+def test_broken_files_are_refused_with_the_line(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
+    path = write(tmp_path / name, content)
+    message = refusal(path)
+    assert words in message
+    assert str(path) in message
+    assert "\n" not in message
+
+
+def test_missing_files_and_unknown_kinds_are_refused(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "none.csv")
+    assert "does not exist" in refusal(tmp_path / "none" / "folder")
+    assert "holds no data files" in refusal(tmp_path)
+    with pytest.raises(UnsupportedError, match="not read"):
+        read_examples(write(tmp_path / "x.pkl", "x"), task="text-classification")
+    with pytest.raises(UnsupportedError, match="reads no examples"):
+        read_examples(tmp_path / "x.pkl", task="feature-extraction")
+    path = write(tmp_path / "x.csv", "text,label\na,1\n")
+    assert "has no split" in refusal(path, split="train")
+
+
+@pytest.mark.parametrize(
+    ("labels", "canonical"),
+    [
+        ([2, 10], ["2", "10"]),
+        ([1, 2.5], [1.0, 2.5]),
+        ([True, False], ["True", "False"]),
+        ([["a"], [], ["a", "b"]], [["a"], [], ["a", "b"]]),
+    ],
+)
+def test_labels_have_one_form(tmp_path: Path, labels: list[Any], canonical: list[Any]) -> None:
+    assert classes(tmp_path, labels).column("label") == canonical
+
+
+def test_conversations_tags_and_answers_are_checked(tmp_path: Path) -> None:
+    turn = {"role": "user", "content": "hi"}
+    assert "no turn of the assistant" in refusal(lines(tmp_path / "a.jsonl", [{"messages": [turn]}]), "causal-lm")
+    shape = [{"messages": [{"from": "human", "value": "hi"}]}]
+    assert "`role` and `content`" in refusal(lines(tmp_path / "b.jsonl", shape), "causal-lm")
+    tags = [{"tokens": ["a", "b"], "tags": ["O"]}]
+    assert "2 tokens but 1 tags" in refusal(lines(tmp_path / "c.jsonl", tags), "token-classification")
+    answer = [{"question": "q", "context": "a cat", "answers": {"text": ["cat"], "answer_start": [1]}}]
+    assert "not at character 1" in refusal(lines(tmp_path / "d.jsonl", answer), "question-answering")
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
+def test_held_out_examples_are_stratified_and_leave_one_of_each_class(tmp_path: Path, fraction: float) -> None:
+    examples = classes(tmp_path, ["a"] * 8 + ["b"] * 4 + ["c"] * 2 + ["d"])
+    fit, held = split_held_out(examples, fraction=fraction, seed=3)
+    assert sorted(fit.column("text") + held.column("text")) == sorted(examples.column("text"))
+    assert set(fit.column("label")) == set("abcd")
+    assert len(held) == round(fraction * 15)
+    assert "d" not in held.column("label")
+    counts = [held.column("label").count(name) for name in "abc"]
+    assert counts == sorted(counts, reverse=True)
+    again = split_held_out(examples, fraction=fraction, seed=3)
+    assert held.column("text") == again[1].column("text")
+    assert any(
+        split_held_out(examples, fraction=fraction, seed=s)[1].column("text") != held.column("text") for s in (4, 5)
+    )
+
+
+def test_with_one_example_of_each_class_nothing_is_held_out(tmp_path: Path) -> None:
+    fit, held = split_held_out(classes(tmp_path, ["a", "b"]), fraction=0.5, seed=0)
+    assert (len(fit), len(held)) == (2, 0)
+    with pytest.raises(DataError, match="0 of 2 examples can be held out"):
+        stratified_folds(classes(tmp_path, ["a", "b"]), 2, 0)
+
+
+def test_folds_hold_each_example_out_once_and_spread_the_classes(tmp_path: Path) -> None:
+    examples = classes(tmp_path, ["a"] * 6 + ["b"] * 3 + ["c"])
+    folds = stratified_folds(examples, 3, seed=1)
+    held = [text for _, part in folds for text in part.column("text")]
+    assert sorted(held) == sorted(examples.column("text")[:9])
+    for fit, part in folds:
+        assert sorted(part.column("label")) == ["a", "a", "b"]
+        assert set(fit.column("label")) == set("abc")
+        assert not set(fit.column("text")) & set(part.column("text"))
+
+
+def test_numbers_are_split_at_random(tmp_path: Path) -> None:
+    fit, held = split_held_out(classes(tmp_path, [0.5, 1.5, 2.5, 3.5]), fraction=0.5, seed=0)
+    assert (len(fit), len(held)) == (2, 2)
+
+
+def test_a_hub_data_set_of_an_unusual_kind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    class Builder:
+        __module__ = "datasets.packaged_modules.pandas.pandas"  # reads pickles
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args: Builder())
+    with pytest.raises(UnsupportedError, match="'pandas'"):
+        read_examples("someone/something", task="causal-lm")
+
+
+def test_a_hub_data_set_is_read_by_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
+
+    class Builder:
+        __module__ = "datasets.packaged_modules.parquet.parquet"
+        info = type("Info", (), {"splits": {"test": None}})
+
+        def download_and_prepare(self) -> None: ...
+
+        def as_dataset(self, split: str) -> datasets.Dataset:
+            assert split == "test"
+            return rows
+
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args: asked.append(args) or Builder())
+    examples = read_examples("owner/name:config", task="causal-lm")
+    assert asked == [("owner/name", "config")]
+    assert (examples.column("text"), examples.sha256) == (["a", "b"], None)
+
+
+@real_data
+def test_the_real_data_is_read() -> None:
+    banking = read_examples(DATA / "banking77" / "train.csv", task="text-classification")
+    assert banking.columns == {"text": "text", "label": "category"}
+    assert len(set(banking.column("label"))) == 66
+    bbh = read_examples(DATA / "bbh" / "navigate.json", task="causal-lm")
+    assert (len(bbh), bbh.columns) == (250, {"prompt": "input", "completion": "target"})
+    assert "name one file" in refusal(DATA / "banking77")

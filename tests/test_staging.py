@@ -1,0 +1,624 @@
+"""All or nothing: what ``out`` holds after every way in which a run can end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from wlora_merge import staging as room
+from wlora_merge.errors import OutputError, WloraMergeWarning
+from wlora_merge.staging import human_bytes, staged, terminate_as_exit
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS = int(os.environ.get("WLORA_MERGE_TRUST_ROUNDS", "12"))
+
+PRELUDE = """
+import os, sys, time
+from pathlib import Path
+from wlora_merge import staging as room
+from wlora_merge.errors import OutputError
+from wlora_merge.staging import staged, terminate_as_exit
+out = Path(sys.argv[1])
+"""
+# replaces out by generation after generation, each in five files that must agree
+GENERATIONS = """
+for generation in range(int(sys.argv[2]), 10**9):
+    with staged(out, force=True) as staging:
+        for part in range(5):
+            (staging.path / str(part)).write_text(str(generation) * 200)
+    print("placed", flush=True)
+"""
+HOLD = """
+with terminate_as_exit(), staged(out, force=True) as staging:
+    (staging.path / "half").write_text("half")
+    print("staged", flush=True)
+    time.sleep(60)
+"""
+
+
+def child(code: str, *args: object, before: str = "") -> subprocess.Popen[str]:
+    program = textwrap.dedent(PRELUDE) + before + textwrap.dedent(code)
+    command = [sys.executable, "-c", program, *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def started(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, process.communicate()[1]
+
+
+def killed(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> int:
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    return process.returncode
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def old_content(out: Path) -> Path:
+    out.mkdir()
+    (out / "old").write_text("old")
+    return out
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+# How a run ends well
+
+
+def test_a_clean_exit_puts_the_folder_in_place_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with staged(out) as staging:
+        assert staging.path.parent == tmp_path
+        assert staging.path.name.startswith(".out.wlora-staging-")
+        (staging.path / "sub").mkdir()
+        (staging.path / "sub" / "file").write_text("new")
+        assert not out.exists()
+        assert staging.swap is None
+    assert staging.swap == "rename"
+    assert (out / "sub" / "file").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_new_folder_has_ordinary_permissions_and_a_replaced_one_keeps_its_own(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with staged(tmp_path / "new"):
+            pass
+        (tmp_path / "private").mkdir(0o700)
+        with staged(tmp_path / "private"):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o700
+
+
+def test_an_empty_folder_is_replaced_without_force(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with staged(tmp_path / "out") as staging:
+        (staging.path / "file").touch()
+    assert staging.swap == "rename"
+    assert names(tmp_path / "out") == ["file"]
+
+
+def test_force_exchanges_old_and_new_in_one_step(tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("RENAME_EXCHANGE is promised on Linux")
+    out = old_content(tmp_path / "out")
+    with staged(out, force=True) as staging:
+        (staging.path / "new").touch()
+        assert names(out) == ["old"]
+    assert staging.swap == "exchange"
+    assert names(out) == ["new"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_force_takes_two_renames_where_the_system_cannot_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_exchange", lambda one, other: False)
+    out = old_content(tmp_path / "out")
+    with staged(out, force=True) as staging:
+        (staging.path / "new").touch()
+    assert staging.swap == "two renames"
+    assert names(out) == ["new"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_exchange_that_the_system_refuses_changes_nothing(tmp_path: Path) -> None:
+    old_content(tmp_path / "one")
+    assert room._exchange(tmp_path / "one", tmp_path / "missing") is False
+    assert names(tmp_path) == ["one"]
+
+
+def test_a_link_to_a_folder_is_followed_and_kept(tmp_path: Path) -> None:
+    real = old_content(tmp_path / "real")
+    (tmp_path / "latest").symlink_to("real")
+    with staged(tmp_path / "latest", force=True) as staging:
+        (staging.path / "new").touch()
+    assert (tmp_path / "latest").is_symlink()
+    assert names(real) == ["new"]
+    assert names(tmp_path) == ["latest", "real"]
+
+
+def test_a_dangling_link_leads_to_a_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "latest").symlink_to("store/run")
+    with staged(tmp_path / "latest"):
+        pass
+    assert (tmp_path / "store" / "run").is_dir()
+    assert (tmp_path / "latest").is_symlink()
+
+
+def test_missing_parents_are_made_and_go_again_when_the_run_fails(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), staged(tmp_path / "a" / "b" / "out"):
+        raise KeyError("a bug")
+    assert names(tmp_path) == []
+    with staged(tmp_path / "a" / "b" / "out"):
+        pass
+    assert (tmp_path / "a" / "b" / "out").is_dir()
+
+
+def test_a_name_near_the_limit_of_the_file_system_works(tmp_path: Path) -> None:
+    with staged(tmp_path / ("x" * 255)):
+        pass
+    assert names(tmp_path) == ["x" * 255]
+
+
+def test_files_and_folders_are_flushed_before_the_rename_and_the_parent_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    sync, rename = room._sync, os.rename
+    monkeypatch.setattr(room, "_sync", lambda path: (events.append(f"sync {path.name}"), sync(path)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(f"rename {Path(b).name}"), rename(a, b)))
+    with staged(tmp_path / "out") as staging:
+        (staging.path / "sub").mkdir()
+        (staging.path / "sub" / "file").touch()
+    expected = ["sync file", "sync sub", f"sync {staging.path.name}", "rename out", f"sync {tmp_path.name}"]
+    assert events == expected
+
+
+# How a run ends badly
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), SystemExit(3), GeneratorExit()])
+@pytest.mark.parametrize("force", [False, True])
+def test_after_any_exception_out_is_as_before_and_the_exception_goes_on(
+    tmp_path: Path, error: BaseException, force: bool
+) -> None:
+    out = old_content(tmp_path / "out") if force else tmp_path / "out"
+
+    def fail() -> None:
+        with staged(out, force=force) as staging:
+            (staging.path / "file").write_text("half")
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        fail()
+    assert caught.value is error
+    assert names(tmp_path) == (["out"] if force else [])
+    assert not force or (out / "old").read_text() == "old"
+
+
+def test_a_check_that_fails_keeps_out_as_it_was(tmp_path: Path) -> None:
+    def check(folder: Path) -> None:
+        raise OutputError(f"{sorted(os.listdir(folder))} is not right")
+
+    with pytest.raises(OutputError, match=r"\['file'\] is not right"), staged(tmp_path / "out", check=check) as staging:
+        (staging.path / "file").touch()
+    assert names(tmp_path) == []
+
+
+def test_a_failure_between_the_two_renames_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_exchange", lambda one, other: False)
+    out, rename = old_content(tmp_path / "out"), os.rename
+
+    def fail_into_place(source: Path, target: Path) -> None:
+        if "staging" in Path(source).name:
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_into_place)
+    with pytest.raises(OutputError, match="Input/output error"), staged(out, force=True):
+        pass
+    assert names(out) == ["old"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_appears_at_out_meanwhile_is_left_as_it_is(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="something else was put there"), staged(out):
+        old_content(out)
+    assert names(out) == ["old"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmpfs: Path) -> None:
+    old_content(tmpfs / "out")
+    with (
+        pytest.raises(OutputError, match=r"out: No space left on device while .* free now\); free some space") as error,
+        staged(tmpfs / "out", force=True) as staging,
+    ):
+        (staging.path / "file").write_bytes(bytes(2 << 20))
+    assert isinstance(error.value.__cause__, OSError)
+    assert names(tmpfs) == ["out"]
+    assert names(tmpfs / "out") == ["old"]
+
+
+def test_a_file_size_limit_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(OutputError, match="File too large"), staged(tmp_path / "out") as staging:
+            (staging.path / "file").write_bytes(bytes(1 << 17))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == []
+
+
+def test_too_little_space_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"free, expected 1024\.0 TiB and 16\.0 MiB to spare"):
+        staged(tmp_path / "deep" / "out", needed_bytes=1 << 50).__enter__()
+    assert names(tmp_path) == []
+
+
+def test_an_error_in_reading_an_input_is_not_called_one_of_the_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), staged(tmp_path / "out"):
+        (tmp_path / "base" / "model.safetensors").read_bytes()
+    with pytest.raises(OutputError, match="No such file"), staged(tmp_path / "out") as staging:
+        (staging.path / "missing" / "file").touch()
+    assert names(tmp_path) == []
+
+
+def test_a_parent_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"File exists \(.*/file\)"), staged(tmp_path / "file" / "out"):
+        pass
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("no folder here that even root cannot write to")
+    with pytest.raises(OutputError, match=r"/proc/self/out: .* parent folder can be written to"):
+        staged(Path("/proc/self/out")).__enter__()
+
+
+def test_a_leftover_that_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = old_content(tmp_path / "out")
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(room.shutil, "rmtree", refuse)
+    with pytest.warns(WloraMergeWarning, match="leftover of .* not removed"), staged(out, force=True) as staging:
+        (staging.path / "new").touch()
+    assert names(out) == ["new"]
+
+
+# Killed
+
+
+def test_sigterm_cleans_up_and_exits_with_143(tmp_path: Path) -> None:
+    out = old_content(tmp_path / "out")
+    process = child(HOLD, out)
+    started(process)
+    assert killed(process, signal.SIGTERM) == 143
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["old"]
+
+
+def test_signals_that_follow_each_other_do_not_stop_the_cleaning_up(tmp_path: Path) -> None:
+    slow = "import shutil; rmtree = shutil.rmtree\n"
+    slow += "def wait(path): print('clearing', flush=True); time.sleep(0.3); rmtree(path)\nshutil.rmtree = wait\n"
+    process = child(HOLD, tmp_path / "out", before=slow)
+    started(process)
+    process.send_signal(signal.SIGINT)
+    started(process)
+    assert killed(process, signal.SIGTERM) == 143
+    assert names(tmp_path) == []
+
+
+def test_the_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught, terminate_as_exit():
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = child(HOLD, out)
+    started(process)
+    killed(process)
+    assert len(names(tmp_path)) == 2  # its staging folder and its lock file
+    (tmp_path / ".out2.wlora-staging-1-00000000").mkdir()  # another output's
+    with staged(out):
+        assert len(names(tmp_path)) == 3
+    assert names(tmp_path) == [".out2.wlora-staging-1-00000000", "out"]
+
+
+def test_a_kill_between_the_two_renames_is_mended_by_the_next_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    old_content(tmp_path / ".out.wlora-old-1-00000000")
+    with pytest.raises(OutputError, match="is not empty"), staged(out):
+        pass
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["old"]
+
+
+# replaces out once per step of a run, and kills that run at that step: Python's audit events are its system calls
+EVERY_STEP = """
+import itertools, signal
+def run(step):
+    count = itertools.count(1)
+    def kill(event, arguments):
+        if event.startswith(("os.", "open", "shutil.", "fcntl.", "ctypes.")) and next(count) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(kill)
+    with staged(out, force=True) as staging:
+        for part in range(3):
+            (staging.path / str(part)).write_text("new")
+def content():
+    return [(out / str(part)).read_text() for part in range(3)] if out.exists() else []
+def tidied():
+    try:
+        with staged(out, force=True):
+            raise KeyError
+    except KeyError:
+        assert os.listdir(out.parent) == ["out"], os.listdir(out.parent)
+for step in itertools.count(1):
+    with staged(out, force=True) as staging:
+        for part in range(3):
+            (staging.path / str(part)).write_text("old")
+    if not (pid := os.fork()):
+        run(step)
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
+        break
+    found = content()
+    tidied()
+    assert found in (content(), []) and content() in (["old"] * 3, ["new"] * 3), (step, found, content())
+    print(step, found[0] if found else "absent", content()[0])
+"""
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_kill_at_every_step_leaves_the_old_folder_or_the_new_one(tmp_path: Path, exchange: bool) -> None:
+    before = "" if exchange else "room._exchange = lambda one, other: False\n"
+    output, errors = (process := child(EVERY_STEP, tmp_path / "out", before=before)).communicate(timeout=60)
+    assert process.returncode == 0, errors
+    seen = [line.split()[1:] for line in output.splitlines()]
+    assert len(seen) > 20
+    assert (["absent", "old"] in seen) is not exchange, "only two renames leave a gap, and the next run mends it"
+    assert ["old", "old"] in seen
+    assert ["new", "new"] in seen
+    print(f"{len(seen)} steps killed at, 0 lost anything")
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_kill_at_any_moment_leaves_one_whole_generation(tmp_path: Path, exchange: bool) -> None:
+    """WLORA_MERGE_TRUST_ROUNDS sets the number of kills; prints what each way of swapping saw."""
+    out, seed = tmp_path / "out", random.Random(7)
+    before = "" if exchange else "room._exchange = lambda one, other: False\n"
+    absent = leftovers = 0
+    for number in range(ROUNDS):
+        process = child(GENERATIONS, out, number * 10**6, before=before)
+        started(process)
+        time.sleep(seed.uniform(0, 0.05))
+        killed(process)
+        if not out.exists():
+            assert not exchange, "an exchange never leaves a gap"
+            absent += 1
+            with pytest.raises(OutputError, match="is not empty"), staged(out):  # restores before it refuses
+                pass
+        leftovers += len(names(tmp_path)) > 1
+        contents = {(out / str(part)).read_text() for part in range(5)}
+        assert len(contents) == 1, f"round {number}: a mixture of generations"
+        assert int(contents.pop()[: len(str(number * 10**6))]) >= number
+        with pytest.raises(KeyError), staged(out, force=True):
+            raise KeyError
+        assert names(tmp_path) == ["out"], f"round {number}: leftovers"
+    print(f"{ROUNDS} kills: {leftovers} left something to clear, {absent} left a gap that was mended, 0 lost anything")
+
+
+# Two at once
+
+
+def test_of_two_runs_one_wins_and_the_other_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = child(HOLD, out)
+    started(process)
+    message = rf"out: another run \(process {process.pid}\) is writing to it; wait until it has ended"
+    with pytest.raises(OutputError, match=message), staged(out):
+        pass
+    assert len(names(tmp_path)) == 2, "the winner's staging must not be touched"
+    killed(process)
+    with staged(out):
+        pass
+
+
+def test_many_runs_at_once_never_share_the_lock(tmp_path: Path) -> None:
+    code = """
+    wins, stop = 0, time.monotonic() + 1
+    while time.monotonic() < stop:
+        try:
+            with staged(out, force=True) as staging:
+                os.mkdir(sys.argv[2])
+                (staging.path / "file").touch()
+                os.rmdir(sys.argv[2])
+                wins += 1
+        except OutputError as error:
+            assert "another run" in str(error), error
+    print(wins)
+    """
+    processes = [child(code, tmp_path / "out", tmp_path / "inside") for _ in range(3)]
+    for process in processes:
+        wins, errors = process.communicate(timeout=20)
+        assert process.returncode == 0, errors
+        assert int(wins) > 0
+    assert names(tmp_path) == ["out"]
+
+
+def test_without_file_locks_it_warns_and_keeps_the_leftovers_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(room.fcntl, "flock", refuse)
+    (tmp_path / ".out.wlora-staging-1-00000000").mkdir()
+    with pytest.warns(WloraMergeWarning, match="no file locks"), staged(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == [".out.wlora-staging-1-00000000", "out"]
+
+
+def test_a_forked_worker_that_leaves_the_block_does_not_tidy_up_after_its_parent(tmp_path: Path) -> None:
+    code = """
+    with staged(out) as staging:
+        if os.fork() == 0:
+            raise SystemExit(0)
+        os.wait()
+        (staging.path / "file").touch()
+        assert len(os.listdir(out.parent)) == 2
+    """
+    process = child(code, tmp_path / "out")
+    assert process.communicate(timeout=20)[1] == ""
+    assert names(tmp_path / "out") == ["file"]
+
+
+# What is refused
+
+
+def test_a_folder_that_is_not_empty_needs_force(tmp_path: Path) -> None:
+    out = old_content(tmp_path / "out")
+    with pytest.raises(OutputError, match=r"out: is not empty; .* --force"), staged(out):
+        pass
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_is_never_replaced(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match="is a file"), staged(tmp_path / "out", force=force):
+        pass
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_mount_point_and_a_folder_that_holds_one_are_refused(tmpfs: Path) -> None:
+    with pytest.raises(OutputError, match=r"is a mount point, .* use one inside, as .*/disk/export"), staged(tmpfs):
+        pass
+    with pytest.raises(OutputError, match="holds the mount point"), staged(tmpfs.parent, force=True):
+        pass
+    with staged(tmpfs / "export"):
+        pass
+    assert names(tmpfs) == ["export"]
+
+
+def test_a_bind_mount_of_the_same_file_system_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "a place with spaces"
+    target.mkdir()
+    (tmp_path / "source").mkdir()
+    if subprocess.run(["mount", "--bind", tmp_path / "source", target], capture_output=True).returncode:
+        pytest.skip("a bind mount is refused here")
+    try:
+        with pytest.raises(OutputError, match="is a mount point"), staged(target):
+            pass
+    finally:
+        subprocess.run(["umount", target], check=True)
+
+
+def test_the_current_folder_the_home_folder_and_what_holds_them_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work" / "here").mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "work" / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for out in (".", "..", tmp_path, "/"):
+        with pytest.raises(OutputError, match="is or holds the current folder"), staged(Path(out), force=True):
+            pass
+    with pytest.raises(OutputError, match="is or holds your home folder"), staged(tmp_path / "home", force=True):
+        pass
+    with staged(Path("out")):
+        pass
+    assert names(tmp_path / "work" / "here") == ["out"]
+
+
+def test_a_removed_current_folder_does_not_matter_to_an_absolute_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with staged(tmp_path / "out"):
+        pass
+    with pytest.raises(OutputError, match="out"), staged(Path("out")):
+        pass
+
+
+@pytest.mark.parametrize("out", ["base", "base/inner/out", "link", "link/out"])
+def test_an_out_in_an_input_is_refused_through_links_too(tmp_path: Path, out: str) -> None:
+    base = tmp_path / "base"
+    (base / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("base")
+    with pytest.raises(OutputError, match=r"in \(or is\) the input"), staged(tmp_path / out, force=True, inputs=[base]):
+        pass
+    assert names(base) == ["inner"]
+
+
+def test_an_out_that_holds_an_input_is_refused_through_links_too(tmp_path: Path) -> None:
+    out, base, hub = tmp_path / "out", tmp_path / "out" / "base", tmp_path / "snapshot"
+    base.mkdir(parents=True)
+    hub.mkdir()
+    (base / "blob").touch()
+    (hub / "model.safetensors").symlink_to("../out/base/blob")
+    (tmp_path / "link").symlink_to("out/base")
+    for source in (base, base / "blob", tmp_path / "link", hub):
+        with pytest.raises(OutputError, match="holds the input"), staged(out, force=True, inputs=[source]):
+            pass
+    assert names(base) == ["blob"]
+
+
+def test_inputs_beside_out_or_missing_are_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "out-base").mkdir()
+    with staged(tmp_path / "out", inputs=[tmp_path / "out-base", tmp_path / "missing"]):
+        pass
+    assert names(tmp_path) == ["out", "out-base"]
+
+
+def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(OutputError, match="out"), staged(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == ["out"]
+
+
+def test_sizes_are_written_as_a_person_reads_them() -> None:
+    sizes = [0, 1023, 1536, 3 << 20, 5 << 30, 7 << 40]
+    assert [human_bytes(n) for n in sizes] == ["0 bytes", "1023 bytes", "1.5 KiB", "3.0 MiB", "5.0 GiB", "7.0 TiB"]

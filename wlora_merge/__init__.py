@@ -1,0 +1,82 @@
+"""Learn a mixture of LoRA adapters on a few examples, and fold it into one model to serve.
+
+    import wlora_merge
+
+    mixture = wlora_merge.fit(base, adapters, data, task="text-classification", out="mixture")
+    wlora_merge.export("mixture", "dense", "served")
+    wlora_merge.verify("served")
+
+With a training loop of your own:
+
+    wlora_merge.attach(model, adapters)            # only model.wlora_weights requires gradients
+    ...
+    wlora_merge.Mixture.from_model(model).save("mixture")
+
+The names below are imported when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import WloraMergeError, WloraMergeWarning
+    from .export import export
+    from .fit import fit
+    from .layers import attach, detach
+    from .mix import mix
+    from .mixture import Mixture
+    from .verify import verify
+
+_HOMES = {
+    "Mixture": "mixture",
+    "WloraMergeError": "errors",
+    "WloraMergeWarning": "errors",
+    "attach": "layers",
+    "detach": "layers",
+    "export": "export",
+    "fit": "fit",
+    "mix": "mix",
+    "verify": "verify",
+}
+
+__all__ = [
+    "Mixture",
+    "WloraMergeError",
+    "WloraMergeWarning",
+    "__version__",
+    "attach",
+    "detach",
+    "export",
+    "fit",
+    "mix",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("wlora-merge")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'wlora_merge' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps `wlora_merge.fit` the function: importing the room `fit` would put the module in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,207 @@
+"""A PEFT folder -> Adapter: its factors and whole tensors, every one of them accounted for.
+
+This room reads `adapter_config.json` and `adapter_model.safetensors`, checks them, and knows nothing of the base model.
+Nothing is executed and nothing is ignored: a tensor that is not understood is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import FLOATING, Header, read_header, read_tensor
+from .digests import sha256_file
+from .errors import AdapterError, UnsupportedError, WloraMergeError
+from .lora_config import check_config
+from .names import check_adapter_name, parse_adapter_key, pattern_value
+from .sources import ADAPTER_PATTERNS, Source, resolve_source
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.ckpt", "adapter_model.pth")
+
+
+@dataclass
+class Factors:
+    """One adapter's change of one target module, as its file has it.
+
+    lora_A is [r, in] (a convolution's has its kernel behind), lora_B [out, r]; scaling is alpha / r, or alpha / sqrt(r) for
+    rsLoRA. `bias` [out] is a trained lora_B.bias, `magnitude` [out] DoRA's vector.
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: float
+    embedding: bool
+    bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+
+
+@dataclass
+class Adapter:
+    """One PEFT folder, read: `modules` are its low-rank changes, `tensors` the whole tensors that it carries."""
+
+    name: str
+    source: Source
+    config: dict[str, Any]
+    sha256: str
+    modules: dict[str, Factors]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """How messages call it."""
+        return f"adapter {self.name!r} ({self.source.folder})"
+
+
+def load_adapter(path_or_id: str | Path, name: str | None = None, *, base_is_residual: bool = False) -> Adapter:
+    """Read one adapter; `name` defaults to its folder's name.
+
+    Args:
+        path_or_id: a PEFT folder, or a hub id.
+        name: `[A-Za-z0-9._-]+`.
+        base_is_residual: accept an unconverted PiSSA-like adapter: the base given is its residual.
+
+    Returns:
+        The adapter with its tensors in memory, in the dtypes of the file.
+
+    Raises:
+        AdapterError: a missing or broken folder, or a NaN or infinity in a tensor, named.
+        UnsupportedError: a feature that is not folded, named.
+    """
+    source = resolve_source(path_or_id, ADAPTER_PATTERNS)
+    name = check_adapter_name(name or source.name.rpartition("/")[2])
+    where = f"adapter {name!r} ({source.folder})"
+    config = _read_config(source.folder, where)
+    check_config(config, where, base_is_residual=base_is_residual)
+    file = _weights_file(source.folder, where)
+    header = read_header(file)
+    try:
+        modules, tensors = _sort_tensors(header, config, where)
+    except WloraMergeError as error:
+        raise type(error)(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
+    if not modules and not tensors:
+        raise AdapterError(f"{file}: holds no LoRA tensor.")
+    if all(not bool(f.lora_B.any() and f.lora_A.any()) for f in modules.values()) and not tensors:
+        raise AdapterError(f"{file}: every delta weight is zero: was this adapter ever trained?")
+    return Adapter(name, source, config, sha256_file(file), modules, tensors)
+
+
+def load_adapters(
+    specs: Iterable[str | Path | tuple[str, str | Path]], *, residual: str | None = None
+) -> list[Adapter]:
+    """Read several adapters, given as PATH_OR_ID, `NAME=PATH_OR_ID`, or (name, PATH_OR_ID).
+
+    Raises:
+        AdapterError: two of the same name, or `residual` names none of them.
+    """
+    adapters: list[Adapter] = []
+    for spec in specs:
+        name, path = split_adapter_spec(spec) if not isinstance(spec, tuple) else spec
+        default = name or Path(path).name
+        adapters.append(load_adapter(path, name, base_is_residual=residual is not None and residual == default))
+    names = [a.name for a in adapters]
+    for name in names:
+        if names.count(name) > 1:
+            raise AdapterError(
+                f"two adapters are called {name!r}: name them, as in --adapter first=PATH --adapter second=PATH."
+            )
+    if residual is not None and residual not in names:
+        raise AdapterError(f"--base-is-residual {residual}: no adapter has that name; there are {', '.join(names)}.")
+    return adapters
+
+
+def split_adapter_spec(spec: str | Path) -> tuple[str | None, str]:
+    """`NAME=PATH_OR_ID` -> (name, path); a path that exists, or holds a separator before its `=`, has no name."""
+    text = str(spec)
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name or Path(text).exists():
+        return None, text
+    return name, path
+
+
+def _read_config(folder: Path, where: str) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise AdapterError(f"{where}: has no {CONFIG_FILE}: give the folder that PEFT's save_pretrained wrote.")
+    try:
+        config = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{file}: is not valid JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file}: holds a {type(config).__name__}, expected a table of LoraConfig fields.")
+    return config
+
+
+def _weights_file(folder: Path, where: str) -> Path:
+    file = folder / WEIGHTS_FILE
+    if file.is_file():
+        return file
+    pickle = next((p for p in PICKLES if (folder / p).exists()), None)
+    if pickle:
+        raise AdapterError(
+            f"{where}: its weights are a pickle ({pickle}), which could run code and is never loaded: convert it where you trust "
+            "it with PEFT: PeftModel.from_pretrained(base, folder).save_pretrained(folder)."
+        )
+    raise AdapterError(f"{where}: has no {WEIGHTS_FILE}.")
+
+
+def _sort_tensors(
+    header: Header, config: dict[str, Any], where: str
+) -> tuple[dict[str, Factors], dict[str, torch.Tensor]]:
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for key, entry in header.entries.items():
+        if entry.dtype not in FLOATING:
+            raise UnsupportedError(f"tensor {key!r} has dtype {entry.dtype}, expected one of {', '.join(FLOATING)}.")
+        tensor = read_tensor(entry)
+        if not bool(tensor.isfinite().all()):
+            raise AdapterError(f"tensor {key!r} holds a NaN or an infinity: the adapter is broken.")
+        parsed = parse_adapter_key(key)
+        known = tensors if parsed.part == "tensor" else parts.setdefault(parsed.name, {})
+        slot = parsed.name if parsed.part == "tensor" else parsed.part
+        if slot in known:
+            raise AdapterError(f"tensor {key!r} names the same thing as another tensor of the file.")
+        known[slot] = tensor
+    return {module: _factors(module, found, config) for module, found in parts.items()}, tensors
+
+
+def _factors(module: str, parts: dict[str, torch.Tensor], config: dict[str, Any]) -> Factors:
+    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    missing = [n for n in names if n not in parts]
+    extra = set(parts) - {*names, "lora_B.bias", "lora_magnitude_vector"}
+    if missing or extra:
+        problem = f"lacks {missing[0]}" if missing else f"also has {sorted(extra)[0]}"
+        raise AdapterError(f"target module {module!r} {problem}: it needs a pair of {names[0]} and {names[1]}.")
+    lora_A, lora_B = (parts[n] for n in names)
+    if (
+        lora_A.ndim < 2
+        or lora_B.ndim < 2
+        or lora_A.shape[0] != lora_B.shape[1]
+        or not lora_A.numel()
+        or not lora_B.numel()
+    ):
+        raise AdapterError(
+            f"target module {module!r}: lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} do not multiply."
+        )
+    scaling = _scaling(module, lora_A.shape[0], config)
+    return Factors(lora_A, lora_B, scaling, embedding, parts.get("lora_B.bias"), parts.get("lora_magnitude_vector"))
+
+
+def _scaling(module: str, r: int, config: dict[str, Any]) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA. Source: `peft.tuners.lora.layer.LoraLayer.update_layer`."""
+    expected = pattern_value(config.get("rank_pattern") or {}, module, config.get("r", 8))
+    if r != expected:
+        raise AdapterError(
+            f"target module {module!r} has rank {r} in the file, and {expected} by the config's r and rank_pattern."
+        )
+    alpha = pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+    return float(alpha / (math.sqrt(r) if config.get("use_rslora") else r))

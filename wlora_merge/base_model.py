@@ -1,0 +1,170 @@
+"""A Hugging Face checkpoint folder, read lazily: its config, and where each of its tensors lies.
+
+The index is the authority: shard files that it does not name are ignored. Opening a base reads headers only; the folder is
+never opened for writing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import Entry, Header, read_header, read_tensor
+from .digests import sha256_files
+from .errors import BaseModelError, UnsupportedError
+from .names import NameResolver, is_plain_file_name
+from .sources import BASE_PATTERNS, Source, resolve_source
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf",
+    ".ot", ".npz", ".npy", ".tflite", ".mlmodel", ".data", ".index.json",
+)  # fmt: skip
+NOT_CARRIED = ("README.md", "wlora_merge.json", "adapter_config.json", "trainer_state.json", "training_args.bin")
+CARRIED_FOLDERS = ("additional_chat_templates", "1_Pooling", "2_Normalize", "2_Dense")
+
+
+@dataclass
+class BaseModel:
+    """An opened base: `headers` by file name in the index's order, `entries` by tensor name."""
+
+    source: Source
+    config: dict[str, Any]
+    headers: dict[str, Header]
+    index: dict[str, Any] | None = None
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The local folder."""
+        return self.source.folder
+
+    @property
+    def model_type(self) -> str:
+        """The config's `model_type`, or an empty string."""
+        return str(self.config.get("model_type") or "")
+
+    @cached_property
+    def _names(self) -> NameResolver:
+        return NameResolver(self.entries)
+
+    def find_tensor(self, name: str) -> Entry | None:
+        """The tensor called so by a model built on this base: with or without the model prefix."""
+        found = self._names.find(name)
+        return self.entries[found] if found else None
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor by its name in the files, in its own dtype."""
+        return read_tensor(self.entries[name])
+
+    def sha256(self) -> dict[str, str]:
+        """Weight file name -> sha256; computed once and remembered."""
+        digests = sha256_files([self.folder / name for name in self.headers])
+        return {name: digests[self.folder / name] for name in self.headers}
+
+    def carried_files(self) -> list[Path]:
+        """Everything beside the weights that a server or a tokenizer reads, relative to the folder, in order."""
+        return sorted(_carried(self.folder))
+
+
+def open_base(path_or_id: str | Path) -> BaseModel:
+    """Open a base model: config, index and headers.
+
+    Raises:
+        BaseModelError: no config, no safetensors weights, or an index that does not agree with its files.
+    """
+    source = resolve_source(path_or_id, BASE_PATTERNS)
+    folder = source.folder
+    config = _read_json(
+        folder / "config.json", f"{folder}: has no config.json: give the folder of a Hugging Face model."
+    )
+    if (folder / INDEX).is_file():
+        index = _read_json(folder / INDEX, "")
+        headers = _open_shards(folder, index)
+    elif (folder / SINGLE).is_file():
+        index, headers = None, {SINGLE: read_header(folder / SINGLE)}
+    else:
+        raise BaseModelError(_no_weights(folder))
+    entries = {name: entry for header in headers.values() for name, entry in header.entries.items()}
+    if index is not None:
+        entries = {name: headers[file].entries[name] for name, file in index["weight_map"].items()}
+    return BaseModel(source, config, headers, index, entries)
+
+
+def refuse_quantized(base: BaseModel) -> None:
+    """Refuse a base whose weights are quantized, naming the format: adding to them would not be exact.
+
+    Raises:
+        UnsupportedError: with what to give instead.
+    """
+    method = base.config.get("quantization_config")
+    if method:
+        name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        raise UnsupportedError(
+            f"{base.folder}: this base is quantized ({name}), and a fold into it would not be exact: give the original 16-bit base, "
+            "or export with --format lora."
+        )
+
+
+def _open_shards(folder: Path, index: dict[str, Any]) -> dict[str, Header]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BaseModelError(f"{folder / INDEX}: has no weight_map.")
+    for tensor, file in weight_map.items():
+        if not is_plain_file_name(file) or not str(file).endswith(".safetensors"):
+            raise BaseModelError(
+                f"{folder / INDEX}: tensor {tensor!r} lies in {file!r}, expected a plain .safetensors file name."
+            )
+    headers = {}
+    for file in sorted(set(weight_map.values())):
+        if not (folder / file).is_file():
+            raise BaseModelError(f"{folder / INDEX}: names the shard {file}, which is not there: fetch it.")
+        headers[file] = read_header(folder / file)
+    for tensor, file in weight_map.items():
+        if tensor not in headers[file].entries:
+            raise BaseModelError(f"{folder / file}: lacks tensor {tensor!r}, which the index places there.")
+    return headers
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+    if pickles:
+        return (
+            f"{folder}: its weights are pickles ({pickles[0]}), which could run code and are never loaded: convert them where you "
+            "trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder)."
+        )
+    if any(folder.glob("*.gguf")):
+        return f"{folder}: its weights are GGUF, a quantized format: give the original 16-bit base in safetensors."
+    return f"{folder}: has neither {SINGLE} nor {INDEX}."
+
+
+def _read_json(file: Path, missing: str) -> dict[str, Any]:
+    try:
+        table = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise BaseModelError(missing) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BaseModelError(f"{file}: is not valid JSON ({error}).") from error
+    if not isinstance(table, dict):
+        raise BaseModelError(f"{file}: holds a {type(table).__name__}, expected a table.")
+    return table
+
+
+def _carried(folder: Path) -> Iterable[Path]:
+    for path in folder.iterdir():
+        if path.name.startswith(".") or path.name in NOT_CARRIED or path.name.endswith(WEIGHT_SUFFIXES):
+            continue
+        if path.is_file():
+            yield path.relative_to(folder)
+        elif path.name in CARRIED_FOLDERS:
+            yield from (
+                p.relative_to(folder) for p in path.rglob("*") if p.is_file() and not p.name.endswith(WEIGHT_SUFFIXES)
+            )

@@ -1,0 +1,273 @@
+"""An export against its manifest, and against the unmerged mixture.
+
+Three questions, from cheap to dear: are the bytes those that were written; is the folder a model that its library loads with
+no missing and no unexpected tensor; does it compute what the base with its adapters attached computes, on probe inputs that
+the manifest records.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import read_header
+from .digests import sha256_files
+from .errors import UnsupportedError, VerifyError
+from .manifest import FILE
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .adapters import Adapter
+    from .base_model import BaseModel
+    from .mixture import Mixture
+
+TOLERANCE = {"F32": 2e-4, "F16": 2e-2, "BF16": 1e-1, "F64": 2e-4}
+"""Largest difference of an output allowed, relative to the largest output: rounding of the weights, amplified by the layers."""
+
+
+@dataclass
+class Checked:
+    """What was checked and what was found; `skipped` names each check that could not be made, with the reason."""
+
+    files: int = 0
+    done: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    largest_difference: float | None = None
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> int:
+    """Read every file again and compare its sha256; read every safetensors header.
+
+    Returns:
+        The number of files.
+
+    Raises:
+        VerifyError: a file that is missing, is not in the manifest, or has other bytes.
+    """
+    expected = manifest["files"]
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {FILE}
+    if missing := sorted(set(expected) - found):
+        raise VerifyError(f"{folder / missing[0]}: is missing; the manifest lists it: export again.")
+    if foreign := sorted(found - set(expected)):
+        raise VerifyError(
+            f"{folder / foreign[0]}: is not in the manifest: it was added after the export; take it away."
+        )
+    digests = sha256_files([folder / name for name in expected], fresh=True)
+    for name, row in expected.items():
+        if digests[folder / name] != row.get("sha256"):
+            raise VerifyError(
+                f"{folder / name}: its sha256 is {digests[folder / name][:12]}…, the manifest says {str(row.get('sha256'))[:12]}…: "
+                "the file changed after the export; export again."
+            )
+        if name.endswith(".safetensors"):
+            read_header(folder / name)
+    return len(expected)
+
+
+# ------------------------------------------------------------------------------------------------------ the probe
+
+
+def make_probe(config: Mapping[str, Any], task: str | None) -> dict[str, Any]:
+    """Inputs on which an export is compared with its mixture, small and the same everywhere; empty where none is known.
+
+    Token ids come from a linear congruential generator over the vocabulary; pixels, given by shape, from torch's seed 0.
+    """
+    if "image_size" in config and "num_channels" in config:
+        size = config["image_size"]
+        height, width = size if isinstance(size, list) else (size, size)
+        return {"pixel_values": {"shape": [2, config["num_channels"], height, width], "seed": 0}}
+    vocabulary = config.get("vocab_size")
+    if not isinstance(vocabulary, int) or vocabulary < 2:
+        return {}
+    state, ids = 1, []
+    for _ in range(24):
+        state = (1103515245 * state + 12345) % 2**31
+        ids.append(state % vocabulary)
+    probe: dict[str, Any] = {"input_ids": [ids[:12], ids[12:]]}
+    if task == "seq2seq-lm":
+        probe["decoder_input_ids"] = [ids[4:8], ids[16:20]]
+    return probe
+
+
+def probe_tensors(probe: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The probe as the model's keyword arguments."""
+    import torch
+
+    tensors = {}
+    for name, value in probe.items():
+        if isinstance(value, dict):
+            tensors[name] = torch.randn(value["shape"], generator=torch.Generator().manual_seed(value["seed"]))
+        else:
+            tensors[name] = torch.tensor(value)
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------------ the models
+
+
+@contextmanager
+def quiet_libraries() -> Any:
+    """Keep load reports and progress bars of transformers away: what they would say is checked here."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+
+def load_model(folder: Path, task: str | None, *, complete: bool = True, **options: Any) -> nn.Module:
+    """Load a model folder by its task, in float32, in evaluation mode.
+
+    Args:
+        complete: refuse a folder whose tensors are not just the model's.
+        options: handed to `from_pretrained` (num_labels, id2label, ...).
+
+    Raises:
+        VerifyError: missing, unexpected or mismatched tensors.
+    """
+    import torch
+
+    from .tasks import get_task
+
+    with quiet_libraries():
+        try:
+            model, info = (
+                get_task(task or "feature-extraction")
+                .auto_class()
+                .from_pretrained(
+                    folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+                )
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise VerifyError(f"{folder}: transformers cannot load it as {task}: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if complete else ():
+        if info[kind]:
+            raise VerifyError(
+                f"{folder}: loading it as {task} leaves {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}."
+            )
+    result: nn.Module = model.eval()
+    return result
+
+
+def attach_mixture(model: nn.Module, mixture: Mixture, adapters: list[Adapter], base: BaseModel) -> nn.Module:
+    """The unmerged mixture: adapters attached with the mixture's own weights, its head put in place."""
+    import torch
+
+    from .layers import PARAMETER, attach
+
+    with torch.no_grad():
+        attach(
+            model, adapters, granularity=mixture.granularity, normalize=mixture.normalize, delta_scale=mixture.delta_scale,
+            modules_to_save="drop",
+        )  # fmt: skip
+        weights = mixture.mixture_weights
+        logits = weights if mixture.normalize == "none" else weights.log()
+        row = {module: g for g, modules in enumerate(mixture.groups.values()) for module in modules}
+        parameter = model.get_parameter(PARAMETER)
+        for g, modules in enumerate(model.wlora.groups.values()):  # type: ignore[union-attr]
+            entry = base.find_tensor(f"{modules[0]}.weight")
+            if entry is None:
+                raise VerifyError(f"{base.folder}: has no tensor for target module {modules[0]!r}.")
+            parameter[g] = logits[row[entry.name.removesuffix(".weight")]]
+        for name, tensor in mixture.head.items():
+            model.get_parameter(name).copy_(tensor)
+    return model
+
+
+def outputs_of(model: nn.Module, probe: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The model's floating outputs on the probe (logits, start_logits, last_hidden_state, ...)."""
+    import torch
+
+    with torch.no_grad():
+        result = model(**probe_tensors(probe), return_dict=True)
+    wanted = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
+    found = {name: result[name].float() for name in wanted if name in result and isinstance(result[name], torch.Tensor)}
+    if "logits" in found or "start_logits" in found:
+        found.pop("last_hidden_state", None)
+    return found
+
+
+def compare(
+    got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float, where: str
+) -> float:
+    """The largest difference relative to the largest output.
+
+    Raises:
+        VerifyError: it is above the tolerance, or the outputs differ in kind.
+    """
+    if set(got) != set(expected) or not got:
+        raise VerifyError(f"{where}: its outputs are {sorted(got)}, the mixture's {sorted(expected)}.")
+    worst = 0.0
+    for name, tensor in expected.items():
+        scale = max(float(tensor.abs().max()), 1e-6)
+        difference = float((got[name] - tensor).abs().max()) / scale
+        if not difference <= tolerance:
+            raise VerifyError(
+                f"{where}: its {name} differ from the unmerged mixture's by {difference:.2e} of the largest, at most {tolerance:.0e}: "
+                "this export does not compute its mixture; export again."
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def export_model(folder: Path, manifest: Mapping[str, Any], base: BaseModel | None) -> nn.Module:
+    """The model of a dense or lora export, loaded by its own libraries.
+
+    Raises:
+        UnsupportedError: a lora export without its base.
+    """
+    task, config = manifest.get("task"), manifest.get("config") or {}
+    if manifest["format"] == "dense":
+        return load_model(folder, task)
+    if base is None:
+        raise UnsupportedError("a lora export can be loaded only with its base: say --base PATH.")
+    from peft import PeftModel
+
+    options = {key: config[key] for key in ("id2label", "label2id", "problem_type") if key in config}
+    model = load_model(base.folder, task, complete=not manifest.get("head"), **options)
+    with quiet_libraries():
+        loaded: nn.Module = PeftModel.from_pretrained(model, folder).eval()
+    return loaded
+
+
+def tolerance_of(folder: Path, base: BaseModel) -> float:
+    """The tolerance for the narrowest floating dtype among the tensors of the export and of its base."""
+    files = sorted(folder.glob("*.safetensors"))
+    dtypes = {entry.dtype for file in files for entry in read_header(file).entries.values()}
+    return max(
+        (TOLERANCE[d] for d in dtypes | {e.dtype for e in base.entries.values()} if d in TOLERANCE), default=2e-4
+    )
+
+
+def read_head(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The trained head out of an export's own files, under its parameter names.
+
+    Raises:
+        VerifyError: it is not there.
+    """
+    from .checkpoint import read_tensor
+    from .names import PEFT_PREFIX
+
+    wanted = set(manifest.get("head") or [])
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for key, entry in read_header(file).entries.items():
+            name = key.removeprefix(PEFT_PREFIX)
+            if name in wanted:
+                found[name] = read_tensor(entry)
+    if wanted - set(found):
+        raise VerifyError(f"{folder}: the tensor {sorted(wanted - set(found))[0]!r} of its trained head is not there.")
+    return found

@@ -1,0 +1,461 @@
+"""The command line: options in, library calls, tables and progress out; the only room that knows click and rich.
+
+Results go to stdout, logs and progress to stderr. Exit 0 done, 1 the work failed, 2 wrong usage, 130 and 143 stopped by
+SIGINT and SIGTERM. Libraries that take seconds to import are imported when a command runs, so `--help` does not wait.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from .errors import WloraMergeError, WloraMergeWarning
+from .staging import terminate_as_exit
+
+TASKS = click.Choice(
+    [
+        "causal-lm",
+        "seq2seq-lm",
+        "text-classification",
+        "token-classification",
+        "question-answering",
+        "image-classification",
+        "feature-extraction",
+    ]
+)
+GRANULARITIES = click.Choice(["module", "layer", "global"])
+NORMALIZE = click.Choice(["all", "present", "none"])
+DTYPES = click.Choice(["float32", "bfloat16", "float16"])
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Group(click.Group):
+    """Turns the library's errors into one sentence and exit 1; `--debug` keeps the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command under the rules of this module's docstring."""
+        with terminate_as_exit(), _shown_warnings():
+            try:
+                return super().invoke(ctx)
+            except WloraMergeError as error:
+                if ctx.params.get("debug"):
+                    raise
+                raise click.ClickException(str(error)) from error
+            except KeyboardInterrupt:
+                click.echo("Stopped.", err=True)
+                sys.exit(130)
+
+
+@contextmanager
+def _shown_warnings() -> Iterator[None]:
+    """Our own warnings as lines on stderr; those of libraries are not the user's to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", WloraMergeWarning)
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+        yield
+
+
+def _versions(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        names = ("wlora-merge", "torch", "transformers", "peft", "safetensors", "onnx", "onnxruntime")
+        from .manifest import versions
+
+        found = versions(names[1:])
+        click.echo("\n".join(f"{name} {found[name]}" for name in ("wlora-merge", "python", *names[1:])))
+        ctx.exit()
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions, help="Show versions and exit."
+)
+def main(debug: bool) -> None:
+    """Learn a mixture of LoRA adapters on a few examples, and fold it into one model to serve.
+
+    \b
+    wlora-merge fit --base BASE --adapter A --adapter B --data shots.jsonl --task causal-lm --out mixture
+    wlora-merge export mixture --format dense --out served
+    """
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+FORCE = click.option("--force", is_flag=True, help="Replace what is in --out. Default: it must be empty or not exist.")
+OUT = click.option("--out", required=True, type=click.Path(), help="Folder to write; all or nothing.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+MODULES_TO_SAVE = click.option(
+    "--modules-to-save",
+    metavar="NAME|drop|mix",
+    help="What becomes of whole tensors that adapters carry (their heads): take adapter NAME's, drop them, or mix them "
+    "against the base's. Default: refuse those that a trained head does not replace.",
+)
+RESIDUAL = click.option(
+    "--base-is-residual", metavar="NAME", help="The base given is the residual of adapter NAME (PiSSA and its kind)."
+)
+INPUTS = _options(
+    click.option("--base", required=True, metavar="PATH_OR_ID", help="Base model: a folder, or a hub id."),
+    click.option(
+        "--adapter",
+        "adapters",
+        required=True,
+        multiple=True,
+        metavar="[NAME=]PATH_OR_ID",
+        help="An adapter: a PEFT folder, or a hub id; its name is the folder's. Give it for each adapter.",
+    ),
+)
+MOVED = _options(
+    click.option("--base", metavar="PATH", help="The base model, if it has moved; its sha256 must match."),
+    click.option(
+        "--adapter",
+        "adapters",
+        multiple=True,
+        metavar="NAME=PATH",
+        help="An adapter that has moved; its sha256 must match.",
+    ),
+)
+
+
+# ----------------------------------------------------------------------------------------------------------- fit
+
+
+@main.command()
+@INPUTS
+@click.option("--data", required=True, metavar="FILE_OR_ID", help="The shots: JSONL, CSV, Parquet, a folder, a hub id.")
+@click.option("--task", required=True, type=TASKS, help="What the model is for.")
+@OUT
+@click.option("--granularity", type=GRANULARITIES, default="module", show_default=True, help="Who shares weights.")
+@click.option(
+    "--normalize",
+    type=NORMALIZE,
+    default="all",
+    show_default=True,
+    help="Softmax over all adapters, renormalized over those present in a module, or none: free weights.",
+)
+@click.option("--delta-scale", type=float, default=1.0, show_default=True, help="Factor of the whole delta weight.")
+@click.option("--epochs", type=float, help="Passes over the shots. Default: --max-steps decides.")
+@click.option("--max-steps", type=int, help="Optimizer steps. Default: 100 if a head is trained, 40 if not.")
+@click.option("--learning-rate", type=float, default=0.05, show_default=True, help="Of the logits (AdamW).")
+@click.option("--head-learning-rate", type=float, default=5e-3, show_default=True, help="Of a new head (AdamW).")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Examples in a batch.")
+@click.option(
+    "--gradient-accumulation-steps", type=int, default=1, show_default=True, help="Batches in an optimizer step."
+)
+@click.option("--max-length", type=int, help="Tokens kept of an example. Default: what the tokenizer says.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the head, the order and the held-out part.")
+@click.option("--eval-data", metavar="FILE_OR_ID", help="Judge on these. Default: hold some of the shots out.")
+@click.option("--held-out", type=float, default=0.25, show_default=True, help="Share of the shots to judge on, 0 to 1.")
+@click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="Which column of --data is NAME.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+    help="Where to run.",
+)
+@click.option("--quantize", type=click.Choice(["4bit", "8bit"]), help="Load the base quantized. Default: no.")
+@click.option("--report-to", default="none", show_default=True, help="Logging integration of transformers' Trainer.")
+@MODULES_TO_SAVE
+@RESIDUAL
+@FORCE
+@AS_JSON
+def fit(
+    base: str,
+    adapters: tuple[str, ...],
+    data: str,
+    task: str,
+    out: str,
+    eval_data: str | None,
+    columns: tuple[str, ...],
+    quantize: str | None,
+    modules_to_save: str | None,
+    base_is_residual: str | None,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Learn the mixture weights of several adapters on few-shot data.
+
+    \b
+    wlora-merge fit --base BASE --adapter a=PATH --adapter b=PATH \\
+        --data shots.csv --task text-classification --out mixture
+    """
+    if quantize:
+        raise click.UsageError(f"--quantize {quantize} is not supported yet.")
+    if len(adapters) < 2:
+        raise click.UsageError("a fit needs --adapter twice or more; for one adapter, see wlora-merge mix.")
+    from .fit import fit as run
+
+    with _fit_progress() as progress:
+        mixture = run(
+            base,
+            adapters,
+            data,
+            task,
+            out,
+            eval_data=eval_data,
+            columns=dict(_pair(c) for c in columns),
+            modules_to_save=modules_to_save,
+            residual=base_is_residual,
+            force=force,
+            progress=progress,
+            **options,
+        )
+    _show_mixture(mixture, out, as_json)
+
+
+@contextmanager
+def _fit_progress() -> Iterator[Callable[[str, int, int, float], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=_stderr(), disable=_plain()) as bars:
+        known: dict[str, Any] = {}
+
+        def update(name: str, step: int, steps: int, loss: float) -> None:
+            if name not in known:
+                known[name] = bars.add_task(name, total=steps, loss=loss)
+            bars.update(known[name], completed=step, loss=loss)
+            if _plain() and step == steps:
+                click.echo(f"{name}: {steps} steps, loss {loss:.4f}", err=True)
+
+        yield update
+
+
+# ----------------------------------------------------------------------------------------------------------- mix
+
+
+@main.command()
+@INPUTS
+@OUT
+@click.option("--weights", metavar="W,W,...", help="One weight for each adapter. Default: uniform composition.")
+@click.option("--task", type=TASKS, help="What the exported model is for; an ONNX export needs it.")
+@click.option("--normalize", type=click.Choice(["all", "present"]), help="For uniform composition. Default: all.")
+@click.option("--delta-scale", type=float, default=1.0, show_default=True, help="Factor of the whole delta weight.")
+@MODULES_TO_SAVE
+@RESIDUAL
+@FORCE
+@AS_JSON
+def mix(
+    base: str,
+    adapters: tuple[str, ...],
+    out: str,
+    weights: str | None,
+    base_is_residual: str | None,
+    as_json: bool,
+    **rest: Any,
+) -> None:
+    """Make a mixture without fitting: uniform composition, or the weights given.
+
+    \b
+    wlora-merge mix --base BASE --adapter a=PATH --adapter b=PATH --weights 0.7,0.3 --out mixture
+    """
+    from .mix import mix as run
+
+    mixture = run(base, adapters, out, weights=_numbers(weights), residual=base_is_residual, **rest)
+    _show_mixture(mixture, out, as_json)
+
+
+# -------------------------------------------------------------------------------------------------------- export
+
+
+@main.command()
+@click.argument("mixture", metavar="MIXTURE_DIR", type=click.Path())
+@click.option("--format", "format_", required=True, type=click.Choice(["dense", "lora", "onnx"]), help="What to write.")
+@OUT
+@click.option("--rank", type=int, help="lora: the uniform r. Default: the smallest that is exact.")
+@click.option("--energy", type=float, help="lora: smallest r that keeps this share (0 to 1) of the squared norm.")
+@click.option("--dtype", type=DTYPES, help="Of the weights. Default: dense the base's, lora and onnx float32.")
+@click.option("--max-shard-size", metavar="SIZE", help="dense: file size, as 5GB. Default: the base's own shards.")
+@click.option("--opset", type=int, help="onnx: opset version. Default: the exporter's.")
+@MOVED
+@click.option("--base-name", help="What the card and a lora's config call the base. Default: hub id or folder name.")
+@click.option("--any-digest", is_flag=True, help="Accept inputs that are not those the mixture was made from.")
+@FORCE
+@AS_JSON
+def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_json: bool, **options: Any) -> None:
+    """Fold a mixture and write it as dense safetensors, as one LoRA, or as ONNX.
+
+    \b
+    wlora-merge export mixture --format dense --out served
+    wlora-merge export mixture --format lora --rank 64 --out adapter
+    """
+    from .export import export as run
+
+    size = _bytes(max_shard_size)
+    with _byte_progress() as progress:
+        result = run(mixture, format_, out, max_shard_bytes=size, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps({"folder": str(out), "format": format_, "bytes": result.bytes, "report": result.report}))
+        return
+    report = result.report
+    detail = ""
+    if format_ == "lora":
+        detail = f" r = {report['r']}, relative error {report['relative_error']:.2e}, energy kept {report['energy_kept']:.4%}."
+    if format_ == "onnx":
+        detail = f" Largest difference from PyTorch {report['largest_difference']:.2e}."
+    click.echo(f"Wrote {out} ({format_}, {_human(result.bytes)}).{detail}")
+
+
+@contextmanager
+def _byte_progress() -> Iterator[Callable[[int, str], None]]:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=_stderr(), disable=_plain(), transient=True) as bars:
+        known: dict[str, Any] = {}
+
+        def update(count: int, name: str) -> None:
+            if name not in known:
+                known[name] = bars.add_task(name, total=None)
+            bars.update(known[name], advance=count)
+
+        yield update
+
+
+# -------------------------------------------------------------------------------------------------------- verify
+
+
+@main.command()
+@click.argument("folder", metavar="EXPORT_DIR", type=click.Path())
+@click.option("--quick", is_flag=True, help="Digests and headers alone. Default: load the model and compare outputs.")
+@MOVED
+@AS_JSON
+def verify(folder: str, quick: bool, base: str | None, adapters: tuple[str, ...], as_json: bool) -> None:
+    """Check an export: every digest, its structure, and its outputs against the unmerged mixture.
+
+    \b
+    wlora-merge verify served
+    """
+    from .verify import verify as run
+
+    checked = run(folder, quick=quick, base=base, adapters=adapters)
+    if as_json:
+        click.echo(json.dumps({"folder": folder, **vars(checked)}))
+        return
+    click.echo(f"{folder}: {checked.files} files as they were written.")
+    for item in checked.done[2:]:
+        click.echo(f"  {item}")
+    if checked.largest_difference is not None:
+        click.echo(f"  largest difference, relative to the largest output: {checked.largest_difference:.2e}")
+    for item, reason in checked.skipped.items():
+        click.echo(f"  skipped: {item} ({reason})")
+
+
+# ------------------------------------------------------------------------------------------------------- inspect
+
+
+@main.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path())
+@AS_JSON
+def inspect(paths: tuple[str, ...], as_json: bool) -> None:
+    """Show adapters, a base model, a mixture or an export as tables.
+
+    \b
+    wlora-merge inspect BASE ADAPTER ADAPTER
+    wlora-merge inspect mixture
+    """
+    from .inspect import inspect_paths
+
+    tables = inspect_paths(paths)
+    if as_json:
+        click.echo(json.dumps(tables))
+        return
+    for title, rows in tables.items():
+        _table(title, rows)
+
+
+# --------------------------------------------------------------------------------------------------------- small
+
+
+def _show_mixture(mixture: Any, out: str, as_json: bool) -> None:
+    if as_json:
+        mean = dict(zip(mixture.adapter_names, mixture.mixture_weights.mean(0).tolist(), strict=True))
+        click.echo(json.dumps({"folder": out, "weights": mean, "metrics": mixture.metrics}))
+        return
+    from .inspect import candidate_rows, weight_rows
+
+    candidates = candidate_rows(mixture)
+    if candidates:
+        _table("Held out", candidates)
+    if mixture.metrics.get("note"):
+        click.echo(mixture.metrics["note"])
+    _table("Mixture weights over the groups", weight_rows(mixture))
+    click.echo(f"Wrote {out}.")
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
+        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _stderr() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _plain() -> bool:
+    return not sys.stderr.isatty()
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.UsageError(f"{text!r}: expected NAME=VALUE.")
+    return name, value
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"--weights {text!r}: expected numbers with commas between them, as 0.5,0.5.") from error
+
+
+def _bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    digits = text.rstrip("KMGiIBkmgb ")
+    unit = text[len(digits) :].strip().upper()
+    try:
+        return int(float(digits) * UNITS[unit])
+    except (ValueError, KeyError) as error:
+        raise click.UsageError(f"--max-shard-size {text!r}: expected a size, as 5GB or 500MB.") from error
+
+
+def _human(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""

@@ -1,0 +1,318 @@
+"""Examples: rows with the columns of a task, checked, in one form whatever file they came from.
+
+This room knows which values a column may hold, and how to part few examples into a fit part and a held-out part. It
+knows nothing of models, tokenizers or tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from .columns import FORMS, choose_columns, nearest
+from .data_sources import read_table
+from .errors import DataError, UnsupportedError
+from .formats import Table, read_bytes_of
+
+if TYPE_CHECKING:
+    import datasets
+
+Label: TypeAlias = "str | float | list[str]"
+_TEXT = ("text", "text_pair", "prompt", "completion", "source", "target", "question", "context")
+_ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows of one task under their canonical column names.
+
+    A `label` is a string (a class; whole numbers and booleans are spelled out), a float, or a list of strings; `tags`
+    are strings; `messages` are {role, content} in order; `answers` are {text: [...], answer_start: [...]}; an `image`
+    is decoded when its row is read.
+
+    Attributes:
+        rows: a `datasets.Dataset` with exactly the columns that are keys of `columns`.
+        task: the task that they are for.
+        columns: {canonical name: name in the file}.
+        source: the path or hub id as it was given.
+        sha256: of the local file or files; None for a hub data set.
+    """
+
+    rows: datasets.Dataset
+    task: str
+    columns: Mapping[str, str]
+    source: str
+    sha256: str | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.rows[index]
+        return row
+
+    def column(self, name: str) -> list[Any]:
+        """All values of one canonical column, [len(self)]."""
+        return list(self.rows[name])
+
+    def select(self, indices: Sequence[int]) -> Examples:
+        """The rows at `indices`, in that order."""
+        return replace(self, rows=self.rows.select(list(indices), keep_in_memory=True))
+
+
+def read_examples(
+    source: str | Path, *, task: str, columns: Mapping[str, str] | None = None, split: str | None = None
+) -> Examples:
+    """Read and check the examples of a task.
+
+    Args:
+        source: a JSONL, JSON, CSV, TSV, Parquet or text file; a folder of them; a folder of texts or images with one
+            folder for each class; or a hub id, `owner/name[:config]`. Only the last uses the network.
+        task: a task name.
+        columns: {canonical column: column in the file}, where the names do not follow the conventions or are not clear.
+        split: which split of a folder or hub data set; default: train, or the only one.
+
+    Raises:
+        DataError: nothing to read, or a column or a value is missing or wrong; the message names the file and the line.
+        UnsupportedError: a task that reads no data, or a format that is not read.
+    """
+    if task not in FORMS:
+        raise UnsupportedError(f"task {task!r} reads no examples.{nearest(task, FORMS)}")
+    table = read_table(source, split=split)
+    if not len(table.rows):
+        raise DataError(f"{table.name} holds no examples.")
+    chosen = choose_columns(task, table.columns, columns, source=table.name)
+    checked = {name: _checked(table, name, column) for name, column in chosen.items() if name != "image"}
+    _check_lengths(table, checked)
+    rows, digest = _dataset(table, chosen, checked)
+    return Examples(rows, task, chosen, str(source), digest)
+
+
+def _dataset(
+    table: Table, chosen: Mapping[str, str], checked: Mapping[str, list[Any]]
+) -> tuple[datasets.Dataset, str | None]:
+    import datasets
+
+    if "image" not in chosen:
+        return datasets.Dataset.from_dict(dict(checked)), table.sha256
+    images, digest = _images(table, chosen["image"])
+    for name, values in checked.items():
+        images = images.add_column(name, values)
+    return images, digest
+
+
+def _images(table: Table, column: str) -> tuple[datasets.Dataset, str | None]:
+    """One lazily decoded column, `image`, and the digest with that of the images. Paths are relative to the file."""
+    import datasets
+
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise UnsupportedError("images need Pillow, which is not installed: pip install pillow.") from error
+    if not isinstance(table.rows, list):
+        if not isinstance(table.rows.features[column], datasets.Image):
+            raise DataError(f"{table.name}: column {column!r} holds {table.rows.features[column]}, not images.")
+        return table.rows.select_columns([column]).rename_column(column, "image"), table.sha256
+    paths, digest = [], hashlib.sha256(str(table.sha256).encode())
+    for index, value in enumerate(table.values(column)):
+        if not isinstance(value, str) or not value:
+            raise DataError(f"{table.where(index)}: column {column!r} has no path of an image.")
+        data = read_bytes_of((table.folder or Path()) / value)  # an absolute path stays what it is
+        try:
+            PIL.Image.open(io.BytesIO(data)).close()
+        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            raise DataError(f"{table.where(index)}: {value} cannot be read as an image.") from error
+        digest.update(hashlib.sha256(data).digest())
+        paths.append(str((table.folder or Path()) / value))
+    return datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image()), digest.hexdigest()
+
+
+def _checked(table: Table, name: str, column: str) -> list[Any]:
+    """The values of one column in canonical form, or a `DataError` that names the row."""
+    values = table.values(column)
+    if name == "label":
+        return _labels(table, column, values)
+    check: Callable[[Any], Any] = _text if name in _TEXT else {
+        "tokens": _strings, "tags": _tags, "messages": _messages, "answers": _answers,
+    }[name]  # fmt: skip
+    checked = []
+    for index, value in enumerate(values):
+        try:
+            checked.append(check(value))
+        except _WrongError as error:
+            raise DataError(f"{table.where(index)}: column {column!r} {error}.") from error
+    return checked
+
+
+class _WrongError(Exception):
+    """What is wrong with one value; never leaves this room."""
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        raise _WrongError("has no value")
+    if not isinstance(value, str):
+        raise _WrongError(f"holds {_kind(value)}, not text")
+    if not value.strip():
+        raise _WrongError("is empty")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise _WrongError("holds half of a surrogate pair")
+    return value
+
+
+def _strings(value: Any) -> list[str]:
+    if not isinstance(value, list) or not value:
+        raise _WrongError("must be a list of strings that is not empty" if value is not None else "has no value")
+    return [_text(item) for item in value]
+
+
+def _tags(value: Any) -> list[str]:
+    return _strings([str(v) if type(v) is int else v for v in value] if isinstance(value, list) else value)
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise _WrongError("must be a list of {role, content} that is not empty")
+    messages = []
+    for message in value:
+        if not isinstance(message, Mapping) or _present(message) != {
+            "role",
+            "content",
+        }:
+            raise _WrongError("must hold messages with exactly `role` and `content`")
+        if message["role"] not in _ROLES:
+            raise _WrongError(f"has the role {message['role']!r}; roles are {', '.join(_ROLES)}")
+        messages.append({"role": message["role"], "content": _text(message["content"])})
+    if not any(message["role"] == "assistant" for message in messages):
+        raise _WrongError("has no turn of the assistant, so there is nothing to learn from")
+    return messages
+
+
+def _present(message: Mapping[str, Any]) -> set[str]:
+    return {name for name, value in message.items() if value is not None}
+
+
+def _answers(value: Any) -> dict[str, list[Any]]:
+    """SQuAD form; no texts at all means that the question has no answer."""
+    if not isinstance(value, Mapping) or not {"text", "answer_start"} <= set(value):
+        raise _WrongError("must be {text: [...], answer_start: [...]}")
+    texts, starts = list(value["text"] or []), list(value["answer_start"] or [])
+    if len(texts) != len(starts) or any(type(start) is not int or start < 0 for start in starts):
+        raise _WrongError("must have one whole number in `answer_start` for each `text`")
+    return {"text": [_text(text) for text in texts], "answer_start": starts}
+
+
+def _labels(table: Table, column: str, values: list[Any]) -> list[Label]:
+    """Strings, floats or lists of strings, the same for all rows."""
+    numeric = any(isinstance(value, float) for value in values)
+    checked: list[Label] = []
+    for index, value in enumerate(values):
+        try:
+            checked.append(_label(value, numeric))
+        except _WrongError as error:
+            raise DataError(f"{table.where(index)}: column {column!r} {error}.") from error
+        if type(checked[-1]) is not type(checked[0]):
+            raise DataError(
+                f"{table.where(index)}: column {column!r} holds {_kind(value)}, the first example {_kind(values[0])}."
+            )
+    return checked
+
+
+def _label(value: Any, numeric: bool) -> Label:
+    if isinstance(value, list):
+        return [str(_label(item, False)) for item in value]
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int | float) and numeric:
+        if not math.isfinite(value):
+            raise _WrongError("is not a finite number")
+        return float(value)
+    return str(value) if isinstance(value, int) else _text(value)
+
+
+def _check_lengths(table: Table, checked: Mapping[str, list[Any]]) -> None:
+    for index, (tokens, tags) in enumerate(zip(checked.get("tokens", ()), checked.get("tags", ()), strict=True)):
+        if len(tokens) != len(tags):
+            raise DataError(f"{table.where(index)}: {len(tokens)} tokens but {len(tags)} tags.")
+    for index, (context, answers) in enumerate(
+        zip(checked.get("context", ()), checked.get("answers", ()), strict=True)
+    ):
+        for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+            if context[start : start + len(text)] != text:
+                raise DataError(f"{table.where(index)}: the answer {text!r} is not at character {start}.")
+
+
+def _kind(value: Any) -> str:
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "nothing" if value is None else names.get(type(value), type(value).__name__)
+
+
+def split_held_out(examples: Examples, *, fraction: float, seed: int) -> tuple[Examples, Examples]:
+    """Hold out about `fraction` of the examples, deterministic in `seed`, each part in the order of the file.
+
+    With classes, each is held out in proportion, and at least one example of each stays in the first part: a class with
+    one example is not held out, so with one example for each class the second part is empty.
+
+    Args:
+        examples: [E] rows.
+        fraction: between 0 and 1, of E.
+        seed: of the choice.
+
+    Returns:
+        the part to fit on, and the part held out (at least one example where that is possible and `fraction` > 0).
+    """
+    if not 0 <= fraction < 1:
+        raise DataError(f"the fraction held out must be at least 0 and less than 1, got {fraction}.")
+    groups, generator = _shuffled_groups(examples, seed)
+    wanted = min(max(1, round(fraction * len(examples))), len(examples) - 1) if fraction else 0
+    shares = [min(len(group) - 1, int(fraction * len(group))) for group in groups]
+    order = list(range(len(groups)))
+    generator.shuffle(order)
+    # what rounding left over goes to the groups furthest below their share, at random among equals
+    while sum(shares) < wanted and any(len(group) - 1 > n for group, n in zip(groups, shares, strict=True)):
+        open_groups = [g for g in order if len(groups[g]) - 1 > shares[g]]
+        shares[max(open_groups, key=lambda g: fraction * len(groups[g]) - shares[g])] += 1
+    held = {index for group, n in zip(groups, shares, strict=True) for index in group[:n]}
+    return _parted(examples, held)
+
+
+def stratified_folds(examples: Examples, k: int, seed: int) -> list[tuple[Examples, Examples]]:
+    """Part the examples k times into (fit, held out), so that each is held out once, deterministic in `seed`.
+
+    With classes, each is spread evenly over the folds; the only example of a class is never held out.
+
+    Raises:
+        DataError: fewer than two folds, or so few examples that a fold would hold out nothing.
+    """
+    groups, _ = _shuffled_groups(examples, seed)
+    usable = [index for group in groups if len(group) > 1 for index in group]
+    if not 2 <= k <= len(usable):
+        raise DataError(
+            f"cannot make {k} folds: {len(usable)} of {len(examples)} examples can be held out (the only one of a "
+            f"class cannot); use at least 2 and at most that many folds."
+        )
+    return [_parted(examples, set(usable[fold::k])) for fold in range(k)]
+
+
+def _shuffled_groups(examples: Examples, seed: int) -> tuple[list[list[int]], random.Random]:
+    """The indices of each class, or of all examples where there are no classes, in random order."""
+    labels = examples.column("label") if "label" in examples.columns else []
+    keys = labels if labels and isinstance(labels[0], str) else [""] * len(examples)
+    groups: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    generator = random.Random(seed)
+    ordered = [groups[key] for key in sorted(groups)]
+    for group in ordered:
+        generator.shuffle(group)
+    return ordered, generator
+
+
+def _parted(examples: Examples, held: set[int]) -> tuple[Examples, Examples]:
+    return examples.select([i for i in range(len(examples)) if i not in held]), examples.select(sorted(held))

@@ -1,0 +1,171 @@
+"""Where examples come from: one file, a folder of tables, texts or images, or a hub data set.
+
+This room knows folders, splits and the hub. It knows neither tasks nor what a column means, and runs no code that comes
+with data. Only a hub data set uses the network or writes a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, UnsupportedError
+from .formats import TABLES, TEXTS, Table, decode, first_line, read_bytes_of, read_file
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+TRAIN = "train"
+_SPLITS = {TRAIN: TRAIN, "training": TRAIN, "validation": "validation", "valid": "validation", "val": "validation",
+           "dev": "validation", "test": "test", "eval": "test"}  # fmt: skip
+_HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(?:/[A-Za-z0-9_.-]+)?(?::[^/\\]+)?")
+# the builders of `datasets` that read plain data; others run decoders, need further packages, or (once) read pickles
+_HUB_BUILDERS = ("parquet", "json", "csv", "text", "arrow", "imagefolder")
+
+
+def read_table(source: str | Path, *, split: str | None = None) -> Table:
+    """Read a local file or folder, or download a hub data set.
+
+    Args:
+        source: a path, or a hub id with an optional configuration, `owner/name[:config]`.
+        split: which split of a folder or hub data set; default: train, or the only one.
+
+    Raises:
+        DataError: nothing is there, it cannot be read, or the split is missing or not clear.
+        UnsupportedError: a format that is not read.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path, split)
+    if path.is_file():
+        if split is not None:
+            raise DataError(f"{path} is one file and has no split {split!r}; leave the split out.")
+        return read_file(path)
+    if path.suffix.lower() in TABLES + TEXTS or not _HUB_ID.fullmatch(str(source)):
+        raise DataError(f"{path} does not exist.")
+    return _hub(str(source), split)
+
+
+def _folder(folder: Path, split: str | None) -> Table:
+    """Tables of one kind, one after another; or texts or images, whose class is the folder that they lie in."""
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    kinds = {kind: [path for path in files if path.suffix.lower() in kind] for kind in (TABLES, TEXTS, IMAGES)}
+    present = {kind: paths for kind, paths in kinds.items() if paths}
+    if not present:
+        raise DataError(f"{folder} holds no data files: expected tables, texts or images.")
+    if len(present) > 1:
+        examples = ", ".join(str(paths[0].relative_to(folder)) for paths in present.values())
+        raise DataError(f"{folder} holds several kinds of data ({examples}); name one file, or a folder of one kind.")
+    ((kind, paths),) = present.items()
+    paths = _of_split(folder, paths, kind, split)
+    return _joined(folder, [read_file(path) for path in paths]) if kind == TABLES else _documents(folder, paths, kind)
+
+
+def _of_split(folder: Path, paths: list[Path], kind: tuple[str, ...], split: str | None) -> list[Path]:
+    by_split: dict[str | None, list[Path]] = {}
+    for path in paths:
+        by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
+    if None in by_split and kind != TABLES:  # then `train` is a class, beside `car`
+        by_split = {None: paths}
+    if split is None and list(by_split) == [None]:
+        return paths
+    named = sorted(name for name in by_split if name)
+    wanted = _SPLITS.get(split, split) if split else TRAIN if TRAIN in named else named[0]
+    unclear = split is None and (None in by_split or (wanted != TRAIN and len(named) > 1))
+    if unclear or wanted not in by_split:
+        files = ", ".join(str(paths[0].relative_to(folder)) for paths in by_split.values())
+        raise DataError(
+            f"{folder}: no split {split or TRAIN!r}, or none that is clear (it has {files}); name one file."
+        )
+    return by_split[wanted]
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that the top folder, or a table's own name, spells: `train/cat/1.png`, `test-0-of-1.parquet`."""
+    top = path.parts[0].lower()
+    if len(path.parts) > 1 and top in _SPLITS:
+        return _SPLITS[top]
+    words = re.split(r"[-_. ]", path.stem.lower()) if path.suffix.lower() in TABLES else []
+    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
+
+
+def _joined(folder: Path, tables: list[Table]) -> Table:
+    import datasets
+
+    first, rows = tables[0], [table.rows for table in tables]
+    for table in tables:
+        if set(table.columns) != set(first.columns):
+            raise DataError(f"{table.name} has columns {table.columns}, but {first.name} has {first.columns}.")
+    places = [(table, index) for table in tables for index in range(len(table.rows))]
+    lists = [part for part in rows if isinstance(part, list)]
+    if lists and len(lists) < len(rows):
+        raise DataError(f"{folder} mixes Parquet with text formats; name one file.")
+    joined = [row for part in lists for row in part] if lists else datasets.concatenate_datasets(rows)
+    digest = _digest_of_many([(Path(table.name), str(table.sha256)) for table in tables], folder)
+    return Table(str(folder), first.columns, joined, lambda i: places[i][0].where(places[i][1]), digest, folder)
+
+
+def _documents(folder: Path, paths: list[Path], kind: tuple[str, ...]) -> Table:
+    rows: list[dict[str, Any]] = []
+    digests: list[tuple[Path, str]] = []
+    # below the split's own folder, the first folder is the class
+    skip = 1 if all(len(p.relative_to(folder).parts) > 1 and _split_of(p.relative_to(folder)) for p in paths) else 0
+    classes = [path.relative_to(folder).parts[skip:-1] for path in paths]
+    if any(len(parts) > 1 for parts in classes) or len({len(parts) for parts in classes}) > 1:
+        raise DataError(f"{folder}: expected one folder for each class with the files in it, or no folders.")
+    for path, parts in zip(paths, classes, strict=True):
+        data = read_bytes_of(path)
+        digests.append((path, hashlib.sha256(data).hexdigest()))
+        row: dict[str, Any] = (
+            {"text": decode(path, data)} if kind == TEXTS else {"image": str(path.relative_to(folder))}
+        )
+        rows.append(row | ({"label": parts[0]} if parts else {}))
+    digest = _digest_of_many(digests, folder)
+    return Table(str(folder), tuple(rows[0]), rows, lambda i: str(paths[i]), digest, folder)
+
+
+def _digest_of_many(digests: Sequence[tuple[Path, str]], folder: Path) -> str:
+    """One digest for several files: of their digests and their names below `folder`, in order."""
+    lines = "".join(f"{digest}  {path.relative_to(folder).as_posix()}\n" for path, digest in digests)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _hub(name: str, split: str | None) -> Table:
+    import datasets
+
+    identifier, _, config = name.partition(":")
+    try:
+        with _quiet():
+            builder = datasets.load_dataset_builder(identifier, config or None)
+            kind = type(builder).__module__.rpartition(".")[2]
+            if kind not in _HUB_BUILDERS:
+                raise UnsupportedError(f"hub data set {name} is of kind {kind!r}, not {', '.join(_HUB_BUILDERS)}.")
+            builder.download_and_prepare()
+            splits = list(builder.info.splits or {})
+            chosen = split or (TRAIN if TRAIN in splits or len(splits) != 1 else splits[0])
+            rows = builder.as_dataset(split=chosen)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{name} is neither a local file nor a hub data set that can be read: {first_line(error)}."
+        ) from error
+    return Table(name, tuple(rows.column_names), rows, lambda i: f"{name} ({chosen}), example {i + 1}", None, None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of `datasets`, which are one switch for the whole process."""
+    import datasets
+
+    were_off = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            datasets.enable_progress_bars()

@@ -1,0 +1,204 @@
+"""The export workflow: a mixture folder in, an ordinary model folder out, all or nothing.
+
+adapters -> mixture -> fold -> writer, in one straight line; this room checks the digests, picks the writer, and adds the
+card and the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .base_model import INDEX, BaseModel, refuse_quantized
+from .card import write_card
+from .check import make_probe
+from .errors import UnsupportedError
+from .inputs import Inputs, find_inputs
+from .manifest import build_manifest, write_manifest
+from .mixture import Mixture
+from .staging import Staging, staged
+from .writers.dense import Progress, changed_config, folder_bytes, index_bytes, plan, write_files
+
+FORMATS = ("dense", "lora", "onnx")
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Where an export stands, how it got there, and what was measured on the way."""
+
+    folder: Path
+    format: str
+    swap: str | None
+    bytes: int
+    report: dict[str, Any]
+
+
+def export(
+    mixture: str | Path | Mixture,
+    format: str,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    base: str | Path | None = None,
+    adapters: Iterable[str | Path] = (),
+    base_name: str | None = None,
+    opset: int | None = None,
+    any_digest: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Fold a mixture and write it: `W_base + delta_scale · Σ v̂_n · (α_n/r_n) · B_n A_n`.
+
+    Args:
+        mixture: a mixture folder, or a Mixture.
+        format: `dense` (safetensors), `lora` (one PEFT adapter) or `onnx`.
+        out: the folder to write; it must not exist or be empty unless `force`.
+        rank: lora only: the uniform r; below the sum of the adapters' ranks the best approximation of that rank.
+        energy: lora only: the smallest uniform r that keeps this share (0 to 1) of the delta weights' squared norm.
+        dtype: `float32`, `bfloat16` or `float16`; None keeps the base's (lora and onnx: float32).
+        max_shard_bytes: dense only: write files of at most this many bytes; None keeps the base's own.
+        base, adapters: inputs that have moved, the latter as NAME=PATH; their digests must match.
+        base_name: what the card and an adapter's config call the base; None means its hub id or folder name.
+        opset: onnx only.
+        any_digest: accept inputs whose bytes differ from those that the mixture was made from.
+        force: replace what is in `out`.
+        progress: called with (bytes written, file name).
+
+    Raises:
+        WloraMergeError: with one sentence; nothing is left in `out`.
+    """
+    if format not in FORMATS:
+        raise UnsupportedError(f"format is {format!r}, expected one of {', '.join(FORMATS)}.")
+    _check_options(format, rank, energy, dtype, max_shard_bytes)
+    inputs = find_inputs(mixture, base=base, adapters=adapters, any_digest=any_digest)
+    if format != "lora":
+        refuse_quantized(inputs.base)
+    name = base_name or inputs.base.source.name
+    options = {
+        "format": format,
+        "rank": rank,
+        "energy": energy,
+        "dtype": dtype,
+        "max_shard_bytes": max_shard_bytes,
+        "opset": opset,
+    }
+    files = plan(
+        inputs.base, inputs.deltas, inputs.mixture.head, dtype=DTYPES.get(dtype or ""), max_shard_bytes=max_shard_bytes
+    )
+    needed = folder_bytes(files) * {"dense": 1, "lora": 0, "onnx": 3}[format]
+    folders = [*inputs.folders, *([Path(mixture)] if isinstance(mixture, str | Path) else [])]
+    with staged(Path(out), force=force, inputs=folders, needed_bytes=needed) as staging:
+        if format == "dense":
+            known, report = write_dense(inputs, files, staging.path, dtype, progress), {}
+        elif format == "lora":
+            known, report = {}, _write_lora(inputs, staging.path, name, rank, energy, dtype)
+        else:
+            known, report = {}, _write_onnx(inputs, files, staging.path, dtype, opset, progress)
+        write_card(staging.path, inputs.mixture, kind=format, base_name=name, folders=inputs.folders)
+        probe = make_probe(inputs.base.config, inputs.mixture.task)
+        manifest = build_manifest(
+            inputs.mixture, inputs.base, kind=format, base_name=name, options=options, report=report, probe=probe
+        )
+        write_manifest(manifest, staging.path, known)
+        total = sum(p.stat().st_size for p in staging.path.rglob("*") if p.is_file())
+    return _result(staging, format, total, report)
+
+
+def _result(staging: Staging, format: str, total: int, report: dict[str, Any]) -> ExportResult:
+    return ExportResult(staging.out, format, staging.swap, total, report)
+
+
+def _check_options(kind: str, rank: int | None, energy: float | None, dtype: str | None, max_shard: int | None) -> None:
+    if kind != "lora" and (rank is not None or energy is not None):
+        raise UnsupportedError(f"--rank and --energy belong to --format lora, not {kind}.")
+    if rank is not None and energy is not None:
+        raise UnsupportedError("--rank and --energy exclude each other: give one.")
+    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
+        raise UnsupportedError(
+            f"--rank must be at least 1 and --energy above 0 and at most 1, got {rank} and {energy}."
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise UnsupportedError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    if max_shard is not None and kind != "dense":
+        raise UnsupportedError(f"--max-shard-size belongs to --format dense, not {kind}.")
+
+
+# ------------------------------------------------------------------------------------------------------- writers
+
+
+def write_dense(
+    inputs: Inputs, files: Sequence[Any], out: Path, dtype: str | None, progress: Progress | None
+) -> dict[str, str]:
+    """Write a dense folder: weights, index, config, and every file that the base carries beside them.
+
+    Returns:
+        File name -> sha256 of the weight files.
+    """
+    known = write_files(files, out, inputs.mixture, progress=progress)
+    index = index_bytes(inputs.base, files)
+    if index is not None:
+        (out / INDEX).write_bytes(index)
+    changes = dict(inputs.mixture.config)
+    if dtype is not None:
+        key = "torch_dtype" if "torch_dtype" in inputs.base.config else "dtype"
+        changes[key] = dtype
+    copy_carried(inputs.base, out)
+    (out / "config.json").write_bytes(changed_config(inputs.base, changes))
+    return known
+
+
+def copy_carried(base: BaseModel, out: Path, *, config: bool = True) -> None:
+    """Copy what a base carries beside its weights: tokenizer, processor, generation config, chat template."""
+    for name in base.carried_files():
+        if config or name.name not in ("config.json", "generation_config.json"):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_bytes((base.folder / name).read_bytes())
+
+
+def _write_lora(
+    inputs: Inputs, out: Path, base_name: str, rank: int | None, energy: float | None, dtype: str | None
+) -> dict[str, Any]:
+    from .writers.lora import write_lora
+
+    report = write_lora(
+        inputs.mixture,
+        inputs.base,
+        inputs.deltas,
+        out,
+        base_name=base_name,
+        rank=rank,
+        energy=energy,
+        dtype=dtype or "float32",
+    )
+    copy_carried(inputs.base, out, config=False)
+    return {
+        "r": report.r,
+        "relative_error": report.overall.relative_error,
+        "energy_kept": report.overall.kept / report.overall.energy if report.overall.energy else 1.0,
+        "modules": {name: {"relative_error": m.relative_error} for name, m in report.modules.items()},
+    }
+
+
+def _write_onnx(
+    inputs: Inputs, files: Sequence[Any], out: Path, dtype: str | None, opset: int | None, progress: Progress | None
+) -> dict[str, Any]:
+    import shutil
+
+    from .writers.onnx import check_onnx, write_onnx
+
+    task = inputs.mixture.task
+    if task is None:
+        raise UnsupportedError("an ONNX export needs the mixture's task: make the mixture with --task TASK.")
+    dense = out / ".dense"
+    dense.mkdir()
+    write_dense(inputs, files, dense, None, progress)
+    report = write_onnx(dense, out, task=task, dtype=dtype or "float32", opset=opset)
+    largest = check_onnx(out, dense, task=task)
+    shutil.rmtree(dense)
+    return {"inputs": list(report.input_names), "outputs": list(report.output_names), "largest_difference": largest}

@@ -1,0 +1,219 @@
+"""One data file as rows: JSONL, JSON, CSV, TSV, Parquet or text.
+
+This room knows formats of files. It knows neither tasks nor what a column means. Text formats are read here with the
+standard library: the readers behind `datasets.load_dataset` guess types (a sentence "NA" becomes nothing, a label
+"01" becomes 1, a column `created_at` a date), write a cache, expand `*` and `[` in paths, and cannot say which line is
+wrong. Nothing here loads a pickle.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from .errors import DataError, UnsupportedError
+
+if TYPE_CHECKING:
+    import datasets
+
+Rows: TypeAlias = "list[dict[str, Any]] | datasets.Dataset"
+
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+TEXTS = (".txt",)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was read.
+
+    Attributes:
+        name: how to call the source in an error.
+        columns: the names found.
+        rows: one {column: value} for each row; a `datasets.Dataset` where the file has types of its own.
+        where: index of a row -> how to call that row in an error ("x.csv, line 3").
+        sha256: of the file read, or of the names and digests of several; None for a hub data set.
+        folder: what relative paths in the rows are relative to; None for a hub data set.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    rows: Rows
+    where: Callable[[int], str]
+    sha256: str | None
+    folder: Path | None
+
+    def values(self, column: str) -> list[Any]:
+        """All values of one column; class numbers come as their class names, images as {path, bytes}."""
+        if isinstance(self.rows, list):
+            return [row.get(column) for row in self.rows]
+        return _plain(self.rows, column)
+
+
+def read_file(path: Path) -> Table:
+    """Read one file by its suffix.
+
+    Raises:
+        DataError: it is empty, is not what its suffix says, or holds bytes that are not UTF-8; with the line.
+        UnsupportedError: a suffix that is not known.
+    """
+    readers: dict[str, Callable[[Path, bytes], Table]] = {
+        ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".txt": _text,
+        ".parquet": _parquet,
+    }  # fmt: skip
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UnsupportedError(f"{path} is of a kind that is not read; use one of {', '.join(readers)} or a folder.")
+    data = read_bytes_of(path)
+    if not data.strip():
+        raise DataError(f"{path} is empty.")
+    return reader(path, data)
+
+
+def read_bytes_of(path: Path) -> bytes:
+    """All bytes of a file, or a `DataError` that says why not."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def decode(path: Path, data: bytes) -> str:
+    """UTF-8 with or without its mark, or a `DataError` that names the line."""
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file "
+            f"(for example: iconv -f latin1 -t utf-8)."
+        ) from error
+
+
+def _table(path: Path, data: bytes, rows: list[dict[str, Any]], lines: Sequence[int] | None = None) -> Table:
+    columns = tuple(dict.fromkeys(name for row in rows for name in row))
+
+    def where(index: int) -> str:
+        return f"{path}, line {lines[index]}" if lines else f"{path}, example {index + 1}"
+
+    return Table(str(path), columns, rows, where, hashlib.sha256(data).hexdigest(), path.parent)
+
+
+def _json_lines(path: Path, data: bytes) -> Table:
+    rows, lines = [], []
+    for number, line in enumerate(decode(path, data).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected an object {{...}}, got {type(row).__name__}.")
+        rows.append(row)
+        lines.append(number)
+    return _table(path, data, rows, lines)
+
+
+def _json(path: Path, data: bytes) -> Table:
+    """A list of objects, or an object one of whose values is such a list, or JSON lines under another name."""
+    text = decode(path, data)
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        if text.lstrip().startswith("{") and "Extra data" in str(error):
+            return _json_lines(path, data)
+        raise DataError(f"{path} is not JSON: {error}.") from error
+    if isinstance(content, dict):
+        lists = {key: value for key, value in content.items() if _is_rows(value)}
+        if len(lists) > 1:
+            raise DataError(f"{path} holds several lists of examples: {', '.join(lists)}; keep one of them in a file.")
+        content = next(iter(lists.values()), content)
+    if not _is_rows(content):
+        raise DataError(f"{path}: expected a list of objects [{{...}}, ...], got {type(content).__name__}.")
+    return _table(path, data, content)
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _csv(path: Path, data: bytes) -> Table:
+    text = decode(path, data)
+    if "\0" in text:
+        raise DataError(f"{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL; not a text file.")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    rows, lines, header, start = [], [], None, 1
+    try:
+        for record in reader:
+            line, start = start, reader.line_num + 1
+            if not record:
+                continue
+            if header is None:
+                header = _header(path, record)
+                continue
+            if len(record) != len(header):
+                raise DataError(f"{path}, line {line}: the header has {len(header)} fields, this line {len(record)}.")
+            rows.append(dict(zip(header, record, strict=True)))
+            lines.append(line)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}.") from error
+    table = _table(path, data, rows, lines)
+    return replace(table, columns=tuple(header or ()))
+
+
+def _header(path: Path, record: Sequence[str]) -> list[str]:
+    twice = sorted({name for name in record if record.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: the header names {', '.join(map(repr, twice))} twice.")
+    return list(record)
+
+
+def _text(path: Path, data: bytes) -> Table:
+    """One example for each line that is not blank."""
+    kept = [(n, line) for n, line in enumerate(decode(path, data).splitlines(), start=1) if line.strip()]
+    return _table(path, data, [{"text": line} for _, line in kept], [number for number, _ in kept])
+
+
+def _parquet(path: Path, data: bytes) -> Table:
+    import datasets
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        rows = datasets.Dataset(pyarrow.parquet.read_table(pyarrow.BufferReader(data)))
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}.") from error
+    table = _table(path, data, [])
+    return replace(table, columns=tuple(rows.column_names), rows=rows)
+
+
+def _plain(rows: datasets.Dataset, column: str) -> list[Any]:
+    import datasets
+
+    feature = rows.features[column]
+    if isinstance(feature, datasets.Image):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    values = list(rows[column])
+    inner = getattr(feature, "feature", None)
+    if isinstance(feature, datasets.ClassLabel):
+        return [_class_name(feature, value) for value in values]
+    if isinstance(inner, datasets.ClassLabel):
+        return [None if many is None else [_class_name(inner, value) for value in many] for many in values]
+    return values
+
+
+def _class_name(feature: datasets.ClassLabel, number: int | None) -> str | None:
+    """The name of a class; None where there is none, or where it is withheld (-1, as in test splits on the hub)."""
+    return None if number is None or number < 0 else str(feature.int2str(number))
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,64 @@
+"""Images as pixel values, decoded and processed when they are asked for.
+
+A picture of 224×224 takes 600 kB as pixel values, so what is processed is kept only up to a limit. This room knows
+images and image processors. It knows neither models nor files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+from .errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .data import Examples
+
+KEEP_BYTES = 1 << 30  # of processed images, for each set of examples
+
+
+class EncodedImages(Sequence[dict[str, Any]]):
+    """A sequence of {pixel_values [C, H, W] float32, labels}."""
+
+    def __init__(self, examples: Examples, processor: Any, targets: Sequence[Any]) -> None:
+        self.examples, self.processor, self.targets = examples, processor, targets
+        # one mean for each channel: a processor with one mean wants one channel
+        self.mode = "L" if len(getattr(processor, "image_mean", None) or "RGB") == 1 else "RGB"
+        self._kept: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return {"pixel_values": self._pixels(range(len(self))[index]), "labels": self.targets[index]}
+
+    def _pixels(self, index: int) -> torch.Tensor:
+        if index in self._kept:
+            return self._kept[index]
+        try:
+            image = self.examples[index]["image"].convert(self.mode)
+        except (OSError, SyntaxError, ValueError, AttributeError) as error:  # an AttributeError: no image at all
+            raise DataError(f"image {index + 1} of {self.examples.source} cannot be decoded: {error}.") from error
+        pixels: torch.Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        if (len(self._kept) + 1) * pixels.numel() * pixels.element_size() <= KEEP_BYTES:
+            self._kept[index] = pixels
+        return pixels
+
+
+def encode_images(examples: Examples, processor: Any, targets: Sequence[Any]) -> EncodedImages:
+    """Model inputs for each image.
+
+    Args:
+        examples: [E] with an `image` each, converted to RGB, or to grey where the processor has one mean.
+        processor: an image processor of transformers.
+        targets: [E], the labels as the head gives them.
+    """
+    return EncodedImages(examples, processor, targets)

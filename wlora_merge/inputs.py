@@ -1,0 +1,95 @@
+"""The inputs of a mixture, found again: opened, their digests checked, their changes stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .adapters import WEIGHTS_FILE, Adapter, load_adapter, split_adapter_spec
+from .base_model import BaseModel, open_base
+from .errors import MixtureError
+from .mixture import Mixture
+from .stacking import ModuleDelta, TensorDelta, modules_of, stack, stack_tensors, tensors_of
+
+
+@dataclass
+class Inputs:
+    """What a mixture was made from, found again, opened and checked."""
+
+    mixture: Mixture
+    base: BaseModel
+    adapters: list[Adapter]
+    deltas: list[ModuleDelta | TensorDelta] = field(default_factory=list)
+
+    @property
+    def folders(self) -> list[Path]:
+        """Every input folder."""
+        return [self.base.folder, *(a.source.folder for a in self.adapters)]
+
+
+def find_inputs(
+    mixture: str | Path | Mixture,
+    *,
+    base: str | Path | None = None,
+    adapters: Iterable[str | Path] = (),
+    any_digest: bool = False,
+) -> Inputs:
+    """Open the base and the adapters that a mixture was made from, and stack the adapters on the base.
+
+    Raises:
+        MixtureError: an input that has moved, or whose sha256 is another one.
+    """
+    made = mixture if isinstance(mixture, Mixture) else Mixture.load(mixture)
+    opened = open_base(base or _located(made.base.source, "--base PATH"))
+    moved = _moved(adapters, made.adapter_names)
+    loaded = [
+        load_adapter(moved.get(a.name) or _located(a.source, f"--adapter {a.name}=PATH"), a.name, base_is_residual=True)
+        for a in made.adapters
+    ]
+    if not any_digest:
+        _check_digests(made, opened, loaded)
+    return Inputs(made, opened, loaded, _deltas(made, opened, loaded))
+
+
+def _deltas(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter]) -> list[ModuleDelta | TensorDelta]:
+    modules = stack(adapters, modules_of(base), model_type=base.model_type)
+    choice = (
+        mixture.modules_to_save if mixture.modules_to_save == "mix" else "drop"
+    )  # the rest was settled when it was made
+    tensors, _ = stack_tensors(adapters, choice, mixture.head, tensors_of(base))
+    return [*modules, *tensors]
+
+
+def _located(source: str, option: str) -> str:
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        raise MixtureError(
+            f"{source}: the mixture was made from this folder, which is not there any more: say {option}."
+        )
+    return source
+
+
+def _moved(specs: Iterable[str | Path], names: Sequence[str]) -> dict[str, str]:
+    moved = {}
+    for spec in specs:
+        name, path = split_adapter_spec(spec)
+        if name not in names:
+            raise MixtureError(f"--adapter {spec}: expected NAME=PATH with a NAME of the mixture: {', '.join(names)}.")
+        moved[str(name)] = path
+    return moved
+
+
+def _check_digests(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter]) -> None:
+    found: dict[str, tuple[str, Mapping[str, str], Mapping[str, str]]] = {
+        "base model": (str(base.folder), mixture.base.sha256, base.sha256())
+    }
+    for ref, adapter in zip(mixture.adapters, adapters, strict=True):
+        found[f"adapter {ref.name!r}"] = (str(adapter.source.folder), ref.sha256, {WEIGHTS_FILE: adapter.sha256})
+    for what, (folder, expected, got) in found.items():
+        for file in sorted(set(expected) | set(got)):
+            if expected.get(file) != got.get(file):
+                raise MixtureError(
+                    f"{folder}/{file}: the {what} is not the one that the mixture was made from (sha256 "
+                    f"{str(got.get(file))[:12]}…, expected {str(expected.get(file))[:12]}…): give the original, make the mixture "
+                    "again, or say --any-digest."
+                )

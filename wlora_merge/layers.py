@@ -1,0 +1,300 @@
+"""The nn.Modules that a fit attaches: stacked low-rank factors beside each target module, and one parameter for all.
+
+Nothing of the model is replaced. Each target module gets a child `wlora` that holds the stacked factors as buffers, and a
+forward hook that adds its output; the model gets one parameter, `wlora_weights` [G, N], and everything else is frozen. So
+names, state dict and saving stay the model's own, and `detach` leaves no trace.
+
+The forward pass is y = base(x) + ((x @ lora_A.T) * gains) @ lora_B.T. As the factors need no gradient, autograd keeps only
+the [tokens, R] product of the first matmul, whatever the number of adapters. The gradient is the softmax's own; the public
+WLoRA code loses its normalization term.
+
+This room knows modules and tensors, no paths but those that a Mixture names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .adapters import Adapter, load_adapters
+from .errors import AdapterError, MixtureError, UnsupportedError
+from .layouts import Layout
+from .mixture import (
+    NORMALIZE,
+    Mixture,
+    adapter_ref,
+    at_module,
+    base_ref,
+    gains,
+    make_groups,
+    mixture_weights,
+    prefixes,
+    uniform,
+)
+from .names import NameResolver
+from .stacking import Find, ModuleDelta, Target, stack, stack_tensors
+
+if TYPE_CHECKING:
+    from .base_model import BaseModel
+
+PARAMETER = "wlora_weights"
+
+
+@dataclass
+class Attachment:
+    """What `attach` has done to a model, kept on it as `model.wlora`."""
+
+    adapters: list[Adapter]
+    granularity: str
+    normalize: str
+    delta_scale: float
+    groups: dict[str, list[str]]
+    head: list[str]
+
+
+class StackedLora(nn.Module):
+    """The stacked factors of one target module; its output is the mixture's change of that module's output.
+
+    Buffers: lora_A [R, in], lora_B [out, R], scaling [R] float32, adapter_index [R], present [N]. They are not part of the
+    state dict: they come from the adapters.
+    """
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: torch.Tensor
+    adapter_index: torch.Tensor
+    present: torch.Tensor
+
+    def __init__(
+        self,
+        delta: ModuleDelta,
+        layer: nn.Module,
+        weights: nn.Parameter,
+        group: int,
+        normalize: str,
+        delta_scale: float,
+    ) -> None:
+        super().__init__()
+        self.layout, self.group, self.normalize, self.delta_scale = delta.layout, group, normalize, delta_scale
+        self._weights = (weights,)  # in a tuple, so that the parameter stays the model's alone
+        weight = layer.weight
+        dtype = weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else torch.float32
+        device = weight.device if isinstance(weight, torch.Tensor) else None
+        values = {
+            "lora_A": delta.lora_A.to(dtype),
+            "lora_B": delta.lora_B.to(dtype),
+            "scaling": delta.scaling.to(weights.dtype),
+            "adapter_index": delta.adapter_index,
+            "present": delta.present,
+        }
+        for name, value in values.items():
+            self.register_buffer(name, value.to(device), persistent=False)
+
+    def gains(self) -> torch.Tensor:
+        """gains [R], differentiable in `wlora_weights`."""
+        weights = mixture_weights(self._weights[0][self.group], self.normalize)
+        return gains(
+            at_module(weights, self.present, self.normalize), self.scaling, self.adapter_index, self.delta_scale
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] (token ids for an embedding) -> [..., out]: the change of the target module's output."""
+        if self.layout is Layout.EMBEDDING:
+            hidden = F.embedding(x, self.lora_A.T)
+        else:
+            hidden = F.linear(
+                x.to(self.lora_A.dtype) if not torch.is_autocast_enabled(x.device.type) else x, self.lora_A
+            )
+        return F.linear(hidden * self.gains().to(hidden.dtype), self.lora_B)
+
+
+def _add_delta(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+    """The forward hook of a target module; a function of the module alone, so that copies of a model stay whole."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    change = layer.wlora(x)  # type: ignore[operator]
+    scale = getattr(layer, "embed_scale", None)  # Gemma's embedding multiplies its output
+    return output + (change if scale is None else change * scale).to(output.dtype)
+
+
+def attach(
+    model: nn.Module,
+    adapters: Iterable[str | Path | tuple[str, str | Path] | Adapter],
+    *,
+    granularity: str = "module",
+    normalize: str = "all",
+    delta_scale: float = 1.0,
+    head: Sequence[str] = (),
+    modules_to_save: str | None = None,
+    residual: str | None = None,
+) -> nn.Module:
+    """Attach adapters to a model, in place: only `wlora_weights`, and the head if asked, require gradients afterwards.
+
+    The logits start at zero (free weights at 1/N), so the model starts from uniform composition.
+
+    Args:
+        model: a transformers model, or any model with the adapters' module names.
+        adapters: two or more, as PATH_OR_ID, `NAME=PATH_OR_ID`, (name, PATH_OR_ID), or loaded ones.
+        granularity: `module`, `layer` or `global`: which modules share a row of weights.
+        normalize: `all` (softmax over all N), `present` (renormalized at each module over those that target it), or `none`
+            (free signed weights).
+        delta_scale: factor of the whole delta weight.
+        head: names of modules or parameters to train along (`classifier`).
+        modules_to_save: what becomes of whole tensors that the adapters carry: a name, `drop`, or None to refuse those that
+            the head does not replace.
+        residual: name of the adapter whose residual the base is (PiSSA and its kind).
+
+    Returns:
+        The model itself.
+
+    Raises:
+        AdapterError, UnsupportedError: an adapter that does not fit the model, or a feature that is not supported.
+    """
+    loaded = [a for a in adapters if isinstance(a, Adapter)] or load_adapters(adapters, residual=residual)  # type: ignore[arg-type]
+    if len(loaded) < 2:
+        raise AdapterError(f"a mixture needs two adapters or more, got {len(loaded)}.")
+    if normalize not in NORMALIZE:
+        raise MixtureError(f"normalize is {normalize!r}, expected one of {', '.join(NORMALIZE)}.")
+    if hasattr(model, "wlora"):
+        raise MixtureError("the model has adapters attached already: call wlora_merge.detach(model) first.")
+    layers = dict(model.named_modules())
+    deltas = stack(loaded, live_modules(model), model_type=getattr(getattr(model, "config", None), "model_type", ""))
+    trained = _head_parameters(model, head)
+    _take_saved(model, loaded, modules_to_save, trained)
+    groups = make_groups([d.module for d in deltas], granularity)
+    start = uniform(len(loaded)) if normalize == "none" else [0.0] * len(loaded)
+    device = next(model.parameters()).device
+    weights = nn.Parameter(torch.tensor([start] * len(groups), dtype=torch.float32, device=device))
+    model.requires_grad_(False)
+    model.register_parameter(PARAMETER, weights)
+    for name in trained:
+        model.get_parameter(name).requires_grad_(True)
+    row = {module: g for g, modules in enumerate(groups.values()) for module in modules}
+    for delta in deltas:
+        layer = layers[delta.module]
+        layer.add_module("wlora", StackedLora(delta, layer, weights, row[delta.module], normalize, delta_scale))
+        layer.wlora_hook = layer.register_forward_hook(_add_delta, with_kwargs=True)  # type: ignore[assignment]
+    model.wlora = Attachment(loaded, granularity, normalize, delta_scale, groups, trained)  # type: ignore[assignment]
+    return model
+
+
+def set_delta_scale(model: nn.Module, delta_scale: float) -> None:
+    """Set the factor of the whole delta weight in every attached module; 0 gives the base model."""
+    for module in model.modules():
+        if isinstance(module, StackedLora):
+            module.delta_scale = delta_scale
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undo `attach`: the base model as it was, but frozen; a trained head stays."""
+    for layer in list(model.modules()):
+        if isinstance(getattr(layer, "wlora", None), StackedLora):
+            layer.wlora_hook.remove()  # type: ignore[operator, union-attr]
+            del layer.wlora_hook, layer.wlora
+    if hasattr(model, "wlora"):
+        del model.wlora
+        delattr(model, PARAMETER)
+    return model
+
+
+def live_modules(model: nn.Module) -> Find:
+    """Finds target modules in a live model."""
+    layers = dict(model.named_modules())
+    names = NameResolver(name for name in layers if name)
+
+    def find(name: str) -> Target | None:
+        found = names.find(name)
+        return Target(found, _weight_shape(found, layers[found])) if found else None
+
+    return find
+
+
+def _weight_shape(name: str, layer: nn.Module) -> tuple[int, ...]:
+    if isinstance(layer, nn.MultiheadAttention) or not isinstance(getattr(layer, "weight", None), torch.Tensor):
+        raise UnsupportedError(f"target module {name!r} is a {type(layer).__name__}, which cannot be mixed.")
+    if isinstance(layer, nn.Linear):
+        return (layer.out_features, layer.in_features)  # a quantized linear packs its weight
+    weight = layer.weight
+    return tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
+
+
+def _head_parameters(model: nn.Module, head: Sequence[str]) -> list[str]:
+    names = [name for name, _ in model.named_parameters()]
+    trained = []
+    for part in head:
+        found = [n for n in names if n == part or n.startswith(f"{part}.")]
+        if not found:
+            raise MixtureError(f"head {part!r}: the model has no module or parameter of that name.")
+        trained += found
+    return trained
+
+
+def _take_saved(model: nn.Module, adapters: list[Adapter], choice: str | None, trained: list[str]) -> None:
+    """Put one adapter's saved tensors into the model where the user chose them."""
+    if choice == "mix":
+        raise UnsupportedError("--modules-to-save mix: a fit does not mix whole tensors yet; `wlora-merge mix` does.")
+    _, taken = stack_tensors(adapters, choice, trained, lambda name: None)
+    for name, tensor in taken.items():
+        parameter = dict(model.named_parameters()).get(name)
+        if parameter is None or parameter.shape != tensor.shape:
+            got = "has none of that name" if parameter is None else f"has {list(parameter.shape)}"
+            raise AdapterError(f"adapter {choice!r}: tensor {name!r} is {list(tensor.shape)}, the model {got}.")
+        parameter.data.copy_(tensor)
+
+
+# ------------------------------------------------------------------------------------------------ back to a Mixture
+
+
+def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -> Mixture:
+    """The Mixture of a model that `attach` has changed and a loop has trained.
+
+    Args:
+        model: the model (unwrap DistributedDataParallel first).
+        base: the folder or hub id that the model was loaded from; None takes `model.config._name_or_path`.
+
+    Returns:
+        A mixture whose modules have the base files' names; the trained head, if any, under its parameter names.
+
+    Raises:
+        MixtureError: the model has no adapters attached, or its base is not known.
+    """
+    from .base_model import BaseModel, open_base
+
+    attachment = getattr(model, "wlora", None)
+    if not isinstance(attachment, Attachment):
+        raise MixtureError("the model has no adapters attached: call wlora_merge.attach(model, adapters) first.")
+    source = base or getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not source:
+        raise MixtureError(
+            "the model does not say which base it was loaded from: call Mixture.from_model(model, base=PATH)."
+        )
+    opened = source if isinstance(source, BaseModel) else open_base(source)
+    names = {m: _base_name(opened, m) for modules in attachment.groups.values() for m in modules}
+    groups = make_groups(names.values(), attachment.granularity)
+    row = {names[m]: g for g, modules in enumerate(attachment.groups.values()) for m in modules}
+    logits = model.get_parameter(PARAMETER).detach().float().cpu()[[row[modules[0]] for modules in groups.values()]]
+    first_live, first_base = next(iter(names.items()))
+    return Mixture(
+        base=base_ref(opened),
+        adapters=[adapter_ref(a) for a in attachment.adapters],
+        granularity=attachment.granularity,
+        normalize=attachment.normalize,
+        delta_scale=attachment.delta_scale,
+        groups=groups,
+        mixture_weights=mixture_weights(logits, attachment.normalize),
+        wlora_weights=logits,
+        prefixes=prefixes(first_base, first_live),
+        head={name: model.get_parameter(name).detach().cpu().clone() for name in attachment.head},
+    )
+
+
+def _base_name(base: BaseModel, module: str) -> str:
+    entry = base.find_tensor(f"{module}.weight")
+    if entry is None:
+        raise MixtureError(f"{base.folder}: has no tensor for target module {module!r}: is this the model's base?")
+    return entry.name.removesuffix(".weight")

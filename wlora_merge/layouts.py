@@ -1,0 +1,110 @@
+"""Layer kinds <-> matrices; nothing else in the package transposes.
+
+Every LoRA is a product lora_B @ lora_A of shape [out, in]. How that product lies in the base's tensor differs by layer:
+
+    kind        base tensor            lora_A in the file     lora_B in the file     stored delta
+    LINEAR      [out, in]              [r, in]                [out, r]               B A
+    CONV1D      [in, out]  (GPT-2)     [r, in]                [out, r]               (B A)^T
+    EMBEDDING   [vocab, dim]           [r, vocab]             [dim, r]               (B A)^T
+    CONV        [out, in, *kernel]     [r, in, *kernel]       [out, r, 1...]         B A, reshaped
+
+`stored_factors` gives `left [rows, R]` and `right [R, cols]` with left @ right = the delta in the base tensor's own order
+(viewed as a matrix of shape[0] rows), so that a fold runs over row blocks of the file and never transposes the base.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from typing import TYPE_CHECKING
+
+from .errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+
+CONV1D_MODEL_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+
+
+class Layout(enum.Enum):
+    """How the product lora_B @ lora_A lies in the base tensor."""
+
+    LINEAR = "Linear"
+    CONV1D = "Conv1D"
+    EMBEDDING = "Embedding"
+    CONV = "Conv"
+
+    @property
+    def transposed(self) -> bool:
+        """True where the base tensor holds the transpose of [out, in]."""
+        return self in (Layout.CONV1D, Layout.EMBEDDING)
+
+
+def layout_of(
+    module: str,
+    base: tuple[int, ...],
+    lora_A: tuple[int, ...],
+    lora_B: tuple[int, ...],
+    *,
+    embedding: bool,
+    model_type: str,
+    fan_in_fan_out: bool = False,
+) -> Layout:
+    """The layer kind of a target module, from shapes; names and the config tell a GPT-2 style Conv1D from a Linear.
+
+    Args:
+        module: dotted name, for messages.
+        base: shape of the base tensor.
+        lora_A, lora_B: shapes in the adapter's file.
+        embedding: the file calls them lora_embedding_A and lora_embedding_B.
+        model_type: the base config's `model_type`.
+        fan_in_fan_out: the adapter's config says that its layers were Conv1D (PEFT sets it so itself).
+
+    Raises:
+        AdapterError: the shapes do not fit the base tensor.
+    """
+    out_in = (lora_B[0], *lora_A[1:])
+    fits_transposed = len(base) == 2 and (base[1], base[0]) == out_in
+    if embedding and fits_transposed:
+        return Layout.EMBEDDING
+    if not embedding and len(base) > 2 and base == out_in:
+        return Layout.CONV
+    if not embedding and len(base) == 2:
+        known = model_type in CONV1D_MODEL_TYPES
+        conv1d = module.rpartition(".")[2] in CONV1D_NAMES if known else fan_in_fan_out
+        if fits_transposed and conv1d:
+            return Layout.CONV1D
+        if base == out_in:
+            return Layout.LINEAR
+    raise AdapterError(
+        f"target module {module!r}: lora_A {list(lora_A)} and lora_B {list(lora_B)} do not fit the base weight {list(base)}: "
+        "this adapter was trained on another base model."
+    )
+
+
+def factors_from_file(layout: Layout, lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The file's tensors as matrices `lora_A [r, in]` and `lora_B [out, r]`; a convolution's kernel joins `in`."""
+    return lora_A.flatten(1), lora_B.flatten(1)
+
+
+def factors_to_file(
+    layout: Layout, lora_A: torch.Tensor, lora_B: torch.Tensor, base: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
+    """Key suffix -> tensor, as PEFT's file has them, for matrices `lora_A [r, in]` and `lora_B [out, r]`."""
+    if layout is Layout.EMBEDDING:
+        return {"lora_embedding_A": lora_A, "lora_embedding_B": lora_B}
+    if layout is Layout.CONV:
+        lora_A = lora_A.reshape(lora_A.shape[0], *base[1:])
+        lora_B = lora_B.reshape(*lora_B.shape, *[1] * (len(base) - 2))
+    return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
+
+
+def stored_factors(layout: Layout, lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`left [rows, R]`, `right [R, cols]` with left @ right = the delta in the base tensor's order."""
+    return (lora_A.T, lora_B.T) if layout.transposed else (lora_B, lora_A)
+
+
+def matrix_shape(base: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a base tensor viewed as a matrix: its first dimension, and all others together."""
+    return base[0], math.prod(base[1:])

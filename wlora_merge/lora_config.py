@@ -1,0 +1,90 @@
+"""What each field of a PEFT `LoraConfig` means for the delta weight: folded, without effect, or refused.
+
+Importing PEFT costs seconds, and what only reads adapters and folds them must not pay them; so the fields and their
+defaults stand here as a table, and a test holds the table against PEFT's own dataclass: a new release of PEFT breaks a test
+and not a user. A field that is refused, or that the table does not know, is accepted only with an empty value or its
+default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import AdapterError, UnsupportedError
+
+FOLDED: dict[str, Any] = {
+    "peft_type": None, "r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
+    "fan_in_fan_out": False, "modules_to_save": None, "init_lora_weights": True, "bias": "none", "lora_bias": False,
+    "use_dora": False,
+}  # fmt: skip
+"""Field -> default, for fields that this package reads. Some of their values are refused below."""
+
+INERT: dict[str, Any] = {
+    "task_type": None, "auto_mapping": None, "peft_version": None, "base_model_name_or_path": None, "revision": None,
+    "inference_mode": False, "target_modules": None, "exclude_modules": None, "lora_dropout": 0.0,
+    "layers_to_transform": None, "layers_pattern": None, "megatron_config": None, "megatron_core": "megatron.core",
+    "loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None, "qalora_group_size": 16,
+    "runtime_config": None,
+}  # fmt: skip
+"""Field -> default, for fields that steer training, or say which modules were chosen: the tensors already tell."""
+
+REFUSED: dict[str, Any] = {
+    "trainable_token_indices": None, "velora_config": None, "alora_invocation_tokens": None, "use_qalora": False,
+    "monteclora_config": None, "layer_replication": None, "target_parameters": None, "use_bdlora": None,
+    "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
+}  # fmt: skip
+"""Field -> default, for fields whose effect is not folded yet, or cannot be."""
+
+MUTATES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that also change the base weight: unless converted on saving, such an adapter belongs to that base."""
+
+EMPTY: tuple[Any, ...] = (None, False, {}, [], "")
+
+
+def check_config(config: Mapping[str, Any], where: str, *, base_is_residual: bool = False) -> None:
+    """Refuse a configuration that holds anything whose effect on the delta weight is not folded.
+
+    Args:
+        config: the parsed `adapter_config.json`.
+        where: how to call the adapter in a message.
+        base_is_residual: the base given is the residual that this adapter's initialisation left.
+
+    Raises:
+        AdapterError: not a LoRA adapter, or a field of the wrong type.
+        UnsupportedError: a named field with a value that is not folded.
+    """
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{where}: peft_type is {config.get('peft_type')!r}, expected 'LORA': only LoRA adapters can be mixed."
+        )
+    known = FOLDED | INERT
+    for field, value in config.items():
+        if field not in known and value not in EMPTY and value != REFUSED.get(field):
+            kind = "is not folded" if field in REFUSED else "is not known"
+            raise UnsupportedError(
+                f"{where}: its config sets {field} to {value!r}, a field that {kind}; leave this adapter out."
+            )
+    _check_types(config, where)
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(MUTATES_BASE) and not base_is_residual:
+        raise UnsupportedError(
+            f"{where}: init_lora_weights is {init!r}, which changed the base weights too: convert the adapter to plain LoRA with "
+            "PEFT's path_initial_model_for_weight_conversion, or say --base-is-residual NAME if the base given is its residual."
+        )
+
+
+def _check_types(config: Mapping[str, Any], where: str) -> None:
+    numbers = [config.get("r", 8), *_values(config, "rank_pattern", where)]
+    if not all(type(r) is int and r > 0 for r in numbers):
+        raise AdapterError(f"{where}: r and rank_pattern must be positive whole numbers, got {numbers}.")
+    alphas = [config.get("lora_alpha", 8), *_values(config, "alpha_pattern", where)]
+    if not all(isinstance(a, int | float) and not isinstance(a, bool) and abs(a) < 1e30 for a in alphas):
+        raise AdapterError(f"{where}: lora_alpha and alpha_pattern must be numbers, got {alphas}.")
+
+
+def _values(config: Mapping[str, Any], field: str, where: str) -> list[Any]:
+    table = config.get(field) or {}
+    if not isinstance(table, Mapping):
+        raise AdapterError(f"{where}: {field} must be a table, got {table!r}.")
+    return list(table.values())

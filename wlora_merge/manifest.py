@@ -1,0 +1,119 @@
+"""`wlora_merge.json`: what went into an export and what came out, with digests. No local path stands in it.
+
+The same inputs, options and versions give the same bytes, wherever the folders lie; so a digest of this file pins an export.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .base_model import BaseModel
+from .digests import sha256_file
+from .errors import VerifyError
+from .mixture import Mixture
+from .names import is_plain_file_name
+
+FILE = "wlora_merge.json"
+FORMAT_VERSION = 1
+PACKAGES = {
+    "dense": ("torch",),
+    "lora": ("torch", "safetensors"),
+    "onnx": ("torch", "transformers", "onnx", "onnxscript"),
+}
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Package name -> installed version, this package first."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for name in ("wlora-merge", *packages):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def build_manifest(
+    mixture: Mixture,
+    base: BaseModel,
+    *,
+    kind: str,
+    base_name: str,
+    options: Mapping[str, Any],
+    report: Mapping[str, Any],
+    probe: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything but the table of output files, which `write_manifest` adds."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "format": kind,
+        "task": mixture.task,
+        "base_model": {"name": base_name, "revision": mixture.base.revision, "sha256": base.sha256()},
+        "adapters": [
+            {"name": a.name, "source": _public(a.source), "revision": a.revision, "sha256": a.sha256}
+            for a in mixture.adapters
+        ],
+        "granularity": mixture.granularity,
+        "normalize": mixture.normalize,
+        "delta_scale": mixture.delta_scale,
+        "groups": mixture.groups,
+        "weights": {
+            group: dict(zip(mixture.adapter_names, row, strict=True))
+            for group, row in zip(mixture.groups, mixture.mixture_weights.double().tolist(), strict=True)
+        },
+        "prefixes": list(mixture.prefixes),
+        "modules_to_save": mixture.modules_to_save,
+        "head": sorted(mixture.head),
+        "config": mixture.config,
+        "metrics": mixture.metrics,
+        "data": mixture.data,
+        "options": dict(options),
+        "report": dict(report),
+        "probe": dict(probe),
+        "versions": versions(PACKAGES[kind]),
+    }
+
+
+def write_manifest(manifest: dict[str, Any], folder: Path, known: Mapping[str, str]) -> None:
+    """Add every file of the folder with its sha256 (taken from `known`, name -> sha256, where it is) and write the file."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / FILE):
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"sha256": known.get(name) or sha256_file(path), "bytes": path.stat().st_size}
+    text = json.dumps(manifest | {"files": files}, indent=2, ensure_ascii=False)
+    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an export.
+
+    Raises:
+        VerifyError: none there, or one that is not of this version.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        raise VerifyError(f"{folder}: has no {FILE}: this is not an export of wlora-merge.")
+    try:
+        table = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise VerifyError(f"{file}: is not valid JSON ({error}).") from error
+    if not isinstance(table, dict) or table.get("format_version") != FORMAT_VERSION:
+        raise VerifyError(
+            f"{file}: its format_version is not {FORMAT_VERSION}: another version of wlora-merge wrote it."
+        )
+    files = table.get("files")
+    if not isinstance(files, dict) or not all(
+        all(map(is_plain_file_name, name.split("/"))) and isinstance(row, dict) for name, row in files.items()
+    ):
+        raise VerifyError(f"{file}: its table of files is broken.")
+    return table
+
+
+def _public(source: str) -> str:
+    """A hub id as it is; of a local folder its own name."""
+    return Path(source).name if Path(source).is_absolute() else source

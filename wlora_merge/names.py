@@ -1,0 +1,145 @@
+"""Names and nothing but names: PEFT key <-> module name <-> tensor name.
+
+Three spellings meet here. An adapter file says `base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight`;
+the model that it was trained on calls that module `bert.encoder.layer.0.attention.self.query`; the base's file may call its
+weight `encoder.layer.0.attention.self.query.weight`, without the model prefix. This room maps strings to strings. It knows
+no files, no tensors and no library.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from .errors import AdapterError, UnsupportedError, WloraMergeError
+
+PEFT_PREFIX = "base_model.model."
+GRANULARITIES = ("module", "layer", "global")
+GLOBAL_GROUP = "all"
+
+_LORA_KEY = re.compile(
+    r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?P<adapter>[^.]+))??(?:\.(?P<parameter>weight|bias))?$"
+)
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_SAVED_COPY = re.compile(r"\.modules_to_save(?:\.[^.]+)?(?=\.(?:weight|bias)$)")
+_FOREIGN = {"lora_unet_": "kohya", "lora_te": "kohya", "unet.": "Diffusers", "transformer.lora": "Diffusers"}
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class AdapterKey:
+    """What one key of an adapter file holds.
+
+    `part` is `lora_A`, `lora_B`, `lora_B.bias`, `lora_embedding_A`, `lora_embedding_B` or `lora_magnitude_vector`, and
+    `name` the target module; or `part` is `tensor` and `name` a whole tensor of the model (a saved head, say).
+    """
+
+    name: str
+    part: str
+
+
+def parse_adapter_key(key: str) -> AdapterKey:
+    """Split a key of `adapter_model.safetensors` into what it changes and which part of the change it is.
+
+    Accepts keys with the adapter's name inside (`lora_A.default.weight`), as older PEFT wrote them.
+
+    Raises:
+        UnsupportedError: for keys in the Diffusers and kohya conventions, named.
+
+    Source: `peft.utils.save_and_load.get_peft_model_state_dict`.
+    """
+    for prefix, convention in _FOREIGN.items():
+        if key.startswith(prefix):
+            raise UnsupportedError(
+                f"tensor {key!r} is in the {convention} convention: convert the file to PEFT's first."
+            )
+    name = key.removeprefix(PEFT_PREFIX)
+    match = _LORA_KEY.match(name)
+    if match is None:
+        whole = _SAVED_COPY.sub("", name).replace(".base_layer.", ".")
+        return AdapterKey(whole, "tensor")
+    part = match["part"] + (".bias" if match["parameter"] == "bias" else "")
+    return AdapterKey(match["module"].replace(".base_layer", ""), part)
+
+
+def pattern_value(patterns: Mapping[str, V], module: str, default: V) -> V:
+    """The value of the first pattern that matches the end of `module`, else `default`.
+
+    Source: `peft.utils.other.get_pattern_key`, used for `rank_pattern` and `alpha_pattern`.
+    """
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error as error:
+            raise AdapterError(f"pattern {pattern!r} is not a regular expression ({error}).") from error
+    return default
+
+
+class NameResolver:
+    """Finds names of one spelling among names of another that differs by a leading component (`bert.`, `model.`)."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = set(names)
+        self._without_first: dict[str, list[str]] = {}
+        for name in self._names:
+            self._without_first.setdefault(name.partition(".")[2], []).append(name)
+
+    def find(self, name: str) -> str | None:
+        """The one known name that is `name`, or differs from it by one leading component; None when there is none.
+
+        Raises:
+            WloraMergeError: when several known names fit.
+        """
+        if name in self._names:
+            return name
+        shorter = name.partition(".")[2]
+        found = [*self._without_first.get(name, []), *([shorter] if shorter in self._names else [])]
+        if len(found) > 1:
+            raise WloraMergeError(f"{name!r} fits several names of the base model: {', '.join(sorted(found))}.")
+        return found[0] if found else None
+
+
+def group_of(module: str, granularity: str) -> str:
+    """The group of a module: itself, the prefix through its first numeric part, or `all`.
+
+    >>> group_of("model.layers.3.self_attn.q_proj", "layer")
+    'model.layers.3'
+    """
+    if granularity == "global":
+        return GLOBAL_GROUP
+    if granularity == "layer":
+        parts = module.split(".")
+        for i, part in enumerate(parts):
+            if part.isdigit():
+                return ".".join(parts[: i + 1])
+    return module
+
+
+def natural_key(name: str) -> tuple[tuple[int, str], ...]:
+    """A sort key that puts layer 2 before layer 10."""
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in name.split("."))
+
+
+def check_adapter_name(name: str) -> str:
+    """The name itself if it is one that files and command lines can carry, else AdapterError."""
+    if not _NAME.fullmatch(name):
+        raise AdapterError(
+            f"adapter name {name!r} may hold letters, digits, '.', '_' and '-' alone: set it with NAME=PATH."
+        )
+    return name
+
+
+def is_plain_file_name(name: object) -> bool:
+    """True for the name of a file in its own folder: no separator, no `..`, no drive, nothing hidden."""
+    return isinstance(name, str) and bool(name) and not name.startswith(".") and not re.search(r"[/\\:\0]", name)
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """`; did you mean 'x'?` for the known word nearest to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

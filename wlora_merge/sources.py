@@ -1,0 +1,60 @@
+"""PATH_OR_ID -> a local folder: a path as it is, a hub id through huggingface_hub and its cache."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import WloraMergeError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+BASE_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "*.py")
+ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an input came from: its folder here, and for a hub id also the id and the commit."""
+
+    folder: Path
+    hub_id: str | None = None
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it where no local path may stand: the hub id, or the folder's own name."""
+        return self.hub_id or self.folder.resolve().name
+
+    @property
+    def location(self) -> str:
+        """The hub id, or the local folder, absolute."""
+        return self.hub_id or str(self.folder.resolve())
+
+
+def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
+    """The local folder of an input; a hub id (`org/name`, or `org/name@revision`) is fetched into the hub cache.
+
+    Nothing is downloaded with HF_HUB_OFFLINE=1: what the cache holds is used.
+
+    Raises:
+        WloraMergeError: neither a folder here nor a hub id that can be had.
+    """
+    text = os.fspath(path_or_id)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return Source(folder)
+    if folder.exists() or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
+        raise WloraMergeError(f"{text}: no such folder: give the folder of a model or adapter, or a hub id (org/name).")
+    from huggingface_hub import snapshot_download
+
+    hub_id, _, revision = text.partition("@")
+    try:
+        found = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:  # HfHubHTTPError is an OSError, HFValidationError a ValueError
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WloraMergeError(f"{text}: no such folder here, and the hub did not give it: {reason}") from error
+    return Source(found, hub_id, found.name if _COMMIT.fullmatch(found.name) else revision or None)

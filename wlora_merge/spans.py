@@ -1,0 +1,71 @@
+"""Extractive question answering: an answer's characters in a context -> its first and last token.
+
+This room knows tokenizers that say which characters a token covers. It knows neither models nor files.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .errors import DataError, WloraMergeWarning
+
+if TYPE_CHECKING:
+    from .data import Examples
+
+
+def encode_answers(examples: Examples, tokenizer: Any, limit: int | None) -> list[dict[str, Any]]:
+    """Model inputs with `start_positions` and `end_positions`: of the first answer, or of the first token without one.
+
+    A context is cut from the right. An example whose answer is cut off cannot be learned from, nor judged: it is left
+    out, and counted in a `WloraMergeWarning`, so the result may be shorter than `examples`.
+
+    Args:
+        examples: [E] of the task question-answering.
+        tokenizer: a fast one.
+        limit: in tokens; None for no limit.
+
+    Raises:
+        DataError: a question that leaves no room for its context, or no example whose answer fits.
+    """
+    found = [_encode(row, tokenizer, limit, f"example {number}") for number, row in enumerate(examples.rows, start=1)]
+    encoded = [item for item in found if item is not None]
+    lost = len(found) - len(encoded)
+    if not encoded:
+        raise DataError(f"no answer of {examples.source} lies within {limit} tokens; raise the maximum length.")
+    if lost:
+        text = (
+            f"{lost} of {len(found)} examples of {examples.source} left out: their answers lie beyond {limit} tokens."
+        )
+        warnings.warn(text, WloraMergeWarning, stacklevel=3)
+    return encoded
+
+
+def _encode(row: Mapping[str, Any], tokenizer: Any, limit: int | None, where: str) -> dict[str, Any] | None:
+    question = tokenizer(row["question"], add_special_tokens=False, verbose=False)["input_ids"]
+    if limit is not None and len(question) + tokenizer.num_special_tokens_to_add(pair=True) >= limit:
+        raise DataError(f"{where}: its question of {len(question)} tokens leaves no room for a context in {limit}.")
+    options = {"truncation": "only_second", "max_length": limit} if limit is not None else {"verbose": False}
+    item = tokenizer(row["question"], row["context"], return_offsets_mapping=True, **options)
+    span = _span(row["answers"], item.sequence_ids(), item["offset_mapping"])
+    if span is None:
+        return None
+    inputs = {name: value for name, value in item.items() if name != "offset_mapping"}
+    return inputs | {"start_positions": span[0], "end_positions": span[1]}
+
+
+def _span(
+    answers: Mapping[str, Any], sequence: list[int | None], offsets: list[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """First and last token of the first answer; None where it is cut off."""
+    if not answers["text"]:
+        return 0, 0
+    start = answers["answer_start"][0]
+    end = start + len(answers["text"][0])
+    inside = [
+        index
+        for index, (part, (first, last)) in enumerate(zip(sequence, offsets, strict=True))
+        if part == 1 and first < end and last > start
+    ]
+    return (inside[0], inside[-1]) if inside and offsets[inside[-1]][1] >= end else None

@@ -1,0 +1,238 @@
+"""ModuleDelta and TensorDelta: the changes of all adapters, laid side by side over one base.
+
+This is the one structure between reading and writing. `stack` joins the adapters' factors module by module; `stack_tensors`
+says what becomes of the whole tensors that adapters carry. This room knows shapes and names, no weights of a mixture.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .adapters import Adapter, Factors
+from .base_model import BaseModel
+from .errors import AdapterError, UnsupportedError, WloraMergeWarning
+from .layouts import Layout, factors_from_file, layout_of
+from .names import natural_key
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ModuleDelta:
+    """All adapters' low-rank changes of one module, stacked.
+
+    lora_A [R, in] and lora_B [out, R] hold the rows and columns of all adapters that target the module, R = Σ r_n;
+    scaling [R] and adapter_index [R] say for each row its adapter's scaling and which adapter it came from.
+    `module` is the base tensor's name without `.weight`; `shape` the base tensor's shape.
+    """
+
+    module: str
+    layout: Layout
+    shape: tuple[int, ...]
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    scaling: torch.Tensor
+    adapter_index: torch.Tensor
+    n_adapters: int
+
+    @property
+    def present(self) -> torch.Tensor:
+        """[N] bool: which adapters target this module."""
+        import torch
+
+        mask = torch.zeros(self.n_adapters, dtype=torch.bool)
+        mask[self.adapter_index] = True
+        return mask
+
+    @property
+    def R(self) -> int:
+        """Rank of the stack: the sum of the adapters' ranks."""
+        return self.lora_A.shape[0]
+
+
+@dataclass(frozen=True)
+class TensorDelta:
+    """A whole tensor of the base that adapters carry their own copy of; `saved[n]` is adapter n's."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    saved: dict[int, torch.Tensor]
+    n_adapters: int
+
+    @property
+    def module(self) -> str:
+        """The name by which it belongs to a group."""
+        return self.tensor.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target module as its owner knows it: its name there, and the shape of its weight."""
+
+    module: str
+    shape: tuple[int, ...]
+
+
+Find = Callable[[str], "Target | None"]
+"""The target of an adapter's module (or whole tensor) by the name that the adapter gives it; None when there is none."""
+
+
+def modules_of(base: BaseModel) -> Find:
+    """Finds target modules in a base's files."""
+
+    def find(module: str) -> Target | None:
+        entry = base.find_tensor(f"{module}.weight")
+        return Target(entry.name.removesuffix(".weight"), entry.shape) if entry else None
+
+    return find
+
+
+def tensors_of(base: BaseModel) -> Find:
+    """Finds whole tensors in a base's files."""
+
+    def find(name: str) -> Target | None:
+        entry = base.find_tensor(name)
+        return Target(entry.name, entry.shape) if entry else None
+
+    return find
+
+
+def stack(adapters: Sequence[Adapter], find: Find, *, model_type: str) -> list[ModuleDelta]:
+    """Lay the adapters' factors side by side, module by module.
+
+    Args:
+        adapters: N adapters, in mixture order.
+        find: the target of an adapter's module name in the base (or in a live model), None when there is none.
+        model_type: the base config's `model_type`.
+
+    Returns:
+        One ModuleDelta per changed module, in natural name order, float32 (or wider, where an adapter is).
+
+    Raises:
+        AdapterError: a target module that the base lacks, or factors that do not fit it.
+    """
+    rows: dict[str, list[tuple[int, Factors, Layout]]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for n, adapter in enumerate(adapters):
+        for name, factors in adapter.modules.items():
+            target = _target(adapter, name, find)
+            layout = _layout(adapter, name, target, factors, model_type)
+            known = rows.setdefault(target.module, [])
+            if any(m == n for m, _, _ in known):
+                raise AdapterError(
+                    f"{adapter.where}: two of its target modules are {target.module!r} of the base model."
+                )
+            if known and known[0][2] is not layout:
+                raise AdapterError(
+                    f"{adapter.where}: target module {name!r} is {layout.value} here and {known[0][2].value} in another."
+                )
+            known.append((n, factors, layout))
+            shapes[target.module] = target.shape
+    return [_stack_one(m, shapes[m], rows[m], len(adapters)) for m in sorted(rows, key=natural_key)]
+
+
+def _target(adapter: Adapter, name: str, find: Find) -> Target:
+    target = find(name)
+    if target is None:
+        raise AdapterError(
+            f"{adapter.where}: its target module {name!r} is not in the base model: this adapter was trained on another base."
+        )
+    return target
+
+
+def _layout(adapter: Adapter, name: str, target: Target, factors: Factors, model_type: str) -> Layout:
+    try:
+        layout = layout_of(
+            name,
+            target.shape,
+            tuple(factors.lora_A.shape),
+            tuple(factors.lora_B.shape),
+            embedding=factors.embedding,
+            model_type=model_type,
+            fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out")),
+        )
+    except AdapterError as error:
+        raise AdapterError(f"{adapter.where}: {error}") from error
+    if layout is Layout.CONV:
+        raise UnsupportedError(f"{adapter.where}: target module {name!r} is a convolution, which is not folded yet.")
+    if not bool(factors.lora_B.any() and factors.lora_A.any()):
+        warnings.warn(f"{adapter.where}: the delta weight of {name!r} is zero.", WloraMergeWarning, stacklevel=2)
+    return layout
+
+
+def _stack_one(
+    module: str, shape: tuple[int, ...], rows: list[tuple[int, Factors, Layout]], n_adapters: int
+) -> ModuleDelta:
+    import torch
+
+    pairs = [factors_from_file(layout, f.lora_A, f.lora_B) for _, f, layout in rows]
+    dtype = torch.float32
+    for A, B in pairs:
+        dtype = torch.promote_types(torch.promote_types(dtype, A.dtype), B.dtype)
+    ranks = torch.tensor([A.shape[0] for A, _ in pairs])
+    return ModuleDelta(
+        module=module,
+        layout=rows[0][2],
+        shape=shape,
+        lora_A=torch.cat([A.to(dtype) for A, _ in pairs]),
+        lora_B=torch.cat([B.to(dtype) for _, B in pairs], dim=1),
+        scaling=torch.tensor([f.scaling for _, f, _ in rows], dtype=torch.float64).repeat_interleave(ranks),
+        adapter_index=torch.tensor([n for n, _, _ in rows]).repeat_interleave(ranks),
+        n_adapters=n_adapters,
+    )
+
+
+def stack_tensors(
+    adapters: Sequence[Adapter], choice: str | None, replaced: Iterable[str], find: Find
+) -> tuple[list[TensorDelta], dict[str, torch.Tensor]]:
+    """What becomes of the whole tensors (`modules_to_save`) that adapters carry.
+
+    Args:
+        choice: an adapter's name takes that one's, `drop` leaves all out, `mix` mixes them as deltas against the base's; None
+            refuses any that is not `replaced`.
+        replaced: names of the parameters that a trained head replaces.
+        find: as for `stack`, for whole tensor names.
+
+    Returns:
+        The deltas, and the tensors taken as they are, under the names that the adapter gives them.
+
+    Raises:
+        UnsupportedError: tensors that nobody said what to do with, or that cannot be mixed.
+    """
+    taken: dict[str, torch.Tensor] = {}
+    saved: dict[str, dict[int, torch.Tensor]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    if choice not in (None, "drop", "mix", *(a.name for a in adapters)):
+        raise AdapterError(
+            f"--modules-to-save {choice}: expected drop, mix, or one of {', '.join(a.name for a in adapters)}."
+        )
+    for n, adapter in enumerate(adapters):
+        for name in sorted(set(adapter.tensors) - set(replaced)):
+            if choice is None:
+                raise UnsupportedError(
+                    f"{adapter.where}: it carries its own copy of tensor {name!r}: say --modules-to-save NAME to take one adapter's, "
+                    "drop to leave them out, or mix to mix them against the base's."
+                )
+            if choice == adapter.name:
+                taken[name] = adapter.tensors[name]
+            if choice == "mix":
+                target = _whole_target(adapter, name, find)
+                saved.setdefault(target.module, {})[n] = adapter.tensors[name]
+                shapes[target.module] = target.shape
+    return [
+        TensorDelta(name, shapes[name], saved[name], len(adapters)) for name in sorted(saved, key=natural_key)
+    ], taken
+
+
+def _whole_target(adapter: Adapter, name: str, find: Find) -> Target:
+    target, shape = find(name), tuple(adapter.tensors[name].shape)
+    if target is None or target.shape != shape:
+        got = "is not in the base model" if target is None else f"is {list(target.shape)} there and {list(shape)} here"
+        raise UnsupportedError(
+            f"{adapter.where}: its tensor {name!r} {got}, so it cannot be mixed: take one adapter's, or drop it."
+        )
+    return target

@@ -1,0 +1,145 @@
+"""The verify workflow: is this export still what was written, and does it compute its mixture?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .base_model import BaseModel, open_base
+from .check import (
+    Checked,
+    attach_mixture,
+    check_files,
+    compare,
+    export_model,
+    load_model,
+    outputs_of,
+    tolerance_of,
+)
+from .digests import path_of
+from .errors import WloraMergeError
+from .inputs import find_inputs
+from .manifest import read_manifest
+from .mixture import InputRef, Mixture
+from .names import nearest
+
+
+def verify(
+    folder: str | Path,
+    *,
+    quick: bool = False,
+    base: str | Path | None = None,
+    adapters: Iterable[str | Path] = (),
+) -> Checked:
+    """Check an export folder: every digest, its structure, and its outputs against the unmerged mixture.
+
+    Args:
+        folder: what `wlora-merge export` wrote.
+        quick: digests and headers alone; nothing is loaded.
+        base, adapters: the export's inputs, the latter as NAME=PATH. Left out, they are looked for by their sha256 among
+            the files that this machine remembers; where they are not found, what needs them is skipped, and the result says so.
+
+    Raises:
+        VerifyError: something is not as it was written, or the export does not compute its mixture.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    checked = Checked(files=check_files(folder, manifest), done=["digests", "structure"])
+    if quick:
+        return checked
+    if manifest["format"] == "dense":
+        load_model(folder, manifest.get("task"))
+        checked.done.append("loads with no missing and no unexpected tensor")
+    _check_outputs(folder, manifest, _find_inputs(manifest, base, adapters), checked)
+    return checked
+
+
+def _check_outputs(
+    folder: Path, manifest: Mapping[str, Any], inputs: tuple[Path | None, dict[str, Path]], checked: Checked
+) -> None:
+    base_folder, adapters = inputs
+    missing = [*(["the base model"] if base_folder is None else []), *_absent(manifest, adapters)]
+    if missing:
+        checked.skipped["outputs"] = f"not found here: {', '.join(missing)}; say --base PATH and --adapter NAME=PATH"
+        return
+    if not manifest.get("probe"):
+        checked.skipped["outputs"] = "the manifest has no probe inputs for this kind of model"
+        return
+    opened = open_base(str(base_folder))
+    mixture = _mixture(manifest, opened, adapters, folder)
+    found = find_inputs(mixture)
+    head_options = {k: mixture.config[k] for k in ("id2label", "label2id", "problem_type") if k in mixture.config}
+    model = load_model(opened.folder, mixture.task, complete=not mixture.head, **head_options)
+    expected = outputs_of(attach_mixture(model, mixture, found.adapters, opened), manifest["probe"])
+    if manifest["format"] == "onnx":
+        from .writers.onnx import run_probe
+
+        got = run_probe(folder, manifest["probe"], expected)
+    else:
+        got = outputs_of(export_model(folder, manifest, opened), manifest["probe"])
+    checked.largest_difference = compare(got, expected, _tolerance(folder, manifest, opened), str(folder))
+    checked.done.append("outputs equal the unmerged mixture's")
+
+
+def _tolerance(folder: Path, manifest: Mapping[str, Any], base: BaseModel) -> float:
+    if (manifest.get("report") or {}).get("relative_error", 0.0) > 1e-6:
+        return float("inf")  # a truncated LoRA is an approximation; its error stands in the report
+    return tolerance_of(folder, base)
+
+
+def _find_inputs(
+    manifest: Mapping[str, Any], base: str | Path | None, adapters: Iterable[str | Path]
+) -> tuple[Path | None, dict[str, Path]]:
+    from .adapters import split_adapter_spec
+
+    given: dict[str, Path] = {}
+    names = [row["name"] for row in manifest["adapters"]]
+    for spec in adapters:
+        name, path = split_adapter_spec(spec)
+        if name not in names:
+            raise WloraMergeError(
+                f"--adapter {spec}: the export has no adapter of that name{nearest(str(name), names)}."
+            )
+        given[str(name)] = Path(path)
+    for row in manifest["adapters"]:
+        file = path_of(row["sha256"].get("adapter_model.safetensors", ""))
+        if row["name"] not in given and file is not None:
+            given[row["name"]] = file.parent
+    if base is not None:
+        return Path(base), given
+    files = [path_of(digest) for digest in manifest["base_model"]["sha256"].values()]
+    folders = {file.parent for file in files if file is not None}
+    return (folders.pop() if len(folders) == 1 and all(files) else None), given
+
+
+def _absent(manifest: Mapping[str, Any], adapters: Mapping[str, Path]) -> list[str]:
+    return [f"adapter {row['name']!r}" for row in manifest["adapters"] if row["name"] not in adapters]
+
+
+def _mixture(manifest: Mapping[str, Any], base: BaseModel, adapters: Mapping[str, Path], folder: Path) -> Mixture:
+    """The mixture that the manifest records, with its inputs where they were found; its head is the export's own."""
+    import torch
+
+    from .check import read_head
+
+    names = [row["name"] for row in manifest["adapters"]]
+    rows = [[weights[name] for name in names] for weights in manifest["weights"].values()]
+    weights = torch.tensor(rows, dtype=torch.float64).float()
+    return Mixture(
+        base=InputRef(str(base.folder.resolve()), None, dict(manifest["base_model"]["sha256"])),
+        adapters=[
+            InputRef(str(adapters[r["name"]].resolve()), None, r["sha256"], r["name"]) for r in manifest["adapters"]
+        ],
+        granularity=manifest["granularity"],
+        normalize=manifest["normalize"],
+        delta_scale=float(manifest["delta_scale"]),
+        groups=manifest["groups"],
+        mixture_weights=weights,
+        wlora_weights=weights,
+        task=manifest.get("task"),
+        config=manifest.get("config") or {},
+        prefixes=(manifest["prefixes"][0], manifest["prefixes"][1]),
+        modules_to_save=manifest.get("modules_to_save"),
+        head=read_head(folder, manifest),
+    )

@@ -1,0 +1,416 @@
+"""The folded base as safetensors, streamed: what `save_pretrained` would give, at the speed of the disk.
+
+One pass over the base's files. Untouched tensors move as byte ranges and never become tensors; target modules are folded in
+row blocks through reused buffers. Worker threads read and fold; one thread for each output file takes the blocks in order,
+hashes them and writes them. Nothing is held but a window of blocks per file and the adapters' factors.
+
+This room knows byte ranges and blocks, and asks `fold` for the numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..base_model import INDEX, SINGLE, BaseModel
+from ..checkpoint import (
+    FLOATING,
+    Entry,
+    build_header,
+    byte_length,
+    read_rows,
+    safetensors_dtype,
+    torch_dtype,
+)
+from ..errors import OutputError, WloraMergeError
+from ..fold import fold_factors, fold_rows, fold_tensor
+from ..layouts import matrix_shape
+from ..mixture import Mixture
+from ..stacking import ModuleDelta, TensorDelta
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_BYTES = 8 << 20  # an untouched range moves in pieces of this size
+BLOCK_ELEMENTS = 1 << 19  # a fold's row block: 4 MiB of float64, which stays in a core's cache
+WINDOW = 4  # blocks in flight for each output file, beyond one per worker
+Progress = Callable[[int, str], None]
+"""Called with a number of bytes written since the last call, and the name of the file."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the output: its dtype and shape there, and where its numbers come from."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: Entry | None = None
+    delta: ModuleDelta | TensorDelta | None = None
+    tensor: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Length in the output, in bytes."""
+        return byte_length(self.dtype, self.shape)
+
+    @property
+    def untouched(self) -> bool:
+        """True where the output has the base's own bytes."""
+        return (
+            self.source is not None and self.delta is None and self.tensor is None and self.dtype == self.source.dtype
+        )
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One file of the output, with the base's metadata table, and its header where that is the base's own."""
+
+    name: str
+    pieces: list[Piece]
+    metadata: dict[str, str]
+    raw_header: bytes | None = None
+
+    @property
+    def header(self) -> bytes:
+        """The header's bytes: the base's own where nothing in it changes."""
+        return self.raw_header or build_header({p.name: (p.dtype, p.shape) for p in self.pieces}, self.metadata)
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the file in bytes."""
+        return len(self.header) + sum(p.nbytes for p in self.pieces)
+
+
+# ------------------------------------------------------------------------------------------------------ the plan
+
+
+def plan(
+    base: BaseModel,
+    deltas: Sequence[ModuleDelta | TensorDelta],
+    head: Mapping[str, torch.Tensor],
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+) -> list[OutputFile]:
+    """Lay out the output files before a byte is written.
+
+    Args:
+        base: the opened base.
+        deltas: what changes; each names its base tensor.
+        head: trained tensors under their own names; they replace the base's of that name or stand behind the last tensor.
+        dtype: safetensors name (`F32`, `BF16`, `F16`) that floating tensors are cast to; None keeps each its own.
+        max_shard_bytes: lay the tensors out anew in files of at most this size; None keeps the base's files.
+    """
+    changed = {_tensor_name(base, delta): delta for delta in deltas}
+    files = [_plan_file(name, base, changed, head, dtype) for name in base.headers]
+    new = [name for name in head if name not in base.entries]
+    if new:
+        last = files[-1]
+        extra = [
+            Piece(name, safetensors_dtype(head[name].dtype), tuple(head[name].shape), tensor=head[name]) for name in new
+        ]
+        extra = [_cast(piece, dtype) for piece in extra]
+        files[-1] = replace(last, pieces=[*last.pieces, *extra], raw_header=None)
+    return _reshard(files, max_shard_bytes) if max_shard_bytes else files
+
+
+def _tensor_name(base: BaseModel, delta: ModuleDelta | TensorDelta) -> str:
+    if isinstance(delta, TensorDelta):
+        return delta.tensor
+    return delta.module if delta.module in base.entries else f"{delta.module}.weight"
+
+
+def _plan_file(
+    name: str,
+    base: BaseModel,
+    changed: Mapping[str, ModuleDelta | TensorDelta],
+    head: Mapping[str, torch.Tensor],
+    dtype: str | None,
+) -> OutputFile:
+    header = base.headers[name]
+    pieces = []
+    for entry in header.entries.values():
+        piece = Piece(entry.name, entry.dtype, entry.shape, entry, changed.get(entry.name))
+        if entry.name in head:
+            tensor = head[entry.name]
+            piece = Piece(entry.name, entry.dtype, tuple(tensor.shape), tensor=tensor)
+        pieces.append(_cast(piece, dtype))
+    same = all(p.source is not None and (p.dtype, p.shape) == (p.source.dtype, p.source.shape) for p in pieces)
+    return OutputFile(name, pieces, header.metadata, header.raw if same else None)
+
+
+def _cast(piece: Piece, dtype: str | None) -> Piece:
+    return replace(piece, dtype=dtype) if dtype and piece.dtype in FLOATING else piece
+
+
+def _reshard(files: list[OutputFile], limit: int) -> list[OutputFile]:
+    shards: list[list[Piece]] = [[]]
+    for piece in (p for file in files for p in file.pieces):
+        if shards[-1] and sum(p.nbytes for p in shards[-1]) + piece.nbytes > limit:
+            shards.append([])
+        shards[-1].append(piece)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    return [
+        OutputFile(n, p, files[0].metadata) for n, p in zip(names if len(shards) > 1 else [SINGLE], shards, strict=True)
+    ]
+
+
+def index_bytes(base: BaseModel, files: Sequence[OutputFile]) -> bytes | None:
+    """The index file for these files; the base's own bytes where it still holds; None for a single file."""
+    if len(files) == 1 and (base.index is None or files[0].name == SINGLE):
+        return None
+    weight_map = {piece.name: file.name for file in files for piece in file.pieces}
+    total = sum(p.nbytes for file in files for p in file.pieces)
+    if base.index is not None and all(file.raw_header for file in files):
+        return (base.folder / INDEX).read_bytes()
+    metadata = dict((base.index or {}).get("metadata") or {}) | {"total_size": total}
+    table = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(table, indent=2) + "\n").encode()
+
+
+# ---------------------------------------------------------------------------------------------------- the stream
+
+
+def write_files(
+    files: Sequence[OutputFile],
+    out: Path,
+    mixture: Mixture,
+    *,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> dict[str, str]:
+    """Stream the planned files into the folder `out`.
+
+    Returns:
+        File name -> sha256, hashed as the bytes passed.
+
+    Raises:
+        WloraMergeError: an input that cannot be read or changed meanwhile, or a NaN or infinity in a folded tensor.
+        OutputError: the disk is full or refuses.
+    """
+    workers = workers or os.cpu_count() or 1
+    with _one_torch_thread(), ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(max(1, workers // 2)) as writers:
+        stop = threading.Event()
+        jobs = [writers.submit(_write_file, f, out, mixture, pool, workers + WINDOW, progress, stop) for f in files]
+        try:
+            return {file.name: job.result() for file, job in zip(files, jobs, strict=True)}
+        except BaseException:
+            stop.set()
+            for job in jobs:
+                job.cancel()
+            raise
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Blocks are small and run side by side; threads inside a matmul would only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_file(
+    file: OutputFile,
+    out: Path,
+    mixture: Mixture,
+    pool: ThreadPoolExecutor,
+    window: int,
+    progress: Progress | None,
+    stop: threading.Event,
+) -> str:
+    digest = hashlib.sha256()
+    inputs: dict[Path, int] = {}
+    try:
+        with open(out / file.name, "xb", buffering=0) as stream:
+            for block in _in_order(_jobs(file, mixture, inputs), pool, window):
+                if stop.is_set():
+                    return ""
+                digest.update(block)
+                _write_all(stream.fileno(), block)
+                if progress:
+                    progress(len(block), file.name)
+    except OSError as error:
+        raise OutputError(f"{out / file.name}: cannot be written ({error.strerror or error}).") from error
+    finally:
+        for fd in inputs.values():
+            os.close(fd)
+    return digest.hexdigest()
+
+
+def _in_order(jobs: Iterator[Callable[[], memoryview]], pool: ThreadPoolExecutor, window: int) -> Iterator[memoryview]:
+    """Run jobs ahead on the pool, at most `window` of them, and give their results in order."""
+    running: deque[Future[memoryview]] = deque()
+    try:
+        for job in jobs:
+            running.append(pool.submit(job))
+            if len(running) >= window:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()
+        for future in running:
+            if not future.cancelled():
+                future.exception()  # wait: it still reads from a file that is closed next
+
+
+def _write_all(fd: int, block: memoryview) -> None:
+    while block:
+        block = block[os.write(fd, block) :]
+
+
+def _jobs(file: OutputFile, mixture: Mixture, inputs: dict[Path, int]) -> Iterator[Callable[[], memoryview]]:
+    header = file.header
+    yield lambda: memoryview(header)
+    pieces = deque(file.pieces)
+    while pieces:
+        piece = pieces.popleft()
+        if piece.source is not None and piece.source.file not in inputs:
+            inputs[piece.source.file] = os.open(piece.source.file, os.O_RDONLY)
+        if piece.tensor is not None:
+            yield lambda piece=piece: _tensor_bytes(piece)
+        elif piece.untouched and piece.source is not None:
+            run = piece.source
+            while pieces and _continues(run, pieces[0]):
+                run = replace(run, end=pieces.popleft().source.end)  # type: ignore[union-attr]
+            yield from _copy_jobs(inputs[run.file], run)
+        elif piece.source is not None:
+            yield from _fold_jobs(inputs[piece.source.file], piece, piece.source, mixture)
+
+
+def _continues(run: Entry, piece: Piece) -> bool:
+    return (
+        piece.untouched and piece.source is not None and piece.source.file == run.file and piece.source.start == run.end
+    )
+
+
+def _copy_jobs(fd: int, run: Entry) -> Iterator[Callable[[], memoryview]]:
+    for offset in range(0, run.nbytes, BLOCK_BYTES):
+        length = min(BLOCK_BYTES, run.nbytes - offset)
+        yield lambda offset=offset, length=length: _read(fd, run, offset, length)
+
+
+def _read(fd: int, entry: Entry, offset: int, length: int) -> memoryview:
+    buffer = memoryview(bytearray(length))
+    read_rows(fd, entry, buffer, offset)
+    return buffer
+
+
+def _fold_jobs(fd: int, piece: Piece, source: Entry, mixture: Mixture) -> Iterator[Callable[[], memoryview]]:
+    rows, cols = matrix_shape(source.shape) if source.shape else (1, 1)
+    delta = piece.delta
+    if isinstance(delta, TensorDelta):
+        yield lambda: _fold_whole(fd, piece, source, delta, mixture)
+        return
+    factors = fold_factors(delta, mixture.gains_of(delta)) if delta is not None else None
+    step = max(1, BLOCK_ELEMENTS // max(1, cols))
+    for row in range(0, rows, step):
+        count = min(step, rows - row)
+        yield lambda row=row, count=count: _fold_block(fd, piece, source, factors, row, count, cols)
+
+
+def _fold_block(
+    fd: int,
+    piece: Piece,
+    source: Entry,
+    factors: tuple[torch.Tensor, torch.Tensor] | None,
+    row: int,
+    count: int,
+    cols: int,
+) -> memoryview:
+    import torch
+
+    width = byte_length(source.dtype, (cols,))
+    data = _read(fd, source, row * width, count * width)
+    block = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(count, cols)
+    if factors is None:
+        return _rounded(block, piece)
+    left, right = factors
+    total = fold_rows(block, left[row : row + count], right, _work(count * cols).view(count, cols))
+    return _rounded(total, piece, data)
+
+
+def _fold_whole(fd: int, piece: Piece, source: Entry, delta: TensorDelta, mixture: Mixture) -> memoryview:
+    import torch
+
+    data = _read(fd, source, 0, source.nbytes)
+    base = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(source.shape)
+    return _rounded(fold_tensor(base, delta, mixture.weights_of(delta), mixture.delta_scale), piece, data)
+
+
+_LOCAL = threading.local()
+
+
+def _work(elements: int) -> torch.Tensor:
+    """This thread's float64 buffer: folding never allocates one per block."""
+    import torch
+
+    work: torch.Tensor | None = getattr(_LOCAL, "work", None)
+    if work is None or work.numel() < elements:
+        work = _LOCAL.work = torch.empty(max(elements, BLOCK_ELEMENTS), dtype=torch.float64)
+    return work[:elements]
+
+
+def _rounded(block: torch.Tensor, piece: Piece, spare: memoryview | None = None) -> memoryview:
+    """Round once to the output dtype, into `spare` where that has the size: the bytes that the base's block came in."""
+    import torch
+
+    dtype = torch_dtype(piece.dtype)
+    nbytes = block.numel() * dtype.itemsize
+    data = spare if spare is not None and len(spare) == nbytes else memoryview(bytearray(nbytes))
+    result = torch.frombuffer(data, dtype=dtype)
+    result.copy_(block.reshape(-1))
+    _check_finite(result, piece)
+    return data
+
+
+def _check_finite(block: torch.Tensor, piece: Piece) -> None:
+    import torch
+
+    if not block.dtype.is_floating_point or not block.numel():
+        return
+    low, high = torch.aminmax(block)  # both are NaN if one element is; 20 times faster than isfinite().all()
+    if not bool(low.isfinite() & high.isfinite()):
+        file = piece.source.file if piece.source else "the head"
+        raise WloraMergeError(
+            f"{file}: folding gives tensor {piece.name!r} a NaN or an infinity in {block.dtype}: the base holds one, or the sum "
+            "overflows; look at the base, or export with a wider --dtype (bfloat16, float32)."
+        )
+
+
+def _tensor_bytes(piece: Piece) -> memoryview:
+    import torch
+
+    tensor = piece.tensor if piece.tensor is not None else torch.empty(0)
+    result = tensor.detach().cpu().to(torch_dtype(piece.dtype)).contiguous()
+    _check_finite(result, piece)
+    return memoryview(result.reshape(-1).view(torch.uint8).numpy())
+
+
+def folder_bytes(files: Sequence[OutputFile]) -> int:
+    """Bytes that the planned files will take."""
+    return sum(file.nbytes for file in files)
+
+
+def changed_config(base: BaseModel, changes: Mapping[str, Any]) -> bytes:
+    """`config.json` with some keys changed, the others in their order; the base's own bytes where none is."""
+    text = (base.folder / "config.json").read_bytes()
+    if all(key in base.config and base.config[key] == value for key, value in changes.items()):
+        return text
+    return (json.dumps(base.config | dict(changes), indent=2, ensure_ascii=False) + "\n").encode()

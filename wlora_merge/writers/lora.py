@@ -1,0 +1,177 @@
+"""One LoRA that PEFT and vLLM load: `adapter_config.json` and `adapter_model.safetensors`.
+
+The mixture's delta weight is itself a product of two factors, so it is one LoRA: exactly, at the largest R of any module, or
+its best rank-k approximation. One uniform r = lora_alpha (scaling 1), modules of smaller rank padded with zeros, and no
+optional field that older PEFT would reject. What is not a product of two factors is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..base_model import BaseModel
+from ..errors import UnsupportedError
+from ..fold import lora_product, low_rank_svd, pad_rank, truncate
+from ..layouts import Layout, factors_to_file
+from ..mixture import Mixture
+from ..names import PEFT_PREFIX
+from ..stacking import ModuleDelta, TensorDelta
+
+if TYPE_CHECKING:
+    import torch
+
+PEFT_TASKS = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "text-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+    "feature-extraction": "FEATURE_EXTRACTION",
+}
+HEADLESS = ("causal-lm", "seq2seq-lm", "feature-extraction")
+
+
+@dataclass(frozen=True)
+class ModuleError:
+    """What truncation lost in one module: `kept` of `energy` (squared Frobenius norms); 0 lost where it is exact."""
+
+    rank: int
+    energy: float
+    kept: float
+
+    @property
+    def relative_error(self) -> float:
+        """Frobenius norm of what was lost over that of the whole delta weight."""
+        return float((max(0.0, self.energy - self.kept) / self.energy) ** 0.5) if self.energy else 0.0
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """The exported rank, and for each module the error."""
+
+    r: int
+    modules: dict[str, ModuleError]
+
+    @property
+    def overall(self) -> ModuleError:
+        """All modules together."""
+        energy, kept = (sum(getattr(m, key) for m in self.modules.values()) for key in ("energy", "kept"))
+        return ModuleError(self.r, energy, kept)
+
+
+def write_lora(
+    mixture: Mixture,
+    base: BaseModel,
+    deltas: Sequence[ModuleDelta | TensorDelta],
+    out: Path,
+    *,
+    base_name: str,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str = "float32",
+) -> LoraReport:
+    """Write the mixture as one PEFT adapter into the folder `out`.
+
+    Args:
+        deltas: the stacked adapters.
+        base_name: `base_model_name_or_path` of the config.
+        rank: the uniform r; None means the smallest that is exact.
+        energy: instead of a rank, the share of the delta weights' squared Frobenius norm, over all modules together, that
+            the smallest uniform r must keep.
+        dtype: `float32`, `bfloat16` or `float16`, of the tensors.
+
+    Raises:
+        UnsupportedError: a change that is no product of two factors.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    factors, report = _factors(mixture, _products(deltas), rank, energy)
+    tensors = {}
+    for delta, (lora_A, lora_B) in factors:
+        name = PEFT_PREFIX + mixture.live_name(delta.module)
+        for suffix, tensor in factors_to_file(delta.layout, lora_A, lora_B, delta.shape).items():
+            tensors[f"{name}.{suffix}"] = tensor.to(getattr(torch, dtype)).contiguous()
+    for name, tensor in mixture.head.items():
+        tensors[PEFT_PREFIX + name] = tensor.detach().cpu().contiguous()
+    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    config = _config(mixture, base, [delta for delta, _ in factors], report.r, base_name)
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return report
+
+
+def _products(deltas: Sequence[ModuleDelta | TensorDelta]) -> list[ModuleDelta]:
+    for delta in deltas:
+        if isinstance(delta, TensorDelta):
+            raise UnsupportedError(
+                f"tensor {delta.tensor!r}: the adapters change it as a whole, which no LoRA can express: export with --format dense."
+            )
+    return [delta for delta in deltas if isinstance(delta, ModuleDelta)]
+
+
+Factors = list[tuple[ModuleDelta, tuple["torch.Tensor", "torch.Tensor"]]]
+
+
+def _factors(
+    mixture: Mixture, deltas: list[ModuleDelta], rank: int | None, energy: float | None
+) -> tuple[Factors, LoraReport]:
+    exact = max(delta.R for delta in deltas)
+    if energy is None and (rank is None or rank >= exact):
+        r = rank or exact
+        products = [(d, pad_rank(*lora_product(d, mixture.gains_of(d)), r)) for d in deltas]
+        return products, LoraReport(
+            r, {d.module: ModuleError(r, _energy(*pair), _energy(*pair)) for d, pair in products}
+        )
+    spectra = {d.module: low_rank_svd(d.lora_A, d.lora_B.double() * mixture.gains_of(d)) for d in deltas}
+    values = {module: s.square() for module, (_, s, _) in spectra.items()}
+    r = rank if energy is None and rank is not None else _rank_for(list(values.values()), energy or 1.0)
+    report = {m: ModuleError(r, float(v.sum()), float(v[:r].sum())) for m, v in values.items()}
+    return [(d, pad_rank(*truncate(*spectra[d.module], r), r)) for d in deltas], LoraReport(r, report)
+
+
+def _energy(lora_A: torch.Tensor, lora_B: torch.Tensor) -> float:
+    """Squared Frobenius norm of lora_B @ lora_A, from the R×R Gram matrices."""
+    A, B = lora_A.double(), lora_B.double()
+    return float(((B.T @ B) * (A @ A.T)).sum())
+
+
+def _rank_for(values: list[torch.Tensor], energy: float) -> int:
+    """The smallest uniform rank whose kept energy, over all modules together, reaches the share `energy`."""
+    import torch
+
+    longest = max(len(v) for v in values)
+    per_rank = torch.stack([torch.nn.functional.pad(v, (0, longest - len(v))) for v in values]).sum(0)
+    kept = per_rank.cumsum(0) / per_rank.sum()
+    enough = (kept >= energy - 1e-12).nonzero()
+    return int(enough[0]) + 1 if len(enough) else longest
+
+
+def _config(mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta], r: int, base_name: str) -> dict[str, Any]:
+    task = mixture.task if mixture.head or mixture.task in HEADLESS else None
+    heads = sorted({name.partition(".")[0] for name in mixture.head})
+    return {
+        "peft_type": "LORA",
+        "task_type": PEFT_TASKS.get(task or ""),
+        "base_model_name_or_path": base_name,
+        "r": r,
+        "lora_alpha": r,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(delta.layout is Layout.CONV1D for delta in deltas),
+        "target_modules": _target_modules(mixture, base, [delta.module for delta in deltas]),
+        "modules_to_save": heads or None,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+
+
+def _target_modules(mixture: Mixture, base: BaseModel, modules: list[str]) -> list[str]:
+    """The short names (`q_proj`) where they select just these modules of the base, else the whole names."""
+    short = {module.rpartition(".")[2] for module in modules}
+    known = {name.removesuffix(".weight") for name in base.entries if name.endswith(".weight")}
+    matched = {name for name in known if name.rpartition(".")[2] in short}
+    return sorted(short) if matched == set(modules) else [mixture.live_name(m) for m in modules]

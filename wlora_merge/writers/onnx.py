@@ -1,0 +1,151 @@
+"""A dense folder -> an ONNX folder: `onnx/model.onnx` (+ `model.onnx_data`) beside config, tokenizer and processor.
+
+Knows the layout that ONNX Runtime, Optimum and transformers.js look for, and the order of the work: load, trace, tidy,
+save, check. Must not know mixtures or LoRA: the model that it is given is an ordinary one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from wlora_merge.errors import OutputError, UnsupportedError
+from wlora_merge.writers.onnx_check import check_onnx, run_probe
+from wlora_merge.writers.onnx_graph import INLINE_LIMIT, save, tidy
+from wlora_merge.writers.onnx_tasks import load_model, quiet, task_named
+from wlora_merge.writers.onnx_trace import trace
+
+__all__ = ["DEFAULT_OPSET", "OnnxReport", "check_onnx", "run_probe", "write_onnx"]
+
+# What torch's exporter translates to most directly, and ONNX Runtime, also in the browser, has run since 1.17
+DEFAULT_OPSET = 20
+_DTYPES = ("float32", "float16")
+_NOT_COPIED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf"}
+_NOT_COPIED_NAMES = {"wlora_merge.json", "README.md"}
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What an ONNX export is: its interface, and how far it is from PyTorch.
+
+    Attributes:
+        input_names: the graph's input names, in order.
+        output_names: the graph's output names, in order.
+        opset: the ONNX opset of the graph.
+        dtype: of the weights.
+        largest_difference: the largest absolute difference of an output from PyTorch's in float32.
+        sizes: bytes of each file in `onnx/`, by name.
+    """
+
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    opset: int
+    dtype: str
+    largest_difference: float
+    sizes: dict[str, int]
+
+
+def write_onnx(
+    dense: Path,
+    out: Path,
+    *,
+    task: str,
+    dtype: str = "float32",
+    opset: int | None = None,
+    inline_limit: int = INLINE_LIMIT,
+    progress: Callable[[str], None] | None = None,
+) -> OnnxReport:
+    """Export the model in the folder `dense` to `out/onnx/model.onnx`, and check it against PyTorch.
+
+    A decoder becomes one graph for prefill and decode: `input_ids`, `attention_mask`, `position_ids` and
+    `past_key_values.{i}.key|value` in (a past of length 0 is a prefill), `logits` and `present.{i}.key|value` out.
+
+    Args:
+        dense: an ordinary Hugging Face model folder.
+        out: an empty folder.
+        task: one of DESIGN.md's tasks but `seq2seq-lm`.
+        dtype: of the weights: `float32` or `float16`.
+        opset: of the graph; `DEFAULT_OPSET` when None.
+        inline_limit: bytes of weights up to which they stay inside `model.onnx`.
+        progress: called with the name of each step as it begins.
+
+    Returns:
+        The graph's interface, sizes, and its largest difference from PyTorch.
+
+    Raises:
+        UnsupportedError: the architecture, the task, the dtype or the opset cannot be exported, or the extra is missing.
+        BaseModelError: `dense` cannot be loaded for the task.
+        OutputError: `out` already holds an `onnx` folder.
+        VerifyError: the graph does not compute what PyTorch does.
+    """
+    task_named(task)
+    _refuse_dtype(dtype)
+    _require_extra()
+    say = progress or (lambda step: None)
+    folder = out / "onnx"
+    if folder.exists():
+        raise OutputError(f"{folder}: exists already; give an empty output folder")
+    import torch
+
+    say("loading the model")
+    model = load_model(dense, task, getattr(torch, dtype), attention="eager")
+    say("tracing")
+    graph = trace(model, task, opset or DEFAULT_OPSET)
+    del model
+    say("tidying the graph")
+    with quiet():
+        tidy(graph)
+    got = graph.opset_imports.get("", 0)
+    if got != (opset or DEFAULT_OPSET):
+        raise UnsupportedError(f"opset {opset} cannot be written, the exporter gave {got}; leave --opset out")
+    say("writing")
+    folder.mkdir()
+    save(graph, folder, inline_limit)
+    copy_side_files(dense, out, dtype)
+    names = (
+        tuple(str(value.name) for value in graph.graph.inputs),
+        tuple(str(value.name) for value in graph.graph.outputs),
+    )
+    del graph
+    say("checking against PyTorch")
+    difference = check_onnx(out, dense, task=task)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return OnnxReport(*names, opset=got, dtype=dtype, largest_difference=difference, sizes=sizes)
+
+
+def copy_side_files(dense: Path, out: Path, dtype: str) -> None:
+    """Copy everything of a model folder that is not weights, hidden, or ours; `config.json` gets the graph's dtype."""
+    for source in sorted(dense.rglob("*")):
+        relative = source.relative_to(dense)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        weights = source.suffix in _NOT_COPIED_SUFFIXES or source.name.endswith(".index.json")
+        if not source.is_file() or hidden or weights or source.name in _NOT_COPIED_NAMES or relative.parts[0] == "onnx":
+            continue
+        (out / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, out / relative)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = dtype
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+
+
+def _refuse_dtype(dtype: str) -> None:
+    if dtype == "bfloat16":
+        raise UnsupportedError(
+            "bfloat16 cannot be exported to ONNX: ONNX Runtime's CPU provider has no bfloat16 MatMul; use float32 or float16"
+        )
+    if dtype not in _DTYPES:
+        raise UnsupportedError(f"ONNX dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+
+
+def _require_extra() -> None:
+    from importlib.util import find_spec
+
+    for package in ("onnxscript", "onnxruntime"):
+        if find_spec(package) is None:
+            raise UnsupportedError(f"the ONNX export needs {package}: pip install 'wlora-merge[onnx]'")

@@ -1,0 +1,112 @@
+"""A raw ONNX graph -> a conventional, small, reproducible one, and its bytes on disk.
+
+Knows onnx_ir: which passes pay, how axes are named, what must not reach a file (paths, traces), and where weights lie.
+Must not know torch or transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import onnx_ir
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx_data"
+# One protobuf file holds at most 2 GiB; what the graph itself takes fits in the margin. Below it, one file, as Optimum
+# writes: transformers.js loads external data only when its config says so.
+INLINE_LIMIT = 1_900_000_000
+
+_AXES = {
+    "input_ids": ("batch_size", "sequence_length"),
+    "attention_mask": ("batch_size", "total_sequence_length"),
+    "pixel_values": ("batch_size",),
+    "past_key_values.0.key": ("batch_size", "num_heads", "past_sequence_length"),
+}
+
+
+def tidy(model: onnx_ir.Model) -> None:
+    """Fold constants, drop what is unused or said twice, name the axes, and strip every note about the tracing.
+
+    The passes are those of `onnxscript.optimizer.optimize_ir` without its two rounds of some hundred rewrite rules, which
+    take 30 s on a 30-layer decoder; only the rules that drop slices and casts doing nothing have work there.
+    """
+    import onnx_ir as ir
+    import onnx_ir.passes.common
+    from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules.common import _collapse_slices, _no_op
+
+    common: Any = ir.passes.common  # some of its constructors have no types
+    ir.passes.Sequential(common.InlinePass(), common.RemoveUnusedNodesPass())(model)
+    optimizer.fold_constants(model, onnx_shape_inference=True)
+    ir.passes.Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        rewriter.RewritePass((*_no_op.rules, *_collapse_slices.rules)),
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+        common.ClearMetadataAndDocStringPass(),
+    )(model)
+    name_axes(model)
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    # the build (+cpu, +cu130) is not what the graph depends on
+    model.producer_version = (model.producer_version or "").split("+")[0]
+
+
+def name_axes(model: onnx_ir.Model) -> None:
+    """Give the dynamic axes their conventional names, in every shape of the graph.
+
+    `batch_size`, `sequence_length`, `past_sequence_length`, and `total_sequence_length` for the sum of the last two.
+    """
+    import onnx_ir as ir
+
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for dim, name in zip(value.shape or (), _AXES.get(value.name or "", ()), strict=False):
+            if isinstance(dim, ir.SymbolicDim) and dim.value:
+                names.setdefault(dim.value, name)
+    for value in _values(model):
+        if value.shape is not None and not value.shape.frozen:
+            for i, dim in enumerate(value.shape):
+                if isinstance(dim, ir.SymbolicDim) and dim.value:
+                    value.shape[i] = _renamed(dim.value, names)
+
+
+def _renamed(expression: str, names: dict[str, str]) -> str:
+    """A symbol, or an expression of several, under the new names."""
+    return names.get(expression) or re.sub(r"\w+", lambda word: names.get(word[0], word[0]), expression)
+
+
+def _values(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
+    yield from model.graph.inputs
+    for node in model.graph.all_nodes():
+        yield from node.outputs
+
+
+def save(model: onnx_ir.Model, folder: Path, inline_limit: int = INLINE_LIMIT) -> None:
+    """Write `model.onnx` in `folder`, with the weights inside, or in `model.onnx_data` when above `inline_limit` bytes.
+
+    Args:
+        model: what `tidy` left.
+        folder: exists, and has no ONNX file yet.
+        inline_limit: bytes of weights up to which they stay inside.
+    """
+    import onnx_ir as ir
+
+    weights = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+    )
+    ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE if weights > inline_limit else None)

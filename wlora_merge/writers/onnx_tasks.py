@@ -1,0 +1,196 @@
+"""What the model of each task takes and gives, and how it is loaded from a dense folder.
+
+Knows the tasks, the transformers Auto classes, and which inputs and outputs an ONNX consumer expects under which name.
+Must not know ONNX: the tracing and the check both stand on this table, so that they cannot disagree about it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wlora_merge.errors import BaseModelError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class OnnxTask:
+    """One task: the transformers class that loads it, and the outputs that its graph has."""
+
+    auto_class: str
+    outputs: tuple[str, ...]
+
+
+TASKS = {
+    "causal-lm": OnnxTask("AutoModelForCausalLM", ("logits",)),
+    "text-classification": OnnxTask("AutoModelForSequenceClassification", ("logits",)),
+    "token-classification": OnnxTask("AutoModelForTokenClassification", ("logits",)),
+    "question-answering": OnnxTask("AutoModelForQuestionAnswering", ("start_logits", "end_logits")),
+    "image-classification": OnnxTask("AutoModelForImageClassification", ("logits",)),
+    "feature-extraction": OnnxTask("AutoModel", ("last_hidden_state",)),
+}
+DENSE_INSTEAD = "export with `--format dense` instead"
+
+
+def task_named(task: str) -> OnnxTask:
+    """The table's row for `task`.
+
+    Raises:
+        UnsupportedError: the task has no ONNX export.
+    """
+    if task not in TASKS:
+        raise UnsupportedError(
+            f"the ONNX writer cannot export the task {task!r} yet (it can: {', '.join(TASKS)}); {DENSE_INSTEAD}"
+        )
+    return TASKS[task]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what the libraries print about themselves away from the user: progress bars, notices, warnings.
+
+    torch.onnx and transformers' exporter warn about their own internals (deprecated pytree checks, operators of packages
+    that are not installed, "experimental"): nothing there is for the user to act on, and what matters is checked by
+    running the graph. Failures still raise.
+    """
+    import io
+    import logging
+
+    import transformers
+
+    bars: Any = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    loggers = [
+        logging.getLogger(name) for name in ("transformers", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    ]
+    levels = [logger.level for logger in loggers]
+    bars.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        # torch.onnx prints its steps on stdout, which belongs to results
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if shown:
+            bars.enable_progress_bar()
+
+
+def load_model(dense: Path, task: str, dtype: torch.dtype, attention: str | None = None) -> torch.nn.Module:
+    """The model in the folder `dense` under its task's transformers class, on the CPU, ready for inference.
+
+    Args:
+        dense: an ordinary Hugging Face model folder.
+        task: one of `TASKS`.
+        dtype: what the weights are cast to.
+        attention: transformers' `attn_implementation`; None is the model's default.
+
+    Raises:
+        BaseModelError: the folder cannot be loaded, or lacks tensors that the task's model needs.
+        UnsupportedError: the architecture has no model for the task.
+    """
+    import transformers
+
+    auto = getattr(transformers, task_named(task).auto_class)
+    extra = {} if attention is None else {"attn_implementation": attention}
+    with quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(dense, local_files_only=True)
+            if type(config) not in auto._model_mapping:
+                raise UnsupportedError(
+                    f"{dense}: a model of type {config.model_type!r} has no {auto.__name__}, which the ONNX export of"
+                    f" the task {task!r} needs; {DENSE_INSTEAD}"
+                )
+            model, info = auto.from_pretrained(
+                dense, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **extra
+            )
+        except (OSError, ValueError) as e:
+            raise BaseModelError(f"{dense}: transformers cannot load it ({one_sentence(e)})") from e
+    # the pooler does not reach `last_hidden_state`, and masked language models come without one
+    missing = [key for key in info["missing_keys"] if task != "feature-extraction" or not key.startswith("pooler.")]
+    if missing:
+        raise BaseModelError(
+            f"{dense}: {len(missing)} tensors that {type(model).__name__} needs are missing, first {sorted(missing)[0]!r};"
+            f" give a folder that was made for the task {task!r}"
+        )
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def one_sentence(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom of a chain of errors, with its class."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *lines[:1]]).rstrip(".")
+
+
+def sample_inputs(
+    model: torch.nn.Module, task: str, batch: int, sequence: int, past: int = 0, padding: int = 0
+) -> dict[str, torch.Tensor]:
+    """Seeded inputs for `model`, in the order in which the graph takes them; the cache is not among them.
+
+    Args:
+        model: what `load_model` gave.
+        task: one of `TASKS`.
+        batch: number of rows.
+        sequence: number of new tokens in each row.
+        past: number of tokens before them, which only `attention_mask` and `position_ids` show.
+        padding: how many positions of the first row are masked: its first ones for a decoder, else its last ones.
+
+    Returns:
+        Tensors by name: int64 `[batch, sequence]` (`attention_mask`: `[batch, past + sequence]`), or `pixel_values`
+        `[batch, channels, height, width]` in the model's dtype.
+
+    Raises:
+        UnsupportedError: the model takes neither tokens nor pixels.
+    """
+    import torch
+
+    main = getattr(model, "main_input_name", "input_ids")
+    takes = inspect.signature(model.forward).parameters
+    if task == "feature-extraction" and {"input_ids", "pixel_values"} <= set(takes):
+        raise UnsupportedError(
+            f"{type(model).__name__} takes text and images at once; export one of its towers, or {DENSE_INSTEAD}"
+        )
+    generator = torch.Generator().manual_seed(batch * 1000 + sequence)
+    if main == "pixel_values":
+        pixels = torch.randn(batch, *_image_shape(model.config), generator=generator)
+        return {"pixel_values": pixels.to(next(model.parameters()).dtype)}
+    if main != "input_ids":
+        raise UnsupportedError(
+            f"{type(model).__name__} takes {main!r}, and the ONNX writer feeds only tokens and pixels; {DENSE_INSTEAD}"
+        )
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    pad = config.pad_token_id
+    ids = torch.randint(0, config.vocab_size, (batch, sequence), generator=generator)
+    if pad is not None:
+        ids = torch.where(ids == pad, (pad + 1) % config.vocab_size, ids)
+    mask = torch.ones(batch, past + sequence, dtype=torch.int64)
+    if padding:
+        masked = slice(0, padding) if task == "causal-lm" else slice(past + sequence - padding, None)
+        mask[0, masked] = 0
+        if not past:
+            ids[0, masked] = pad if pad is not None else 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if task == "causal-lm" and "position_ids" in takes:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+    if task != "causal-lm" and "token_type_ids" in takes and (getattr(config, "type_vocab_size", 0) or 0) > 1:
+        inputs["token_type_ids"] = torch.randint(0, config.type_vocab_size, ids.shape, generator=generator)
+    return inputs
+
+
+def _image_shape(config: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a vision model takes."""
+    size = getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    return getattr(config, "num_channels", 3), height, width
