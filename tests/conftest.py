@@ -70,8 +70,10 @@ def tiny_bert(**overrides: Any) -> Any:
     return BertModel(BertConfig(**(config | overrides))).eval()
 
 
-def make_adapter(model: Any, folder: Path, seed: int, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
-    """A random PEFT adapter on a copy of `model`, saved as PEFT saves it."""
+def make_adapter(
+    model: Any, folder: Path, seed: int, dtype: torch.dtype = torch.float32, scale: float = 0.1, **config: Any
+) -> Path:
+    """A random PEFT adapter on a copy of `model`, its factors of standard deviation `scale`, saved as PEFT saves it."""
     import copy
 
     from peft import LoraConfig, get_peft_model
@@ -80,7 +82,7 @@ def make_adapter(model: Any, folder: Path, seed: int, dtype: torch.dtype = torch
     peft = get_peft_model(copy.deepcopy(model), LoraConfig(init_lora_weights=False, **config))
     for name, parameter in peft.named_parameters():
         if "lora_" in name:
-            parameter.data = torch.randn_like(parameter) * 0.1
+            parameter.data = torch.randn_like(parameter) * scale
     if dtype is not torch.float32:
         peft = peft.to(dtype)
     peft.peft_config["default"].base_model_name_or_path = "tiny"

@@ -13,6 +13,7 @@ from conftest import EVERY_LINEAR, make_adapter, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
 from wlora_merge.export import export
 from wlora_merge.fold import fold_factors, low_rank_svd, pad_rank, truncate
 from wlora_merge.inputs import find_inputs
@@ -69,18 +70,23 @@ def test_every_dense_export_is_the_float64_sum_rounded_once(
 
 
 def test_float32_export_of_one_adapter_equals_merge_and_unload_within_one_ulp(tmp_path: Path) -> None:
-    """One unit in the last place of the larger of base weight and sum: where the two terms cancel, PEFT's float32 delta
-    weight is itself further from the exact sum, which our export is (the test above)."""
+    """In units of the last place of the sum of the terms' magnitudes. Where terms cancel, the result's own last place is
+    finer than what float32 addition, which PEFT uses, can promise; ours is the exact sum rounded once (the test above)."""
     model = tiny_llama()
     model.save_pretrained(tmp_path / "base")
-    folder = make_adapter(model, tmp_path / "a", 1, r=4, lora_alpha=6, target_modules=EVERY_LINEAR)
+    folder = make_adapter(model, tmp_path / "a", 1, scale=0.01, r=4, lora_alpha=6, target_modules=EVERY_LINEAR)
     export(mix(tmp_path / "base", [folder], weights=[1.0]), "dense", tmp_path / "out")
-    start = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
     merged = PeftModel.from_pretrained(model, folder).merge_and_unload().state_dict()
+    start, file = load_file(tmp_path / "base" / "model.safetensors"), load_file(folder / "adapter_model.safetensors")
+    exact = 0
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
-        ours, theirs = tensor.numpy(), merged[name].numpy()
-        ulp = np.spacing(np.maximum(np.abs(theirs), np.abs(start[name])))
-        assert bool(np.all(np.abs(ours - theirs) <= ulp)), name
+        ours, theirs, size = tensor.numpy(), merged[name].numpy(), start[name].abs()
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" in file:
+            size = size + 1.5 * file[f"{key}.lora_B.weight"].abs() @ file[f"{key}.lora_A.weight"].abs()
+        assert float((np.abs(ours - theirs) / np.spacing(size.numpy())).max()) <= 1, name
+        exact += int((np.abs(ours - theirs) <= np.spacing(np.abs(theirs))).sum())
+    assert exact >= 0.997 * sum(t.numel() for t in merged.values())
 
 
 def test_uniform_composition_counts_an_absent_adapter_as_zero(llama_zoo: Callable[..., Any]) -> None:

@@ -117,15 +117,15 @@ def quiet_libraries() -> Any:
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(level)
-        logging.enable_progress_bar()
+        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_model(folder: Path, task: str | None, *, complete: bool = True, **options: Any) -> nn.Module:
@@ -166,7 +166,7 @@ def attach_mixture(model: nn.Module, mixture: Mixture, adapters: list[Adapter], 
     """The unmerged mixture: adapters attached with the mixture's own weights, its head put in place."""
     import torch
 
-    from .layers import PARAMETER, attach
+    from .layers import PARAMETER, attach, attachment_of
 
     with torch.no_grad():
         attach(
@@ -177,7 +177,7 @@ def attach_mixture(model: nn.Module, mixture: Mixture, adapters: list[Adapter], 
         logits = weights if mixture.normalize == "none" else weights.log()
         row = {module: g for g, modules in enumerate(mixture.groups.values()) for module in modules}
         parameter = model.get_parameter(PARAMETER)
-        for g, modules in enumerate(model.wlora.groups.values()):  # type: ignore[union-attr]
+        for g, modules in enumerate(attachment_of(model).groups.values()):
             entry = base.find_tensor(f"{modules[0]}.weight")
             if entry is None:
                 raise VerifyError(f"{base.folder}: has no tensor for target module {modules[0]!r}.")
@@ -216,8 +216,8 @@ def compare(
         difference = float((got[name] - tensor).abs().max()) / scale
         if not difference <= tolerance:
             raise VerifyError(
-                f"{where}: its {name} differ from the unmerged mixture's by {difference:.2e} of the largest, at most {tolerance:.0e}: "
-                "this export does not compute its mixture; export again."
+                f"{where}: its {name} differ from the unmerged mixture's by {difference:.2e} of the largest, allowed "
+                f"{tolerance:.0e}: this export does not compute its mixture; export again."
             )
         worst = max(worst, difference)
     return worst
@@ -262,6 +262,8 @@ def read_head(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tens
     from .names import PEFT_PREFIX
 
     wanted = set(manifest.get("head") or [])
+    if wanted and manifest["format"] == "onnx":
+        return _initializers(folder / "onnx" / "model.onnx", wanted)
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         for key, entry in read_header(file).entries.items():
@@ -270,4 +272,18 @@ def read_head(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tens
                 found[name] = read_tensor(entry)
     if wanted - set(found):
         raise VerifyError(f"{folder}: the tensor {sorted(wanted - set(found))[0]!r} of its trained head is not there.")
+    return found
+
+
+def _initializers(file: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
+    import onnx
+    import torch
+
+    found = {}
+    for tensor in onnx.load(str(file)).graph.initializer:
+        name = tensor.name.removeprefix("model.")
+        if name in wanted:
+            found[name] = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+    if wanted - set(found):
+        raise VerifyError(f"{file}: the tensor {sorted(wanted - set(found))[0]!r} of its trained head is not there.")
     return found

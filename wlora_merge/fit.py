@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .adapters import load_adapters
 from .base_model import BaseModel, open_base, refuse_quantized
@@ -344,7 +344,7 @@ def _callback(run: _Run, name: str) -> Any:
 
     progress = run.progress
 
-    class Report(TrainerCallback):  # type: ignore[misc]
+    class Report(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
             if progress and logs and "loss" in logs:
                 progress(name, state.global_step, state.max_steps, float(logs["loss"]))
@@ -358,13 +358,14 @@ def _check_loss(run: _Run, name: str) -> None:
     bad = [n for n, p in run.model.named_parameters() if p.requires_grad and not bool(torch.isfinite(p).all())]
     if bad:
         raise MixtureError(
-            f"training {name!r} diverged: {bad[0]} is not finite after it; use a smaller --learning-rate, now {run.options.learning_rate}."
+            f"training {name!r} diverged: {bad[0]} is not finite after it; use a smaller --learning-rate, now "
+            f"{run.options.learning_rate}."
         )
 
 
 def _evaluate(run: _Run, trainer: Trainer, held: Examples) -> dict[str, float]:
     encoded = run.task.encode(held, run.processor, max_length=run.options.max_length, labels=run.labels)
-    result = trainer.evaluate(encoded)
+    result = trainer.evaluate(cast("Any", encoded))
     names = {"eval_loss": "loss", f"eval_{run.task.metric(run.labels).name}": run.task.metric(run.labels).name}
     return {short: float(result[key]) for key, short in names.items() if key in result}
 

@@ -117,9 +117,11 @@ class StackedLora(nn.Module):
 def _add_delta(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
     """The forward hook of a target module; a function of the module alone, so that copies of a model stay whole."""
     x = args[0] if args else next(iter(kwargs.values()))
-    change = layer.wlora(x)  # type: ignore[operator]
+    change: torch.Tensor = layer.wlora(x)  # type: ignore[operator]
     scale = getattr(layer, "embed_scale", None)  # Gemma's embedding multiplies its output
-    return output + (change if scale is None else change * scale).to(output.dtype)
+    if isinstance(scale, torch.Tensor | float | int):
+        change = change * scale
+    return output + change.to(output.dtype)
 
 
 def attach(
@@ -178,7 +180,7 @@ def attach(
     for delta in deltas:
         layer = layers[delta.module]
         layer.add_module("wlora", StackedLora(delta, layer, weights, row[delta.module], normalize, delta_scale))
-        layer.wlora_hook = layer.register_forward_hook(_add_delta, with_kwargs=True)  # type: ignore[assignment]
+        layer.wlora_hook = layer.register_forward_hook(_add_delta, with_kwargs=True)
     model.wlora = Attachment(loaded, granularity, normalize, delta_scale, groups, trained)  # type: ignore[assignment]
     return model
 
@@ -200,6 +202,18 @@ def detach(model: nn.Module) -> nn.Module:
         del model.wlora
         delattr(model, PARAMETER)
     return model
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """What `attach` has done to this model.
+
+    Raises:
+        MixtureError: nothing.
+    """
+    attachment = getattr(model, "wlora", None)
+    if not isinstance(attachment, Attachment):
+        raise MixtureError("the model has no adapters attached: call wlora_merge.attach(model, adapters) first.")
+    return attachment
 
 
 def live_modules(model: nn.Module) -> Find:
@@ -265,9 +279,7 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
     """
     from .base_model import BaseModel, open_base
 
-    attachment = getattr(model, "wlora", None)
-    if not isinstance(attachment, Attachment):
-        raise MixtureError("the model has no adapters attached: call wlora_merge.attach(model, adapters) first.")
+    attachment = attachment_of(model)
     source = base or getattr(getattr(model, "config", None), "_name_or_path", "")
     if not source:
         raise MixtureError(

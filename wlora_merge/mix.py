@@ -53,7 +53,7 @@ def mix(
     row = uniform(len(loaded)) if weights is None else _checked(weights, len(loaded))
     deltas = stack(loaded, modules_of(opened), model_type=opened.model_type)
     tensors, head = stack_tensors(loaded, modules_to_save, (), tensors_of(opened))
-    groups = make_groups([d.module for d in [*deltas, *tensors]], "global")
+    groups = make_groups([*(d.module for d in deltas), *(t.module for t in tensors)], "global")
     values = torch.tensor([row], dtype=torch.float32)
     logits = torch.zeros_like(values) if weights is None else values
     first = next((name for name in loaded[0].modules), None)

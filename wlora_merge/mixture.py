@@ -128,7 +128,7 @@ class Mixture:
         return {module: g for g, modules in enumerate(self.groups.values()) for module in modules}
 
     @classmethod
-    def from_model(cls, model: torch.nn.Module, base: str | Path | None = None) -> Mixture:
+    def from_model(cls, model: torch.nn.Module, base: str | Path | BaseModel | None = None) -> Mixture:
         """Read the mixture off a model that `attach` has changed; see `wlora_merge.layers.read_mixture`."""
         from .layers import read_mixture
 

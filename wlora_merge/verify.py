@@ -15,6 +15,7 @@ from .check import (
     export_model,
     load_model,
     outputs_of,
+    probe_tensors,
     tolerance_of,
 )
 from .digests import path_of
@@ -75,7 +76,7 @@ def _check_outputs(
     if manifest["format"] == "onnx":
         from .writers.onnx import run_probe
 
-        got = run_probe(folder, manifest["probe"], expected)
+        got = run_probe(folder, probe_tensors(manifest["probe"]))
     else:
         got = outputs_of(export_model(folder, manifest, opened), manifest["probe"])
     checked.largest_difference = compare(got, expected, _tolerance(folder, manifest, opened), str(folder))

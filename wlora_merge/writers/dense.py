@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -284,7 +285,7 @@ def _jobs(file: OutputFile, mixture: Mixture, inputs: dict[Path, int]) -> Iterat
         if piece.source is not None and piece.source.file not in inputs:
             inputs[piece.source.file] = os.open(piece.source.file, os.O_RDONLY)
         if piece.tensor is not None:
-            yield lambda piece=piece: _tensor_bytes(piece)
+            yield partial(_tensor_bytes, piece)
         elif piece.untouched and piece.source is not None:
             run = piece.source
             while pieces and _continues(run, pieces[0]):
@@ -303,7 +304,7 @@ def _continues(run: Entry, piece: Piece) -> bool:
 def _copy_jobs(fd: int, run: Entry) -> Iterator[Callable[[], memoryview]]:
     for offset in range(0, run.nbytes, BLOCK_BYTES):
         length = min(BLOCK_BYTES, run.nbytes - offset)
-        yield lambda offset=offset, length=length: _read(fd, run, offset, length)
+        yield partial(_read, fd, run, offset, length)
 
 
 def _read(fd: int, entry: Entry, offset: int, length: int) -> memoryview:
@@ -316,13 +317,13 @@ def _fold_jobs(fd: int, piece: Piece, source: Entry, mixture: Mixture) -> Iterat
     rows, cols = matrix_shape(source.shape) if source.shape else (1, 1)
     delta = piece.delta
     if isinstance(delta, TensorDelta):
-        yield lambda: _fold_whole(fd, piece, source, delta, mixture)
+        yield partial(_fold_whole, fd, piece, source, delta, mixture)
         return
     factors = fold_factors(delta, mixture.gains_of(delta)) if delta is not None else None
     step = max(1, BLOCK_ELEMENTS // max(1, cols))
     for row in range(0, rows, step):
         count = min(step, rows - row)
-        yield lambda row=row, count=count: _fold_block(fd, piece, source, factors, row, count, cols)
+        yield partial(_fold_block, fd, piece, source, factors, row, count, cols)
 
 
 def _fold_block(
@@ -400,7 +401,7 @@ def _tensor_bytes(piece: Piece) -> memoryview:
     tensor = piece.tensor if piece.tensor is not None else torch.empty(0)
     result = tensor.detach().cpu().to(torch_dtype(piece.dtype)).contiguous()
     _check_finite(result, piece)
-    return memoryview(result.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(result.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def folder_bytes(files: Sequence[OutputFile]) -> int:

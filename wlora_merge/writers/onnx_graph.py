@@ -42,7 +42,7 @@ def tidy(model: onnx_ir.Model) -> None:
 
     common: Any = ir.passes.common  # some of its constructors have no types
     ir.passes.Sequential(common.InlinePass(), common.RemoveUnusedNodesPass())(model)
-    optimizer.fold_constants(model, onnx_shape_inference=True)
+    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_keep_tied)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -64,6 +64,12 @@ def tidy(model: onnx_ir.Model) -> None:
     model.graph.metadata_props.clear()
     # the build (+cpu, +cu130) is not what the graph depends on
     model.producer_version = (model.producer_version or "").split("+")[0]
+
+
+def _keep_tied(node: onnx_ir.Node) -> bool | None:
+    """Not fold the transpose of a weight that has another use, which would store a tied embedding twice."""
+    weight = node.inputs[0] if node.op_type == "Transpose" else None
+    return False if weight is not None and weight.is_initializer() and len(weight.uses()) > 1 else None
 
 
 def name_axes(model: onnx_ir.Model) -> None:

@@ -1,0 +1,241 @@
+"""The attached modules: what trains, the gradient against finite differences, the forward pass against every export."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from wlora_merge.errors import MixtureError, WloraMergeError
+from wlora_merge.export import export
+from wlora_merge.layers import attach, detach, read_mixture
+
+IDS = torch.tensor([[5, 17, 3, 80, 41, 2], [9, 9, 60, 1, 7, 33]])
+
+
+def attached(llama_zoo: Callable[..., Any], **options: Any) -> tuple[Any, Path]:
+    base, folders = llama_zoo()
+    return attach(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folders, **options), base
+
+
+def randomized(model: Any, seed: int = 3) -> Any:
+    torch.manual_seed(seed)
+    model.wlora_weights.data.normal_()
+    return model
+
+
+def test_only_the_mixture_weights_and_the_head_asked_for_require_gradients(llama_zoo: Callable[..., Any]) -> None:
+    model, _ = attached(llama_zoo)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["wlora_weights"]
+    model, _ = attached(llama_zoo, head=["lm_head"])
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {"wlora_weights", "lm_head.weight"}
+
+
+def test_attaching_leaves_the_state_dict_and_detaching_leaves_no_trace(llama_zoo: Callable[..., Any]) -> None:
+    base, folders = llama_zoo()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    before, keys = model(IDS).logits, set(model.state_dict())
+    attach(model, folders)
+    assert set(model.state_dict()) == keys | {"wlora_weights"}
+    assert not torch.equal(model(IDS).logits, before)
+    detach(model)
+    assert set(model.state_dict()) == keys
+    assert torch.equal(model(IDS).logits, before)
+    assert not any(hasattr(m, "wlora") for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("granularity", "normalize"), list(itertools.product(["module", "layer", "global"], ["all", "present", "none"]))
+)
+def test_gradient_of_the_logits_equals_finite_differences(tmp_path: Path, granularity: str, normalize: str) -> None:
+    base = tiny_bert()
+    folders = [
+        make_adapter(base, tmp_path / f"a{i}", i, r=2 + i, target_modules=t, use_rslora=i == 1)
+        for i, t in enumerate([["query", "value"], ["query", "dense"], ["key"]])
+    ]
+    model = base.double()  # a Llama would take its norms and softmaxes to float32
+    randomized(attach(model, folders, granularity=granularity, normalize=normalize, delta_scale=0.8))
+    parameter = model.wlora_weights
+    parameter.data = (parameter.data.double() + 1.5) if normalize == "none" else parameter.data.double()
+
+    def loss() -> torch.Tensor:
+        return model(IDS % 64).last_hidden_state.square().mul(torch.arange(32)).mean()
+
+    loss().backward()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        g = int(torch.randint(parameter.shape[0], (1,), generator=generator))
+        n = int(torch.randint(parameter.shape[1], (1,), generator=generator))
+        step = 1e-6
+        with torch.no_grad():
+            parameter[g, n] += step
+            high = loss()
+            parameter[g, n] -= 2 * step
+            low = loss()
+            parameter[g, n] += step
+        assert float(parameter.grad[g, n]) == pytest.approx(float((high - low) / (2 * step)), rel=1e-5, abs=1e-9)
+
+
+def test_the_softmax_gradient_sums_to_zero_over_the_adapters(llama_zoo: Callable[..., Any]) -> None:
+    """The term that the public WLoRA code loses by taking `.data` in the denominator."""
+    model, _ = attached(llama_zoo)
+    model(IDS, labels=IDS).loss.backward()
+    assert float(model.wlora_weights.grad.abs().sum()) > 0
+    assert torch.allclose(model.wlora_weights.grad.sum(-1), torch.zeros(len(model.wlora_weights)), atol=1e-8)
+
+
+@pytest.mark.parametrize("normalize", ["all", "present", "none"])
+def test_forward_equals_the_dense_export_and_the_lora_loaded_by_peft(
+    llama_zoo: Callable[..., Any], tmp_path: Path, normalize: str
+) -> None:
+    model, base = attached(llama_zoo, normalize=normalize, granularity="layer", delta_scale=1.3)
+    randomized(model).eval()
+    expected = model(IDS).logits.detach()
+    mixture = read_mixture(model)
+    export(mixture, "dense", tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert torch.allclose(dense(IDS).logits, expected, atol=2e-6)
+    export(mixture, "lora", tmp_path / "lora")
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora").eval()
+    assert torch.allclose(lora(IDS).logits, expected, atol=2e-6)
+
+
+def test_gpt2_conv1d_and_embedding_equal_their_exports(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=96, n_positions=32, tie_word_embeddings=False)
+    base = GPT2LMHeadModel(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    targets = [["c_attn", "c_proj"], ["c_attn", "c_fc"]]
+    folders = [
+        make_adapter(base, tmp_path / f"a{i}", i, r=3, target_modules=t, fan_in_fan_out=True)
+        for i, t in enumerate(targets)
+    ]
+    model = randomized(attach(copy.deepcopy(base), folders)).eval()
+    mixture = read_mixture(model, tmp_path / "base")
+    export(mixture, "dense", tmp_path / "dense")
+    export(mixture, "lora", tmp_path / "lora")
+    expected = model(IDS).logits
+    assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(IDS).logits, expected, atol=2e-6)
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora").eval()
+    assert torch.allclose(lora(IDS).logits, expected, atol=2e-6)
+
+
+def test_an_embedding_lora_equals_its_exports(tmp_path: Path) -> None:
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    folders = [make_adapter(base, tmp_path / f"a{i}", i, r=3, target_modules=["v_proj"]) for i in range(2)]
+    from safetensors.torch import load_file, save_file
+
+    for i, folder in enumerate(folders):  # PEFT would also save the base embedding beside an embedding's LoRA
+        tensors = load_file(folder / "adapter_model.safetensors")
+        torch.manual_seed(i)
+        tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.randn(3, 96)
+        tensors["base_model.model.model.embed_tokens.lora_embedding_B"] = torch.randn(32, 3)
+        save_file(tensors, folder / "adapter_model.safetensors")
+    model = randomized(attach(copy.deepcopy(base), folders)).eval()
+    mixture = read_mixture(model, tmp_path / "base")
+    expected = model(IDS).logits
+    export(mixture, "dense", tmp_path / "dense")
+    assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(IDS).logits, expected, atol=2e-5)
+    export(mixture, "lora", tmp_path / "lora")
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora").eval()
+    assert torch.allclose(lora(IDS).logits, expected, atol=2e-5)
+
+
+def test_a_base_without_the_model_prefix_keeps_its_own_names(tmp_path: Path) -> None:
+    tiny_bert().save_pretrained(tmp_path / "base")
+    start = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    folders = [
+        make_adapter(start, tmp_path / f"a{i}", i, r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+        for i in range(2)
+    ]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    randomized(attach(model, folders, head=["classifier"])).eval()
+    mixture = read_mixture(model)
+    mixture.task = "text-classification"
+    mixture.config = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}
+    assert mixture.prefixes == ("", "bert.")
+    assert all(module.startswith("encoder.layer.") for modules in mixture.groups.values() for module in modules)
+    export(mixture, "dense", tmp_path / "dense")
+    again, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = IDS % 64
+    assert torch.allclose(again.eval()(ids).logits, model(ids).logits, atol=1e-6)
+    export(mixture, "lora", tmp_path / "lora")
+    peft = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3), tmp_path / "lora"
+    ).eval()
+    assert torch.allclose(peft(ids).logits, model(ids).logits, atol=1e-6)
+
+
+def test_trainer_fits_an_attached_model_and_the_mixture_comes_off_it(
+    llama_zoo: Callable[..., Any], tmp_path: Path
+) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model, _ = attached(llama_zoo)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if n != "wlora_weights"}
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, learning_rate=0.1, save_strategy="no", report_to=[], disable_tqdm=True
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    assert bool(model.wlora_weights.any())
+    assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in frozen.items())
+    read_mixture(model).save(tmp_path / "mixture")
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(llama_zoo: Callable[..., Any]) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = randomized(attached(llama_zoo)[0]).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append(model.wlora_weights.grad.clone())
+    assert torch.allclose(*gradients, atol=1e-8)
+
+
+def test_a_copy_of_an_attached_model_has_its_own_weights(llama_zoo: Callable[..., Any]) -> None:
+    model, _ = attached(llama_zoo)
+    other = copy.deepcopy(model)
+    randomized(other)
+    assert not torch.allclose(model(IDS).logits, other(IDS).logits)
+
+
+def test_attaching_twice_or_one_adapter_alone_is_refused(llama_zoo: Callable[..., Any]) -> None:
+    model, base = attached(llama_zoo)
+    _, folders = llama_zoo()
+    with pytest.raises(MixtureError, match="attached already"):
+        attach(model, folders)
+    with pytest.raises(WloraMergeError, match="two adapters"):
+        attach(AutoModelForCausalLM.from_pretrained(base), folders[:1])
+    with pytest.raises(MixtureError, match="no adapters attached"):
+        read_mixture(AutoModelForCausalLM.from_pretrained(base))
+
+
+def test_nothing_but_the_low_rank_product_is_kept_for_the_backward_pass(llama_zoo: Callable[..., Any]) -> None:
+    base, folders = llama_zoo()
+    model = attach(tiny_llama(), [*folders, *[(f"b{i}", f) for i, f in enumerate(folders)]])
+    layer = model.model.layers[0].mlp.up_proj
+    kept: list[tuple[int, ...]] = []
+    x = torch.randn(11, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        layer.wlora(x)
+    R = layer.wlora.lora_A.shape[0]
+    assert R == 6
+    activations = [shape for shape in kept if shape and shape[0] == 11]
+    assert activations == [(11, R)]
+
+
+def test_every_linear_is_a_target_of_the_second_adapter(llama_zoo: Callable[..., Any]) -> None:
+    model, _ = attached(llama_zoo)
+    assert len(model.wlora.groups) == 2 * len(EVERY_LINEAR)
