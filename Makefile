@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 SHARED := ../shared
 REAL := $(or $(WLORA_MERGE_REAL_MODELS),$(HOME)/.cache/wlora_merge/real-models)
 
+# Threads that spin while they wait slow everything down many times where something else shares the cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: quickstart test format bench clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -13,6 +13,7 @@ import torch
 from conftest import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
 from wlora_merge.errors import MixtureError, WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.layers import attach, detach, read_mixture

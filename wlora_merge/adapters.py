@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,12 @@ class Factors:
     bias: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
 
+    @property
+    def is_zero(self) -> bool:
+        """True where the delta weight is zero: no rank has both its row of lora_A and its column of lora_B."""
+        rows, columns = self.lora_A.flatten(1).any(1), self.lora_B.transpose(0, 1).flatten(1).any(1)
+        return self.scaling == 0 or not bool((rows & columns).any())
+
 
 @dataclass
 class Adapter:
@@ -76,11 +82,15 @@ def load_adapter(path_or_id: str | Path, name: str | None = None, *, base_is_res
         AdapterError: a missing or broken folder, or a NaN or infinity in a tensor, named.
         UnsupportedError: a feature that is not folded, named.
     """
+    return _load(path_or_id, name, lambda _: base_is_residual)
+
+
+def _load(path_or_id: str | Path, name: str | None, is_residual: Callable[[str], bool]) -> Adapter:
     source = resolve_source(path_or_id, ADAPTER_PATTERNS)
     name = check_adapter_name(name or source.name.rpartition("/")[2])
     where = f"adapter {name!r} ({source.folder})"
     config = _read_config(source.folder, where)
-    check_config(config, where, base_is_residual=base_is_residual)
+    check_config(config, where, base_is_residual=is_residual(name))
     file = _weights_file(source.folder, where)
     header = read_header(file)
     try:
@@ -89,8 +99,8 @@ def load_adapter(path_or_id: str | Path, name: str | None = None, *, base_is_res
         raise type(error)(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
     if not modules and not tensors:
         raise AdapterError(f"{file}: holds no LoRA tensor.")
-    if all(not bool(f.lora_B.any() and f.lora_A.any()) for f in modules.values()) and not tensors:
-        raise AdapterError(f"{file}: every delta weight is zero: was this adapter ever trained?")
+    if modules and all(f.is_zero for f in modules.values()):
+        raise AdapterError(f"{file}: every delta weight is zero: train this adapter, or leave it out.")
     return Adapter(name, source, config, sha256_file(file), modules, tensors)
 
 
@@ -105,8 +115,7 @@ def load_adapters(
     adapters: list[Adapter] = []
     for spec in specs:
         name, path = split_adapter_spec(spec) if not isinstance(spec, tuple) else spec
-        default = name or Path(path).name
-        adapters.append(load_adapter(path, name, base_is_residual=residual is not None and residual == default))
+        adapters.append(_load(path, name, lambda found: found == residual))
     names = [a.name for a in adapters]
     for name in names:
         if names.count(name) > 1:
@@ -133,6 +142,8 @@ def _read_config(folder: Path, where: str) -> dict[str, Any]:
         raise AdapterError(f"{where}: has no {CONFIG_FILE}: give the folder that PEFT's save_pretrained wrote.")
     try:
         config = json.loads(file.read_bytes())
+    except OSError as error:
+        raise AdapterError(f"{file}: cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: is not valid JSON ({error}).") from error
     if not isinstance(config, dict):
@@ -177,10 +188,11 @@ def _factors(module: str, parts: dict[str, torch.Tensor], config: dict[str, Any]
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     missing = [n for n in names if n not in parts]
-    extra = set(parts) - {*names, "lora_B.bias", "lora_magnitude_vector"}
+    told = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}
+    extra = set(parts) - {*names, *(part for part, field in told.items() if config.get(field))}
     if missing or extra:
-        problem = f"lacks {missing[0]}" if missing else f"also has {sorted(extra)[0]}"
-        raise AdapterError(f"target module {module!r} {problem}: it needs a pair of {names[0]} and {names[1]}.")
+        problem = f"lacks {missing[0]}" if missing else f"also has {sorted(extra)[0]}, of which the config says nothing"
+        raise AdapterError(f"target module {module!r} {problem}: expected a pair of {names[0]} and {names[1]}.")
     lora_A, lora_B = (parts[n] for n in names)
     if (
         lora_A.ndim < 2

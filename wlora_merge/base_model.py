@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Entry, Header, read_header, read_tensor
+from .checkpoint import FLOATING, Entry, Header, read_header, read_tensor
 from .digests import sha256_files
 from .errors import BaseModelError, UnsupportedError
 from .names import NameResolver, is_plain_file_name
@@ -29,6 +29,9 @@ WEIGHT_SUFFIXES = (
     ".ot", ".npz", ".npy", ".tflite", ".mlmodel", ".data", ".index.json",
 )  # fmt: skip
 NOT_CARRIED = ("README.md", "wlora_merge.json", "adapter_config.json", "trainer_state.json", "training_args.bin")
+OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "proj_out", "output_projection", "output", "decoder")
+"""How models call their output embedding, the one that a checkpoint with tied embeddings lacks."""
+HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForImageClassification")
 CARRIED_FOLDERS = ("additional_chat_templates", "1_Pooling", "2_Normalize", "2_Dense")
 
 
@@ -61,6 +64,28 @@ class BaseModel:
         found = self._names.find(name)
         return self.entries[found] if found else None
 
+    @cached_property
+    def tied(self) -> frozenset[str]:
+        """Names of the embeddings that the model uses at its input and at its output; empty where it ties none.
+
+        A config that does not say is one that an older transformers wrote, whose default was to tie. Tables are told by
+        their rows, which are the vocabulary's; a model that has no output embedding ties nothing.
+        """
+        tables = [self.config, *(value for value in self.config.values() if isinstance(value, dict))]
+        said = [bool(table["tie_word_embeddings"]) for table in tables if "tie_word_embeddings" in table]
+        if not any(said or [True]) or self._is_headless():
+            return frozenset()
+        sizes = {table.get("vocab_size") for table in tables} - {None}
+        return frozenset(e.name for e in self.entries.values() if len(e.shape) == 2 and e.shape[0] in sizes)
+
+    def _is_headless(self) -> bool:
+        names = self.config.get("architectures") or []
+        plain = [
+            n.endswith(HEADLESS) or (n.endswith("Model") and "LMHead" not in n and "DoubleHeads" not in n)
+            for n in names
+        ]
+        return bool(plain) and all(plain) and not self.config.get("is_encoder_decoder")
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor by its name in the files, in its own dtype."""
         return read_tensor(self.entries[name])
@@ -83,9 +108,8 @@ def open_base(path_or_id: str | Path) -> BaseModel:
     """
     source = resolve_source(path_or_id, BASE_PATTERNS)
     folder = source.folder
-    config = _read_json(
-        folder / "config.json", f"{folder}: has no config.json: give the folder of a Hugging Face model."
-    )
+    missing = f"{folder}: has no config.json: give the folder of a Hugging Face model."
+    config = _read_json(folder / "config.json", _gguf(folder) or missing)
     if (folder / INDEX).is_file():
         index = _read_json(folder / INDEX, "")
         headers = _open_shards(folder, index)
@@ -112,6 +136,12 @@ def refuse_quantized(base: BaseModel) -> None:
             f"{base.folder}: this base is quantized ({name}), and a fold into it would not be exact: give the original 16-bit base, "
             "or export with --format lora."
         )
+    for entry in base.entries.values():
+        if entry.name.endswith(".weight") and len(entry.shape) > 1 and entry.dtype not in FLOATING:
+            raise UnsupportedError(
+                f"{entry.file}: tensor {entry.name!r} has dtype {entry.dtype}, so this base is quantized, and a fold into it would "
+                "not be exact: give the original 16-bit base, or export with --format lora."
+            )
 
 
 def _open_shards(folder: Path, index: dict[str, Any]) -> dict[str, Header]:
@@ -141,9 +171,13 @@ def _no_weights(folder: Path) -> str:
             f"{folder}: its weights are pickles ({pickles[0]}), which could run code and are never loaded: convert them where you "
             "trust them: AutoModel.from_pretrained(folder).save_pretrained(new_folder)."
         )
+    return _gguf(folder) or f"{folder}: has neither {SINGLE} nor {INDEX}: give the folder of a Hugging Face model."
+
+
+def _gguf(folder: Path) -> str:
     if any(folder.glob("*.gguf")):
         return f"{folder}: its weights are GGUF, a quantized format: give the original 16-bit base in safetensors."
-    return f"{folder}: has neither {SINGLE} nor {INDEX}."
+    return ""
 
 
 def _read_json(file: Path, missing: str) -> dict[str, Any]:
@@ -151,7 +185,9 @@ def _read_json(file: Path, missing: str) -> dict[str, Any]:
         table = json.loads(file.read_bytes())
     except FileNotFoundError as error:
         raise BaseModelError(missing) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BaseModelError(f"{file}: cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
         raise BaseModelError(f"{file}: is not valid JSON ({error}).") from error
     if not isinstance(table, dict):
         raise BaseModelError(f"{file}: holds a {type(table).__name__}, expected a table.")
@@ -166,5 +202,7 @@ def _carried(folder: Path) -> Iterable[Path]:
             yield path.relative_to(folder)
         elif path.name in CARRIED_FOLDERS:
             yield from (
-                p.relative_to(folder) for p in path.rglob("*") if p.is_file() and not p.name.endswith(WEIGHT_SUFFIXES)
-            )
+                p.relative_to(folder)
+                for p in path.rglob("*")
+                if p.is_file() and (p.suffix == ".safetensors" or not p.name.endswith(WEIGHT_SUFFIXES))
+            )  # a sentence-transformers Dense has weights of its own, which no adapter changes

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .mixture import Mixture
 
 PIPELINE_TAGS = {
@@ -36,6 +38,9 @@ PEFT_AUTO = (
     "feature-extraction",
 )
 LIBRARIES = {"dense": "transformers", "lora": "peft", "onnx": "transformers.js"}
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 
 
 def write_card(
@@ -69,7 +74,7 @@ def write_card(
 def _metadata(kind: str, task: str | None, base_models: list[str], licenses: list[str]) -> str:
     from huggingface_hub import ModelCardData
 
-    on_hub = [name for name in base_models if "/" in name]
+    on_hub = [name for name in base_models if _HUB_ID.fullmatch(name)]
     data = ModelCardData(
         base_model=on_hub or None,
         library_name=LIBRARIES[kind],
@@ -174,8 +179,13 @@ def _licenses(folders: Sequence[Path]) -> list[str]:
     for folder in folders:
         card = folder / "README.md"
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-        match = re.search(r"\A---\n(?:.*\n)*?license:\s*([\w.-]+)\s*\n", text)
-        found += [match[1]] if match else []
+        match = _FRONT_MATTER.match(text)
+        try:
+            data = yaml.safe_load(match[1]) if match else None
+        except yaml.YAMLError:
+            data = None  # a card of another's that is broken says nothing
+        names = data.get("license") if isinstance(data, dict) else None
+        found += [str(name) for name in (names if isinstance(names, list) else [names]) if name]
     return found
 
 

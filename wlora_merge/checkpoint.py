@@ -15,6 +15,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own bound
 MAX_TENSORS = 1_000_000
+MAX_DIMENSIONS = 64  # torch's own bound
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -102,6 +104,8 @@ def _entry(file: Path, data: int, name: str, row: Any) -> Entry:
         numbers = (*shape, start, end)
         if not all(type(x) is int and 0 <= x < 2**63 for x in numbers) or dtype not in BITS:
             raise ValueError(f"dtype {dtype!r}, shape {list(shape)}, offsets {[start, end]}")
+        if len(shape) > MAX_DIMENSIONS or math.prod(size or 1 for size in shape) >= 2**63:
+            raise ValueError(f"a shape of {len(shape)} dimensions is too large")
     except (TypeError, KeyError, ValueError) as error:
         raise _broken(file, f"the entry of tensor {name!r} is malformed ({error})") from error
     bits = math.prod(shape) * BITS[dtype]
@@ -125,8 +129,10 @@ def _check_tiling(file: Path, entries: list[Entry], data: int, size: int) -> Non
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!r}")
+        names = sorted(name for name, _ in pairs)
+        raise ValueError(f"duplicate key {next(a for a, b in pairwise(names) if a == b)!r}")
+    for text in (*table, *(v for v in table.values() if isinstance(v, str))):
+        text.encode()  # half of a surrogate pair is no name: UnicodeEncodeError is a ValueError
     return table
 
 
@@ -195,8 +201,15 @@ def read_tensor(entry: Entry) -> torch.Tensor:
     """One whole tensor, in its own dtype and shape."""
     import torch
 
+    if entry.dtype not in TORCH_NAMES:
+        raise UnsupportedError(
+            f"{entry.file}: tensor {entry.name!r} has dtype {entry.dtype}, which is not read: give the original 16-bit tensors."
+        )
     data = bytearray(entry.nbytes)
-    fd = os.open(entry.file, os.O_RDONLY)
+    try:
+        fd = os.open(entry.file, os.O_RDONLY)
+    except OSError as error:
+        raise WloraMergeError(f"{entry.file}: cannot be read ({error.strerror}).") from error
     try:
         read_rows(fd, entry, memoryview(data))
     finally:

@@ -9,8 +9,8 @@ from pathlib import Path
 from .adapters import WEIGHTS_FILE, Adapter, load_adapter, split_adapter_spec
 from .base_model import BaseModel, open_base
 from .errors import MixtureError
-from .mixture import Mixture
-from .stacking import ModuleDelta, TensorDelta, modules_of, stack, stack_tensors, tensors_of
+from .mixture import InputRef, Mixture
+from .stacking import ModuleDelta, TensorDelta, modules_of, refuse_overlap, stack, stack_tensors, tensors_of
 
 
 @dataclass
@@ -41,10 +41,10 @@ def find_inputs(
         MixtureError: an input that has moved, or whose sha256 is another one.
     """
     made = mixture if isinstance(mixture, Mixture) else Mixture.load(mixture)
-    opened = open_base(base or _located(made.base.source, "--base PATH"))
+    opened = open_base(base or _located(made.base, "--base PATH"))
     moved = _moved(adapters, made.adapter_names)
     loaded = [
-        load_adapter(moved.get(a.name) or _located(a.source, f"--adapter {a.name}=PATH"), a.name, base_is_residual=True)
+        load_adapter(moved.get(a.name) or _located(a, f"--adapter {a.name}=PATH"), a.name, base_is_residual=True)
         for a in made.adapters
     ]
     if not any_digest:
@@ -58,10 +58,14 @@ def _deltas(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter]) -> l
         mixture.modules_to_save if mixture.modules_to_save == "mix" else "drop"
     )  # the rest was settled when it was made
     tensors, _ = stack_tensors(adapters, choice, mixture.head, tensors_of(base))
+    refuse_overlap(modules, tensors, mixture.head, tensors_of(base))
     return [*modules, *tensors]
 
 
-def _located(source: str, option: str) -> str:
+def _located(ref: InputRef, option: str) -> str:
+    source = ref.source
+    if not Path(source).is_absolute() and ref.revision:
+        return f"{source}@{ref.revision}"  # the hub's main branch may be another by now
     if Path(source).is_absolute() and not Path(source).is_dir():
         raise MixtureError(
             f"{source}: the mixture was made from this folder, which is not there any more: say {option}."

@@ -52,6 +52,8 @@ def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:
     if adapters:
         base = bases[0] if bases else None
         tables["Adapters"] = [adapter_row(a, name, base) for a, name in zip(adapters, names, strict=True)]
+        if features := [feature_row(a) for a in adapters if isinstance(a, Adapter)]:
+            tables["Targets and features"] = features
     return tables
 
 
@@ -63,7 +65,7 @@ def _loaded(path: str | Path) -> Adapter | WloraMergeError:
 
 
 def adapter_row(adapter: Adapter | WloraMergeError, path: str, base: BaseModel | None) -> dict[str, Any]:
-    """r, alpha, scaling, targets, size and features of one adapter, and whether it fits the base, with the reason if not."""
+    """r, alpha, scaling and size of one adapter, and whether it fits the base, with the reason if not."""
     if isinstance(adapter, WloraMergeError):
         return {"adapter": Path(path).name, "fits": f"no: {adapter}"}
     factors = list(adapter.modules.values())
@@ -73,14 +75,21 @@ def adapter_row(adapter: Adapter | WloraMergeError, path: str, base: BaseModel |
         "alpha": adapter.config.get("lora_alpha"),
         "scaling": _range([round(f.scaling, 4) for f in factors]),
         "modules": len(factors),
-        "targets": " ".join(sorted({name.rpartition(".")[2] for name in adapter.modules})),
         "parameters": sum(f.lora_A.numel() + f.lora_B.numel() for f in factors),
-        "features": " ".join(_features(adapter)) or "plain",
-        "trained on": adapter.config.get("base_model_name_or_path"),
     }
     if base is not None:
         row |= _fit(adapter, base)
     return row
+
+
+def feature_row(adapter: Adapter) -> dict[str, Any]:
+    """What one adapter changes, which features of PEFT it uses, and the base that it names."""
+    return {
+        "adapter": adapter.name,
+        "targets": " ".join(sorted({name.rpartition(".")[2] for name in adapter.modules})),
+        "features": " ".join(_features(adapter)) or "plain",
+        "trained on": adapter.config.get("base_model_name_or_path"),
+    }
 
 
 def _features(adapter: Adapter) -> list[str]:

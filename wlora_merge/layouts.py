@@ -18,12 +18,14 @@ import enum
 import math
 from typing import TYPE_CHECKING
 
-from .errors import AdapterError
+from .errors import AdapterError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
 
 CONV1D_MODEL_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+COMPOSITES = ("encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder")
+"""Model types made of two models, either of which may be a GPT-2."""
 CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 
@@ -63,6 +65,7 @@ def layout_of(
 
     Raises:
         AdapterError: the shapes do not fit the base tensor.
+        UnsupportedError: a square matrix that may lie either way.
     """
     out_in = (lora_B[0], *lora_A[1:])
     fits_transposed = len(base) == 2 and (base[1], base[0]) == out_in
@@ -71,8 +74,16 @@ def layout_of(
     if not embedding and len(base) > 2 and base == out_in:
         return Layout.CONV
     if not embedding and len(base) == 2:
-        known = model_type in CONV1D_MODEL_TYPES
+        known = model_type in (
+            *CONV1D_MODEL_TYPES,
+            *COMPOSITES,
+        )  # PEFT's fan_in_fan_out is that of the last module alone
         conv1d = module.rpartition(".")[2] in CONV1D_NAMES if known else fan_in_fan_out
+        if conv1d and model_type in COMPOSITES and base == out_in and fits_transposed:
+            raise UnsupportedError(
+                f"target module {module!r}: its weight {list(base)} is square, and in a {model_type} model it may be a Linear or a "
+                "Conv1D: leave this adapter out."
+            )
         if fits_transposed and conv1d:
             return Layout.CONV1D
         if base == out_in:

@@ -15,8 +15,7 @@ from .errors import AdapterError, UnsupportedError
 
 FOLDED: dict[str, Any] = {
     "peft_type": None, "r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
-    "fan_in_fan_out": False, "modules_to_save": None, "init_lora_weights": True, "bias": "none", "lora_bias": False,
-    "use_dora": False,
+    "fan_in_fan_out": False, "modules_to_save": None, "init_lora_weights": True,
 }  # fmt: skip
 """Field -> default, for fields that this package reads. Some of their values are refused below."""
 
@@ -32,14 +31,16 @@ INERT: dict[str, Any] = {
 REFUSED: dict[str, Any] = {
     "trainable_token_indices": None, "velora_config": None, "alora_invocation_tokens": None, "use_qalora": False,
     "monteclora_config": None, "layer_replication": None, "target_parameters": None, "use_bdlora": None,
-    "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
+    "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False, "bias": "none", "lora_bias": False,
+    "use_dora": False,
 }  # fmt: skip
-"""Field -> default, for fields whose effect is not folded yet, or cannot be."""
+"""Field -> default, for fields whose effect is not folded yet, or cannot be. What gets folded moves to `FOLDED`."""
 
 MUTATES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that also change the base weight: unless converted on saving, such an adapter belongs to that base."""
 
-EMPTY: tuple[Any, ...] = (None, False, {}, [], "")
+KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
+"""Initialisations that leave the base weight alone."""
 
 
 def check_config(config: Mapping[str, Any], where: str, *, base_is_residual: bool = False) -> None:
@@ -60,14 +61,37 @@ def check_config(config: Mapping[str, Any], where: str, *, base_is_residual: boo
         )
     known = FOLDED | INERT
     for field, value in config.items():
-        if field not in known and value not in EMPTY and value != REFUSED.get(field):
+        if field not in known and not _is_empty(value) and not _is_same(value, REFUSED.get(field)):
             kind = "is not folded" if field in REFUSED else "is not known"
             raise UnsupportedError(
-                f"{where}: its config sets {field} to {value!r}, a field that {kind}; leave this adapter out."
+                f"{where}: its config sets {field} to {_short(value)}, a field that {kind}: leave this adapter out."
             )
     _check_types(config, where)
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(MUTATES_BASE) and not base_is_residual:
+    _check_init(config.get("init_lora_weights", True), where, base_is_residual)
+
+
+def _is_empty(value: Any) -> bool:
+    """True for null, false, {} and [], and for nothing that merely equals one of them (0 is a value)."""
+    return value is None or value is False or (isinstance(value, dict | list) and not value)
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and bool(value == default)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _check_init(init: Any, where: str, base_is_residual: bool) -> None:
+    if isinstance(init, bool) or init is None or (isinstance(init, str) and init.lower() in KEEPS_BASE):
+        return
+    if not isinstance(init, str) or not init.lower().startswith(MUTATES_BASE):
+        raise UnsupportedError(
+            f"{where}: init_lora_weights is {_short(init)}, an initialisation that is not known: leave this adapter out."
+        )
+    if not base_is_residual:
         raise UnsupportedError(
             f"{where}: init_lora_weights is {init!r}, which changed the base weights too: convert the adapter to plain LoRA with "
             "PEFT's path_initial_model_for_weight_conversion, or say --base-is-residual NAME if the base given is its residual."
@@ -75,16 +99,22 @@ def check_config(config: Mapping[str, Any], where: str, *, base_is_residual: boo
 
 
 def _check_types(config: Mapping[str, Any], where: str) -> None:
+    for field in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(config.get(field), bool | None):
+            raise AdapterError(f"{where}: {field} must be true or false, got {_short(config[field])}.")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise AdapterError(f"{where}: modules_to_save must be a list of names, got {_short(saved)}.")
     numbers = [config.get("r", 8), *_values(config, "rank_pattern", where)]
     if not all(type(r) is int and r > 0 for r in numbers):
-        raise AdapterError(f"{where}: r and rank_pattern must be positive whole numbers, got {numbers}.")
+        raise AdapterError(f"{where}: r and rank_pattern must be positive whole numbers, got {_short(numbers)}.")
     alphas = [config.get("lora_alpha", 8), *_values(config, "alpha_pattern", where)]
     if not all(isinstance(a, int | float) and not isinstance(a, bool) and abs(a) < 1e30 for a in alphas):
-        raise AdapterError(f"{where}: lora_alpha and alpha_pattern must be numbers, got {alphas}.")
+        raise AdapterError(f"{where}: lora_alpha and alpha_pattern must be numbers, got {_short(alphas)}.")
 
 
 def _values(config: Mapping[str, Any], field: str, where: str) -> list[Any]:
     table = config.get(field) or {}
     if not isinstance(table, Mapping):
-        raise AdapterError(f"{where}: {field} must be a table, got {table!r}.")
+        raise AdapterError(f"{where}: {field} must be a table, got {_short(table)}.")
     return list(table.values())

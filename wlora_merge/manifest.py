@@ -100,6 +100,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise VerifyError(f"{folder}: has no {FILE}: this is not an export of wlora-merge.")
     try:
         table = json.loads(file.read_bytes())
+    except OSError as error:
+        raise VerifyError(f"{file}: cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
         raise VerifyError(f"{file}: is not valid JSON ({error}).") from error
     if not isinstance(table, dict) or table.get("format_version") != FORMAT_VERSION:
@@ -110,8 +112,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or not all(
         all(map(is_plain_file_name, name.split("/"))) and isinstance(row, dict) for name, row in files.items()
     ):
-        raise VerifyError(f"{file}: its table of files is broken.")
+        raise VerifyError(f"{file}: its table of files is broken: export again.")
+    try:
+        _check(table)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise VerifyError(f"{file}: {what}: export again.") from error
     return table
+
+
+def _check(table: Mapping[str, Any]) -> None:
+    """Raise KeyError for a key that is missing, TypeError or ValueError for one that is not as `build_manifest` has it."""
+    kinds: dict[str, type] = {"base_model": dict, "adapters": list, "groups": dict, "weights": dict, "versions": dict}
+    for key, kind in kinds.items():
+        if not isinstance(table[key], kind):
+            raise TypeError(f"its {key} is a {type(table[key]).__name__}, expected a {kind.__name__}")
+    if table["format"] not in tuple(PACKAGES):
+        raise ValueError(f"its format is {table['format']!r}, expected one of {', '.join(PACKAGES)}")
+    for row in (table["base_model"], *table["adapters"]):
+        if not isinstance(row, dict) or not isinstance(row["name"], str) or not isinstance(row["sha256"], dict):
+            raise TypeError("one of its inputs has no name or no table of sha256")
+    for name, row in table["files"].items():
+        if not isinstance(row["sha256"], str) or type(row["bytes"]) is not int:
+            raise TypeError(f"the row of file {name!r} is not a sha256 and a number of bytes")
 
 
 def _public(source: str) -> str:

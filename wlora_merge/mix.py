@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from .adapters import load_adapters
 from .base_model import open_base
 from .errors import AdapterError, MixtureError
 from .mixture import NORMALIZE, Mixture, adapter_ref, base_ref, make_groups, mixture_weights, prefixes, uniform
-from .stacking import modules_of, stack, stack_tensors, tensors_of
+from .names import TASKS, nearest
+from .stacking import modules_of, refuse_overlap, stack, stack_tensors, tensors_of
 
 
 def mix(
@@ -48,11 +50,13 @@ def mix(
     """
     import torch
 
+    _check_options(task, delta_scale)
     opened, loaded = open_base(base), load_adapters(adapters, residual=residual)
     chosen = _normalize(normalize, weights)
     row = uniform(len(loaded)) if weights is None else _checked(weights, len(loaded))
     deltas = stack(loaded, modules_of(opened), model_type=opened.model_type)
     tensors, head = stack_tensors(loaded, modules_to_save, (), tensors_of(opened))
+    refuse_overlap(deltas, tensors, head, tensors_of(opened))
     groups = make_groups([*(d.module for d in deltas), *(t.module for t in tensors)], "global")
     values = torch.tensor([row], dtype=torch.float32)
     logits = torch.zeros_like(values) if weights is None else values
@@ -90,9 +94,14 @@ def _normalize(normalize: str | None, weights: Sequence[float] | None) -> str:
     return normalize or "all"
 
 
-def _checked(weights: Sequence[float], n: int) -> list[float]:
-    import math
+def _check_options(task: str | None, delta_scale: float) -> None:
+    if task not in (None, *TASKS):
+        raise MixtureError(f"task is {task!r}, expected one of {', '.join(TASKS)}{nearest(str(task), TASKS)}.")
+    if not math.isfinite(delta_scale):
+        raise MixtureError(f"delta_scale is {delta_scale}, expected a finite number.")
 
+
+def _checked(weights: Sequence[float], n: int) -> list[float]:
     if len(weights) != n or not all(math.isfinite(w) for w in weights):
         raise AdapterError(
             f"got {len(weights)} weights {list(weights)} for {n} adapters, expected one finite number for each."

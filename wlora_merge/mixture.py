@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from .adapters import WEIGHTS_FILE, Adapter
 from .base_model import BaseModel
 from .checkpoint import read_header, read_tensor
-from .errors import MixtureError
-from .names import GRANULARITIES, group_of, natural_key
+from .errors import AdapterError, MixtureError, WloraMergeError
+from .names import GRANULARITIES, TASKS, check_adapter_name, group_of, natural_key
 from .stacking import ModuleDelta, TensorDelta
 from .staging import staged
 
@@ -115,10 +115,7 @@ class Mixture:
             raise MixtureError(
                 f"module {delta.module!r} belongs to no group of the mixture: it was made from other adapters."
             )
-        weights = self.mixture_weights[row].double()
-        if isinstance(delta, TensorDelta):
-            return weights
-        return at_module(weights, delta.present, self.normalize)
+        return at_module(self.mixture_weights[row].double(), delta.present, self.normalize)
 
     def gains_of(self, delta: ModuleDelta) -> torch.Tensor:
         """gains [R] float64 of one module: delta_scale · mixture weight · scaling."""
@@ -157,7 +154,9 @@ class Mixture:
         tensors = {"mixture_weights": self.mixture_weights.float(), "wlora_weights": self.wlora_weights.float()}
         tensors |= {f"head.{name}": tensor for name, tensor in self.head.items()}
         save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / TENSOR_FILE, {"format": "pt"}
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+            folder / TENSOR_FILE,
+            {"format": "pt"},
         )
         text = json.dumps(self._json(final), indent=2, ensure_ascii=False, allow_nan=False)
         (folder / JSON_FILE).write_text(text + "\n", encoding="utf-8")
@@ -203,13 +202,14 @@ class Mixture:
         table = _read_table(folder)
         tensors = _read_tensors(folder)
         try:
+            _check_table(table)
             mixture = cls(
                 base=_read_ref(table["base_model"], folder),
                 adapters=[_read_ref(row, folder) for row in table["adapters"]],
                 granularity=table["granularity"],
                 normalize=table["normalize"],
                 delta_scale=float(table["delta_scale"]),
-                groups={str(g): [str(m) for m in modules] for g, modules in table["groups"].items()},
+                groups={group: list(modules) for group, modules in table["groups"].items()},
                 mixture_weights=tensors.pop("mixture_weights"),
                 wlora_weights=tensors.pop("wlora_weights"),
                 task=table.get("task"),
@@ -217,9 +217,9 @@ class Mixture:
                 metrics=dict(table.get("metrics") or {}),
                 modules_to_save=table.get("modules_to_save"),
                 data=dict(table.get("data") or {}),
-                prefixes=(str(table["prefixes"]["in_file"]), str(table["prefixes"]["in_model"])),
+                prefixes=(table["prefixes"]["in_file"], table["prefixes"]["in_model"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AdapterError) as error:
             raise MixtureError(f"{folder / JSON_FILE}: {_complaint(error)}; make the mixture again.") from error
         mixture.head = {name.removeprefix("head."): tensor for name, tensor in tensors.items()}
         _check(mixture, tensors, folder)
@@ -269,22 +269,17 @@ def base_ref(base: BaseModel) -> InputRef:
 
 def _portable(source: str, final: Path) -> str:
     """A local folder relative to the mixture's, so that a tree that moves together stays whole; a hub id as it is."""
-    if not Path(source).is_dir():
-        return source
+    if not Path(source).is_absolute():
+        return source  # a hub id, though a folder may happen to have that name
     relative = os.path.relpath(Path(source).resolve(), final.resolve())
     return relative if relative.startswith(".") else f"./{relative}"
 
 
 def _read_ref(row: Mapping[str, Any], folder: Path) -> InputRef:
-    source = str(row["source"])
+    source = row["source"]
     if source.startswith("."):
         source = os.path.normpath(folder.resolve() / source)
-    digests = row["sha256"]
-    if not isinstance(digests, dict):
-        raise TypeError("sha256 is not a table of file names")
-    return InputRef(
-        source, row.get("revision"), {str(k): str(v) for k, v in digests.items()}, str(row.get("name") or "")
-    )
+    return InputRef(source, row.get("revision"), dict(row["sha256"]), row.get("name", ""))
 
 
 def _read_table(folder: Path) -> dict[str, Any]:
@@ -293,12 +288,14 @@ def _read_table(folder: Path) -> dict[str, Any]:
         raise MixtureError(f"{folder}: has no {JSON_FILE}: give the folder that `wlora-merge fit` or `mix` wrote.")
     try:
         table = json.loads(file.read_bytes())
+    except OSError as error:
+        raise MixtureError(f"{file}: cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
         raise MixtureError(f"{file}: is not valid JSON ({error}).") from error
     version = table.get("format_version") if isinstance(table, dict) else None
     if version != FORMAT_VERSION:
         raise MixtureError(
-            f"{file}: format_version is {version!r}, this version of wlora-merge reads {FORMAT_VERSION}."
+            f"{file}: format_version is {version!r}, this version of wlora-merge reads {FORMAT_VERSION}: make the mixture again."
         )
     return dict(table)
 
@@ -307,21 +304,95 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     file = folder / TENSOR_FILE
     if not file.is_file():
         raise MixtureError(f"{folder}: has no {TENSOR_FILE}: the mixture is not whole.")
-    return {name: read_tensor(entry) for name, entry in read_header(file).entries.items()}
+    try:
+        tensors = {name: read_tensor(entry) for name, entry in read_header(file).entries.items()}
+    except WloraMergeError as error:
+        raise MixtureError(str(error)) from error
+    for name in ("mixture_weights", "wlora_weights"):
+        if name not in tensors:
+            raise MixtureError(f"{file}: lacks tensor {name!r}: make the mixture again.")
+    return tensors
+
+
+def _check_table(table: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError, saying which key, for what has another type than `_json` gives it; KeyError lacks one."""
+    for key in ("groups", "prefixes", "base_model"):
+        _expect(table[key], dict, key)
+    for key in ("config", "metrics", "data", "weights"):
+        _expect(table.get(key) or {}, dict, key)
+    _expect(table["adapters"], list, "adapters")
+    _expect(table["prefixes"]["in_file"], str, "prefixes.in_file")
+    _expect(table["prefixes"]["in_model"], str, "prefixes.in_model")
+    _check_ref(table["base_model"], "base_model")
+    for row in table["adapters"]:
+        _expect(row, dict, "each of adapters")
+        _check_ref(row, "each of adapters")
+        check_adapter_name(_expect(row["name"], str, "an adapter's name"))
+    for key in ("task", "modules_to_save"):
+        _expect(table.get(key), str | None, key)
+    if table.get("task") not in (None, *TASKS):
+        raise ValueError(f"task is {table['task']!r}, expected one of {', '.join(TASKS)}")
+    if isinstance(table["delta_scale"], bool):
+        raise TypeError("delta_scale must be a number")
+    _expect(table["delta_scale"], int | float, "delta_scale")
+    _check_groups(table["groups"])
+    _check_candidates((table.get("metrics") or {}).get("candidates") or {})
+
+
+def _check_ref(row: Mapping[str, Any], key: str) -> None:
+    if not _expect(row["source"], str, f"{key}: source") or "\0" in row["source"]:
+        raise ValueError(f"{key}: source must be a folder or a hub id")
+    _expect(row.get("revision"), str | None, f"{key}: revision")
+    for digest in _expect(row["sha256"], dict, f"{key}: sha256").values():
+        _expect(digest, str, f"{key}: sha256 of a file")
+
+
+def _check_groups(groups: Mapping[str, Any]) -> None:
+    seen: set[str] = set()
+    for group, modules in groups.items():
+        for module in _expect(modules, list, f"group {group!r}") or [None]:
+            if _expect(module, str, f"each module of group {group!r}") in seen:
+                raise ValueError(f"module {module!r} stands twice in groups")
+            seen.add(module)
+    if not seen:
+        raise ValueError("groups is empty")
+
+
+def _check_candidates(candidates: Any) -> None:
+    for name, row in _expect(candidates, dict, "metrics.candidates").items():
+        for value in _expect(row, dict, f"metrics.candidates.{name}").values():
+            _expect(value, int | float, f"each number of metrics.candidates.{name}")
+
+
+def _expect(value: Any, kind: Any, key: str) -> Any:
+    if not isinstance(value, kind):
+        expected = getattr(kind, "__name__", str(kind))
+        raise TypeError(f"{key} is a {type(value).__name__}, expected {expected}")
+    return value
 
 
 def _check(mixture: Mixture, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     file, expected = folder / TENSOR_FILE, (len(mixture.groups), len(mixture.adapters))
     for name in ("mixture_weights", "wlora_weights"):
         weights = getattr(mixture, name)
-        if tuple(weights.shape) != expected or not bool(weights.isfinite().all()):
+        if (
+            str(weights.dtype) != "torch.float32"
+            or tuple(weights.shape) != expected
+            or not bool(weights.isfinite().all())
+        ):
             raise MixtureError(
-                f"{file}: {name} is {list(weights.shape)} and must be finite [groups, adapters] = {list(expected)}."
+                f"{file}: {name} is {list(weights.shape)} {weights.dtype}, expected finite float32 [groups, adapters] = "
+                f"{list(expected)}: make the mixture again."
+            )
+    for name, tensor in mixture.head.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise MixtureError(
+                f"{file}: tensor 'head.{name}' holds what is not a finite number: make the mixture again."
             )
     foreign = [name for name in tensors if not name.startswith("head.")]
     if foreign:
-        raise MixtureError(f"{file}: holds an unknown tensor {foreign[0]!r}.")
-    if (
+        raise MixtureError(f"{file}: holds an unknown tensor {foreign[0]!r}: make the mixture again.")
+    if not mixture.adapters or (
         mixture.normalize not in NORMALIZE
         or mixture.granularity not in GRANULARITIES
         or not math.isfinite(mixture.delta_scale)
@@ -331,8 +402,8 @@ def _check(mixture: Mixture, tensors: Mapping[str, torch.Tensor], folder: Path) 
             f"{mixture.delta_scale!r} is not one that this version knows."
         )
     if len(set(mixture.adapter_names)) != len(mixture.adapters):
-        raise MixtureError(f"{folder / JSON_FILE}: two adapters have the same name.")
+        raise MixtureError(f"{folder / JSON_FILE}: two adapters have the same name: make the mixture again.")
 
 
 def _complaint(error: Exception) -> str:
-    return f"lacks {error}" if isinstance(error, KeyError) else str(error)
+    return f"lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")

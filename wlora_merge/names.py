@@ -19,14 +19,31 @@ from .errors import AdapterError, UnsupportedError, WloraMergeError
 PEFT_PREFIX = "base_model.model."
 GRANULARITIES = ("module", "layer", "global")
 GLOBAL_GROUP = "all"
+TASKS = (
+    "causal-lm",
+    "seq2seq-lm",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "image-classification",
+    "feature-extraction",
+)
 
 _LORA_KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<adapter>[^.]+))??(?:\.(?P<parameter>weight|bias))?$"
 )
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
-_SAVED_COPY = re.compile(r"\.modules_to_save(?:\.[^.]+)?(?=\.(?:weight|bias)$)")
-_FOREIGN = {"lora_unet_": "kohya", "lora_te": "kohya", "unet.": "Diffusers", "transformer.lora": "Diffusers"}
+_SAVED_COPY = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
+_FOREIGN = {
+    "kohya": re.compile(r"lora_(unet|te\d?|transformer|prior)_|.*\.lora_(down|up|mid)\.weight$|.*\.alpha$"),
+    "Diffusers": re.compile(
+        r"(unet|text_encoder(_\d)?|transformer\.(single_)?transformer_blocks|prior|controlnet)\.|.*\blora\.(down|up)\.weight$"
+        r"|.*_lora\.(down|up)\.weight$"
+    ),
+}
+_NOT_WHOLE = re.compile(r"(^|\.)(lora_|token_adapter\.)|\.(?!weight$|bias$)[^.]*$|^[^.]*$")
+RESERVED = ("drop", "mix")  # words of --modules-to-save
 V = TypeVar("V")
 
 
@@ -48,12 +65,12 @@ def parse_adapter_key(key: str) -> AdapterKey:
     Accepts keys with the adapter's name inside (`lora_A.default.weight`), as older PEFT wrote them.
 
     Raises:
-        UnsupportedError: for keys in the Diffusers and kohya conventions, named.
+        UnsupportedError: for keys in the Diffusers and kohya conventions, named, and for any other that is not understood.
 
     Source: `peft.utils.save_and_load.get_peft_model_state_dict`.
     """
-    for prefix, convention in _FOREIGN.items():
-        if key.startswith(prefix):
+    for convention, pattern in _FOREIGN.items():
+        if pattern.match(key):
             raise UnsupportedError(
                 f"tensor {key!r} is in the {convention} convention: convert the file to PEFT's first."
             )
@@ -61,6 +78,8 @@ def parse_adapter_key(key: str) -> AdapterKey:
     match = _LORA_KEY.match(name)
     if match is None:
         whole = _SAVED_COPY.sub("", name).replace(".base_layer.", ".")
+        if _NOT_WHOLE.search(whole):
+            raise UnsupportedError(f"tensor {key!r} is no part of a LoRA that is folded: leave this adapter out.")
         return AdapterKey(whole, "tensor")
     part = match["part"] + (".bias" if match["parameter"] == "bias" else "")
     return AdapterKey(match["module"].replace(".base_layer", ""), part)
@@ -131,6 +150,8 @@ def check_adapter_name(name: str) -> str:
         raise AdapterError(
             f"adapter name {name!r} may hold letters, digits, '.', '_' and '-' alone: set it with NAME=PATH."
         )
+    if name in RESERVED:
+        raise AdapterError(f"adapter name {name!r} is a word of --modules-to-save: set another with NAME=PATH.")
     return name
 
 

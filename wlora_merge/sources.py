@@ -44,11 +44,17 @@ def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
         WloraMergeError: neither a folder here nor a hub id that can be had.
     """
     text = os.fspath(path_or_id)
-    folder = Path(text).expanduser()
-    if folder.is_dir():
-        return Source(folder)
-    if folder.exists() or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
-        raise WloraMergeError(f"{text}: no such folder: give the folder of a model or adapter, or a hub id (org/name).")
+    try:
+        folder = Path(text).expanduser()
+        if text and folder.is_dir():
+            return Source(folder)
+        there = bool(text) and folder.exists()
+    except (OSError, RuntimeError, ValueError):  # a name too long, a user unknown, a NUL
+        there = True
+    if there or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
+        raise WloraMergeError(
+            f"{text or repr(text)}: no such folder: give the folder of a model or adapter, or a hub id (org/name)."
+        )
     from huggingface_hub import snapshot_download
 
     hub_id, _, revision = text.partition("@")

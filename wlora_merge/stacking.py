@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .adapters import Adapter, Factors
-from .base_model import BaseModel
+from .base_model import OUTPUT_EMBEDDINGS, BaseModel
 from .errors import AdapterError, UnsupportedError, WloraMergeWarning
 from .layouts import Layout, factors_from_file, layout_of
 from .names import natural_key
@@ -64,6 +65,13 @@ class TensorDelta:
     n_adapters: int
 
     @property
+    def present(self) -> torch.Tensor:
+        """[N] bool: which adapters carry this tensor."""
+        import torch
+
+        return torch.tensor([n in self.saved for n in range(self.n_adapters)])
+
+    @property
     def module(self) -> str:
         """The name by which it belongs to a group."""
         return self.tensor.removesuffix(".weight")
@@ -71,10 +79,15 @@ class TensorDelta:
 
 @dataclass(frozen=True)
 class Target:
-    """A target module as its owner knows it: its name there, and the shape of its weight."""
+    """A target module as its owner knows it: its name there, and the shape of its weight.
+
+    `tied` says that the model also uses the weight as its other embedding; `read` gives a whole tensor's value.
+    """
 
     module: str
     shape: tuple[int, ...]
+    tied: bool = False
+    read: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
 
 
 Find = Callable[[str], "Target | None"]
@@ -86,7 +99,9 @@ def modules_of(base: BaseModel) -> Find:
 
     def find(module: str) -> Target | None:
         entry = base.find_tensor(f"{module}.weight")
-        return Target(entry.name.removesuffix(".weight"), entry.shape) if entry else None
+        if entry is None and base.tied and module.rpartition(".")[2] in OUTPUT_EMBEDDINGS:
+            return Target(module, (), tied=True)
+        return Target(entry.name.removesuffix(".weight"), entry.shape, entry.name in base.tied) if entry else None
 
     return find
 
@@ -96,7 +111,9 @@ def tensors_of(base: BaseModel) -> Find:
 
     def find(name: str) -> Target | None:
         entry = base.find_tensor(name)
-        return Target(entry.name, entry.shape) if entry else None
+        if entry is None:
+            return None
+        return Target(entry.name, entry.shape, entry.name in base.tied, partial(base.read, entry.name))
 
     return find
 
@@ -141,7 +158,16 @@ def _target(adapter: Adapter, name: str, find: Find) -> Target:
         raise AdapterError(
             f"{adapter.where}: its target module {name!r} is not in the base model: this adapter was trained on another base."
         )
+    _refuse_tied(adapter, name, target)
     return target
+
+
+def _refuse_tied(adapter: Adapter, name: str, target: Target) -> None:
+    if target.tied:
+        raise UnsupportedError(
+            f"{adapter.where}: it changes {name!r}, which the base model uses as input and as output embedding "
+            "(tie_word_embeddings), and a change of one of the two is not folded yet: leave this adapter out."
+        )
 
 
 def _layout(adapter: Adapter, name: str, target: Target, factors: Factors, model_type: str) -> Layout:
@@ -155,11 +181,11 @@ def _layout(adapter: Adapter, name: str, target: Target, factors: Factors, model
             model_type=model_type,
             fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out")),
         )
-    except AdapterError as error:
-        raise AdapterError(f"{adapter.where}: {error}") from error
+    except (AdapterError, UnsupportedError) as error:
+        raise type(error)(f"{adapter.where}: {error}") from error
     if layout is Layout.CONV:
         raise UnsupportedError(f"{adapter.where}: target module {name!r} is a convolution, which is not folded yet.")
-    if not bool(factors.lora_B.any() and factors.lora_A.any()):
+    if factors.is_zero:
         warnings.warn(f"{adapter.where}: the delta weight of {name!r} is zero.", WloraMergeWarning, stacklevel=2)
     return layout
 
@@ -201,7 +227,8 @@ def stack_tensors(
         The deltas, and the tensors taken as they are, under the names that the adapter gives them.
 
     Raises:
-        UnsupportedError: tensors that nobody said what to do with, or that cannot be mixed.
+        UnsupportedError: tensors that nobody said what to do with, or that cannot be mixed; a copy of the weight of one of
+            the adapter's own target modules (PEFT saves that of an embedding) which is not equal to the base's.
     """
     taken: dict[str, torch.Tensor] = {}
     saved: dict[str, dict[int, torch.Tensor]] = {}
@@ -212,12 +239,15 @@ def stack_tensors(
         )
     for n, adapter in enumerate(adapters):
         for name in sorted(set(adapter.tensors) - set(replaced)):
+            if _is_base_copy(adapter, name, find):
+                continue
             if choice is None:
                 raise UnsupportedError(
                     f"{adapter.where}: it carries its own copy of tensor {name!r}: say --modules-to-save NAME to take one adapter's, "
                     "drop to leave them out, or mix to mix them against the base's."
                 )
             if choice == adapter.name:
+                _check_taken(adapter, name, find)
                 taken[name] = adapter.tensors[name]
             if choice == "mix":
                 target = _whole_target(adapter, name, find)
@@ -235,4 +265,56 @@ def _whole_target(adapter: Adapter, name: str, find: Find) -> Target:
         raise UnsupportedError(
             f"{adapter.where}: its tensor {name!r} {got}, so it cannot be mixed: take one adapter's, or drop it."
         )
+    _refuse_tied(adapter, name, target)
     return target
+
+
+def _is_base_copy(adapter: Adapter, name: str, find: Find) -> bool:
+    """True for the copy of a target module's base weight that PEFT saves beside an embedding's LoRA, which changes nothing."""
+    if name.removesuffix(".weight") not in adapter.modules:
+        return False
+    target = find(name)
+    if target is None or target.read is None:
+        return False
+    saved, base = adapter.tensors[name], target.read()
+    if saved.shape != base.shape or not bool((saved.double() == base.double()).all()):
+        raise UnsupportedError(
+            f"{adapter.where}: its copy of tensor {name!r} {list(saved.shape)} is not equal to the base model's {list(base.shape)}, "
+            "so its LoRA belongs to another or a resized embedding: leave this adapter out."
+        )
+    return True
+
+
+def _check_taken(adapter: Adapter, name: str, find: Find) -> None:
+    target = find(name)
+    if target is None:
+        return
+    _refuse_tied(adapter, name, target)
+    if target.module != name:
+        raise UnsupportedError(
+            f"{adapter.where}: its tensor {name!r} is called {target.module!r} by the base model, so it cannot be taken as it is: "
+            "drop it, or mix it."
+        )
+
+
+def refuse_overlap(
+    deltas: Sequence[ModuleDelta], tensors: Sequence[TensorDelta], head: Iterable[str], find: Find
+) -> None:
+    """Refuse a tensor that changes in two ways: by a LoRA, and as a whole.
+
+    Args:
+        head: names of tensors that replace the base's.
+        find: as for `stack_tensors`.
+
+    Raises:
+        UnsupportedError: names the tensor.
+    """
+    low_rank = {f"{delta.module}.weight" for delta in deltas}
+    found = [(name, find(name)) for name in head]
+    whole = [*(t.tensor for t in tensors), *(target.module if target else name for name, target in found)]
+    for name in whole:
+        if name in low_rank:
+            raise UnsupportedError(
+                f"tensor {name!r}: one adapter changes it by a LoRA, and another or the head replaces it as a whole, which cannot "
+                "both be: leave one adapter out, or say --modules-to-save drop."
+            )

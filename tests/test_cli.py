@@ -1,0 +1,266 @@
+"""The command line as a user meets it: the main job, one clear sentence and exit 1 for bad input, exit 2 for wrong usage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from wlora_merge.cli import main
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+@pytest.fixture
+def zoo(llama_zoo: Callable[..., Any]) -> tuple[Path, list[Path]]:
+    base, folders = llama_zoo()
+    return base, folders
+
+
+def inputs(base: Path, folders: Sequence[Path]) -> list[object]:
+    return ["--base", base, *(x for f in folders for x in ("--adapter", f))]
+
+
+def copied(folder: Path, to: Path) -> Path:
+    import shutil
+
+    shutil.copytree(folder, to)
+    return to
+
+
+def refused(result: Result, out: Path, *words: str) -> None:
+    """One clear sentence, exit 1, nothing left behind."""
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    message = result.stderr.strip()
+    assert message.startswith("Error: ")
+    assert "Traceback" not in message
+    for word in words:
+        assert word in message, message
+    assert not out.exists()
+    assert not list(out.parent.glob(f".{out.name}.wlora*"))
+
+
+def test_help_is_quick_and_does_not_import_torch() -> None:
+    code = "import sys; from wlora_merge.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fit" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["fit", "mix", "export", "verify", "inspect"])
+def test_every_option_of_every_command_has_help(command: str) -> None:
+    for parameter in main.commands[command].params:
+        if parameter.param_type_name == "option":
+            assert getattr(parameter, "help", None), parameter.name
+    assert main.commands[command].help
+    assert run(command, "--help").exit_code == 0
+
+
+def test_mix_export_inspect_verify_from_end_to_end(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, folders = zoo
+    mixture = tmp_path / "mixture"
+    done = run("mix", *inputs(base, folders), "--out", mixture, "--task", "causal-lm", "--weights", "0.2,0.3,0.5")
+    assert done.exit_code == 0, done.output
+    for kind, options in {"dense": [], "lora": ["--rank", "2"]}.items():
+        done = run("export", mixture, "--format", kind, "--out", tmp_path / kind, *options)
+        assert done.exit_code == 0, done.output
+    done = run("verify", tmp_path / "dense", "--json", "--base", base, *adapter_options(folders))
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result["largest_difference"] < 1e-5
+    assert not result["skipped"]
+    for paths in ([base, *folders], [mixture], [tmp_path / "dense"]):
+        assert run("inspect", *paths).exit_code == 0
+        assert json.loads(run("inspect", *paths, "--json").stdout)
+
+
+def adapter_options(folders: Sequence[Path]) -> list[object]:
+    return [x for f in folders for x in ("--adapter", f"{f.name}={f}")]
+
+
+def test_wrong_usage_exits_2(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, folders = zoo
+    assert run("export").exit_code == 2
+    assert run("nonsense").exit_code == 2
+    assert run("mix", *inputs(base, folders), "--out", tmp_path / "m", "--weights", "a,b").exit_code == 2
+    fit = ["fit", *inputs(base, folders[:1]), "--data", "x.csv", "--task", "causal-lm", "--out", tmp_path / "m"]
+    assert run(*fit).exit_code == 2
+
+
+def test_debug_keeps_the_traceback(tmp_path: Path) -> None:
+    done = run("--debug", "verify", tmp_path)
+    assert done.exit_code == 1
+    assert not isinstance(done.exception, SystemExit)
+
+
+# --------------------------------------------------------------------------------------------------- bad adapters
+
+
+def test_a_missing_adapter_folder(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, folders = zoo
+    out = tmp_path / "out"
+    refused(run("mix", *inputs(base, [folders[0], tmp_path / "no" / "such"]), "--out", out), out, "no/such", "no such")
+
+
+def test_a_folder_that_is_no_lora(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, folders = zoo
+    out, odd = tmp_path / "out", copied(folders[0], tmp_path / "odd")
+    config = json.loads((odd / "adapter_config.json").read_text())
+    (odd / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
+    refused(run("mix", *inputs(base, [folders[1], odd]), "--out", out), out, "IA3", "LORA", "odd")
+    refused(run("mix", *inputs(base, [folders[1], base]), "--out", out), out, "adapter_config.json")
+
+
+def test_a_pickle(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, folders = zoo
+    out, odd = tmp_path / "out", copied(folders[0], tmp_path / "odd")
+    (odd / "adapter_model.safetensors").rename(odd / "adapter_model.bin")
+    refused(run("mix", *inputs(base, [folders[1], odd]), "--out", out), out, "adapter_model.bin", "save_pretrained")
+
+
+def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
+
+
+KEY = "base_model.model.model.layers.1.self_attn.q_proj"
+
+
+def test_shapes_that_do_not_fit_the_base(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, folders = zoo
+    out, odd = tmp_path / "out", copied(folders[0], tmp_path / "odd")
+    changed(odd, lambda t: t.update({f"{KEY}.lora_A.weight": torch.randn(4, 31)}))
+    refused(run("mix", *inputs(base, [folders[1], odd]), "--out", out), out, "layers.1.self_attn.q_proj", "31", "32")
+
+
+def test_a_target_module_that_the_base_lacks(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, folders = zoo
+    out, odd = tmp_path / "out", copied(folders[0], tmp_path / "odd")
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for part in ("lora_A", "lora_B"):
+            old = f"{KEY}.{part}.weight"
+            tensors[old.replace("layers.1", "layers.7")] = tensors.pop(old)
+
+    changed(odd, rename)
+    refused(run("mix", *inputs(base, [folders[1], odd]), "--out", out), out, "layers.7", "odd")
+
+
+@pytest.mark.parametrize("field", ["use_qalora", "layer_replication", "alora_invocation_tokens", "made_up_field"])
+def test_a_feature_that_is_not_supported_is_named(zoo: tuple[Path, list[Path]], tmp_path: Path, field: str) -> None:
+    base, folders = zoo
+    out, odd = tmp_path / "out", copied(folders[0], tmp_path / "odd")
+    config = json.loads((odd / "adapter_config.json").read_text())
+    (odd / "adapter_config.json").write_text(json.dumps(config | {field: [[1, 2]]}))
+    refused(run("mix", *inputs(base, [folders[1], odd]), "--out", out), out, field, "odd")
+
+
+def test_a_nan_in_a_tensor(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, folders = zoo
+    out, odd = tmp_path / "out", copied(folders[0], tmp_path / "odd")
+    changed(odd, lambda t: t[f"{KEY}.lora_B.weight"].__setitem__((0, 0), float("nan")))
+    refused(run("mix", *inputs(base, [folders[1], odd]), "--out", out), out, f"{KEY}.lora_B.weight", "NaN")
+
+
+# ------------------------------------------------------------------------------------------------------- bad data
+
+
+def write(file: Path, text: str) -> Path:
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("empty.csv", "", ["empty.csv"]),
+        ("header.csv", "text,label\n", ["header.csv"]),
+        ("columns.csv", "utterance,kind\na,b\nc,d\n", ["utterance", "kind", "text", "label"]),
+        ("broken.jsonl", '{"text": "a", "label": "x"}\n{"text": \n', ["broken.jsonl", "2"]),
+    ],
+)
+def test_an_empty_or_wrongly_columned_data_file(
+    zoo: tuple[Path, list[Path]], tmp_path: Path, name: str, text: str, words: list[str]
+) -> None:
+    base, folders = zoo
+    out, data = tmp_path / "out", write(tmp_path / name, text)
+    done = run("fit", *inputs(base, folders), "--data", data, "--task", "text-classification", "--out", out)
+    refused(done, out, *words)
+
+
+def test_a_missing_data_file(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, folders = zoo
+    out = tmp_path / "out"
+    done = run("fit", *inputs(base, folders), "--data", tmp_path / "none.csv", "--task", "causal-lm", "--out", out)
+    refused(done, out, "none.csv")
+
+
+# ----------------------------------------------------------------------------------------------------- bad output
+
+
+def test_an_out_that_is_not_empty(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, folders = zoo
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    done = run("mix", *inputs(base, folders), "--out", out)
+    assert done.exit_code == 1
+    assert "--force" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (out / "precious").read_text() == "mine"
+    assert run("mix", *inputs(base, folders), "--out", out, "--force").exit_code == 0
+    assert {p.name for p in out.iterdir()} == {"mixture.json", "mixture.safetensors"}
+
+
+def test_an_out_inside_an_input(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, folders = zoo
+    own = copied(base, tmp_path / "base")
+    done = run("mix", *inputs(own, folders), "--out", own / "mixture")
+    assert done.exit_code == 1
+    assert not (own / "mixture").exists()
+
+
+def test_an_input_changed_since_the_mixture_was_made(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, folders = zoo
+    own = copied(folders[0], tmp_path / "own")
+    assert run("mix", *inputs(base, [own, folders[1]]), "--out", tmp_path / "m").exit_code == 0
+    time.sleep(0.01)
+    changed(own, lambda t: t[f"{KEY}.lora_B.weight"].mul_(2))
+    out = tmp_path / "out"
+    refused(run("export", tmp_path / "m", "--format", "dense", "--out", out), out, "own", "sha256", "--any-digest")
+    assert run("export", tmp_path / "m", "--format", "dense", "--out", out, "--any-digest").exit_code == 0
+
+
+def test_verify_finds_a_changed_byte_a_missing_file_and_a_foreign_one(
+    zoo: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, folders = zoo
+    assert run("mix", *inputs(base, folders), "--out", tmp_path / "m", "--task", "causal-lm").exit_code == 0
+    out = tmp_path / "out"
+    assert run("export", tmp_path / "m", "--format", "dense", "--out", out).exit_code == 0
+    assert run("verify", "--quick", out).exit_code == 0
+    file = out / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    done = run("verify", "--quick", out)
+    assert done.exit_code == 1
+    assert "model.safetensors" in done.stderr
+    file.unlink()
+    assert "missing" in run("verify", "--quick", out).stderr
+    assert run("verify", tmp_path / "m").exit_code == 1

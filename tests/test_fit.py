@@ -1,0 +1,236 @@
+"""The fit: what it learns, what it reports, what it writes, on tiny models and on the real ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
+
+from wlora_merge.errors import MixtureError
+from wlora_merge.export import export
+from wlora_merge.fit import fit
+from wlora_merge.mixture import Mixture
+from wlora_merge.verify import verify
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(60))]
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def bert_zoo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path], Path]:
+    """A headless tiny BERT with a tokenizer, three classifier adapters whose own heads have other labels, and shots."""
+    from transformers import AutoModelForSequenceClassification
+
+    root = tmp_path_factory.mktemp("bert")
+    tiny_bert().save_pretrained(root / "base")
+    save_tokenizer(root / "base")
+    start = AutoModelForSequenceClassification.from_pretrained(root / "base", num_labels=5)
+    folders = [
+        make_adapter(start, root / f"a{i}", i, r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+        for i in range(3)
+    ]
+    rng = random.Random(0)
+    with open(root / "shots.csv", "w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(["text", "label"])
+        for label, words in {"high": range(30, 60), "low": range(30)}.items():
+            for _ in range(8):
+                rows.writerow([" ".join(f"w{w}" for w in rng.sample(list(words), 6)), label])
+    return root / "base", folders, root / "shots.csv"
+
+
+def test_a_classifier_fit_trains_a_new_head_judges_every_candidate_and_exports(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path
+) -> None:
+    base, folders, shots = bert_zoo
+    seen: list[str] = []
+    mixture = fit(
+        base, folders, shots, "text-classification", tmp_path / "mixture", max_steps=10, learning_rate=0.2,
+        progress=lambda name, *_: seen.append(name),
+    )  # fmt: skip
+    assert list(mixture.metrics["candidates"]) == ["base", "uniform", "a0", "a1", "a2", "learned"]
+    assert all({"loss", "accuracy"} <= set(row) for row in mixture.metrics["candidates"].values())
+    assert mixture.metrics["held_out"] == {"examples": 4, "of": 16}
+    assert set(mixture.head) == {"classifier.weight", "classifier.bias"}
+    assert mixture.head["classifier.weight"].shape == (2, 32)
+    assert mixture.config["id2label"] == {"0": "high", "1": "low"}
+    assert mixture.config["architectures"] == ["BertForSequenceClassification"]
+    assert bool(mixture.wlora_weights.any())
+    assert set(seen) == {*mixture.metrics["candidates"], "learned, all shots"}
+    names = {p.name.rpartition("/")[2] for p in (tmp_path / "mixture").iterdir()}
+    assert names == {"mixture.json", "mixture.safetensors"}
+    for kind in ("dense", "lora"):
+        export(tmp_path / "mixture", kind, tmp_path / kind)
+        checked = verify(tmp_path / kind, base=base, adapters=[f"{f.name}={f}" for f in folders])
+        assert checked.largest_difference is not None
+        assert checked.largest_difference < 1e-5
+        assert not checked.skipped
+
+
+def test_the_lora_with_its_head_loads_with_the_line_that_its_card_shows(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, folders, shots = bert_zoo
+    mixture = fit(base, folders, shots, "text-classification", max_steps=5)
+    export(mixture, "lora", tmp_path / "lora")
+    card = (tmp_path / "lora" / "README.md").read_text()
+    block = next(b.split("```")[0] for b in card.split("```python\n")[1:] if "AutoPeftModelForSequence" in b)
+    monkeypatch.chdir(base.parent)  # where the config's `base` can be found under that name
+    scope: dict[str, Any] = {}
+    exec(block.replace("path/to/this/folder", str(tmp_path / "lora")), scope)
+    model = scope["model"].eval()
+    head = model.base_model.model.classifier
+    weight = head.modules_to_save["default"].weight
+    assert torch.equal(weight, mixture.head["classifier.weight"])
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path
+) -> None:
+    base, folders, shots = bert_zoo
+    for name, seed in {"one": 1, "again": 1, "other": 2}.items():
+        fit(base, folders, shots, "text-classification", tmp_path / name, max_steps=4, seed=seed)
+    for file in ("mixture.json", "mixture.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    assert (tmp_path / "one" / file).read_bytes() != (tmp_path / "other" / file).read_bytes()
+
+
+def test_eval_data_is_judged_on_and_nothing_is_held_out(bert_zoo: tuple[Path, list[Path], Path]) -> None:
+    base, folders, shots = bert_zoo
+    mixture = fit(base, folders, shots, "text-classification", eval_data=shots, max_steps=3)
+    assert mixture.metrics["held_out"]["examples"] == 16
+    assert mixture.metrics["held_out"]["from"]["name"] == "shots.csv"
+
+
+def test_one_shot_per_class_leaves_the_metrics_not_estimated(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path
+) -> None:
+    base, folders, _ = bert_zoo
+    shots = tmp_path / "one.csv"
+    shots.write_text("text,label\nw1 w2,low\nw40 w41,high\n")
+    mixture = fit(base, folders, shots, "text-classification", max_steps=3)
+    assert "candidates" not in mixture.metrics
+    assert mixture.metrics["note"].startswith("Not estimated")
+
+
+def test_a_causal_lm_fit_lowers_the_loss_on_the_completion(tmp_path: Path) -> None:
+    model = tiny_llama(vocab_size=len(WORDS))
+    model.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    folders = [
+        make_adapter(model, tmp_path / f"a{i}", i, scale=0.4, r=3, target_modules=EVERY_LINEAR[: 2 + i])
+        for i in range(3)
+    ]
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": " w7"} for i in range(0, 40, 2)]
+    (tmp_path / "shots.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    losses: list[float] = []
+    mixture = fit(
+        tmp_path / "base", folders, tmp_path / "shots.jsonl", "causal-lm", max_steps=30, learning_rate=0.05,
+        eval_data=tmp_path / "shots.jsonl",
+        normalize="none", progress=lambda name, step, steps, loss: losses.append(loss) if name == "learned" else None,
+    )  # fmt: skip
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert mixture.head == {}
+    assert mixture.config == {}
+    assert mixture.metrics["candidates"]["learned"]["loss"] < mixture.metrics["candidates"]["uniform"]["loss"]
+
+
+def test_a_head_that_the_base_has_for_these_labels_is_kept(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    tiny_bert().save_pretrained(tmp_path / "body")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "body", id2label={0: "low", 1: "high", 2: "other"}, label2id={"low": 0, "high": 1, "other": 2}
+    )
+    model.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    folders = [make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=["query"]) for i in range(2)]
+    (tmp_path / "s.csv").write_text(
+        "text,label\n" + "".join(f"w{i} w{i},{'low' if i < 9 else 'high'}\n" for i in range(18))
+    )
+    mixture = fit(tmp_path / "base", folders, tmp_path / "s.csv", "text-classification", max_steps=3)
+    assert mixture.head == {}
+    export(mixture, "dense", tmp_path / "dense")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
+    assert again.config.id2label == {0: "low", 1: "high", 2: "other"}
+    assert torch.equal(again.classifier.weight, model.classifier.weight)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("learning_rate", 0.0), ("max_steps", -1), ("held_out", 1.0), ("batch_size", float("nan"))]
+)
+def test_an_option_out_of_range_is_named(
+    bert_zoo: tuple[Path, list[Path], Path], option: str, value: float, tmp_path: Path
+) -> None:
+    base, folders, shots = bert_zoo
+    with pytest.raises(MixtureError, match=option):
+        fit(base, folders, shots, "text-classification", tmp_path / "out", **{option: value})
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------- the real ones
+
+
+@pytest.mark.real
+def test_minilm_on_banking77(shared: Path, real_models: Path, tmp_path: Path) -> None:
+    group = json.loads((shared / "data/banking77/groups.json").read_text())["g5"]
+    with open(shared / "data/banking77/train.csv", encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f))
+    shots = [row for name in group for row in [r for r in rows if r["category"] == name][:4]]
+    with open(tmp_path / "shots.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, ["text", "category"])
+        writer.writeheader()
+        writer.writerows(shots)
+    adapters = [shared / "zoo/minilm-banking" / f"g{i}" for i in range(5)]
+    base = real_models / "minilm"
+    mixture = fit(base, adapters, tmp_path / "shots.csv", "text-classification", tmp_path / "m", max_steps=25)
+    assert mixture.head["classifier.weight"].shape == (11, 384)
+    candidates = mixture.metrics["candidates"]
+    assert candidates["learned"]["accuracy"] > 1.5 / 11  # chance is 1/11, and 25 steps are few
+    assert Mixture.load(tmp_path / "m").config["id2label"]["0"] == sorted(group)[0]
+    names = [f"{a.name}={a}" for a in adapters]
+    for kind in ("dense", "lora", "onnx"):
+        export(tmp_path / "m", kind, tmp_path / kind)
+        checked = verify(tmp_path / kind, base=base, adapters=names)
+        assert checked.largest_difference is not None
+        assert checked.largest_difference < 1e-4
+
+
+@pytest.mark.real
+def test_smollm2_on_movie_reviews(shared: Path, real_models: Path, tmp_path: Path) -> None:
+    lines = (shared / "data/sentences/rt-polarity.all").read_text(encoding="latin-1").splitlines()
+    shots = [line.split(" ", 1) for line in [*lines[:3], *lines[-3:]]]
+    rows = [
+        {"prompt": f"Review: {text.strip()}\nSentiment:", "completion": [" negative", " positive"][int(label)]}
+        for label, text in shots
+    ]
+    (tmp_path / "shots.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    adapters = [shared / "zoo/smollm2-tasks" / name for name in ("sst2", "subj", "trec", "mpqa")]
+    base = real_models / "smollm2"
+    mixture = fit(base, adapters, tmp_path / "shots.jsonl", "causal-lm", tmp_path / "m", max_steps=3, batch_size=3)
+    assert len(mixture.groups) == 210
+    export(tmp_path / "m", "dense", tmp_path / "dense")
+    names = [f"{a.name}={a}" for a in adapters]
+    checked = verify(tmp_path / "dense", base=base, adapters=names)
+    assert checked.largest_difference is not None
+    assert checked.largest_difference < 0.05  # the base is bfloat16: rounding of the folded weights
+    export(tmp_path / "m", "lora", tmp_path / "lora")
+    checked = verify(tmp_path / "lora", base=base, adapters=names)
+    assert checked.largest_difference is not None
+    assert checked.largest_difference < 1e-4

@@ -1,0 +1,401 @@
+"""The mixture: its maths, its groups, and its two files, sound and hostile."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wlora_merge.errors import MixtureError, OutputError
+from wlora_merge.layouts import Layout
+from wlora_merge.mix import mix
+from wlora_merge.mixture import (
+    InputRef,
+    Mixture,
+    at_module,
+    gains,
+    make_groups,
+    mixture_weights,
+    prefixes,
+    uniform,
+)
+from wlora_merge.stacking import ModuleDelta, TensorDelta
+
+GROUPS = {"model.layers.0": ["model.layers.0.q", "model.layers.0.k"], "lm_head": ["lm_head"]}
+
+
+def made(**changes: Any) -> Mixture:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3)
+    options: dict[str, Any] = {
+        "base": InputRef("org/base", "c0ffee", {"model.safetensors": "0" * 64}),
+        "adapters": [InputRef(f"org/{n}", None, {"adapter_model.safetensors": "1" * 64}, n) for n in "abc"],
+        "granularity": "layer",
+        "normalize": "all",
+        "delta_scale": 0.1 + 0.2,
+        "groups": copy.deepcopy(GROUPS),
+        "mixture_weights": logits.softmax(-1),
+        "wlora_weights": logits,
+        "task": "text-classification",
+        "config": {"id2label": {"0": "é", "1": "b"}},
+        "metrics": {"candidates": {"base": {"loss": 1.5}, "learned": {"loss": 0.1}}, "note": "n"},
+        "head": {"classifier.weight": torch.randn(2, 4), "classifier.bias": torch.randn(2).bfloat16()},
+        "modules_to_save": "a",
+        "data": {"shots": 8},
+        "prefixes": ("", "bert."),
+    }
+    return Mixture(**(options | changes))
+
+
+def same(a: Mixture, b: Mixture) -> bool:
+    tensors = ("mixture_weights", "wlora_weights")
+    plain = {k: v for k, v in vars(a).items() if k not in (*tensors, "head")}
+    return (
+        plain == {k: v for k, v in vars(b).items() if k not in (*tensors, "head")}
+        and all(torch.equal(getattr(a, t), getattr(b, t)) for t in tensors)
+        and a.head.keys() == b.head.keys()
+        and all(torch.equal(a.head[k], b.head[k]) and a.head[k].dtype == b.head[k].dtype for k in a.head)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- the maths
+
+
+def test_mixture_weights_are_a_softmax_or_the_free_weights() -> None:
+    logits = torch.tensor([[0.0, 0.0], [1.0, 3.0]])
+    assert mixture_weights(logits, "all")[0].tolist() == uniform(2) == [0.5, 0.5]
+    assert torch.equal(mixture_weights(logits, "present"), logits.softmax(-1))
+    assert mixture_weights(logits, "none") is logits
+
+
+def test_present_renormalizes_over_the_adapters_of_a_module_and_keeps_zero_where_nothing_is_left() -> None:
+    weights, present = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([True, False, True])
+    assert torch.allclose(at_module(weights, present, "present"), torch.tensor([2 / 7, 0, 5 / 7]))
+    assert torch.equal(at_module(weights, present, "all"), weights)
+    assert at_module(torch.tensor([0.0, 1.0, 0.0]), present, "present").tolist() == [0, 0, 0]
+
+
+def test_gains_are_the_product_of_delta_scale_weight_and_scaling() -> None:
+    found = gains(torch.tensor([0.25, 0.75]), torch.tensor([2.0, 2.0, 4.0]), torch.tensor([0, 0, 1]), 0.5)
+    assert found.tolist() == [0.25, 0.25, 1.5]
+
+
+def delta(module: str, adapters: list[int]) -> ModuleDelta:
+    R = len(adapters)
+    return ModuleDelta(
+        module,
+        Layout.LINEAR,
+        (4, 4),
+        torch.ones(R, 4),
+        torch.ones(4, R),
+        torch.full((R,), 2.0),
+        torch.tensor(adapters),
+        3,
+    )
+
+
+def test_a_module_reads_the_row_of_its_group() -> None:
+    mixture = made()
+    assert torch.equal(mixture.weights_of(delta("lm_head", [0, 1, 2])), mixture.mixture_weights[1].double())
+    assert torch.equal(mixture.weights_of(delta("model.layers.0.k", [0])), mixture.mixture_weights[0].double())
+    expected = mixture.delta_scale * mixture.mixture_weights[1].double()[[0, 2]] * 2
+    assert torch.equal(mixture.gains_of(delta("lm_head", [0, 2])), expected)
+    with pytest.raises(MixtureError, match="module 'x' belongs to no group"):
+        mixture.weights_of(delta("x", [0]))
+
+
+def test_a_whole_tensor_is_renormalized_over_those_that_carry_it_as_a_module_is() -> None:
+    mixture = made(normalize="present")
+    whole = TensorDelta("lm_head.weight", (4, 4), {0: torch.ones(4, 4), 2: torch.ones(4, 4)}, 3)
+    assert torch.equal(mixture.weights_of(whole), mixture.weights_of(delta("lm_head", [0, 2])))
+    assert float(mixture.weights_of(whole).sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "groups"),
+    [
+        ("global", {"all": ["lm_head", "model.layers.2.q", "model.layers.10.k", "model.layers.10.q"]}),
+        (
+            "layer",
+            {
+                "lm_head": ["lm_head"],
+                "model.layers.2": ["model.layers.2.q"],
+                "model.layers.10": ["model.layers.10.k", "model.layers.10.q"],
+            },
+        ),
+        ("module", {m: [m] for m in ("lm_head", "model.layers.2.q", "model.layers.10.k", "model.layers.10.q")}),
+    ],
+)
+def test_groups_stand_in_natural_order(granularity: str, groups: dict[str, list[str]]) -> None:
+    modules = ["model.layers.10.q", "model.layers.2.q", "lm_head", "model.layers.10.k"]
+    found = make_groups(modules, granularity)
+    assert found == groups
+    assert list(found) == list(groups)
+
+
+def test_an_unknown_granularity_is_refused() -> None:
+    with pytest.raises(MixtureError, match="granularity is 'row', expected one of module, layer, global"):
+        make_groups(["a"], "row")
+
+
+@pytest.mark.parametrize(
+    ("in_file", "in_model", "expected"),
+    [
+        ("a.b", "bert.a.b", ("", "bert.")),
+        ("model.a.b", "a.b", ("model.", "")),
+        ("a.b", "a.b", ("", "")),
+        ("a", "x.a", ("", "x.")),
+    ],
+)
+def test_prefixes_take_one_spelling_to_the_other(in_file: str, in_model: str, expected: tuple[str, str]) -> None:
+    assert prefixes(in_file, in_model) == expected
+    assert made(prefixes=expected).live_name(in_file) == in_model
+
+
+# ----------------------------------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"normalize": "none"}, {"task": None, "head": {}, "config": {}, "metrics": {}, "modules_to_save": None}],
+)
+def test_a_mixture_saved_and_loaded_is_bit_identical(tmp_path: Path, changes: dict[str, Any]) -> None:
+    mixture = made(**changes)
+    mixture.save(tmp_path / "m")
+    assert same(Mixture.load(tmp_path / "m"), mixture)
+
+
+def test_the_same_mixture_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in "ab":
+        made().save(tmp_path / name)
+    Mixture.load(tmp_path / "a").save(tmp_path / "c")
+    for file in ("mixture.json", "mixture.safetensors"):
+        assert len({(tmp_path / name / file).read_bytes() for name in "abc"}) == 1
+
+
+def test_head_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
+    shared = torch.ones(4, 4)
+    made(head={"a.weight": shared, "b.weight": shared, "c.weight": shared.T[:2]}).save(tmp_path / "m")
+    assert set(Mixture.load(tmp_path / "m").head) == {"a.weight", "b.weight", "c.weight"}
+
+
+def test_the_json_is_for_people_and_other_programs(tmp_path: Path) -> None:
+    mixture = made()
+    mixture.save(tmp_path / "m")
+    table = json.loads((tmp_path / "m" / "mixture.json").read_text())
+    assert {
+        "format_version", "base_model", "adapters", "granularity", "normalize", "delta_scale", "groups", "weights", "task",
+        "config", "metrics",
+    } <= set(table)  # fmt: skip
+    assert set(table["base_model"]) == {"source", "revision", "sha256"}
+    assert [set(row) for row in table["adapters"]] == [{"name", "source", "revision", "sha256"}] * 3
+    assert table["weights"]["lm_head"] == pytest.approx(
+        dict(zip("abc", mixture.mixture_weights[1].tolist(), strict=True))
+    )
+    assert table["delta_scale"] == 0.1 + 0.2
+    tensors = load_file(tmp_path / "m" / "mixture.safetensors")
+    assert set(tensors) == {"mixture_weights", "wlora_weights", "head.classifier.weight", "head.classifier.bias"}
+
+
+def test_a_mixture_and_its_inputs_that_move_together_still_load(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:
+    from wlora_merge.inputs import find_inputs
+
+    base, folders = llama_zoo()
+    shutil.copytree(base, tmp_path / "here" / "base")
+    for folder in folders:
+        shutil.copytree(folder, tmp_path / "here" / folder.name)
+    adapters = [tmp_path / "here" / f.name for f in folders]
+    before = mix(tmp_path / "here" / "base", adapters, tmp_path / "here" / "m")
+    assert str(tmp_path) not in (tmp_path / "here" / "m" / "mixture.json").read_text()
+    (tmp_path / "here").rename(tmp_path / "there")
+    after = find_inputs(tmp_path / "there" / "m")
+    assert after.base.folder == tmp_path / "there" / "base"
+    assert torch.equal(after.mixture.mixture_weights, before.mixture_weights)
+
+
+def test_a_hub_id_stays_one_though_a_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    made().save(tmp_path / "m")
+    assert Mixture.load(tmp_path / "m").base.source == "org/base"
+
+
+def test_a_folder_that_is_not_empty_is_kept_unless_forced(tmp_path: Path) -> None:
+    made().save(tmp_path / "m")
+    with pytest.raises(OutputError):
+        made().save(tmp_path / "m")
+    made(task=None).save(tmp_path / "m", force=True)
+    assert Mixture.load(tmp_path / "m").task is None
+
+
+# --------------------------------------------------------------------------------------------------- hostile files
+
+
+def edit(folder: Path, path: str, value: Any) -> None:
+    """Set (or with Ellipsis delete) what a dotted path names in mixture.json."""
+    made().save(folder)
+    table = json.loads((folder / "mixture.json").read_text())
+    at, keys = table, path.split("/")
+    for key in keys[:-1]:
+        at = at[int(key)] if isinstance(at, list) else at[key]
+    last: Any = int(keys[-1]) if isinstance(at, list) else keys[-1]
+    if value is ...:
+        del at[last]
+    else:
+        at[last] = value
+    (folder / "mixture.json").write_text(json.dumps(table))
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(MixtureError) as error:
+        Mixture.load(folder)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "format_version", "base_model", "adapters", "granularity", "normalize", "delta_scale", "groups", "prefixes",
+        "base_model/source", "base_model/sha256", "adapters/0/name", "adapters/1/source", "adapters/2/sha256",
+        "prefixes/in_file", "prefixes/in_model",
+    ],
+)  # fmt: skip
+def test_a_key_that_is_missing_is_refused_by_name(tmp_path: Path, path: str) -> None:
+    edit(tmp_path / "m", path, ...)
+    assert path.rpartition("/")[2] in refused(tmp_path / "m")
+
+
+WRONG: list[Any] = [None, True, 3, 1.5, "x", [], [1], {}, {"x": 1}, float("nan")]
+FINE: dict[str, list[Any]] = {
+    "delta_scale": [3, 1.5],
+    "task": [None],
+    "modules_to_save": [None, "x"],
+    "base_model/source": ["x"],
+    "adapters/0/source": ["x"],
+    "base_model/revision": [None, "x"],
+    "base_model/sha256": [{}],
+    "adapters/0/name": ["x"],
+    "config": [None, False, {}, {"x": 1}, []],
+    "metrics": [None, {}, {"x": 1}, []],
+    "metrics/candidates": [None, {}, []],
+    "weights": [None, {}, {"x": 1}, []],
+    "data": [None, {}, {"x": 1}, []],
+    "prefixes/in_file": ["x"],
+}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "format_version", "base_model", "base_model/source", "base_model/revision", "base_model/sha256",
+        "base_model/sha256/model.safetensors", "adapters", "adapters/0", "adapters/0/name", "adapters/0/source",
+        "granularity", "normalize", "delta_scale", "groups", "groups/lm_head", "groups/model.layers.0/0", "task", "config",
+        "metrics", "metrics/candidates", "metrics/candidates/base", "metrics/candidates/base/loss", "modules_to_save",
+        "prefixes", "prefixes/in_file", "data",
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_type_is_refused_and_never_a_traceback(tmp_path: Path, path: str) -> None:
+    for i, value in enumerate(WRONG):
+        fine = FINE.get(path, [])
+        if any(type(value) is type(f) and value == f for f in fine):
+            continue
+        if path.endswith("loss") and isinstance(value, int | float):
+            continue
+        if path == "base_model/sha256/model.safetensors" and value == "x":
+            continue  # a digest that fits nothing is refused when the inputs are found
+        if path == "groups/model.layers.0/0" and value == "x":
+            continue
+        edit(tmp_path / str(i), path, value)
+        refused(tmp_path / str(i))
+
+
+@pytest.mark.parametrize("groups", [{"all": ["a", "a"], "b": ["c"]}, {"x": ["a"], "y": ["a"]}])
+def test_a_module_in_two_groups_or_twice_in_one_is_refused(tmp_path: Path, groups: Any) -> None:
+    edit(tmp_path / "m", "groups", groups)
+    assert "module 'a' stands twice" in refused(tmp_path / "m")
+
+
+@pytest.mark.parametrize("groups", [{}, {"x": ["a"]}, {"x": ["a"], "y": ["b"], "z": ["c"]}, {"x": ["a"], "y": []}])
+def test_groups_that_do_not_fit_the_weights_are_refused(tmp_path: Path, groups: Any) -> None:
+    edit(tmp_path / "m", "groups", groups)
+    refused(tmp_path / "m")
+
+
+def test_two_adapters_of_one_name_are_refused(tmp_path: Path) -> None:
+    edit(tmp_path / "m", "adapters/1/name", "a")
+    assert "two adapters have the same name" in refused(tmp_path / "m")
+
+
+def test_a_task_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    edit(tmp_path / "m", "task", "causal-ml")
+    assert "task is 'causal-ml'" in refused(tmp_path / "m")
+
+
+def test_the_table_of_weights_only_informs(tmp_path: Path) -> None:
+    edit(tmp_path / "m", "weights", {"lm_head": {"a": 9.0}})
+    assert torch.equal(Mixture.load(tmp_path / "m").mixture_weights, made().mixture_weights)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "[" * 100_000, "\x00"])
+def test_a_json_that_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
+    made().save(tmp_path / "m")
+    (tmp_path / "m" / "mixture.json").write_text(text)
+    assert "mixture.json" in refused(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["mixture.json", "mixture.safetensors"])
+def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
+    made().save(tmp_path / "m")
+    (tmp_path / "m" / name).unlink()
+    assert name in refused(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["mixture_weights", "wlora_weights"])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(3, 2), torch.ones(6), torch.ones(2, 3, 1), torch.ones(()), torch.ones(0, 3), torch.ones(2, 3).double(),
+        torch.ones(2, 3).half(), torch.ones(2, 3, dtype=torch.int64), torch.full((2, 3), float("nan")),
+        torch.full((2, 3), float("inf")), torch.ones(2, 3, dtype=torch.bool), None,
+    ],
+)  # fmt: skip
+def test_weights_of_another_shape_dtype_or_not_finite_are_refused(
+    tmp_path: Path, name: str, tensor: torch.Tensor | None
+) -> None:
+    made().save(tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "mixture.safetensors")
+    del tensors[name]
+    save_file(tensors if tensor is None else tensors | {name: tensor}, tmp_path / "m" / "mixture.safetensors")
+    assert name in refused(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("other", torch.ones(1)),
+        ("head.x", torch.full((2,), float("nan"))),
+        ("head.x", torch.ones(2, dtype=torch.int64)),
+    ],
+)
+def test_a_tensor_that_no_mixture_has_is_refused(tmp_path: Path, name: str, tensor: torch.Tensor) -> None:
+    made().save(tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "mixture.safetensors")
+    save_file(tensors | {name: tensor}, tmp_path / "m" / "mixture.safetensors")
+    assert name in refused(tmp_path / "m")
+
+
+def test_a_truncated_tensor_file_is_refused(tmp_path: Path) -> None:
+    made().save(tmp_path / "m")
+    file = tmp_path / "m" / "mixture.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    assert "not a sound safetensors file" in refused(tmp_path / "m")
