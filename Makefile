@@ -32,6 +32,10 @@ real-models: $(VENV)/.ready
 		PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(SHARED)/tools/get_real_models.py $(REAL) || \
 		echo "real models could not be had; tests that need them will skip"; fi
 
+# The export against PEFT's merge and cp, on a synthetic Llama of 1.1 B parameters; SIZE=125m is smaller.
+bench: $(VENV)/.ready
+	$(BIN)/python recipes/bench_export.py --size $(or $(SIZE),1b)
+
 format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .

@@ -18,66 +18,74 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import shlex
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageFilter
+from rich import box
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from sklearn.datasets import load_digits
-from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
 
 import wlora_merge
+from wlora_merge.cli import main as wlora_merge_command
 
 SIZE = 16  # pixels; the digits are 8 × 8, drawn twice as large so that shifts have room
 TASK = "image-classification"
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]  # every linear layer but the classifier
 
 console = Console(highlight=False)
+Pool = Any  # what has a `map` like the built-in one: a ProcessPoolExecutor, or this process itself (`Here`)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the zoo and the fits are made with. A zoo made with other settings is not reused."""
+    """What the zoo is made with. A zoo made with other settings is not reused."""
 
     base_steps: int = 600
     base_learning_rate: float = 2e-3
     adapter_steps: int = 400
-    learning_rate: float = 5e-3
-    batch_size: int = 32
-    r: int = 4
+    adapter_learning_rate: float = 5e-3
+    batch_size: int = 64
+    r: int = 8
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class FewShot:
-    """How one learns from a few shots: equally many steps on equally large batches for every method."""
+    """How one learns from a few shots. All of this was chosen on draws of shots that the table does not use."""
 
-    steps: int = 100
+    steps: int = 60
+    learning_rate: float = 0.15  # of the mixture logits
+    scratch_steps: int = 100
+    scratch_learning_rate: float = 1e-2
     batch_size: int = 32
-    learning_rate: float = 0.1  # of the mixture logits
-    scratch_learning_rate: float = 1e-2  # of a LoRA from scratch: the best of 0.002, 0.005, 0.01 on other draws
 
 
 # ---------------------------------------------------------------------------------------------------------- shifts
 # A shift takes images [E, 16, 16] uint8 and a strength from 0 to 1, and gives images of the same shape.
 
 Images = np.ndarray
-Shift = Callable[[Images, float], Images]
+Shift = Callable[..., Images]  # (images, strength = 1)
 
 
 def _each(images: Images, draw: Callable[[Image.Image], Image.Image]) -> Images:
@@ -128,8 +136,8 @@ STRENGTHS = (0.4, 0.7, 1.0)  # what an adapter is trained on: a shift in several
 
 # What no adapter has seen: two compositions of two shifts, and one shift further than any adapter saw it.
 DOWNSTREAM: dict[str, Callable[[Images], Images]] = {
-    "inverted and blurred": lambda images: blurred(inverted(images), 0.75),
-    "inverted and faded": lambda images: faded(inverted(images), 0.75),
+    "inverted + blurred": lambda images: blurred(inverted(images)),
+    "inverted + faded": lambda images: faded(inverted(images), 0.75),
     "rotated further": lambda images: rotated(images, 1.33),
 }
 
@@ -161,6 +169,7 @@ class Digits:
         return self.select(np.concatenate([order[self.labels[order] == digit][:per_class] for digit in range(10)]))
 
 
+@cache
 def read_digits() -> tuple[Digits, Digits, Digits]:
     """Three parts that share no image: 900 to make the zoo from, 300 to draw shots from, 597 held out to judge on."""
     data = load_digits()
@@ -232,39 +241,57 @@ class Zoo:
     adapters: dict[str, Path]
 
 
-def get_zoo(out: Path, digits: Digits, settings: Settings, *, fresh: bool = False) -> Zoo:
+def get_zoo(out: Path, settings: Settings, pool: Pool, *, fresh: bool = False) -> Zoo:
     """The zoo in `out/zoo`: found there complete, or made beside it and moved into place in one step."""
     folder = out / "zoo"
-    wanted = json.dumps({"settings": asdict(settings), "adapters": list(UPSTREAM)}, indent=2)
-    note = folder / "zoo.json"  # written last
-    if fresh or not note.is_file() or note.read_text() != wanted:
+    wanted = json.dumps({"settings": asdict(settings), "strengths": STRENGTHS, "adapters": list(UPSTREAM)}, indent=2)
+    note = folder / "zoo.json"  # says that the zoo is complete, and how it was made
+    if not fresh and note.is_file() and note.read_text() == wanted:
+        console.print(f"reusing the zoo in {folder} (--fresh makes it again)")
+    else:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".zoo-") as scratch:
             made = Path(scratch) / "zoo"
-            build_zoo(made, folder / "base", digits, settings)
+            build_zoo(made, folder / "base", settings, pool)
             (made / "zoo.json").write_text(wanted)
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
-    else:
-        console.print(f"reusing the zoo in {folder} (--fresh makes it again)")
     return Zoo(folder / "base", {name: folder / "adapters" / name for name in UPSTREAM})
 
 
-def build_zoo(folder: Path, base_name: Path, digits: Digits, settings: Settings) -> None:
-    """Train and save the base and every adapter; `base_name` is what the adapters' configs call the base."""
-    with timed("base model: plain digits"):
-        train_base(folder / "base", digits, settings)
-    for name, shift in UPSTREAM.items():
-        with timed(f"adapter {name}"):
-            model = new_lora(folder / "base", settings.r, settings.seed)
-            train(model, digits.strengths(shift), folder / "base", steps=settings.adapter_steps,
-                  batch_size=settings.batch_size, learning_rate=settings.learning_rate, seed=settings.seed)  # fmt: skip
-            model.peft_config["default"].base_model_name_or_path = str(base_name)
-            model.save_pretrained(folder / "adapters" / name)
+def build_zoo(folder: Path, base_name: Path, settings: Settings, pool: Pool) -> None:
+    """Train and save the base, then every adapter; `base_name` is what the adapters' configs call the base."""
+    console.print(
+        "base model, on plain digits: {:.0f} % on held-out images".format(train_base(folder / "base", settings))
+    )
+    train_one = partial(train_adapter, folder, base_name, settings)
+    for name, (before, after) in zip(UPSTREAM, pool.map(train_one, UPSTREAM), strict=True):
+        console.print(f"adapter {name}: from {before:.0f} to {after:.0f} % on held-out images that are {name}")
 
 
-def train_base(folder: Path, digits: Digits, settings: Settings) -> None:
-    """A ViT of four layers, width 64, with 4 × 4 patches: 136,000 parameters."""
+def train_adapter(folder: Path, base_name: Path, settings: Settings, name: str) -> tuple[float, float]:
+    """One LoRA, trained and saved by PEFT alone; the accuracy on its own shift, without and with it."""
+    digits, _, held_out = read_digits()
+    base, judged = folder / "base", held_out.shifted(UPSTREAM[name])
+    model = new_lora(base, settings.r, settings.seed)
+    before = accuracy(model, judged, base)
+    train(
+        model,
+        digits.strengths(UPSTREAM[name]),
+        base,
+        steps=settings.adapter_steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.adapter_learning_rate,
+        seed=settings.seed,
+    )
+    model.peft_config["default"].base_model_name_or_path = str(base_name)
+    model.save_pretrained(folder / "adapters" / name)
+    return before, accuracy(model, judged, base)
+
+
+def train_base(folder: Path, settings: Settings) -> float:
+    """A ViT of four layers, width 64, 4 × 4 patches: 140,000 parameters; its accuracy on plain held-out digits."""
+    digits, _, held_out = read_digits()
     names = {digit: str(digit) for digit in range(10)}
     config = ViTConfig(
         hidden_size=64,
@@ -276,97 +303,133 @@ def train_base(folder: Path, digits: Digits, settings: Settings) -> None:
         id2label=names,
         label2id={name: digit for digit, name in names.items()},
     )
-    ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
     torch.manual_seed(settings.seed)
     model = ViTForImageClassification(config)
-    train(model, digits, folder, steps=settings.base_steps, batch_size=settings.batch_size,
-          learning_rate=settings.base_learning_rate, seed=settings.seed)  # fmt: skip
+    train(
+        model,
+        digits,
+        folder,
+        steps=settings.base_steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.base_learning_rate,
+        seed=settings.seed,
+    )
     # under the names that the modules have: transformers 5 would spell a ViT's tensors as version 4 called its modules
     model.save_pretrained(folder, save_original_format=False)
+    return accuracy(model, held_out, folder)
 
 
 # ------------------------------------------------------------------------------------------------------------- measure
 
+BASE, UNIFORM, SCRATCH = "base model", "uniform composition", "LoRA from scratch"
+ALONE = {f"{name} alone": name for name in UPSTREAM}
+LEARNED = {"learned, per layer": "layer", "learned, per module": "module"}  # method -> granularity
+METHODS = [BASE, *ALONE, UNIFORM, *LEARNED, SCRATCH]  # the rows of the table
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One number to measure. What needs no shots is tried once, with `per_class` 0."""
+
+    method: str
+    shift: str
+    per_class: int = 0
+    seed: int = 0
+
+
 Results = dict[tuple[str, str, int], list[float]]
-"""(method, shift, shots per class) -> accuracy in percent, one for each seed; shots 0: needs none, one number."""
-BASE, UNIFORM, LEARNED, SCRATCH = "base model", "uniform composition", "learned mixture", "LoRA from scratch"
+"""(method, shift, shots per class) -> accuracy in percent, one for each seed."""
 
 
-def methods(adapters: Sequence[str]) -> list[str]:
-    """The rows of the table."""
-    return [BASE, *(f"adapter {name} alone" for name in adapters), UNIFORM, LEARNED, SCRATCH]
+def trials(shots: Sequence[int], seeds: int) -> list[Trial]:
+    """All that the table needs."""
+    fixed = [Trial(method, shift) for shift in DOWNSTREAM for method in (BASE, *ALONE, UNIFORM)]
+    drawn = [(shift, n, seed) for shift in DOWNSTREAM for n in shots for seed in range(seeds)]
+    return fixed + [Trial(method, *draw) for draw in drawn for method in (*LEARNED, SCRATCH)]
 
 
-def measure(
-    zoo: Zoo, pool: Digits, held_out: Digits, settings: Settings, few: FewShot, shots: Sequence[int], seeds: int
-) -> Results:
-    """Every method on every downstream shift; what learns does so once for each number of shots and each seed."""
-    fixed = {BASE: ViTForImageClassification.from_pretrained(zoo.base), UNIFORM: uniform(zoo)}
-    for name, folder in zoo.adapters.items():
-        model = ViTForImageClassification.from_pretrained(zoo.base)
-        fixed[f"adapter {name} alone"] = PeftModel.from_pretrained(model, folder)
+def measure(zoo: Zoo, settings: Settings, few: FewShot, planned: Sequence[Trial], pool: Pool) -> Results:
+    """Run every trial."""
     results: Results = {}
-    for shift, change in DOWNSTREAM.items():
-        judged = held_out.shifted(change)
-        with timed(f"{shift}: {len(shots)} numbers of shots × {seeds} seeds"):
-            for method, model in fixed.items():
-                results[method, shift, 0] = [accuracy(model, judged, zoo.base)]
-            for per_class in shots:
-                for seed in range(seeds):
-                    few_shots = pool.shots(per_class, seed).shifted(change)
-                    for method, learn in ((LEARNED, learned), (SCRATCH, from_scratch)):
-                        model = learn(zoo, few_shots, settings, few, seed)
-                        results.setdefault((method, shift, per_class), []).append(accuracy(model, judged, zoo.base))
+    done = pool.map(partial(run_trial, zoo, settings, few), planned)
+    for trial, percent in track(zip(planned, done, strict=True), "", total=len(planned), console=console):
+        results.setdefault((trial.method, trial.shift, trial.per_class), []).append(percent)
     return results
 
 
-def uniform(zoo: Zoo) -> torch.nn.Module:
-    """Uniform composition: all adapters attached, the logits at zero."""
-    model = ViTForImageClassification.from_pretrained(zoo.base)
-    return wlora_merge.attach(model, list(zoo.adapters.items()))
+def run_trial(zoo: Zoo, settings: Settings, few: FewShot, trial: Trial) -> float:
+    """Make the model of this trial from its shots, and judge it on shifted held-out images."""
+    _, pool, held_out = read_digits()
+    change = DOWNSTREAM[trial.shift]
+    shots = pool.shots(trial.per_class, trial.seed).shifted(change) if trial.per_class else None
+    return accuracy(make_model(zoo, settings, few, trial, shots), held_out.shifted(change), zoo.base)
 
 
-def learned(zoo: Zoo, shots: Digits, settings: Settings, few: FewShot, seed: int) -> torch.nn.Module:
+def make_model(zoo: Zoo, settings: Settings, few: FewShot, trial: Trial, shots: Digits | None) -> torch.nn.Module:
+    """The method of this trial."""
+    if shots is None:
+        model = ViTForImageClassification.from_pretrained(zoo.base)
+        if trial.method == UNIFORM:
+            return wlora_merge.attach(model, list(zoo.adapters.items()))  # the logits start at zero
+        if trial.method == BASE:
+            return model
+        return PeftModel.from_pretrained(model, zoo.adapters[ALONE[trial.method]])
+    if trial.method == SCRATCH:
+        return from_scratch(zoo, shots, settings, few, trial.seed)
+    return learned(zoo, shots, few, trial.seed, LEARNED[trial.method])
+
+
+def learned(zoo: Zoo, shots: Digits, few: FewShot, seed: int, granularity: str) -> torch.nn.Module:
     """The product, in Python: fit, export, and load what was exported. So the table judges what a server would load."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_pictures(shots, folder / "shots")
-        wlora_merge.fit(
+        mixture = wlora_merge.fit(
             zoo.base,
             list(zoo.adapters.items()),
             folder / "shots",
             TASK,
-            folder / "mixture",
-            seed=seed,
+            granularity=granularity,
             max_steps=few.steps,
             batch_size=few.batch_size,
             learning_rate=few.learning_rate,
             held_out=0.0,
+            seed=seed,
         )
-        wlora_merge.export(folder / "mixture", "dense", folder / "dense")
+        wlora_merge.export(mixture, "dense", folder / "dense")
         return ViTForImageClassification.from_pretrained(folder / "dense")
 
 
 def from_scratch(zoo: Zoo, shots: Digits, settings: Settings, few: FewShot, seed: int) -> torch.nn.Module:
     """What one would do without the adapters: train a new LoRA on the shots."""
     model = new_lora(zoo.base, settings.r, seed)
-    train(model, shots, zoo.base, steps=few.steps, batch_size=few.batch_size,
-          learning_rate=few.scratch_learning_rate, seed=seed)  # fmt: skip
+    train(
+        model,
+        shots,
+        zoo.base,
+        steps=few.scratch_steps,
+        batch_size=few.batch_size,
+        learning_rate=few.scratch_learning_rate,
+        seed=seed,
+    )
     return model
 
 
-def results_table(results: Results, adapters: Sequence[str], shots: Sequence[int], seeds: int) -> Table:
+def results_table(results: Results, shots: Sequence[int]) -> Table:
     """One row for each method, one column for each shift and number of shots; the best of each column in bold."""
     columns = [(shift, n) for shift in dict.fromkeys(shift for _, shift, _ in results) for n in shots]
-    table = Table(title=f"accuracy on held-out images, percent; mean ± standard deviation over {seeds} draws of shots")
-    table.add_column("")
+    cells = {(m, c): results.get((m, *c)) or results[m, c[0], 0] for m in METHODS for c in columns}
+    best = {c: max(statistics.mean(cells[m, c]) for m in METHODS) for c in columns}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
     for shift, n in columns:
-        table.add_column(f"{shift}\n{n} per class", justify="right")
-    cells = {(m, c): results.get((m, *c)) or results[m, c[0], 0] for m in methods(adapters) for c in columns}
-    best = {c: max(statistics.mean(cells[m, c]) for m in methods(adapters)) for c in columns}
-    for method in methods(adapters):
+        table.add_column(
+            "\n".join([*shift.replace(" + ", "+ ").split(" "), f"{n} shot{'s' * (n > 1)}"]), justify="right"
+        )
+    for method in METHODS:
         row = [_cell(cells[method, c], statistics.mean(cells[method, c]) == best[c]) for c in columns]
-        table.add_row(method, *row, style="cyan" if method == LEARNED else None)
+        table.add_row(method, *row, style="cyan" if method in LEARNED else None)
     return table
 
 
@@ -379,80 +442,112 @@ def _cell(values: Sequence[float], best: bool) -> str:
 
 
 def main_job(out: Path, zoo: Zoo, shots: Digits, few: FewShot) -> None:
-    """The same as a user does it, with the commands: fit, three exports, three times verify."""
+    """What a user does, with the commands that a user types: fit, three exports, three times verify."""
     shutil.rmtree(out / "shots", ignore_errors=True)
     write_pictures(shots, out / "shots")
     adapters = [part for name, path in zoo.adapters.items() for part in ("--adapter", f"{name}={path}")]
+    data = ["--data", out / "shots", "--task", TASK, "--granularity", "layer"]
     learning = ["--max-steps", few.steps, "--batch-size", few.batch_size, "--learning-rate", few.learning_rate]
-    wlora("fit", "--base", zoo.base, *adapters, "--data", out / "shots", "--task", TASK, *learning,
-          "--out", out / "mixture", "--force")  # fmt: skip
+    wlora("fit", "--base", zoo.base, *adapters, *data, *learning, "--out", out / "mixture", "--force")
     for kind in ("dense", "lora", "onnx"):
         wlora("export", out / "mixture", "--format", kind, "--out", out / kind, "--force")
         wlora("verify", out / kind)
 
 
 def wlora(*arguments: object) -> None:
-    """Run `wlora-merge` as a user would, and show the command."""
+    """Show a `wlora-merge` command and run it, in this process: that saves the imports of seven new ones."""
     words = [str(argument) for argument in arguments]
     console.print(f"\n$ wlora-merge {shlex.join(words)}", style="bold", soft_wrap=True)
-    subprocess.run([sys.executable, "-m", "wlora_merge", *words], check=True)
+    wlora_merge_command(words, standalone_mode=False)
+
+
+def served(out: Path, zoo: Zoo, held_out: Digits) -> dict[str, float]:
+    """Accuracy of the three exports, each loaded by the library that would serve it and by nothing of ours."""
+    from onnxruntime import InferenceSession
+
+    dense = transformers.AutoModelForImageClassification.from_pretrained(out / "dense")
+    base = transformers.AutoModelForImageClassification.from_pretrained(zoo.base)
+    lora = PeftModel.from_pretrained(base, out / "lora")
+    session = InferenceSession(out / "onnx" / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    pixels, labels = tensors(held_out, out / "onnx")
+    logits = session.run(["logits"], {"pixel_values": pixels.numpy()})[0]
+    return {
+        "dense": accuracy(dense, held_out, out / "dense"),
+        "lora": accuracy(lora, held_out, zoo.base),
+        "onnx": 100 * float((logits.argmax(-1) == labels.numpy()).mean()),
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- story
 
 
+class Here:
+    """A pool of no processes, for tests and for one core."""
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        return map(function, items)
+
+
 @contextmanager
-def timed(what: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    console.print(f"  {what} [dim]{time.perf_counter() - start:.0f} s[/dim]")
+def workers(count: int) -> Iterator[Pool]:
+    """Processes that train side by side, one thread each: a model this small cannot use two."""
+    if count == 1:
+        yield Here()
+        return
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=quiet) as pool:
+        yield pool
+
+
+def quiet() -> None:
+    """One thread, and no chatter from the libraries between our lines."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Fit, export and verify a mixture of LoRA adapters on handwritten digits."
-    )
-    parser.add_argument("--out", type=Path, default=Path("quickstart-out"), help="folder for everything that is made")
+    parser = argparse.ArgumentParser(description="Fit, export and verify a mixture of LoRA adapters on real digits.")
+    parser.add_argument("--out", type=Path, default=Path("quickstart-out"), help="folder for all that is made")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 3], help="images per class to learn from (1 3)")
     parser.add_argument("--seeds", type=int, default=3, help="how many draws of shots the table averages over (3)")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 4), help="processes (one per core, 4)")
     parser.add_argument("--fresh", action="store_true", help="make the zoo again even if it is there")
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None, settings: Settings = Settings(), few: FewShot = FewShot()) -> Results:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The zoo, the main job, the table."""
-    options = parse(arguments)
+    start, options, settings, few = time.perf_counter(), parse(arguments), Settings(), FewShot()
     quiet()
-    digits, pool, held_out = read_digits()
+    _, pool_of_shots, held_out = read_digits()
+    shift, n = next(iter(DOWNSTREAM)), max(options.shots)
+    with workers(options.workers) as pool:
+        console.rule("1. a zoo: one base model, and adapters trained with PEFT")
+        zoo = get_zoo(options.out, settings, pool, fresh=options.fresh)
 
-    console.rule("1. the zoo: a base model, and adapters that PEFT trains")
-    zoo = get_zoo(options.out, digits, settings, fresh=options.fresh)
+        console.rule(f"2. the main job: {n} shots per class of '{shift}'")
+        main_job(options.out, zoo, pool_of_shots.shots(n, seed=0).shifted(DOWNSTREAM[shift]), few)
+        percents = served(options.out, zoo, held_out.shifted(DOWNSTREAM[shift]))
 
-    shift, per_class = next(iter(DOWNSTREAM)), max(options.shots)
-    console.rule(f"2. the main job: {per_class} shots per class of '{shift}', which no adapter saw")
-    main_job(options.out, zoo, pool.shots(per_class, seed=0).shifted(DOWNSTREAM[shift]), few)
-
-    console.rule("3. is it any good? everything measured now, on held-out images")
-    results = measure(zoo, pool, held_out, settings, few, options.shots, options.seeds)
-    console.print(results_table(results, list(zoo.adapters), options.shots, options.seeds))
-    console.print(closing_words(options.out), soft_wrap=True)
-    return results
-
-
-def closing_words(out: Path) -> str:
-    return f"""
-{out}/mixture  the learned mixture: open mixture.json to see how much of each adapter each module got
-{out}/dense    one model, nothing added at run time: AutoModelForImageClassification.from_pretrained("{out}/dense")
-{out}/lora     the mixture as one LoRA, for a server that keeps the base: PeftModel.from_pretrained(model, "{out}/lora")
-{out}/onnx     for ONNX Runtime, Optimum and transformers.js: InferenceSession("{out}/onnx/onnx/model.onnx")"""
+        console.rule("3. was it worth it? everything simpler, measured now")
+        results = measure(zoo, settings, few, trials(options.shots, options.seeds), pool)
+    console.print(results_table(results, options.shots))
+    console.print(closing_words(options.out, percents, len(held_out.labels), options.seeds), soft_wrap=True)
+    console.print(f"\n{time.perf_counter() - start:.0f} seconds in all.")
 
 
-def quiet() -> None:
-    """One thread: for a model this small a second one costs more than it brings. And no chatter from the libraries."""
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*torchvision.*")
+def closing_words(out: Path, percents: dict[str, float], judged: int, seeds: int) -> str:
+    return f"""\
+Accuracy in percent on {judged} held-out images; mean ± standard deviation over {seeds} draws of the shots. Shots are per
+class. What has no ± learns nothing from them. Which adapter is the best one alone, only the held-out labels tell.
+
+{out}/mixture  what was learned: mixture.json says how much of each adapter each layer got
+
+Serve one of these; each is loaded by the library of its kind, without wlora_merge:
+{out}/dense  {percents["dense"]:.1f} %  AutoModelForImageClassification.from_pretrained("{out}/dense")
+{out}/lora   {percents["lora"]:.1f} %  PeftModel.from_pretrained(base_model, "{out}/lora")
+{out}/onnx   {percents["onnx"]:.1f} %  onnxruntime.InferenceSession("{out}/onnx/onnx/model.onnx")"""
 
 
 if __name__ == "__main__":

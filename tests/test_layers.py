@@ -224,7 +224,7 @@ def test_attaching_twice_or_one_adapter_alone_is_refused(llama_zoo: Callable[...
 
 
 def test_nothing_but_the_low_rank_product_is_kept_for_the_backward_pass(llama_zoo: Callable[..., Any]) -> None:
-    base, folders = llama_zoo()
+    _, folders = llama_zoo()
     model = attach(tiny_llama(), [*folders, *[(f"b{i}", f) for i, f in enumerate(folders)]])
     layer = model.model.layers[0].mlp.up_proj
     kept: list[tuple[int, ...]] = []

@@ -298,10 +298,13 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
     wlora-merge export mixture --format lora --rank 64 --out adapter
     """
     from .export import export as run
+    from .ranks import is_leader
 
     size = _bytes(max_shard_size)
     with _byte_progress() as progress:
         result = run(mixture, format_, out, max_shard_bytes=size, progress=progress, **options)
+    if not is_leader():
+        return
     if as_json:
         click.echo(json.dumps({"folder": str(out), "format": format_, "bytes": result.bytes, "report": result.report}))
         return

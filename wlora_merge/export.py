@@ -6,7 +6,8 @@ card and the manifest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from .errors import UnsupportedError
 from .inputs import Inputs, find_inputs
 from .manifest import build_manifest, write_manifest
 from .mixture import Mixture
+from .ranks import Team, team
 from .staging import Staging, staged
-from .writers.dense import Progress, changed_config, folder_bytes, index_bytes, plan, write_files
+from .writers.dense import OutputFile, Progress, changed_config, folder_bytes, index_bytes, plan, write_files
 
 FORMATS = ("dense", "lora", "onnx")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -93,9 +95,17 @@ def export(
     )
     needed = folder_bytes(files) * {"dense": 1, "lora": 0, "onnx": 3}[format]
     folders = [*inputs.folders, *([Path(mixture)] if isinstance(mixture, str | Path) else [])]
-    with staged(Path(out), force=force, inputs=folders, needed_bytes=needed) as staging:
+    with (
+        team() as ranks,
+        _shared_staging(ranks, Path(out), force=force, inputs=folders, needed_bytes=needed) as staging,
+    ):
         if format == "dense":
-            known, report = write_dense(inputs, files, staging.path, dtype, progress), {}
+            known = write_shards(inputs, files, staging.path, ranks, progress)
+        if not ranks.leads:
+            return ExportResult(staging.out, format, None, 0, {})
+        if format == "dense":
+            write_beside(inputs, files, staging.path, dtype)
+            report: dict[str, Any] = {}
         elif format == "lora":
             known, report = {}, _write_lora(inputs, staging.path, name, rank, energy, dtype)
         else:
@@ -107,11 +117,18 @@ def export(
         )
         write_manifest(manifest, staging.path, known)
         total = sum(p.stat().st_size for p in staging.path.rglob("*") if p.is_file())
-    return _result(staging, format, total, report)
-
-
-def _result(staging: Staging, format: str, total: int, report: dict[str, Any]) -> ExportResult:
     return ExportResult(staging.out, format, staging.swap, total, report)
+
+
+@contextmanager
+def _shared_staging(ranks: Team, out: Path, **options: Any) -> Iterator[Staging]:
+    """Rank 0's staging folder, on every rank; rank 0 alone makes it and puts it in place."""
+    if not ranks.leads:
+        yield Staging(out, Path(ranks.share("")))
+        return
+    with staged(out, **options) as staging:
+        ranks.share(str(staging.path))
+        yield staging
 
 
 def _check_options(kind: str, rank: int | None, energy: float | None, dtype: str | None, max_shard: int | None) -> None:
@@ -132,15 +149,21 @@ def _check_options(kind: str, rank: int | None, energy: float | None, dtype: str
 # ------------------------------------------------------------------------------------------------------- writers
 
 
-def write_dense(
-    inputs: Inputs, files: Sequence[Any], out: Path, dtype: str | None, progress: Progress | None
+def write_shards(
+    inputs: Inputs, files: Sequence[OutputFile], out: Path, ranks: Team, progress: Progress | None
 ) -> dict[str, str]:
-    """Write a dense folder: weights, index, config, and every file that the base carries beside them.
+    """Write the weight files; with several ranks each takes every n-th of them.
 
     Returns:
-        File name -> sha256 of the weight files.
+        File name -> sha256 of all of them.
     """
-    known = write_files(files, out, inputs.mixture, progress=progress)
+    mine = files[ranks.rank :: ranks.size]
+    parts = ranks.gather(lambda: write_files(mine, out, inputs.mixture, progress=progress))
+    return {name: digest for part in parts for name, digest in part.items()}
+
+
+def write_beside(inputs: Inputs, files: Sequence[OutputFile], out: Path, dtype: str | None) -> None:
+    """Write what a dense folder has beside its weights: index, config, and every file that the base carries."""
     index = index_bytes(inputs.base, files)
     if index is not None:
         (out / INDEX).write_bytes(index)
@@ -150,7 +173,6 @@ def write_dense(
         changes[key] = dtype
     copy_carried(inputs.base, out)
     (out / "config.json").write_bytes(changed_config(inputs.base, changes))
-    return known
 
 
 def copy_carried(base: BaseModel, out: Path, *, config: bool = True) -> None:
@@ -186,7 +208,12 @@ def _write_lora(
 
 
 def _write_onnx(
-    inputs: Inputs, files: Sequence[Any], out: Path, dtype: str | None, opset: int | None, progress: Progress | None
+    inputs: Inputs,
+    files: Sequence[OutputFile],
+    out: Path,
+    dtype: str | None,
+    opset: int | None,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     import shutil
 
@@ -197,7 +224,8 @@ def _write_onnx(
         raise UnsupportedError("an ONNX export needs the mixture's task: make the mixture with --task TASK.")
     dense = out / ".dense"
     dense.mkdir()
-    write_dense(inputs, files, dense, None, progress)
+    write_shards(inputs, files, dense, Team(), progress)
+    write_beside(inputs, files, dense, None)
     report = write_onnx(dense, out, task=task, dtype=dtype or "float32", opset=opset)
     shutil.rmtree(dense)
     return {

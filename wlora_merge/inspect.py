@@ -26,6 +26,8 @@ Rows = list[dict[str, Any]]
 def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:
     """Tables for some folders: title -> rows. With a base among them, adapters are checked against the first.
 
+    Why an adapter cannot be mixed stands in a table of its own: a sentence in a narrow column reads badly.
+
     Raises:
         WloraMergeError: a folder that is none of the kinds.
     """
@@ -51,7 +53,11 @@ def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:
             tables[f"Base model {path}"] = base_rows(bases[-1])
     if adapters:
         base = bases[0] if bases else None
-        tables["Adapters"] = [adapter_row(a, name, base) for a, name in zip(adapters, names, strict=True)]
+        rows = [adapter_row(a, name, base) for a, name in zip(adapters, names, strict=True)]
+        reasons = [{"adapter": row["adapter"], "reason": row.pop("reason")} for row in rows if "reason" in row]
+        tables["Adapters"] = rows
+        if reasons:
+            tables["Adapters that cannot be mixed"] = reasons
         if features := [feature_row(a) for a in adapters if isinstance(a, Adapter)]:
             tables["Targets and features"] = features
     return tables
@@ -65,9 +71,9 @@ def _loaded(path: str | Path) -> Adapter | WloraMergeError:
 
 
 def adapter_row(adapter: Adapter | WloraMergeError, path: str, base: BaseModel | None) -> dict[str, Any]:
-    """r, alpha, scaling and size of one adapter, and whether it fits the base, with the reason if not."""
+    """r, alpha, scaling and size of one adapter, and whether it fits the base, with the `reason` if not."""
     if isinstance(adapter, WloraMergeError):
-        return {"adapter": Path(path).name, "fits": f"no: {adapter}"}
+        return {"adapter": Path(path).name, "fits": "no", "reason": str(adapter)}
     factors = list(adapter.modules.values())
     row = {
         "adapter": adapter.name,
@@ -103,7 +109,7 @@ def _fit(adapter: Adapter, base: BaseModel) -> dict[str, Any]:
     try:
         deltas = stack([adapter], modules_of(base), model_type=base.model_type)
     except WloraMergeError as error:
-        return {"delta / base norm": None, "fits": f"no: {error}"}
+        return {"delta / base norm": None, "fits": "no", "reason": str(error)}
     changed = sum(_square(d.lora_A, d.lora_B * d.scaling.to(d.lora_B.dtype)) for d in deltas)
     whole = sum(float(base.read(f"{d.module}.weight").double().square().sum()) for d in deltas)
     return {"delta / base norm": math.sqrt(changed / whole) if whole else None, "fits": "yes"}
@@ -116,7 +122,7 @@ def _square(lora_A: torch.Tensor, lora_B: torch.Tensor) -> float:
 
 def _range(values: Sequence[float]) -> str:
     low, high = min(values, default=0), max(values, default=0)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return f"{low:g}" if low == high else f"{low:g}..{high:g}"
 
 
 def base_rows(base: BaseModel) -> Rows:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .adapters import load_adapters
-from .base_model import open_base
-from .errors import AdapterError, MixtureError
+from .base_model import BaseModel, open_base
+from .errors import AdapterError, MixtureError, UnsupportedError
 from .mixture import NORMALIZE, Mixture, adapter_ref, base_ref, make_groups, mixture_weights, prefixes, uniform
 from .names import TASKS, nearest
 from .stacking import modules_of, refuse_overlap, stack, stack_tensors, tensors_of
+
+if TYPE_CHECKING:
+    import torch
 
 
 def mix(
@@ -74,6 +77,7 @@ def mix(
         task=task,
         head=head,
         modules_to_save=modules_to_save,
+        config=_config_of(head, opened, task),
         prefixes=prefixes(found.module, first) if found and first else ("", ""),
         data=_recorded(weights),
     )
@@ -99,6 +103,53 @@ def _check_options(task: str | None, delta_scale: float) -> None:
         raise MixtureError(f"task is {task!r}, expected one of {', '.join(TASKS)}{nearest(str(task), TASKS)}.")
     if not math.isfinite(delta_scale):
         raise MixtureError(f"delta_scale is {delta_scale}, expected a finite number.")
+
+
+def _config_of(head: Mapping[str, torch.Tensor], base: BaseModel, task: str | None) -> dict[str, Any]:
+    """The config keys with which the base's files and a head taken from an adapter are one model: found by building it.
+
+    Raises:
+        UnsupportedError: no model of the task has such a head.
+    """
+    if all(name in base.entries and base.entries[name].shape == tuple(head[name].shape) for name in head):
+        return {}
+    if task is None:
+        raise UnsupportedError(
+            f"{base.folder}: lacks tensor {min(head)!r} in the shape that the adapter has it, so the model's class matters: say "
+            "--task TASK, or --modules-to-save drop."
+        )
+    for n in sorted({len(tensor) for tensor in head.values() if tensor.ndim}):
+        architecture, shapes = _shapes_of(base, task, n)
+        if all(shapes.get(name) == tuple(tensor.shape) for name, tensor in head.items()):
+            labels = [f"LABEL_{i}" for i in range(n)]
+            names = {
+                "id2label": dict(zip(map(str, range(n)), labels, strict=True)),
+                "label2id": {v: i for i, v in enumerate(labels)},
+            }
+            same = len(base.config.get("id2label") or {}) == n or not task.endswith("classification")
+            return {"architectures": [architecture], **({} if same else names)}
+    shapes_text = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(head.items()))
+    raise UnsupportedError(
+        f"{base.folder}: its {task} model has no head with {shapes_text}: take another adapter's, or say --modules-to-save drop."
+    )
+
+
+def _shapes_of(base: BaseModel, task: str, n_labels: int) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """The class of the base's model for a task, and the shapes of its tensors, built without memory."""
+    import torch
+    import transformers
+
+    from .tasks import get_task
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(base.folder, num_labels=n_labels)
+        with torch.device("meta"):
+            model = get_task(task).auto_class().from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedError(
+            f"{base.folder}: there is no {task} model of this base ({str(error).splitlines()[0]}): say --modules-to-save drop."
+        ) from error
+    return type(model).__name__, {name: tuple(t.shape) for name, t in model.state_dict().items()}
 
 
 def _checked(weights: Sequence[float], n: int) -> list[float]:

@@ -293,7 +293,7 @@ def _read_table(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise MixtureError(f"{file}: is not valid JSON ({error}).") from error
     version = table.get("format_version") if isinstance(table, dict) else None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise MixtureError(
             f"{file}: format_version is {version!r}, this version of wlora-merge reads {FORMAT_VERSION}: make the mixture again."
         )
@@ -361,7 +361,8 @@ def _check_groups(groups: Mapping[str, Any]) -> None:
 def _check_candidates(candidates: Any) -> None:
     for name, row in _expect(candidates, dict, "metrics.candidates").items():
         for value in _expect(row, dict, f"metrics.candidates.{name}").values():
-            _expect(value, int | float, f"each number of metrics.candidates.{name}")
+            if isinstance(value, bool) or not math.isfinite(_expect(value, int | float, f"metrics.candidates.{name}")):
+                raise ValueError(f"metrics.candidates.{name} holds {value}, expected finite numbers")
 
 
 def _expect(value: Any, kind: Any, key: str) -> Any:

@@ -90,7 +90,7 @@ def write_lora(
     import torch
     from safetensors.torch import save_file
 
-    factors, report = _factors(mixture, _products(deltas), rank, energy)
+    factors, report = combine(mixture, deltas, rank=rank, energy=energy)
     tensors = {}
     for delta, (lora_A, lora_B) in factors:
         name = PEFT_PREFIX + mixture.live_name(delta.module)
@@ -116,9 +116,18 @@ def _products(deltas: Sequence[ModuleDelta | TensorDelta]) -> list[ModuleDelta]:
 Factors = list[tuple[ModuleDelta, tuple["torch.Tensor", "torch.Tensor"]]]
 
 
-def _factors(
-    mixture: Mixture, deltas: list[ModuleDelta], rank: int | None, energy: float | None
+def combine(
+    mixture: Mixture,
+    changes: Sequence[ModuleDelta | TensorDelta],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
 ) -> tuple[Factors, LoraReport]:
+    """The mixture's delta weights as pairs of one uniform rank: (lora_A [r, in], lora_B [out, r]) float32 for each module.
+
+    Args and Raises as for `write_lora`.
+    """
+    deltas = _products(changes)
     exact = max(delta.R for delta in deltas)
     if energy is None and (rank is None or rank >= exact):
         r = rank or exact

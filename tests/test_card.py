@@ -1,0 +1,176 @@
+"""The model card: metadata that the hub takes, the weights, the load line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from wlora_merge.card import AUTO_CLASSES, PIPELINE_TAGS, write_card
+from wlora_merge.mixture import InputRef, Mixture
+from wlora_merge.names import TASKS
+
+FORMATS = ("dense", "lora", "onnx")
+
+
+def mixture(sources: tuple[str, ...] = ("org/a", "org/b"), **changes: Any) -> Mixture:
+    weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    options: dict[str, Any] = {
+        "base": InputRef("org/base", None, {}),
+        "adapters": [InputRef(s, None, {}, Path(s).name) for s in sources],
+        "granularity": "module",
+        "normalize": "all",
+        "delta_scale": 1.0,
+        "groups": {"q": ["q"], "k": ["k"]},
+        "mixture_weights": weights,
+        "wlora_weights": weights.log(),
+        "task": "causal-lm",
+    }
+    return Mixture(**(options | changes))
+
+
+def card(
+    folder: Path, made: Mixture, kind: str = "dense", base_name: str = "org/base", folders: tuple[Path, ...] = ()
+) -> ModelCard:
+    write_card(folder, made, kind=kind, base_name=base_name, folders=folders)
+    return ModelCard.load(folder / "README.md")
+
+
+def inputs(root: Path, *fronts: str | None) -> tuple[Path, ...]:
+    """Folders whose cards have these front matters; None for a folder without a card."""
+    found = []
+    for i, front in enumerate(fronts):
+        (root / str(i)).mkdir()
+        if front is not None:
+            (root / str(i) / "README.md").write_text(front)
+        found.append(root / str(i))
+    return tuple(found)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_card_is_one_that_the_hub_reads(tmp_path: Path, task: str, kind: str) -> None:
+    data = card(tmp_path, mixture(task=task), kind).data
+    assert data.pipeline_tag == PIPELINE_TAGS[task]
+    assert data.library_name == {"dense": "transformers", "lora": "peft", "onnx": "transformers.js"}[kind]
+    assert {"merge", "lora", "wlora-merge"} <= set(data.tags)
+
+
+def test_every_task_has_a_tag_and_a_class() -> None:
+    assert set(PIPELINE_TAGS) == set(AUTO_CLASSES) == set(TASKS)
+
+
+def test_the_tasks_are_those_of_the_tasks_room() -> None:
+    from wlora_merge.tasks import TASK_NAMES
+
+    assert TASKS == TASK_NAMES
+
+
+def test_a_mixture_without_a_task_has_a_card_without_a_tag(tmp_path: Path) -> None:
+    assert card(tmp_path, mixture(task=None)).data.pipeline_tag is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "relation"),
+    [
+        ("dense", ["org/base", "org/a", "org/b"], "merge"),
+        ("onnx", ["org/base", "org/a", "org/b"], "merge"),
+        ("lora", ["org/base"], "adapter"),
+    ],
+)
+def test_hub_ids_are_listed_as_base_models(tmp_path: Path, kind: str, base: list[str], relation: str) -> None:
+    data = card(tmp_path, mixture(), kind).data
+    assert data.base_model == base
+    assert data.to_dict()["base_model_relation"] == relation
+
+
+@pytest.mark.parametrize("name", ["base", "/models/org/base", "./org/base"])
+def test_local_folders_are_not_listed_as_base_models(tmp_path: Path, name: str) -> None:
+    data = card(tmp_path, mixture(("/here/a", "/here/b")), base_name=name).data.to_dict()
+    assert "base_model" not in data
+    assert "base_model_relation" not in data
+
+
+def test_a_license_that_all_inputs_name_is_the_cards(tmp_path: Path) -> None:
+    folders = inputs(tmp_path, "---\nlicense: apache-2.0\n---\n", '---\ntags: [x]\nlicense: "apache-2.0"\n---\n', None)
+    found = card(tmp_path, mixture(), folders=folders)
+    assert found.data.license == "apache-2.0"
+    assert "Licenses disagree" not in found.text
+
+
+def test_licenses_that_disagree_are_named_and_none_is_chosen(tmp_path: Path) -> None:
+    folders = inputs(tmp_path, "---\nlicense: apache-2.0\n---\n", "---\nlicense: llama3\n---\n", None)
+    found = card(tmp_path, mixture(), folders=folders)
+    assert found.data.license is None
+    assert "**Licenses disagree**: the inputs name apache-2.0, llama3." in found.text
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        "# A model\nlicense: mit\n",
+        "---\ntags: x\n---\nlicense: mit\n",
+        "---\nlicense: [\n---\n",
+        "---\n- a\n---\n",
+        "",
+        "---\n",
+    ],
+)
+def test_a_license_is_read_from_the_front_matter_alone_and_a_broken_one_says_nothing(
+    tmp_path: Path, front: str
+) -> None:
+    assert card(tmp_path, mixture(), folders=inputs(tmp_path, front)).data.license is None
+
+
+def test_the_weights_stand_in_a_table(tmp_path: Path) -> None:
+    text = card(tmp_path, mixture()).text
+    assert "| a | 0.6250 | 0.5000 | 0.7500 |" in text
+    assert "| b | 0.3750 | 0.2500 | 0.5000 |" in text
+    assert "Granularity `module` (2 groups)" in text
+
+
+def test_held_out_metrics_stand_in_a_table_where_there_are_any(tmp_path: Path) -> None:
+    metrics = {
+        "candidates": {"base": {"loss": 1.5}, "learned": {"loss": 0.25, "accuracy": 0.5}},
+        "note": "On 8 examples.",
+    }
+    text = card(tmp_path, mixture(metrics=metrics)).text
+    assert "On 8 examples." in text
+    assert "| | accuracy | loss |" in text
+    assert "| base |  | 1.5000 |" in text
+    assert "Held-out" not in card(tmp_path, mixture()).text
+
+
+def test_a_lora_with_a_trained_head_shows_the_load_line_with_its_number_of_labels(tmp_path: Path) -> None:
+    labels = {"id2label": {"0": "a", "1": "b", "2": "c"}}
+    made = mixture(task="text-classification", head={"classifier.weight": torch.ones(3, 4)}, config=labels)
+    text = card(tmp_path, made, "lora").text
+    assert 'AutoModelForSequenceClassification.from_pretrained("org/base", num_labels=3)' in text
+    assert 'AutoPeftModelForSequenceClassification.from_pretrained("path/to/this/folder", num_labels=3)' in text
+    assert "vllm" not in text
+
+
+@pytest.mark.parametrize("task", [t for t in TASKS if t != "image-classification"])
+def test_every_class_that_a_card_names_exists(tmp_path: Path, task: str) -> None:
+    import re
+
+    import peft
+    import transformers
+
+    text = card(tmp_path, mixture(task=task), "lora").text
+    names = re.findall(r"Auto\w+", text)
+    assert names
+    for name in names:
+        assert hasattr(peft if name.startswith("AutoPeft") else transformers, name)
+
+
+def test_the_same_card_gives_the_same_bytes_wherever_the_adapters_lie(tmp_path: Path) -> None:
+    cards = []
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        card(tmp_path / name, mixture((f"/{name}/a", f"/{name}/b")), base_name="base")
+        cards.append((tmp_path / name / "README.md").read_bytes())
+    assert cards[0] == cards[1]
