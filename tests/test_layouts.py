@@ -143,7 +143,7 @@ def test_factors_go_to_a_file_and_come_back(layout: Layout, base: tuple[int, ...
     A, B = torch.randn(2, 72 if layout is Layout.CONV else 8), torch.randn(6, 2)
     stored = factors_to_file(layout, A, B, base)
     assert set(stored) == keys
-    back = factors_from_file(layout, *(stored[key] for key in sorted(keys)))
+    back = [factors_from_file(layout, stored[key]) for key in sorted(keys)]
     assert torch.equal(back[0], A)
     assert torch.equal(back[1], B)
     if layout is Layout.CONV:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from wlora_merge.adapters import Factors
 from wlora_merge.errors import MixtureError, OutputError
 from wlora_merge.layouts import Layout
 from wlora_merge.mix import mix
@@ -93,8 +94,7 @@ def delta(module: str, adapters: list[int]) -> ModuleDelta:
         module,
         Layout.LINEAR,
         (4, 4),
-        torch.ones(R, 4),
-        torch.ones(4, R),
+        (Factors(torch.ones(1, 4), torch.ones(4, 1), 2.0, embedding=False),) * R,
         torch.full((R,), 2.0),
         torch.tensor(adapters),
         3,

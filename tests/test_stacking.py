@@ -71,8 +71,8 @@ def test_modules_stand_in_natural_order() -> None:
 def test_a_stack_is_as_wide_as_float32_or_the_widest_adapter(dtypes: list[torch.dtype], expected: torch.dtype) -> None:
     adapters = [adapter("a", q=(4, 2, 4)), adapter("b", q=(4, 2, 4))]
     for each, dtype in zip(adapters, dtypes, strict=True):
-        each.modules["q"].lora_A = each.modules["q"].lora_A.to(dtype)
-        each.modules["q"].lora_B = each.modules["q"].lora_B.to(dtype)
+        each.modules["q"].stored_A = each.modules["q"].lora_A.to(dtype)
+        each.modules["q"].stored_B = each.modules["q"].lora_B.to(dtype)
     (delta,) = stack(adapters, square, model_type="")
     assert delta.lora_A.dtype == delta.lora_B.dtype == expected
 

@@ -10,10 +10,11 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import FLOATING, Header, read_header, read_tensor
+from .checkpoint import FLOATING, Entry, Header, all_finite, read_header, read_tensor, torch_dtype
 from .digests import sha256_file
 from .errors import AdapterError, UnsupportedError, WloraMergeError
 from .lora_config import check_config
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+WHOLE = ("tensor", "lora_B.bias", "lora_magnitude_vector")  # small enough to hold; factors are read when they are used
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.ckpt", "adapter_model.pth")
 
 
@@ -33,17 +35,46 @@ class Factors:
     """One adapter's change of one target module, as its file has it.
 
     lora_A is [r, in] (a convolution's has its kernel behind), lora_B [out, r]; scaling is alpha / r, or alpha / sqrt(r) for
-    rsLoRA. `bias` [out] is a trained lora_B.bias, `magnitude` [out] DoRA's vector.
+    rsLoRA. `stored_A` and `stored_B` are the tensors, or where they lie in the file: then each use reads them anew, and many
+    large adapters need no memory. `bias` [out] is a trained lora_B.bias, `magnitude` [out] DoRA's vector.
     """
 
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
+    stored_A: torch.Tensor | Entry
+    stored_B: torch.Tensor | Entry
     scaling: float
     embedding: bool
     bias: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
 
     @property
+    def lora_A(self) -> torch.Tensor:
+        """[r, in], in the file's dtype."""
+        return read_tensor(self.stored_A) if isinstance(self.stored_A, Entry) else self.stored_A
+
+    @property
+    def lora_B(self) -> torch.Tensor:
+        """[out, r], in the file's dtype."""
+        return read_tensor(self.stored_B) if isinstance(self.stored_B, Entry) else self.stored_B
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.stored_A.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that holds both factors, float32 or wider."""
+        import torch
+
+        dtypes = [torch_dtype(s.dtype) if isinstance(s, Entry) else s.dtype for s in (self.stored_A, self.stored_B)]
+        return torch.promote_types(torch.promote_types(torch.float32, dtypes[0]), dtypes[1])
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers both factors hold."""
+        return math.prod(self.stored_A.shape) + math.prod(self.stored_B.shape)
+
+    @cached_property
     def is_zero(self) -> bool:
         """True where the delta weight is zero: no rank has both its row of lora_A and its column of lora_B."""
         rows, columns = self.lora_A.flatten(1).any(1), self.lora_B.transpose(0, 1).flatten(1).any(1)
@@ -167,24 +198,24 @@ def _weights_file(folder: Path, where: str) -> Path:
 def _sort_tensors(
     header: Header, config: dict[str, Any], where: str
 ) -> tuple[dict[str, Factors], dict[str, torch.Tensor]]:
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    tensors: dict[str, torch.Tensor] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Any] = {}
     for key, entry in header.entries.items():
         if entry.dtype not in FLOATING:
             raise UnsupportedError(f"tensor {key!r} has dtype {entry.dtype}, expected one of {', '.join(FLOATING)}.")
         tensor = read_tensor(entry)
-        if not bool(tensor.isfinite().all()):
+        if not all_finite(tensor):
             raise AdapterError(f"tensor {key!r} holds a NaN or an infinity: the adapter is broken.")
         parsed = parse_adapter_key(key)
         known = tensors if parsed.part == "tensor" else parts.setdefault(parsed.name, {})
         slot = parsed.name if parsed.part == "tensor" else parsed.part
         if slot in known:
             raise AdapterError(f"tensor {key!r} names the same thing as another tensor of the file.")
-        known[slot] = tensor
+        known[slot] = tensor if parsed.part in WHOLE else entry
     return {module: _factors(module, found, config) for module, found in parts.items()}, tensors
 
 
-def _factors(module: str, parts: dict[str, torch.Tensor], config: dict[str, Any]) -> Factors:
+def _factors(module: str, parts: dict[str, Any], config: dict[str, Any]) -> Factors:
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     missing = [n for n in names if n not in parts]
@@ -195,11 +226,11 @@ def _factors(module: str, parts: dict[str, torch.Tensor], config: dict[str, Any]
         raise AdapterError(f"target module {module!r} {problem}: expected a pair of {names[0]} and {names[1]}.")
     lora_A, lora_B = (parts[n] for n in names)
     if (
-        lora_A.ndim < 2
-        or lora_B.ndim < 2
+        len(lora_A.shape) < 2
+        or len(lora_B.shape) < 2
         or lora_A.shape[0] != lora_B.shape[1]
-        or not lora_A.numel()
-        or not lora_B.numel()
+        or not math.prod(lora_A.shape)
+        or not math.prod(lora_B.shape)
     ):
         raise AdapterError(
             f"target module {module!r}: lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} do not multiply."

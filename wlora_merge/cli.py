@@ -16,20 +16,11 @@ from typing import Any
 
 import click
 
+from . import names
 from .errors import WloraMergeError, WloraMergeWarning
 from .staging import terminate_as_exit
 
-TASKS = click.Choice(
-    [
-        "causal-lm",
-        "seq2seq-lm",
-        "text-classification",
-        "token-classification",
-        "question-answering",
-        "image-classification",
-        "feature-extraction",
-    ]
-)
+TASKS = click.Choice(names.TASKS)
 GRANULARITIES = click.Choice(["module", "layer", "global"])
 NORMALIZE = click.Choice(["all", "present", "none"])
 DTYPES = click.Choice(["float32", "bfloat16", "float16"])
@@ -67,11 +58,11 @@ def _shown_warnings() -> Iterator[None]:
 
 def _versions(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
-        names = ("wlora-merge", "torch", "transformers", "peft", "safetensors", "onnx", "onnxruntime")
+        packages = ("wlora-merge", "torch", "transformers", "peft", "safetensors", "onnx", "onnxruntime")
         from .manifest import versions
 
-        found = versions(names[1:])
-        click.echo("\n".join(f"{name} {found[name]}" for name in ("wlora-merge", "python", *names[1:])))
+        found = versions(packages[1:])
+        click.echo("\n".join(f"{name} {found[name]}" for name in ("wlora-merge", "python", *packages[1:])))
         ctx.exit()
 
 

@@ -21,6 +21,7 @@ from .check import quiet_libraries
 from .data import Examples, read_examples, split_held_out
 from .errors import DataError, MixtureError
 from .mixture import Mixture
+from .stacking import modules_of, stack
 from .tasks import Task, get_task
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def fit(
     shots = read_examples(data, task=task, columns=columns)
     held = read_examples(eval_data, task=task, columns=columns) if eval_data else None
     labels = job.labels(shots)
+    stack(loaded, modules_of(opened), model_type=opened.model_type)  # refuses what no export could write
     run = _prepare(opened, loaded, job, labels, chosen, modules_to_save, progress)
     part, held = (shots, held) if held is not None else _parts(shots, chosen)
     with tempfile.TemporaryDirectory(prefix="wlora-merge-") as scratch:
@@ -367,7 +369,12 @@ def _evaluate(run: _Run, trainer: Trainer, held: Examples) -> dict[str, float]:
     encoded = run.task.encode(held, run.processor, max_length=run.options.max_length, labels=run.labels)
     result = trainer.evaluate(cast("Any", encoded))
     names = {"eval_loss": "loss", f"eval_{run.task.metric(run.labels).name}": run.task.metric(run.labels).name}
-    return {short: float(result[key]) for key, short in names.items() if key in result}
+    row = {short: float(result[key]) for key, short in names.items() if key in result}
+    if not all(map(math.isfinite, row.values())):
+        raise MixtureError(
+            f"judging the held-out examples gave {row}, expected finite numbers; use a smaller --learning-rate."
+        )
+    return row
 
 
 @contextmanager

@@ -77,11 +77,11 @@ def adapter_row(adapter: Adapter | WloraMergeError, path: str, base: BaseModel |
     factors = list(adapter.modules.values())
     row = {
         "adapter": adapter.name,
-        "r": _range([f.lora_A.shape[0] for f in factors]),
+        "r": _range([f.r for f in factors]),
         "alpha": adapter.config.get("lora_alpha"),
         "scaling": _range([round(f.scaling, 4) for f in factors]),
         "modules": len(factors),
-        "parameters": sum(f.lora_A.numel() + f.lora_B.numel() for f in factors),
+        "parameters": sum(f.parameters for f in factors),
     }
     if base is not None:
         row |= _fit(adapter, base)

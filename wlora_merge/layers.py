@@ -38,7 +38,7 @@ from .mixture import (
     uniform,
 )
 from .names import NameResolver
-from .stacking import Find, ModuleDelta, Target, stack, stack_tensors
+from .stacking import Find, ModuleDelta, Target, refuse_overlap, stack, stack_tensors
 
 if TYPE_CHECKING:
     from .base_model import BaseModel
@@ -157,7 +157,9 @@ def attach(
     Raises:
         AdapterError, UnsupportedError: an adapter that does not fit the model, or a feature that is not supported.
     """
-    loaded = [a for a in adapters if isinstance(a, Adapter)] or load_adapters(adapters, residual=residual)  # type: ignore[arg-type]
+    given = list(adapters)
+    read = iter(load_adapters([a for a in given if not isinstance(a, Adapter)], residual=residual))
+    loaded = [a if isinstance(a, Adapter) else next(read) for a in given]
     if len(loaded) < 2:
         raise AdapterError(f"a mixture needs two adapters or more, got {len(loaded)}.")
     if normalize not in NORMALIZE:
@@ -167,6 +169,7 @@ def attach(
     layers = dict(model.named_modules())
     deltas = stack(loaded, live_modules(model), model_type=getattr(getattr(model, "config", None), "model_type", ""))
     trained = _head_parameters(model, head)
+    refuse_overlap(deltas, [], trained, _live_tensors(model))
     _take_saved(model, loaded, modules_to_save, trained)
     groups = make_groups([d.module for d in deltas], granularity)
     start = uniform(len(loaded)) if normalize == "none" else [0.0] * len(loaded)
@@ -220,12 +223,36 @@ def live_modules(model: nn.Module) -> Find:
     """Finds target modules in a live model."""
     layers = dict(model.named_modules())
     names = NameResolver(name for name in layers if name)
+    tied = _tied_embeddings(model)
 
     def find(name: str) -> Target | None:
         found = names.find(name)
-        return Target(found, _weight_shape(found, layers[found])) if found else None
+        if found is None:
+            return None
+        layer = layers[found]
+        return Target(found, _weight_shape(found, layer), any(layer is other for other in tied))
 
     return find
+
+
+def _live_tensors(model: nn.Module) -> Find:
+    """Finds whole tensors in a live model."""
+    parameters = dict(model.named_parameters())
+    names = NameResolver(parameters)
+
+    def find(name: str) -> Target | None:
+        found = names.find(name)
+        return Target(found, tuple(parameters[found].shape), read=parameters[found].detach) if found else None
+
+    return find
+
+
+def _tied_embeddings(model: nn.Module) -> list[nn.Module]:
+    """Input and output embedding where they share one weight."""
+    if not hasattr(model, "get_input_embeddings"):
+        return []
+    pair = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    return pair if None not in pair and pair[0].weight is pair[1].weight else []
 
 
 def _weight_shape(name: str, layer: nn.Module) -> tuple[int, ...]:
@@ -252,7 +279,7 @@ def _take_saved(model: nn.Module, adapters: list[Adapter], choice: str | None, t
     """Put one adapter's saved tensors into the model where the user chose them."""
     if choice == "mix":
         raise UnsupportedError("--modules-to-save mix: a fit does not mix whole tensors yet; `wlora-merge mix` does.")
-    _, taken = stack_tensors(adapters, choice, trained, lambda name: None)
+    _, taken = stack_tensors(adapters, choice, trained, _live_tensors(model))
     for name, tensor in taken.items():
         parameter = dict(model.named_parameters()).get(name)
         if parameter is None or parameter.shape != tensor.shape:

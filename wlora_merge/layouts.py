@@ -94,9 +94,9 @@ def layout_of(
     )
 
 
-def factors_from_file(layout: Layout, lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The file's tensors as matrices `lora_A [r, in]` and `lora_B [out, r]`; a convolution's kernel joins `in`."""
-    return lora_A.flatten(1), lora_B.flatten(1)
+def factors_from_file(layout: Layout, factor: torch.Tensor) -> torch.Tensor:
+    """A factor of the file as a matrix, `lora_A [r, in]` or `lora_B [out, r]`; a convolution's kernel joins `in`."""
+    return factor.flatten(1) if layout is Layout.CONV else factor
 
 
 def factors_to_file(

@@ -34,8 +34,7 @@ class ModuleDelta:
     module: str
     layout: Layout
     shape: tuple[int, ...]
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
+    factors: tuple[Factors, ...]
     scaling: torch.Tensor
     adapter_index: torch.Tensor
     n_adapters: int
@@ -52,7 +51,26 @@ class ModuleDelta:
     @property
     def R(self) -> int:
         """Rank of the stack: the sum of the adapters' ranks."""
-        return self.lora_A.shape[0]
+        return sum(f.r for f in self.factors)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, or wider where an adapter is."""
+        return max((f.dtype for f in self.factors), key=lambda dtype: dtype.itemsize)
+
+    @property
+    def lora_A(self) -> torch.Tensor:
+        """[R, in], joined from the adapters when it is asked for: a stack holds no tensors of its own."""
+        import torch
+
+        return torch.cat([factors_from_file(self.layout, f.lora_A).to(self.dtype) for f in self.factors])
+
+    @property
+    def lora_B(self) -> torch.Tensor:
+        """[out, R], joined when it is asked for."""
+        import torch
+
+        return torch.cat([factors_from_file(self.layout, f.lora_B).to(self.dtype) for f in self.factors], dim=1)
 
 
 @dataclass(frozen=True)
@@ -175,8 +193,8 @@ def _layout(adapter: Adapter, name: str, target: Target, factors: Factors, model
         layout = layout_of(
             name,
             target.shape,
-            tuple(factors.lora_A.shape),
-            tuple(factors.lora_B.shape),
+            tuple(factors.stored_A.shape),
+            tuple(factors.stored_B.shape),
             embedding=factors.embedding,
             model_type=model_type,
             fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out")),
@@ -195,17 +213,12 @@ def _stack_one(
 ) -> ModuleDelta:
     import torch
 
-    pairs = [factors_from_file(layout, f.lora_A, f.lora_B) for _, f, layout in rows]
-    dtype = torch.float32
-    for A, B in pairs:
-        dtype = torch.promote_types(torch.promote_types(dtype, A.dtype), B.dtype)
-    ranks = torch.tensor([A.shape[0] for A, _ in pairs])
+    ranks = torch.tensor([f.r for _, f, _ in rows])
     return ModuleDelta(
         module=module,
         layout=rows[0][2],
         shape=shape,
-        lora_A=torch.cat([A.to(dtype) for A, _ in pairs]),
-        lora_B=torch.cat([B.to(dtype) for _, B in pairs], dim=1),
+        factors=tuple(f for _, f, _ in rows),
         scaling=torch.tensor([f.scaling for _, f, _ in rows], dtype=torch.float64).repeat_interleave(ranks),
         adapter_index=torch.tensor([n for n, _, _ in rows]).repeat_interleave(ranks),
         n_adapters=n_adapters,

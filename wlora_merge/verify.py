@@ -12,6 +12,7 @@ from .check import (
     attach_mixture,
     check_files,
     compare,
+    difference_of,
     export_model,
     load_model,
     outputs_of,
@@ -59,6 +60,8 @@ def verify(
 def _check_outputs(
     folder: Path, manifest: Mapping[str, Any], inputs: tuple[Path | None, dict[str, Path]], checked: Checked
 ) -> None:
+    from .layers import set_delta_scale
+
     base_folder, adapters = inputs
     missing = [*(["the base model"] if base_folder is None else []), *_absent(manifest, adapters)]
     if missing:
@@ -72,24 +75,21 @@ def _check_outputs(
     found = find_inputs(mixture)
     head_options = {k: mixture.config[k] for k in ("id2label", "label2id", "problem_type") if k in mixture.config}
     model = load_model(opened.folder, mixture.task, complete=not mixture.head, **head_options)
-    expected = outputs_of(attach_mixture(model, mixture, found.adapters, opened), manifest["probe"])
+    attach_mixture(model, mixture, found.adapters, opened)
+    expected = outputs_of(model, manifest["probe"])
+    set_delta_scale(model, 0.0)
+    without = outputs_of(model, manifest["probe"])
+    effect = max(difference_of(without[name], tensor) for name, tensor in expected.items())
     if manifest["format"] == "onnx":
         from .writers.onnx import run_probe
 
         got = run_probe(folder, probe_tensors(manifest["probe"]))
-        expected = {
-            name: tensor for name, tensor in expected.items() if name in got
-        }  # an encoder's graph has no pooler
+        expected = {name: tensor for name, tensor in expected.items() if name in got}  # its graph has no pooler
     else:
         got = outputs_of(export_model(folder, manifest, opened), manifest["probe"])
-    checked.largest_difference = compare(got, expected, _tolerance(folder, manifest, opened), str(folder))
+    tolerance = tolerance_of(folder, manifest, opened, effect)
+    checked.largest_difference = compare(got, expected, tolerance, str(folder))
     checked.done.append("outputs equal the unmerged mixture's")
-
-
-def _tolerance(folder: Path, manifest: Mapping[str, Any], base: BaseModel) -> float:
-    if (manifest.get("report") or {}).get("relative_error", 0.0) > 1e-6:
-        return float("inf")  # a truncated LoRA is an approximation; its error stands in the report
-    return tolerance_of(folder, base)
 
 
 def _find_inputs(

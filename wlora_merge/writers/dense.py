@@ -26,6 +26,7 @@ from ..base_model import INDEX, SINGLE, BaseModel
 from ..checkpoint import (
     FLOATING,
     Entry,
+    all_finite,
     build_header,
     byte_length,
     read_rows,
@@ -41,7 +42,7 @@ from ..stacking import ModuleDelta, TensorDelta
 if TYPE_CHECKING:
     import torch
 
-BLOCK_BYTES = 8 << 20  # an untouched range moves in pieces of this size
+BLOCK_BYTES = 4 << 20  # an untouched range moves in pieces of this size, through buffers of this size
 BLOCK_ELEMENTS = 1 << 19  # a fold's row block: 4 MiB of float64, which stays in a core's cache
 WINDOW = 4  # blocks in flight for each output file, beyond one per worker
 Progress = Callable[[int, str], None]
@@ -113,6 +114,8 @@ def plan(
         max_shard_bytes: lay the tensors out anew in files of at most this size; None keeps the base's files.
     """
     changed = {_tensor_name(base, delta): delta for delta in deltas}
+    found = {name: base.find_tensor(name) for name in head}
+    head = {entry.name if (entry := found[name]) else name: tensor for name, tensor in head.items()}
     files = [_plan_file(name, base, changed, head, dtype) for name in base.headers]
     new = [name for name in head if name not in base.entries]
     if new:
@@ -182,6 +185,36 @@ def index_bytes(base: BaseModel, files: Sequence[OutputFile]) -> bytes | None:
 # ---------------------------------------------------------------------------------------------------- the stream
 
 
+class Workspace:
+    """Memory that is used again and again: fresh memory costs a page fault for every 4 KiB."""
+
+    def __init__(self) -> None:
+        self._spare: deque[bytearray] = deque()
+        self._local = threading.local()
+
+    def take(self, length: int) -> memoryview:
+        """`length` bytes with anything in them."""
+        try:
+            buffer = self._spare.pop() if length <= BLOCK_BYTES else bytearray(length)
+        except IndexError:
+            buffer = bytearray(BLOCK_BYTES)
+        return memoryview(buffer)[:length]
+
+    def give_back(self, block: memoryview) -> None:
+        """Take back what `take` gave, once it is written."""
+        if isinstance(block.obj, bytearray) and len(block.obj) == BLOCK_BYTES:
+            self._spare.append(block.obj)
+
+    def sum(self, elements: int) -> torch.Tensor:
+        """This thread's float64 buffer."""
+        import torch
+
+        buffer: torch.Tensor | None = getattr(self._local, "sum", None)
+        if buffer is None or buffer.numel() < elements:
+            buffer = self._local.sum = torch.empty(max(elements, BLOCK_ELEMENTS), dtype=torch.float64)
+        return buffer[:elements]
+
+
 def write_files(
     files: Sequence[OutputFile],
     out: Path,
@@ -234,17 +267,18 @@ def _write_file(
     progress: Progress | None,
     stop: threading.Event,
 ) -> str:
-    digest = hashlib.sha256()
+    digest, space = hashlib.sha256(), Workspace()
     inputs: dict[Path, int] = {}
     try:
         with open(out / file.name, "xb", buffering=0) as stream:
-            for block in _in_order(_jobs(file, mixture, inputs), pool, window):
+            for block in _in_order(_jobs(space, file, mixture, inputs), pool, window):
                 if stop.is_set():
                     return ""
                 digest.update(block)
                 _write_all(stream.fileno(), block)
                 if progress:
                     progress(len(block), file.name)
+                space.give_back(block)
     except OSError as error:
         raise OutputError(f"{out / file.name}: cannot be written ({error.strerror or error}).") from error
     finally:
@@ -276,7 +310,9 @@ def _write_all(fd: int, block: memoryview) -> None:
         block = block[os.write(fd, block) :]
 
 
-def _jobs(file: OutputFile, mixture: Mixture, inputs: dict[Path, int]) -> Iterator[Callable[[], memoryview]]:
+def _jobs(
+    space: Workspace, file: OutputFile, mixture: Mixture, inputs: dict[Path, int]
+) -> Iterator[Callable[[], memoryview]]:
     header = file.header
     yield lambda: memoryview(header)
     pieces = deque(file.pieces)
@@ -290,9 +326,9 @@ def _jobs(file: OutputFile, mixture: Mixture, inputs: dict[Path, int]) -> Iterat
             run = piece.source
             while pieces and _continues(run, pieces[0]):
                 run = replace(run, end=pieces.popleft().source.end)  # type: ignore[union-attr]
-            yield from _copy_jobs(inputs[run.file], run)
+            yield from _copy_jobs(space, inputs[run.file], run)
         elif piece.source is not None:
-            yield from _fold_jobs(inputs[piece.source.file], piece, piece.source, mixture)
+            yield from _fold_jobs(space, inputs[piece.source.file], piece, piece.source, mixture)
 
 
 def _continues(run: Entry, piece: Piece) -> bool:
@@ -301,32 +337,35 @@ def _continues(run: Entry, piece: Piece) -> bool:
     )
 
 
-def _copy_jobs(fd: int, run: Entry) -> Iterator[Callable[[], memoryview]]:
+def _copy_jobs(space: Workspace, fd: int, run: Entry) -> Iterator[Callable[[], memoryview]]:
     for offset in range(0, run.nbytes, BLOCK_BYTES):
         length = min(BLOCK_BYTES, run.nbytes - offset)
-        yield partial(_read, fd, run, offset, length)
+        yield partial(_read, space, fd, run, offset, length)
 
 
-def _read(fd: int, entry: Entry, offset: int, length: int) -> memoryview:
-    buffer = memoryview(bytearray(length))
+def _read(space: Workspace, fd: int, entry: Entry, offset: int, length: int) -> memoryview:
+    buffer = space.take(length)
     read_rows(fd, entry, buffer, offset)
     return buffer
 
 
-def _fold_jobs(fd: int, piece: Piece, source: Entry, mixture: Mixture) -> Iterator[Callable[[], memoryview]]:
+def _fold_jobs(
+    space: Workspace, fd: int, piece: Piece, source: Entry, mixture: Mixture
+) -> Iterator[Callable[[], memoryview]]:
     rows, cols = matrix_shape(source.shape) if source.shape else (1, 1)
     delta = piece.delta
     if isinstance(delta, TensorDelta):
-        yield partial(_fold_whole, fd, piece, source, delta, mixture)
+        yield partial(_fold_whole, space, fd, piece, source, delta, mixture)
         return
     factors = fold_factors(delta, mixture.gains_of(delta)) if delta is not None else None
     step = max(1, BLOCK_ELEMENTS // max(1, cols))
     for row in range(0, rows, step):
         count = min(step, rows - row)
-        yield partial(_fold_block, fd, piece, source, factors, row, count, cols)
+        yield partial(_fold_block, space, fd, piece, source, factors, row, count, cols)
 
 
 def _fold_block(
+    space: Workspace,
     fd: int,
     piece: Piece,
     source: Entry,
@@ -338,43 +377,32 @@ def _fold_block(
     import torch
 
     width = byte_length(source.dtype, (cols,))
-    data = _read(fd, source, row * width, count * width)
+    data = _read(space, fd, source, row * width, count * width)
     block = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(count, cols)
     if factors is None:
-        return _rounded(block, piece)
+        return _rounded(space, block, piece)
     left, right = factors
-    total = fold_rows(block, left[row : row + count], right, _work(count * cols).view(count, cols))
-    return _rounded(total, piece, data)
+    total = fold_rows(block, left[row : row + count], right, space.sum(count * cols).view(count, cols))
+    return _rounded(space, total, piece, data)
 
 
-def _fold_whole(fd: int, piece: Piece, source: Entry, delta: TensorDelta, mixture: Mixture) -> memoryview:
+def _fold_whole(
+    space: Workspace, fd: int, piece: Piece, source: Entry, delta: TensorDelta, mixture: Mixture
+) -> memoryview:
     import torch
 
-    data = _read(fd, source, 0, source.nbytes)
+    data = _read(space, fd, source, 0, source.nbytes)
     base = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(source.shape)
-    return _rounded(fold_tensor(base, delta, mixture.weights_of(delta), mixture.delta_scale), piece, data)
+    return _rounded(space, fold_tensor(base, delta, mixture.weights_of(delta), mixture.delta_scale), piece, data)
 
 
-_LOCAL = threading.local()
-
-
-def _work(elements: int) -> torch.Tensor:
-    """This thread's float64 buffer: folding never allocates one per block."""
-    import torch
-
-    work: torch.Tensor | None = getattr(_LOCAL, "work", None)
-    if work is None or work.numel() < elements:
-        work = _LOCAL.work = torch.empty(max(elements, BLOCK_ELEMENTS), dtype=torch.float64)
-    return work[:elements]
-
-
-def _rounded(block: torch.Tensor, piece: Piece, spare: memoryview | None = None) -> memoryview:
+def _rounded(space: Workspace, block: torch.Tensor, piece: Piece, spare: memoryview | None = None) -> memoryview:
     """Round once to the output dtype, into `spare` where that has the size: the bytes that the base's block came in."""
     import torch
 
     dtype = torch_dtype(piece.dtype)
     nbytes = block.numel() * dtype.itemsize
-    data = spare if spare is not None and len(spare) == nbytes else memoryview(bytearray(nbytes))
+    data = spare if spare is not None and len(spare) == nbytes else space.take(nbytes)
     result = torch.frombuffer(data, dtype=dtype)
     result.copy_(block.reshape(-1))
     _check_finite(result, piece)
@@ -382,17 +410,13 @@ def _rounded(block: torch.Tensor, piece: Piece, spare: memoryview | None = None)
 
 
 def _check_finite(block: torch.Tensor, piece: Piece) -> None:
-    import torch
-
-    if not block.dtype.is_floating_point or not block.numel():
+    if all_finite(block):
         return
-    low, high = torch.aminmax(block)  # both are NaN if one element is; 20 times faster than isfinite().all()
-    if not bool(low.isfinite() & high.isfinite()):
-        file = piece.source.file if piece.source else "the head"
-        raise WloraMergeError(
-            f"{file}: folding gives tensor {piece.name!r} a NaN or an infinity in {block.dtype}: the base holds one, or the sum "
-            "overflows; look at the base, or export with a wider --dtype (bfloat16, float32)."
-        )
+    file = piece.source.file if piece.source else "the head"
+    raise WloraMergeError(
+        f"{file}: folding gives tensor {piece.name!r} a NaN or an infinity in {block.dtype}: the base holds one, or the sum "
+        "overflows; look at the base, or export with a wider --dtype (bfloat16, float32)."
+    )
 
 
 def _tensor_bytes(piece: Piece) -> memoryview:

@@ -135,11 +135,18 @@ def combine(
         return products, LoraReport(
             r, {d.module: ModuleError(r, _energy(*pair), _energy(*pair)) for d, pair in products}
         )
-    spectra = {d.module: low_rank_svd(d.lora_A, d.lora_B.double() * mixture.gains_of(d)) for d in deltas}
-    values = {module: s.square() for module, (_, s, _) in spectra.items()}
-    r = rank if energy is None and rank is not None else _rank_for(list(values.values()), energy or 1.0)
+    spectra = {}
+    for d in deltas:
+        u, s, vt = low_rank_svd(d.lora_A, d.lora_B.double() * mixture.gains_of(d))
+        spectra[d.module] = (*truncate(u, s, vt, rank or len(s)), s.square())  # what a given rank drops is not held
+    values = {module: squares for module, (_, _, squares) in spectra.items()}
+    r = rank if rank is not None else _rank_for(list(values.values()), energy or 1.0)
     report = {m: ModuleError(r, float(v.sum()), float(v[:r].sum())) for m, v in values.items()}
-    return [(d, pad_rank(*truncate(*spectra[d.module], r), r)) for d in deltas], LoraReport(r, report)
+    products = []
+    for d in deltas:
+        lora_A, lora_B, _ = spectra.pop(d.module)
+        products.append((d, pad_rank(lora_A[:r], lora_B[:, :r], r)))
+    return products, LoraReport(r, report)
 
 
 def _energy(lora_A: torch.Tensor, lora_B: torch.Tensor) -> float:

@@ -1,0 +1,92 @@
+"""verify finds what an export should not be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from wlora_merge.digests import sha256_file
+from wlora_merge.errors import VerifyError
+from wlora_merge.export import export
+from wlora_merge.mix import mix
+from wlora_merge.verify import verify
+
+
+@pytest.fixture
+def dense(llama_zoo: Callable[..., Any], tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    base, folders = llama_zoo()
+    export(mix(base, folders, task="causal-lm"), "dense", tmp_path / "out")
+    return tmp_path / "out", {"base": base, "adapters": [f"{f.name}={f}" for f in folders]}
+
+
+def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change tensors and make the manifest agree: what a broken writer would leave."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    manifest = json.loads((folder / "wlora_merge.json").read_text())
+    manifest["files"][file.name] = {"sha256": sha256_file(file), "bytes": file.stat().st_size}
+    (folder / "wlora_merge.json").write_text(json.dumps(manifest))
+
+
+def test_a_sound_export_passes_every_check(dense: tuple[Path, dict[str, Any]]) -> None:
+    checked = verify(dense[0], **dense[1])
+    assert checked.largest_difference is not None
+    assert checked.largest_difference < 1e-6
+    assert not checked.skipped
+
+
+def test_an_export_that_is_just_the_base_is_found_out(dense: tuple[Path, dict[str, Any]]) -> None:
+    folder, inputs = dense
+    forge(folder, lambda t: t.update(load_file(inputs["base"] / "model.safetensors")))
+    with pytest.raises(VerifyError, match="differ from the unmerged mixture"):
+        verify(folder, **inputs)
+
+
+def test_a_dropped_module_is_found_out(dense: tuple[Path, dict[str, Any]]) -> None:
+    folder, inputs = dense
+    name = "model.layers.0.self_attn.v_proj.weight"
+    forge(folder, lambda t: t.update({name: load_file(inputs["base"] / "model.safetensors")[name]}))
+    with pytest.raises(VerifyError, match="differ from the unmerged mixture"):
+        verify(folder, **inputs)
+
+
+def test_a_missing_and_an_unexpected_tensor_are_found_out(dense: tuple[Path, dict[str, Any]]) -> None:
+    folder, inputs = dense
+    forge(folder, lambda t: t.update({"model.layers.9.extra.weight": t.pop("model.norm.weight")}))
+    with pytest.raises(VerifyError, match=r"missing keys|unexpected keys"):
+        verify(folder, **inputs)
+
+
+def test_inputs_that_cannot_be_found_are_a_named_skip(
+    dense: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WLORA_MERGE_CACHE", str(tmp_path / "another machine"))
+    checked = verify(dense[0])
+    assert checked.largest_difference is None
+    assert "adapter" in checked.skipped["outputs"] or "base" in checked.skipped["outputs"]
+
+
+def test_inputs_are_found_by_content_when_this_machine_remembers_them(
+    llama_zoo: Callable[..., Any], tmp_path: Path
+) -> None:
+    import os
+    import shutil
+
+    base, folders = llama_zoo()
+    for source in (base, *folders):
+        copy = tmp_path / "zoo" / source.name
+        shutil.copytree(source, copy)
+        for file in copy.iterdir():
+            os.utime(file, (1_600_000_000, 1_600_000_000))  # old enough to be remembered
+    mixture = mix(tmp_path / "zoo" / base.name, [tmp_path / "zoo" / f.name for f in folders], task="causal-lm")
+    export(mixture, "lora", tmp_path / "out")
+    checked = verify(tmp_path / "out")
+    assert checked.largest_difference is not None
+    assert not checked.skipped
