@@ -17,7 +17,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(VENV)/.ready
-	$(BIN)/python recipes/quickstart.py --out quickstart-out
+	$(BIN)/python recipes/quickstart --out quickstart-out
 
 test: $(VENV)/.ready real-models
 	$(BIN)/ruff format --check .
