@@ -353,6 +353,67 @@ def verify(folder: str, quick: bool, base: str | None, adapters: tuple[str, ...]
         click.echo(f"  skipped: {item} ({reason})")
 
 
+# ----------------------------------------------------------------------------------------------------------- run
+
+
+@main.command()
+@click.argument("recipe", metavar="RECIPE.yaml", type=click.Path())
+@click.option("--out", type=click.Path(), help="Folder tree to write. Default: the recipe's name without .yaml.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value, as fit.max_steps=30.")
+@click.option("--check", is_flag=True, help="Check the recipe and open its inputs; train and write nothing.")
+@FORCE
+@AS_JSON
+def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, force: bool, as_json: bool) -> None:
+    """Fit (or mix), export and verify in one go, as a recipe says.
+
+    \b
+    wlora-merge run recipe.yaml --out build
+    wlora-merge run recipe.yaml --check --set fit.max_steps=30
+    """
+    from pathlib import Path
+
+    from .recipe import read_recipe
+    from .run import check_paths
+    from .run import run as work
+
+    job, where = read_recipe(recipe, overrides), Path(recipe).resolve().parent
+    if check:
+        rows = check_paths(job, where)
+        if as_json:
+            click.echo(json.dumps({"recipe": recipe, "inputs": rows}))
+        else:
+            _table(f"{recipe} is sound", rows)
+        return
+    with _fit_progress() as progress:
+        result = work(
+            job,
+            out or str(Path(recipe).with_suffix("")),
+            where=where,
+            force=force,
+            say=lambda step: click.echo(step, err=True),
+            fit_progress=progress,
+        )
+    if as_json:
+        exports = {n: {"bytes": e.bytes, "report": e.report} for n, e in result.exports.items()}
+        verified = {n: vars(c) for n, c in result.checked.items()}
+        click.echo(json.dumps({"folder": str(result.folder), "exports": exports, "verified": verified}))
+        return
+    _table(
+        f"Wrote {result.folder}",
+        [
+            {
+                "export": name,
+                "format": done.format,
+                "size": _human(done.bytes),
+                "difference": f"{c.largest_difference:.1e}"
+                if (c := result.checked.get(name)) and c.largest_difference is not None
+                else "not checked",
+            }
+            for name, done in result.exports.items()
+        ],
+    )
+
+
 # ------------------------------------------------------------------------------------------------------- inspect
 
 

@@ -29,10 +29,11 @@ class Settings:
     """What the zoo is made with. A zoo made with other settings is not reused."""
 
     base_steps: int = 600
+    base_batch_size: int = 32
     base_learning_rate: float = 2e-3
-    adapter_steps: int = 400
+    adapter_steps: int = 300
+    adapter_batch_size: int = 64
     adapter_learning_rate: float = 5e-3
-    batch_size: int = 64
     r: int = 8
     seed: int = 0
 
@@ -83,7 +84,7 @@ def train_adapter(folder: Path, base_name: Path, settings: Settings, name: str) 
         digits.strengths(UPSTREAM[name]),
         base,
         steps=settings.adapter_steps,
-        batch_size=settings.batch_size,
+        batch_size=settings.adapter_batch_size,
         learning_rate=settings.adapter_learning_rate,
         seed=settings.seed,
     )
@@ -114,7 +115,7 @@ def train_base(folder: Path, settings: Settings) -> float:
         digits,
         folder,
         steps=settings.base_steps,
-        batch_size=settings.batch_size,
+        batch_size=settings.base_batch_size,
         learning_rate=settings.base_learning_rate,
         seed=settings.seed,
     )

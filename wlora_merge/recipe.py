@@ -1,0 +1,207 @@
+"""YAML -> frozen dataclasses: a whole job in one file, checked before anything runs.
+
+    base: facebook/opt-350m
+    adapters:
+      first: ybelkada/opt-350m-lora
+      second: ./adapters/second
+    fit: {data: shots.jsonl, task: causal-lm, max_steps: 40}     # or mix: {weights: [0.7, 0.3], task: causal-lm}
+    exports:
+      - {format: dense}
+      - {format: lora, rank: 16, name: lora-16}
+
+Paths are relative to the recipe. Unknown keys are errors that suggest the nearest. This room knows keys and types, and reads
+nothing but the recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import RecipeError
+from .names import TASKS, is_plain_file_name, nearest
+
+
+@dataclass(frozen=True)
+class FitRecipe:
+    """The `fit` section: the options of `wlora-merge fit` under their Python names; what is left out keeps its default."""
+
+    data: str
+    task: str
+    eval_data: str | None = None
+    columns: dict[str, str] | None = None
+    granularity: str | None = None
+    normalize: str | None = None
+    delta_scale: float | None = None
+    epochs: float | None = None
+    max_steps: int | None = None
+    learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    batch_size: int | None = None
+    gradient_accumulation_steps: int | None = None
+    max_length: int | None = None
+    held_out: float | None = None
+    seed: int | None = None
+    device: str | None = None
+    modules_to_save: str | None = None
+
+
+@dataclass(frozen=True)
+class MixRecipe:
+    """The `mix` section: a mixture without fitting."""
+
+    task: str | None = None
+    weights: list[float] | None = None
+    normalize: str | None = None
+    delta_scale: float | None = None
+    modules_to_save: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportRecipe:
+    """One entry of `exports`; `name` is its folder, the format's own name by default."""
+
+    format: str
+    name: str | None = None
+    rank: int | None = None
+    energy: float | None = None
+    dtype: str | None = None
+    max_shard_bytes: int | None = None
+    base_name: str | None = None
+    opset: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where it stands in the tree."""
+        return self.name or self.format
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole job: a base, adapters, a fit or a mix, and the exports."""
+
+    base: str
+    adapters: dict[str, str]
+    fit: FitRecipe | None = None
+    mix: MixRecipe | None = None
+    exports: list[ExportRecipe] = field(default_factory=list)
+    verify: bool = True
+
+
+SECTIONS = {"fit": FitRecipe, "mix": MixRecipe}
+
+
+def read_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        file: YAML; read by safe load, so nothing in it is executed.
+        overrides: `fit.epochs=3` and the like; the value is YAML.
+
+    Raises:
+        RecipeError: an unknown key (with the nearest known one), a value of the wrong type, or one that is missing.
+    """
+    import yaml
+
+    path = Path(file)
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(table, dict):
+            raise RecipeError(
+                f"{path}: expected a table of base, adapters, fit or mix, and exports, got {type(table).__name__}."
+            )
+        for override in overrides:
+            _override(table, override, yaml.safe_load)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}).") from error
+    return _recipe(table, path)
+
+
+def _override(table: dict[str, Any], override: str, parse: Any) -> None:
+    keys, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {override}: expected KEY=VALUE, as fit.epochs=3.")
+    *parents, last = keys.split(".")
+    for key in parents:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--set {override}: {key} is no section of the recipe.")
+    table[last] = parse(text)
+
+
+def _recipe(table: Mapping[str, Any], path: Path) -> Recipe:
+    values = dict(table)
+    if ("fit" in values) == ("mix" in values):
+        raise RecipeError(f"{path}: expected one of the sections fit and mix.")
+    for name, section in SECTIONS.items():
+        if name in values:
+            values[name] = _build(section, values[name] or {}, f"{path}: {name}")
+    exports = values.get("exports", [])
+    if not isinstance(exports, list):
+        raise RecipeError(f"{path}: exports is a {type(exports).__name__}, expected a list.")
+    values["exports"] = [_build(ExportRecipe, row, f"{path}: exports[{i}]") for i, row in enumerate(exports)]
+    values["adapters"] = _adapters(values.get("adapters"), path)
+    recipe: Recipe = _build(Recipe, values, str(path), nested=True)
+    _check(recipe, path)
+    return recipe
+
+
+def _adapters(value: Any, path: Path) -> dict[str, str]:
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+        value = {Path(v).name: v for v in value}
+    if not isinstance(value, dict) or not value or not all(isinstance(v, str) for v in value.values()):
+        raise RecipeError(f"{path}: adapters must be a table NAME: PATH_OR_ID or a list of them, got {value!r}.")
+    return {str(k): v for k, v in value.items()}
+
+
+def _build(cls: type[Any], table: Any, where: str, *, nested: bool = False) -> Any:
+    if not isinstance(table, dict):
+        raise RecipeError(f"{where}: got {table!r}, expected a table.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in table.items():
+        if key not in fields:
+            raise RecipeError(
+                f"{where}: unknown key {key!r}{nearest(str(key), list(fields))}; known: {', '.join(fields)}."
+            )
+        if not nested:
+            _check_type(fields[key], value, where)
+    missing = [
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in table
+    ]
+    if missing:
+        raise RecipeError(f"{where}: lacks {missing[0]}.")
+    return cls(**table)
+
+
+TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+TYPES |= {"dict[str, str]": (dict,), "list[float]": (list,)}
+
+
+def _check_type(f: dataclasses.Field[Any], value: Any, where: str) -> None:
+    kind, _, optional = str(f.type).partition(" | ")
+    allowed = TYPES[kind]
+    fits = isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))
+    if not fits and not (value is None and optional):
+        raise RecipeError(f"{where}: {f.name} is {value!r}, expected {kind}.")
+
+
+def _check(recipe: Recipe, path: Path) -> None:
+    task = recipe.fit.task if recipe.fit else recipe.mix.task if recipe.mix else None
+    if task is not None and task not in TASKS:
+        raise RecipeError(f"{path}: task is {task!r}{nearest(task, TASKS)}; known: {', '.join(TASKS)}.")
+    if not isinstance(recipe.base, str) or not isinstance(recipe.verify, bool):
+        raise RecipeError(f"{path}: base must be a PATH_OR_ID and verify true or false.")
+    folders = ["mixture", *(e.folder for e in recipe.exports)]
+    for folder in folders:
+        if folders.count(folder) > 1 or not is_plain_file_name(folder):
+            raise RecipeError(
+                f"{path}: the export folder {folder!r} must be a plain name that no other has: set its name."
+            )
+    for export in recipe.exports:
+        if export.format not in ("dense", "lora", "onnx"):
+            raise RecipeError(f"{path}: format is {export.format!r}, expected dense, lora or onnx.")

@@ -1,0 +1,116 @@
+"""A whole recipe: fit or mix, every export, verify; one folder tree, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .check import Checked
+from .export import ExportResult, export
+from .mixture import Mixture
+from .recipe import Recipe
+from .staging import staged
+from .verify import verify
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The tree, its mixture, and what each export and its check gave, by folder name."""
+
+    folder: Path
+    mixture: Mixture
+    exports: dict[str, ExportResult]
+    checked: dict[str, Checked]
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    where: str | Path = ".",
+    force: bool = False,
+    say: Say = lambda _: None,
+    fit_progress: Any = None,
+    export_progress: Any = None,
+) -> RunResult:
+    """Do what a recipe says, and put `out/mixture` and one folder per export in place together.
+
+    Args:
+        recipe: from `recipe.read_recipe`.
+        out: the folder to write.
+        where: the folder that the recipe's paths are relative to.
+        force: replace what is in `out`.
+        say: called with each step as it begins.
+        fit_progress, export_progress: as for `fit` and `export`.
+
+    Raises:
+        WloraMergeError: from any step; nothing is left in `out`.
+    """
+    base = _path(recipe.base, where)
+    adapters = [(name, _path(source, where)) for name, source in recipe.adapters.items()]
+    exports: dict[str, ExportResult] = {}
+    checked: dict[str, Checked] = {}
+    local = [Path(source) for source in (base, *(path for _, path in adapters)) if Path(source).is_dir()]
+    with staged(Path(out), force=force, inputs=local) as staging:
+        folder = staging.path / "mixture"
+        mixture = _mixture(recipe, base, adapters, folder, where, say, fit_progress)
+        for entry in recipe.exports:
+            say(f"export {entry.folder}")
+            options = {key: value for key, value in asdict(entry).items() if key not in ("format", "name")}
+            target = staging.path / entry.folder
+            exports[entry.folder] = export(folder, entry.format, target, progress=export_progress, **options)
+            if recipe.verify:
+                say(f"verify {entry.folder}")
+                named = [f"{name}={path}" for name, path in adapters]
+                checked[entry.folder] = verify(target, base=base, adapters=named)
+    return RunResult(staging.out, mixture, exports, checked)
+
+
+def _mixture(
+    recipe: Recipe, base: str, adapters: list[tuple[str, str]], folder: Path, where: str | Path, say: Say, progress: Any
+) -> Mixture:
+    if recipe.fit is not None:
+        from .fit import fit
+
+        say("fit")
+        options = {key: value for key, value in asdict(recipe.fit).items() if value is not None}
+        for key in ("data", "eval_data"):
+            if key in options:
+                options[key] = _path(options[key], where)
+        return fit(base, adapters, options.pop("data"), options.pop("task"), folder, progress=progress, **options)
+    from .mix import mix
+
+    say("mix")
+    options = {key: value for key, value in asdict(recipe.mix).items() if value is not None} if recipe.mix else {}
+    return mix(base, adapters, folder, **options)
+
+
+def _path(source: str, where: str | Path) -> str:
+    """A path of the recipe as this process sees it; a hub id as it is."""
+    local = Path(where) / Path(source).expanduser()
+    return str(local) if local.exists() or source.startswith(".") else source
+
+
+def check_paths(recipe: Recipe, where: str | Path) -> list[dict[str, Any]]:
+    """What `run` would read, resolved and opened, as rows for a table; nothing is trained or written.
+
+    Raises:
+        WloraMergeError: an input that is missing or does not fit.
+    """
+    from .mix import mix
+
+    base = _path(recipe.base, where)
+    adapters = [(name, _path(source, where)) for name, source in recipe.adapters.items()]
+    mix(base, adapters, modules_to_save="drop")
+    rows = [{"what": "base", "path": base}, *({"what": f"adapter {n}", "path": p} for n, p in adapters)]
+    if recipe.fit is not None:
+        from .data import read_examples
+
+        data = _path(recipe.fit.data, where)
+        examples = read_examples(data, task=recipe.fit.task, columns=recipe.fit.columns)
+        rows.append({"what": f"data ({len(examples)} examples)", "path": data})
+    return [*rows, *({"what": f"export {e.folder}", "path": e.format} for e in recipe.exports)]
