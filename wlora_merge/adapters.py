@@ -192,7 +192,10 @@ def _weights_file(folder: Path, where: str) -> Path:
             f"{where}: its weights are a pickle ({pickle}), which could run code and is never loaded: convert it where you trust "
             "it with PEFT: PeftModel.from_pretrained(base, folder).save_pretrained(folder)."
         )
-    raise AdapterError(f"{where}: has no {WEIGHTS_FILE}.")
+    raise AdapterError(
+        f"{where}: has no {WEIGHTS_FILE}: a pickle is never loaded or fetched; convert it where you trust it with PEFT: "
+        "PeftModel.from_pretrained(base, id).save_pretrained(folder)."
+    )
 
 
 def _sort_tensors(

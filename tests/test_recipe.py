@@ -1,0 +1,101 @@
+"""Recipes: read, refused, run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from wlora_merge.cli import main
+from wlora_merge.errors import RecipeError, WloraMergeError
+from wlora_merge.recipe import read_recipe
+from wlora_merge.run import run
+
+SOUND = """
+base: zoo/base
+adapters: {first: zoo/a0, second: zoo/a1}
+mix: {task: causal-lm, weights: [0.25, 0.75]}
+exports:
+  - {format: dense}
+  - {format: lora, rank: 3, name: lora-3}
+"""
+
+
+@pytest.fixture
+def recipe(llama_zoo: Callable[..., Any], tmp_path: Path) -> Path:
+    base, folders = llama_zoo()
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "zoo" / "base").symlink_to(base)
+    for i, folder in enumerate(folders):
+        (tmp_path / "zoo" / f"a{i}").symlink_to(folder)
+    (tmp_path / "job.yaml").write_text(SOUND)
+    return tmp_path / "job.yaml"
+
+
+def test_a_recipe_mixes_exports_and_verifies_into_one_tree(recipe: Path) -> None:
+    done = CliRunner().invoke(main, ["run", str(recipe)])
+    assert done.exit_code == 0, done.output
+    tree = recipe.parent / "job"
+    assert {p.name for p in tree.iterdir()} == {"mixture", "dense", "lora-3"}
+    assert (
+        CliRunner()
+        .invoke(main, ["export", str(tree / "mixture"), "--format", "lora", "--out", str(tree / "x")])
+        .exit_code
+        == 0
+    )
+
+
+def test_check_writes_nothing_and_set_overrides(recipe: Path) -> None:
+    done = CliRunner().invoke(main, ["run", str(recipe), "--check", "--set", "mix.weights=[1.0, 0.0]"])
+    assert done.exit_code == 0, done.output
+    assert {p.name for p in recipe.parent.iterdir()} == {"job.yaml", "zoo"}
+    assert read_recipe(recipe, ["mix.weights=[1.0, 0.0]"]).mix.weights == [1.0, 0.0]  # type: ignore[union-attr]
+
+
+def test_a_step_that_fails_leaves_no_tree(recipe: Path) -> None:
+    job = read_recipe(recipe, ["mix.weights=[1.0]"])
+    with pytest.raises(WloraMergeError, match="weights"):
+        run(job, recipe.parent / "out", where=recipe.parent)
+    assert {p.name for p in recipe.parent.iterdir()} == {"job.yaml", "zoo"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mix.wieghts=[1]", "did you mean 'weights'"),
+        ("bse=x", "did you mean 'base'"),
+        ("mix.task=causal-ml", "did you mean 'causal-lm'"),
+        ("mix.weights=all", "expected list"),
+        ("exports=3", "expected a list"),
+        ("exports=[{format: dense}, {format: dense}]", "no other has"),
+        ("exports=[{format: dense, name: ../up}]", "plain name"),
+        ("exports=[{format: gguf}]", "expected dense, lora or onnx"),
+        ("exports=[{rank: 3}]", "lacks format"),
+        ("fit={data: x, task: causal-lm}", "one of the sections"),
+        ("adapters=7", "adapters must be"),
+        ("base.deep=1", "no section"),
+        ("nonsense", "KEY=VALUE"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_is_named(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(recipe, [override])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a\n- b", "base: [", "!!python/object/apply:os.system ['true']", "\x00", "a: " + "[" * 5000]
+)
+def test_a_file_that_is_no_recipe_is_one_clear_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"r\.yaml"):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_every_recipe_that_ships_is_sound() -> None:
+    files = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert read_recipe(file).exports
