@@ -3,8 +3,9 @@
     python recipes/bench_export.py --size 1b --rounds 5
 
 Makes a synthetic Llama checkpoint with `../shared/tools/mk_synth.py` (sizes tiny, 125m, 1b), then runs each contender in
-turn in a process of its own, round after round: one uncounted round to warm the caches, `sync` before each run. Prints
-medians, ratios, and the peak memory of each process; anonymous memory apart from RSS, as mapped pages count in RSS.
+turn in a process of its own, round after round, with `sync` before each run. The first round warms the caches and measures
+memory, by sampling, which slows a process down; its time does not count. Prints medians, ratios, and the peak memory of each
+process; anonymous memory apart from RSS, as mapped pages count in RSS.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Contender:
 
 
 def run(contender: Contender, counted: bool) -> None:
-    """Run once, in a process of its own, sampling its memory every 10 ms."""
+    """Run once, in a process of its own: for its time if the run counts, else for its memory, sampled every 10 ms."""
     if contender.output and contender.output.exists():
         shutil.rmtree(contender.output)
     os.sync()
@@ -101,16 +102,17 @@ def run(contender: Contender, counted: bool) -> None:
     process = subprocess.Popen(contender.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = {"Rss": 0, "Anonymous": 0}
     watcher = threading.Thread(target=_watch, args=(process.pid, peak))
-    watcher.start()
+    if not counted:
+        watcher.start()
     _, errors = process.communicate()
     seconds = time.perf_counter() - start
-    watcher.join()
     if process.returncode:
         raise SystemExit(f"{contender.name} failed:\n{errors.decode()[-2000:]}")
     if counted:
         contender.seconds.append(seconds)
-        contender.rss = max(contender.rss, peak["Rss"])
-        contender.anonymous = max(contender.anonymous, peak["Anonymous"])
+    else:
+        watcher.join()
+        contender.rss, contender.anonymous = peak["Rss"], peak["Anonymous"]
 
 
 def _watch(pid: int, peak: dict[str, int]) -> None:

@@ -161,6 +161,13 @@ MOVED = _options(
     show_default=True,
     help="Where to run.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bf16", "fp16"]),
+    default="float32",
+    show_default=True,
+    help="Mixed precision of transformers' Trainer, or none.",
+)
 @click.option("--quantize", type=click.Choice(["4bit", "8bit"]), help="Load the base quantized. Default: no.")
 @click.option("--report-to", default="none", show_default=True, help="Logging integration of transformers' Trainer.")
 @MODULES_TO_SAVE
@@ -209,7 +216,10 @@ def fit(
             progress=progress,
             **options,
         )
-    _show_mixture(mixture, out, as_json)
+    from .ranks import is_leader
+
+    if is_leader():
+        _show_mixture(mixture, out, as_json)
 
 
 @contextmanager

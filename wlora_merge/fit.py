@@ -21,6 +21,7 @@ from .check import quiet_libraries
 from .data import Examples, read_examples, split_held_out
 from .errors import DataError, MixtureError
 from .mixture import Mixture
+from .ranks import is_leader
 from .stacking import modules_of, stack
 from .tasks import Task, get_task
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 LEARNED = "learned"
 STEPS_WITH_HEAD, STEPS_WITHOUT = 100, 40
+PRECISIONS = ("float32", "bf16", "fp16")
 FitProgress = Callable[[str, int, int, float], None]
 """Called with (candidate, step, steps, loss) after every step."""
 
@@ -41,7 +43,8 @@ class FitOptions:
     """How to train; the defaults are for a handful of examples.
 
     epochs or max_steps (the latter wins; neither: 100 steps where a head is trained, 40 where not); learning_rate of the
-    logits; head_learning_rate; batch_size in examples; held_out: the share of the shots to judge on, 0 for none.
+    logits; head_learning_rate; batch_size in examples (of each process); held_out: the share of the shots to judge on, 0 for
+    none; precision: `float32`, or `bf16` and `fp16` for Trainer's mixed precision.
     """
 
     granularity: str = "module"
@@ -57,6 +60,7 @@ class FitOptions:
     held_out: float = 0.25
     seed: int = 0
     device: str = "auto"
+    precision: str = "float32"
     report_to: str = "none"
 
 
@@ -141,7 +145,7 @@ def fit(
     mixture.task, mixture.metrics, mixture.modules_to_save = task, metrics, modules_to_save
     mixture.config = _config(run) if run.head else {}
     mixture.data = {"method": LEARNED, "data": _data_ref(shots), "fit": _recorded(chosen, run)}
-    if out is not None:
+    if out is not None and is_leader():
         mixture.save(out, force=force, inputs=[opened.folder, *(a.source.folder for a in loaded)])
     return mixture
 
@@ -163,6 +167,8 @@ def _options(options: Mapping[str, Any]) -> FitOptions:
         value = getattr(chosen, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise MixtureError(f"{name} is {value}, expected a number above 0.")
+    if chosen.precision not in PRECISIONS:
+        raise MixtureError(f"precision is {chosen.precision!r}, expected one of {', '.join(PRECISIONS)}.")
     if not 0 <= chosen.held_out < 1:
         raise MixtureError(f"held_out is {chosen.held_out}, expected a share from 0 up to 1.")
     return chosen
@@ -321,6 +327,8 @@ def _trainer(run: _Run, name: str, examples: Examples) -> Trainer:
         seed=options.seed,
         data_seed=options.seed,
         use_cpu=options.device == "cpu",
+        bf16=options.precision == "bf16",
+        fp16=options.precision == "fp16",
         report_to=options.report_to if options.report_to != "none" else [],
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -46,6 +46,7 @@ class FitRecipe:
     held_out: float | None = None
     seed: int | None = None
     device: str | None = None
+    precision: str | None = None
     modules_to_save: str | None = None
 
 
