@@ -36,7 +36,7 @@ def recipe() -> Any:
 
 @pytest.fixture(scope="module")
 def settings(recipe: Any) -> Any:
-    return recipe.zoo.Settings(base_steps=3, adapter_steps=2, batch_size=8, r=2)
+    return recipe.zoo.Settings(base_steps=3, base_batch_size=8, adapter_steps=2, adapter_batch_size=8, r=2)
 
 
 @pytest.fixture(scope="module")

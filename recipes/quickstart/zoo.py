@@ -29,9 +29,9 @@ class Settings:
     """What the zoo is made with. A zoo made with other settings is not reused."""
 
     base_steps: int = 600
-    base_batch_size: int = 32
+    base_batch_size: int = 64
     base_learning_rate: float = 2e-3
-    adapter_steps: int = 300
+    adapter_steps: int = 400
     adapter_batch_size: int = 64
     adapter_learning_rate: float = 5e-3
     r: int = 8
