@@ -116,7 +116,7 @@ def quiet_libraries() -> Any:
     """Keep load reports and progress bars of transformers away: what they would say is checked here."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -125,7 +125,8 @@ def quiet_libraries() -> Any:
             yield
     finally:
         logging.set_verbosity(level)
-        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_model(folder: Path, task: str | None, *, complete: bool = True, **options: Any) -> nn.Module:
