@@ -1,0 +1,174 @@
+"""Tiny models of many architectures, mixed PEFT adapters on each: our exports against PEFT's own merges.
+
+The base is saved by `save_pretrained` and every export is loaded by transformers or PEFT again, so that the names on disk and
+in the module tree are theirs. The expected weights are W + Σ w_n (PEFT's merge of adapter n - W), in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import make_adapter
+
+from wlora_merge.export import export
+from wlora_merge.mix import mix
+
+TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+SHORT = {"max_position_embeddings": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GATED = {"num_key_value_heads": 1, "intermediate_size": 24, "head_dim": 8} | SHORT
+VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 8}
+WEIGHTS = (0.625, 0.5, -0.25)  # float32 holds them exactly
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model: how to make it, two of its linear layers, and what it takes as input."""
+
+    auto: str
+    config: str
+    settings: dict[str, Any]
+    targets: tuple[str, str]
+    inputs: tuple[str, ...] = ("input_ids",)
+    dtype: torch.dtype = torch.float32
+
+    def make(self) -> Any:
+        torch.manual_seed(0)
+        config = getattr(transformers, self.config)(**copy.deepcopy(self.settings))
+        model = getattr(transformers, self.auto).from_config(config)
+        return model.to(self.dtype).eval()
+
+    def load(self, folder: Path, dtype: torch.dtype) -> Any:
+        return getattr(transformers, self.auto).from_pretrained(folder, dtype=dtype).eval()
+
+
+def clip_config() -> dict[str, Any]:
+    text = TEXT | {"intermediate_size": 24} | SHORT
+    return {"text_config": text, "vision_config": VISION | {"patch_size": 4}, "projection_dim": 8}
+
+
+LM, BF16, FP16 = "AutoModelForCausalLM", torch.bfloat16, torch.float16
+ENCODER = TEXT | SHORT | {"intermediate_size": 24}
+SEQ2SEQ = ("input_ids", "decoder_input_ids")
+BOTH_SIDES = {
+    "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 40, "decoder_start_token_id": 2,
+}  # fmt: skip
+GPT = {
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "vocab_size": 40,
+    "n_positions": 24,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CASES = {
+    "llama": Case(LM, "LlamaConfig", TEXT | GATED, ("q_proj", "down_proj"), dtype=BF16),
+    "qwen2": Case(LM, "Qwen2Config", TEXT | GATED, ("k_proj", "up_proj"), dtype=FP16),
+    "gemma": Case(LM, "GemmaConfig", TEXT | GATED, ("q_proj", "gate_proj")),
+    "phi": Case(LM, "PhiConfig", ENCODER, ("q_proj", "fc1")),
+    "opt": Case(LM, "OPTConfig", TEXT | SHORT | {"ffn_dim": 24, "word_embed_proj_dim": 16}, ("q_proj", "fc2"), dtype=FP16),
+    "gpt2": Case(LM, "GPT2Config", GPT, ("c_attn", "c_proj")),
+    "gpt_neox": Case(LM, "GPTNeoXConfig", ENCODER, ("query_key_value", "dense_4h_to_h")),
+    "bloom": Case(LM, "BloomConfig", TEXT | {"n_layer": 2, "n_head": 2}, ("query_key_value", "dense"), dtype=BF16),
+    "falcon": Case(LM, "FalconConfig", TEXT | SHORT, ("query_key_value", "dense_h_to_4h")),
+    "t5": Case("AutoModelForSeq2SeqLM", "T5Config",
+               {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 40,
+                "decoder_start_token_id": 0}, ("q", "wo"), SEQ2SEQ),
+    "bart": Case("AutoModelForSeq2SeqLM", "BartConfig", BOTH_SIDES | SHORT, ("q_proj", "fc1"), SEQ2SEQ, FP16),
+    "bert": Case("AutoModelForSequenceClassification", "BertConfig", ENCODER, ("query", "dense")),
+    "roberta": Case("AutoModelForTokenClassification", "RobertaConfig", ENCODER, ("query", "value"), dtype=BF16),
+    "deberta_v2": Case("AutoModelForSequenceClassification", "DebertaV2Config", ENCODER, ("query_proj", "dense")),
+    "clip": Case("AutoModel", "CLIPConfig", clip_config(), ("q_proj", "fc2"), ("input_ids", "pixel_values")),
+    "whisper": Case("AutoModelForSpeechSeq2Seq", "WhisperConfig",
+                    BOTH_SIDES | SHORT | {"num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 12},
+                    ("q_proj", "fc1"), ("input_features", "decoder_input_ids")),
+}  # fmt: skip
+
+
+def adapter_settings(case: Case) -> list[dict[str, Any]]:
+    """Three adapters that differ in everything that PEFT lets differ."""
+    first, second = case.targets
+    return [
+        {"r": 4, "lora_alpha": 6, "target_modules": [first, second], "rank_pattern": {first: 2}, "alpha_pattern": {second: 3}},
+        {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "exclude_modules": [second], "use_rslora": True},
+        {"r": 2, "lora_alpha": 7, "target_modules": rf".*\.({first}|{second})"},
+    ]  # fmt: skip
+
+
+def inputs_of(case: Case) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    made = {
+        "input_ids": torch.randint(3, 38, (2, 6)),
+        "decoder_input_ids": torch.randint(3, 38, (2, 5)),
+        "pixel_values": torch.randn(2, 3, 8, 8),
+        "input_features": torch.randn(2, 8, 16),
+    }
+    return {name: made[name] for name in case.inputs}
+
+
+def first_output(model: Any, case: Case) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(**inputs_of(case))[0]
+    return found
+
+
+def merged(case: Case, base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """PEFT's merge of one adapter, in float64."""
+    from peft import PeftModel
+
+    peft = PeftModel.from_pretrained(case.load(base, torch.float64), adapter, autocast_adapter_dtype=False).double()
+    state: dict[str, torch.Tensor] = peft.merge_and_unload().state_dict()
+    return state
+
+
+def expected_state(case: Case, base: Path, adapters: list[Path]) -> dict[str, torch.Tensor]:
+    """W + Σ w_n (merged_n - W), float64, under the names of the module tree."""
+    start = case.load(base, torch.float64).state_dict()
+    total = {name: tensor.clone() for name, tensor in start.items()}
+    for weight, adapter in zip(WEIGHTS, adapters, strict=False):
+        for name, tensor in merged(case, base, adapter).items():
+            total[name] += weight * (tensor - start[name])
+    return total
+
+
+def make_adapters(case: Case, model: Any, root: Path) -> list[Path]:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    settings = zip(adapter_settings(case), dtypes, strict=True)
+    return [make_adapter(model, root / f"a{i}", i, dtype=d, scale=0.3, **s) for i, (s, d) in enumerate(settings)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_exports_of_mixed_adapters_are_the_sum_of_pefts_merges(name: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    case, base = CASES[name], tmp_path / "base"
+    model = case.make()
+    model.save_pretrained(base)
+    adapters = make_adapters(case, model.float(), tmp_path)
+    expected = expected_state(case, base, adapters)
+    mixture = mix(base, adapters, weights=WEIGHTS)
+
+    export(mixture, "dense", tmp_path / "dense")
+    got = case.load(tmp_path / "dense", case.dtype).state_dict()
+    start = case.load(base, case.dtype).state_dict()
+    assert set(got) == set(expected)
+    assert all(torch.equal(got[k], expected[k].to(case.dtype)) for k in got)
+    assert sum(not torch.equal(got[k], start[k]) for k in got) >= 4
+
+    export(mixture, "lora", tmp_path / "lora")
+    single = merged(case, base, tmp_path / "lora")
+    for k, tensor in single.items():
+        torch.testing.assert_close(tensor, expected[k], rtol=1e-6, atol=1e-6)
+    dense, plain = (case.load(folder, torch.float32) for folder in (tmp_path / "dense", base))
+    dense.load_state_dict({k: v.float() for k, v in expected.items()})
+    outputs = first_output(PeftModel.from_pretrained(plain, tmp_path / "lora").eval(), case)
+    torch.testing.assert_close(outputs, first_output(dense, case), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs, first_output(case.load(base, torch.float32), case), rtol=1e-2)
