@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from wlora_merge.errors import MixtureError, WloraMergeError
 from wlora_merge.export import export
-from wlora_merge.layers import attach, detach, read_mixture
+from wlora_merge.layers import attach, detach, read_mixture, regroup
 
 IDS = torch.tensor([[5, 17, 3, 80, 41, 2], [9, 9, 60, 1, 7, 33]])
 
@@ -240,3 +240,53 @@ def test_nothing_but_the_low_rank_product_is_kept_for_the_backward_pass(llama_zo
 def test_every_linear_is_a_target_of_the_second_adapter(llama_zoo: Callable[..., Any]) -> None:
     model, _ = attached(llama_zoo)
     assert len(model.wlora.groups) == 2 * len(EVERY_LINEAR)
+
+
+def test_a_learned_delta_scale_and_a_temperature_have_the_gradients_of_finite_differences(tmp_path: Path) -> None:
+    base = tiny_bert().double()
+    folders = [
+        make_adapter(tiny_bert(), tmp_path / f"a{i}", i, r=2, target_modules=["query", "value"]) for i in range(3)
+    ]
+    model = randomized(attach(base, folders, delta_scale="learned", temperature=0.5))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {"wlora_weights", "wlora_delta_scale"}
+    for name in ("wlora_weights", "wlora_delta_scale"):
+        model.get_parameter(name).data = model.get_parameter(name).data.double()
+
+    def loss() -> torch.Tensor:
+        return model(IDS % 64).last_hidden_state.square().mul(torch.arange(32)).mean()
+
+    loss().backward()
+    for name, place in {"wlora_weights": (1, 2), "wlora_delta_scale": ()}.items():
+        parameter, step = model.get_parameter(name), 1e-6
+        with torch.no_grad():
+            parameter[place] += step
+            high = loss()
+            parameter[place] -= 2 * step
+            low = loss()
+            parameter[place] += step
+        assert float(parameter.grad[place]) == pytest.approx(float((high - low) / (2 * step)), rel=1e-5)
+
+
+def test_a_learned_delta_scale_and_a_temperature_are_in_the_export(
+    llama_zoo: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, _ = attached(llama_zoo, delta_scale="learned", temperature=2.0)
+    randomized(model).eval()
+    model.wlora_delta_scale.data.fill_(1.7)
+    expected = model(IDS).logits
+    mixture = read_mixture(model)
+    assert mixture.delta_scale == pytest.approx(1.7)
+    assert torch.allclose(mixture.mixture_weights, (mixture.wlora_weights.double() / 2).softmax(-1).float())
+    export(mixture, "dense", tmp_path / "dense")
+    assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(IDS).logits, expected, atol=2e-6)
+    assert set(detach(model).state_dict()) == set(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict())
+
+
+def test_regrouping_starts_other_groups_at_uniform_composition(llama_zoo: Callable[..., Any]) -> None:
+    model, _ = attached(llama_zoo)
+    uniform_logits = model(IDS).logits
+    for granularity, normalize in itertools.product(["global", "layer", "module"], ["all", "none"]):
+        parameter = regroup(randomized(model), granularity, normalize)
+        assert parameter is model.wlora_weights
+        assert torch.allclose(model(IDS).logits, uniform_logits, atol=1e-6)
+        assert read_mixture(model).granularity == granularity

@@ -44,18 +44,30 @@ if TYPE_CHECKING:
     from .base_model import BaseModel
 
 PARAMETER = "wlora_weights"
+SCALE_PARAMETER = "wlora_delta_scale"
+LEARNED = "learned"
 
 
 @dataclass
 class Attachment:
-    """What `attach` has done to a model, kept on it as `model.wlora`."""
+    """What `attach` has done to a model, kept on it as `model.wlora`; every attached module reads its weights here."""
 
     adapters: list[Adapter]
     granularity: str
     normalize: str
-    delta_scale: float
+    temperature: float
+    delta_scale: float | nn.Parameter
+    weights: nn.Parameter
     groups: dict[str, list[str]]
     head: list[str]
+
+    def __post_init__(self) -> None:
+        self.row = {module: g for g, modules in enumerate(self.groups.values()) for module in modules}
+
+    def weights_of(self, module: str, present: torch.Tensor) -> torch.Tensor:
+        """Mixture weights [N] of one target module, differentiable in `wlora_weights`."""
+        weights = mixture_weights(self.weights[self.row[module]], self.normalize, self.temperature)
+        return at_module(weights, present, self.normalize)
 
 
 class StackedLora(nn.Module):
@@ -75,21 +87,17 @@ class StackedLora(nn.Module):
         self,
         delta: ModuleDelta,
         layer: nn.Module,
-        weights: nn.Parameter,
-        group: int,
-        normalize: str,
-        delta_scale: float,
+        attachment: Attachment,
     ) -> None:
         super().__init__()
-        self.layout, self.group, self.normalize, self.delta_scale = delta.layout, group, normalize, delta_scale
-        self._weights = (weights,)  # in a tuple, so that the parameter stays the model's alone
+        self.layout, self.module, self.attachment = delta.layout, delta.module, attachment
         weight = layer.weight
         dtype = weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else torch.float32
         device = weight.device if isinstance(weight, torch.Tensor) else None
         values = {
             "lora_A": delta.lora_A.to(dtype),
             "lora_B": delta.lora_B.to(dtype),
-            "scaling": delta.scaling.to(weights.dtype),
+            "scaling": delta.scaling.to(attachment.weights.dtype),
             "adapter_index": delta.adapter_index,
             "present": delta.present,
         }
@@ -98,10 +106,8 @@ class StackedLora(nn.Module):
 
     def gains(self) -> torch.Tensor:
         """gains [R], differentiable in `wlora_weights`."""
-        weights = mixture_weights(self._weights[0][self.group], self.normalize)
-        return gains(
-            at_module(weights, self.present, self.normalize), self.scaling, self.adapter_index, self.delta_scale
-        )
+        weights = self.attachment.weights_of(self.module, self.present)
+        return gains(weights, self.scaling, self.adapter_index, self.attachment.delta_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] (token ids for an embedding) -> [..., out]: the change of the target module's output."""
@@ -130,7 +136,8 @@ def attach(
     *,
     granularity: str = "module",
     normalize: str = "all",
-    delta_scale: float = 1.0,
+    delta_scale: float | str = 1.0,
+    temperature: float = 1.0,
     head: Sequence[str] = (),
     modules_to_save: str | None = None,
     residual: str | None = None,
@@ -145,7 +152,8 @@ def attach(
         granularity: `module`, `layer` or `global`: which modules share a row of weights.
         normalize: `all` (softmax over all N), `present` (renormalized at each module over those that target it), or `none`
             (free signed weights).
-        delta_scale: factor of the whole delta weight.
+        delta_scale: factor of the whole delta weight; `learned` makes it a parameter too, `wlora_delta_scale`, from 1.
+        temperature: of the softmax, v̂ = softmax(v / temperature); without effect on free weights.
         head: names of modules or parameters to train along (`classifier`).
         modules_to_save: what becomes of whole tensors that the adapters carry: a name, `drop`, or None to refuse those that
             the head does not replace.
@@ -164,6 +172,10 @@ def attach(
         raise AdapterError(f"a mixture needs two adapters or more, got {len(loaded)}.")
     if normalize not in NORMALIZE:
         raise MixtureError(f"normalize is {normalize!r}, expected one of {', '.join(NORMALIZE)}.")
+    if isinstance(delta_scale, str) and delta_scale != LEARNED:
+        raise MixtureError(f"delta_scale is {delta_scale!r}, expected a number or {LEARNED}.")
+    if not temperature > 0:
+        raise MixtureError(f"temperature is {temperature}, expected a number above 0.")
     if hasattr(model, "wlora"):
         raise MixtureError("the model has adapters attached already: call wlora_merge.detach(model) first.")
     layers = dict(model.named_modules())
@@ -172,27 +184,46 @@ def attach(
     refuse_overlap(deltas, [], trained, _live_tensors(model))
     _take_saved(model, loaded, modules_to_save, trained)
     groups = make_groups([d.module for d in deltas], granularity)
-    start = uniform(len(loaded)) if normalize == "none" else [0.0] * len(loaded)
     device = next(model.parameters()).device
-    weights = nn.Parameter(torch.tensor([start] * len(groups), dtype=torch.float32, device=device))
     model.requires_grad_(False)
-    model.register_parameter(PARAMETER, weights)
+    model.register_parameter(PARAMETER, _start(len(groups), len(loaded), normalize, device))
+    if isinstance(delta_scale, str):
+        model.register_parameter(SCALE_PARAMETER, nn.Parameter(torch.ones((), device=device)))
+    scale = delta_scale if isinstance(delta_scale, float | int) else model.get_parameter(SCALE_PARAMETER)
     for name in trained:
         model.get_parameter(name).requires_grad_(True)
-    row = {module: g for g, modules in enumerate(groups.values()) for module in modules}
+    weights = model.get_parameter(PARAMETER)
+    attachment = Attachment(loaded, granularity, normalize, temperature, scale, weights, groups, trained)
     for delta in deltas:
         layer = layers[delta.module]
-        layer.add_module("wlora", StackedLora(delta, layer, weights, row[delta.module], normalize, delta_scale))
+        layer.add_module("wlora", StackedLora(delta, layer, attachment))
         layer.wlora_hook = layer.register_forward_hook(_add_delta, with_kwargs=True)
-    model.wlora = Attachment(loaded, granularity, normalize, delta_scale, groups, trained)  # type: ignore[assignment]
+    model.wlora = attachment  # type: ignore[assignment]
     return model
 
 
-def set_delta_scale(model: nn.Module, delta_scale: float) -> None:
+def _start(groups: int, n: int, normalize: str, device: torch.device) -> nn.Parameter:
+    """Uniform composition: logits [G, N] of zero, or free weights of 1/N."""
+    row = uniform(n) if normalize == "none" else [0.0] * n
+    return nn.Parameter(torch.tensor([row] * groups, dtype=torch.float32, device=device))
+
+
+def set_delta_scale(model: nn.Module, delta_scale: float | nn.Parameter) -> None:
     """Set the factor of the whole delta weight in every attached module; 0 gives the base model."""
-    for module in model.modules():
-        if isinstance(module, StackedLora):
-            module.delta_scale = delta_scale
+    attachment_of(model).delta_scale = delta_scale
+
+
+def regroup(model: nn.Module, granularity: str, normalize: str) -> nn.Parameter:
+    """Give an attached model a new `wlora_weights` for other groups or another normalization, at uniform composition."""
+    attachment = attachment_of(model)
+    modules = [m for group in attachment.groups.values() for m in group]
+    attachment.granularity, attachment.normalize = granularity, normalize
+    attachment.groups = make_groups(modules, granularity)
+    attachment.__post_init__()
+    n, device = len(attachment.adapters), attachment.weights.device
+    attachment.weights = _start(len(attachment.groups), n, normalize, device)
+    model.register_parameter(PARAMETER, attachment.weights)
+    return attachment.weights
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -203,7 +234,9 @@ def detach(model: nn.Module) -> nn.Module:
             del layer.wlora_hook, layer.wlora
     if hasattr(model, "wlora"):
         del model.wlora
-        delattr(model, PARAMETER)
+        for name in (PARAMETER, SCALE_PARAMETER):
+            if hasattr(model, name):
+                delattr(model, name)
     return model
 
 
@@ -318,14 +351,15 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
     row = {names[m]: g for g, modules in enumerate(attachment.groups.values()) for m in modules}
     logits = model.get_parameter(PARAMETER).detach().float().cpu()[[row[modules[0]] for modules in groups.values()]]
     first_live, first_base = next(iter(names.items()))
+    scale = attachment.delta_scale
     return Mixture(
         base=base_ref(opened),
         adapters=[adapter_ref(a) for a in attachment.adapters],
         granularity=attachment.granularity,
         normalize=attachment.normalize,
-        delta_scale=attachment.delta_scale,
+        delta_scale=float(scale.detach() if isinstance(scale, torch.Tensor) else scale),
         groups=groups,
-        mixture_weights=mixture_weights(logits, attachment.normalize),
+        mixture_weights=mixture_weights(logits, attachment.normalize, attachment.temperature),
         wlora_weights=logits,
         prefixes=prefixes(first_base, first_live),
         head={name: model.get_parameter(name).detach().cpu().clone() for name in attachment.head},

@@ -36,9 +36,9 @@ TENSOR_FILE = "mixture.safetensors"
 # ------------------------------------------------------------------------------------------------ mixture weights
 
 
-def mixture_weights(logits: torch.Tensor, normalize: str) -> torch.Tensor:
-    """Logits [..., N] -> mixture weights [..., N]: softmax over all N adapters, or the free weights themselves."""
-    return logits if normalize == "none" else logits.softmax(-1)
+def mixture_weights(logits: torch.Tensor, normalize: str, temperature: float = 1.0) -> torch.Tensor:
+    """Logits [..., N] -> mixture weights [..., N]: softmax(logits / temperature), or the free weights themselves."""
+    return logits if normalize == "none" else (logits / temperature).softmax(-1)
 
 
 def at_module(weights: torch.Tensor, present: torch.Tensor, normalize: str) -> torch.Tensor:
