@@ -81,13 +81,43 @@ def make_adapter(
     torch.manual_seed(seed)
     peft = get_peft_model(copy.deepcopy(model), LoraConfig(init_lora_weights=False, **config))
     for name, parameter in peft.named_parameters():
-        if "lora_" in name:
+        if "lora_magnitude_vector" in name:
+            parameter.data = parameter.data * (1 + torch.randn_like(parameter) * scale)
+        elif "lora_" in name:
             parameter.data = torch.randn_like(parameter) * scale
     if dtype is not torch.float32:
         peft = peft.to(dtype)
     peft.peft_config["default"].base_model_name_or_path = "tiny"
     peft.save_pretrained(folder)
     return folder
+
+
+def peft_changes(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """State dict name -> what PEFT's own merge of one adapter adds to it, in float64; names without a change are left out."""
+    import copy
+
+    from peft import PeftModel
+
+    base = copy.deepcopy(model).double()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    merged = PeftModel.from_pretrained(base, folder).double().merge_and_unload().state_dict()
+    return {name: merged[name] - before[name] for name in before if not torch.equal(merged[name], before[name])}
+
+
+def peft_sum(model: Any, folders: list[Path], weights: list[float]) -> dict[str, torch.Tensor]:
+    """The model's tensors in float64, plus the weighted sum of what PEFT's merge of each adapter alone adds."""
+    sums = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    for folder, weight in zip(folders, weights, strict=True):
+        for name, change in peft_changes(model, folder).items():
+            sums[name] = sums[name] + weight * change
+    return sums
+
+
+def assert_equal_but_for_rounding(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Each float32 tensor is the float64 one rounded once (an ulp is allowed: PEFT's float64 sums have their own order)."""
+    assert set(got) == set(expected)
+    for name, tensor in got.items():
+        assert torch.allclose(tensor.double(), expected[name], rtol=2**-23, atol=1e-12), name
 
 
 MIXED: tuple[dict[str, Any], ...] = (

@@ -132,7 +132,6 @@ def test_another_kind_of_adapter_written_by_peft_is_refused_by_its_kind(tmp_path
 @pytest.mark.parametrize(
     ("feature", "config"),
     [
-        ("use_dora", {"use_dora": True}),
         ("lora_bias", {"lora_bias": True}),
         ("bias", {"bias": "all"}),
         ("bias", {"bias": "lora_only"}),

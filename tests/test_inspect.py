@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapter, tiny_llama
+from conftest import make_adapter, peft_changes, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -62,18 +62,28 @@ def test_an_adapter_that_does_not_fit_is_a_row_with_the_reason(llama_zoo: Callab
     base, folders = llama_zoo()
     make_adapter(tiny_llama(hidden_size=64), tmp_path / "wide", 1, r=2, target_modules=["q_proj"])
     make_adapter(tiny_llama(), tmp_path / "dora", 1, r=2, target_modules=["q_proj"], use_dora=True)
+    make_adapter(tiny_llama(), tmp_path / "alora", 1, r=2, target_modules=["q_proj"], alora_invocation_tokens=[3])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "adapter_config.json").write_text("{")
-    tables = inspect_paths([base, folders[0], tmp_path / "wide", tmp_path / "dora", tmp_path / "broken"])
+    tables = inspect_paths(
+        [base, folders[0], tmp_path / "wide", tmp_path / "dora", tmp_path / "alora", tmp_path / "broken"]
+    )
     fits = {row["adapter"]: row["fits"] for row in tables["Adapters"]}
-    assert fits == {"a0": "yes", "wide": "no", "dora": "no", "broken": "no"}
+    assert fits == {"a0": "yes", "wide": "no", "dora": "yes", "alora": "no", "broken": "no"}
     reasons = {row["adapter"]: row["reason"] for row in tables["Adapters that cannot be mixed"]}
-    assert set(reasons) == {"wide", "dora", "broken"}
+    assert set(reasons) == {"wide", "alora", "broken"}
     assert reasons["wide"].startswith("adapter 'wide'")
     assert "do not fit the base weight [32, 32]" in reasons["wide"]
-    assert "use_dora" in reasons["dora"]
+    assert "alora_invocation_tokens" in reasons["alora"]
+    changes = peft_changes(tiny_llama(), tmp_path / "dora")
+    sums = [
+        sum(float(t.double().square().sum()) for t in found)
+        for found in (changes.values(), map(tiny_llama().state_dict().__getitem__, changes))
+    ]
+    norms = {row["adapter"]: row["delta / base norm"] for row in tables["Adapters"] if row["fits"] == "yes"}
+    assert norms["dora"] == pytest.approx((sums[0] / sums[1]) ** 0.5, rel=1e-6)
     assert "is not valid JSON" in reasons["broken"]
-    assert [row["adapter"] for row in tables["Targets and features"]] == ["a0", "wide"]
+    assert [row["adapter"] for row in tables["Targets and features"]] == ["a0", "wide", "dora"]
     json.dumps(tables, allow_nan=False)
 
 

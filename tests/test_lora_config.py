@@ -28,7 +28,6 @@ SET: dict[str, Any] = {
     "ensure_weight_tying": True,
     "bias": "all",
     "lora_bias": True,
-    "use_dora": True,
 }
 
 
@@ -115,7 +114,7 @@ def test_another_kind_of_adapter_is_refused(kind: Any) -> None:
         {"r": 0}, {"r": -1}, {"r": 4.0}, {"r": True}, {"r": "4"}, {"r": None}, {"rank_pattern": {"q": 0}}, {"rank_pattern": [2]},
         {"lora_alpha": "8"}, {"lora_alpha": None}, {"lora_alpha": True}, {"lora_alpha": float("nan")},
         {"lora_alpha": float("inf")}, {"alpha_pattern": {"q": None}}, {"alpha_pattern": "q"}, {"use_rslora": "yes"},
-        {"use_rslora": 1}, {"fan_in_fan_out": "no"}, {"modules_to_save": "classifier"}, {"modules_to_save": [1]},
+        {"use_rslora": 1}, {"use_dora": 1}, {"fan_in_fan_out": "no"}, {"modules_to_save": "classifier"}, {"modules_to_save": [1]},
     ],
 )  # fmt: skip
 def test_a_field_of_the_wrong_type_is_refused_by_name(wrong: dict[str, Any]) -> None:

@@ -71,12 +71,13 @@ class Factors:
 
     @property
     def parameters(self) -> int:
-        """How many numbers both factors hold."""
-        return math.prod(self.stored_A.shape) + math.prod(self.stored_B.shape)
+        """How many numbers this change holds."""
+        beside = sum(t.numel() for t in (self.bias, self.magnitude) if t is not None)
+        return math.prod(self.stored_A.shape) + math.prod(self.stored_B.shape) + beside
 
     @cached_property
     def is_zero(self) -> bool:
-        """True where the delta weight is zero: no rank has both its row of lora_A and its column of lora_B."""
+        """True where the product is zero: no rank has both its row of lora_A and its column of lora_B."""
         rows, columns = self.lora_A.flatten(1).any(1), self.lora_B.transpose(0, 1).flatten(1).any(1)
         return self.scaling == 0 or not bool((rows & columns).any())
 
@@ -130,7 +131,7 @@ def _load(path_or_id: str | Path, name: str | None, is_residual: Callable[[str],
         raise type(error)(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
     if not modules and not tensors:
         raise AdapterError(f"{file}: holds no LoRA tensor.")
-    if modules and all(f.is_zero for f in modules.values()):
+    if modules and all(f.is_zero and f.magnitude is None for f in modules.values()):
         raise AdapterError(f"{file}: every delta weight is zero: train this adapter, or leave it out.")
     return Adapter(name, source, config, sha256_file(file), modules, tensors)
 
@@ -221,12 +222,13 @@ def _sort_tensors(
 def _factors(module: str, parts: dict[str, Any], config: dict[str, Any]) -> Factors:
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    missing = [n for n in names if n not in parts]
     told = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}
-    extra = set(parts) - {*names, *(part for part, field in told.items() if config.get(field))}
+    expected = [*names, *(part for part, field in told.items() if config.get(field))]
+    missing = [part for part in expected if part not in parts]
+    extra = set(parts) - set(expected)
     if missing or extra:
         problem = f"lacks {missing[0]}" if missing else f"also has {sorted(extra)[0]}, of which the config says nothing"
-        raise AdapterError(f"target module {module!r} {problem}: expected a pair of {names[0]} and {names[1]}.")
+        raise AdapterError(f"target module {module!r} {problem}: expected {' and '.join(expected)}.")
     lora_A, lora_B = (parts[n] for n in names)
     if (
         len(lora_A.shape) < 2

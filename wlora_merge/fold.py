@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .layouts import stored_factors
+from .layouts import row_factor, stored_factors
 
 if TYPE_CHECKING:
     import torch
@@ -23,22 +23,43 @@ def fold_factors(delta: ModuleDelta, gains: torch.Tensor) -> tuple[torch.Tensor,
     return left.contiguous(), right.contiguous()
 
 
-def fold_rows(block: torch.Tensor, left: torch.Tensor, right: torch.Tensor, work: torch.Tensor) -> torch.Tensor:
-    """W + left @ right for a block of rows, in float64, in the buffer `work`.
+def fold_factor(delta: ModuleDelta, gains: torch.Tensor) -> torch.Tensor | None:
+    """1 + Σ gains_n·row_scale_n, by which DoRA adapters multiply W: [rows, 1] or [1, cols] float64; None where none is.
+
+    Args:
+        gains: [N], delta_scale · mixture weight: a row scale has no scaling of its own.
+    """
+    if delta.row_scale is None:
+        return None
+    return row_factor(delta.layout, 1 + gains.double() @ delta.row_scale)
+
+
+def fold_rows(
+    block: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    work: torch.Tensor,
+    factor: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """factor · W + left @ right for a block of rows, in float64, in the buffer `work`.
 
     Args:
         block: [rows, cols] base weight, any floating dtype.
         left: [rows, R] float64, the gains included; right: [R, cols] float64.
         work: [rows, cols] float64, overwritten and returned.
+        factor: [rows, 1] or [1, cols] float64, or None for 1.
     """
-    return work.copy_(block).addmm_(left, right)
+    work.copy_(block)
+    if factor is not None:
+        work.mul_(factor)
+    return work.addmm_(left, right)
 
 
-def fold_tensor(base: torch.Tensor, delta: TensorDelta, weights: torch.Tensor, delta_scale: float) -> torch.Tensor:
-    """W + d · Σ v̂_n (T_n - W) in float64, for whole tensors T_n that adapters carry."""
+def fold_tensor(base: torch.Tensor, delta: TensorDelta, gains: torch.Tensor) -> torch.Tensor:
+    """W + Σ gains_n (T_n - W) in float64, for whole tensors T_n that adapters carry; gains [N] as for `fold_factor`."""
     total = base.double()
     for n, saved in delta.saved.items():
-        total = total + delta_scale * weights[n] * (saved.double() - base.double())
+        total = total + gains[n] * (saved.double() - base.double())
     return total
 
 

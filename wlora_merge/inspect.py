@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from .adapters import CONFIG_FILE, Adapter, load_adapter
 from .base_model import BaseModel, open_base
 from .errors import WloraMergeError
+from .fold import fold_factor, fold_factors
 from .manifest import FILE, read_manifest
 from .mixture import JSON_FILE, Mixture
-from .stacking import modules_of, stack
+from .stacking import ModuleDelta, modules_of, stack
 
 if TYPE_CHECKING:
     import torch
@@ -110,14 +111,23 @@ def _fit(adapter: Adapter, base: BaseModel) -> dict[str, Any]:
         deltas = stack([adapter], modules_of(base), model_type=base.model_type)
     except WloraMergeError as error:
         return {"delta / base norm": None, "fits": "no", "reason": str(error)}
-    changed = sum(_square(d.lora_A, d.lora_B * d.scaling.to(d.lora_B.dtype)) for d in deltas)
-    whole = sum(float(base.read(f"{d.module}.weight").double().square().sum()) for d in deltas)
+    changed = whole = 0.0
+    for delta in deltas:
+        weight = base.read(f"{delta.module}.weight").double()
+        whole += float(weight.square().sum())
+        changed += _square(delta, weight)
     return {"delta / base norm": math.sqrt(changed / whole) if whole else None, "fits": "yes"}
 
 
-def _square(lora_A: torch.Tensor, lora_B: torch.Tensor) -> float:
-    A, B = lora_A.double(), lora_B.double()
-    return float(((B.T @ B) * (A @ A.T)).sum())
+def _square(delta: ModuleDelta, weight: torch.Tensor) -> float:
+    """Squared Frobenius norm of the delta weight; without forming it, but for a DoRA, which also scales W [rows, ...]."""
+    import torch
+
+    left, right = fold_factors(delta, delta.scaling)
+    factor = fold_factor(delta, torch.ones(1))
+    if factor is None:
+        return float(((left.T @ left) * (right @ right.T)).sum())
+    return float(((factor - 1) * weight.flatten(1) + left @ right).square().sum())
 
 
 def _range(values: Sequence[float]) -> str:

@@ -5,7 +5,8 @@ forward hook that adds its output; the model gets one parameter, `wlora_weights`
 names, state dict and saving stay the model's own, and `detach` leaves no trace.
 
 The forward pass is y = base(x) + ((x @ lora_A.T) * gains) @ lora_B.T. As the factors need no gradient, autograd keeps only
-the [tokens, R] product of the first matmul, whatever the number of adapters. The gradient is the softmax's own; the public
+the [tokens, R] product of the first matmul, whatever the number of adapters (and base(x) where an adapter is a DoRA, which
+also adds Σ gains_n·row_scale_n · (base(x) - bias)). The gradient is the softmax's own; the public
 WLoRA code loses its normalization term.
 
 This room knows modules and tensors, no paths but those that a Mixture names.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +75,8 @@ class Attachment:
 class StackedLora(nn.Module):
     """The stacked factors of one target module; its output is the mixture's change of that module's output.
 
-    Buffers: lora_A [R, in], lora_B [out, R], scaling [R] float32, adapter_index [R], present [N]. They are not part of the
-    state dict: they come from the adapters.
+    Buffers: lora_A [R, in], lora_B [out, R], scaling [R] float32, adapter_index [R], present [N], and with a DoRA row_scale
+    [N, out] float32. They are not part of the state dict: they come from the adapters.
     """
 
     lora_A: torch.Tensor
@@ -82,6 +84,7 @@ class StackedLora(nn.Module):
     scaling: torch.Tensor
     adapter_index: torch.Tensor
     present: torch.Tensor
+    row_scale: torch.Tensor | None
 
     def __init__(
         self,
@@ -103,14 +106,19 @@ class StackedLora(nn.Module):
         }
         for name, value in values.items():
             self.register_buffer(name, value.to(device), persistent=False)
+        row_scale = None if delta.row_scale is None else delta.row_scale.to(device, attachment.weights.dtype)
+        self.register_buffer("row_scale", row_scale, persistent=False)
 
     def gains(self) -> torch.Tensor:
         """gains [R], differentiable in `wlora_weights`."""
-        weights = self.attachment.weights_of(self.module, self.present)
-        return gains(weights, self.scaling, self.adapter_index, self.attachment.delta_scale)
+        return gains(self.weights(), self.scaling, self.adapter_index, self.attachment.delta_scale)
+
+    def weights(self) -> torch.Tensor:
+        """Mixture weights [N] of this module, differentiable in `wlora_weights`."""
+        return self.attachment.weights_of(self.module, self.present)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] (token ids for an embedding) -> [..., out]: the change of the target module's output."""
+        """[..., in] (token ids for an embedding) -> [..., out]: what the product adds to the target module's output."""
         if self.layout is Layout.EMBEDDING:
             hidden = F.embedding(x, self.lora_A.T)
         else:
@@ -118,6 +126,14 @@ class StackedLora(nn.Module):
                 x.to(self.lora_A.dtype) if not torch.is_autocast_enabled(x.device.type) else x, self.lora_A
             )
         return F.linear(hidden * self.gains().to(hidden.dtype), self.lora_B)
+
+    def scale_rows(self, output: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What DoRA adds: Σ gains_n·row_scale_n of each output row, times the module's output without its bias."""
+        assert self.row_scale is not None
+        weights = self.weights()
+        scale = (self.attachment.delta_scale * weights @ self.row_scale.to(weights.dtype)).to(output.dtype)
+        change = output * scale
+        return change if bias is None else change - bias * scale
 
 
 def _add_delta(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
@@ -127,6 +143,8 @@ def _add_delta(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     scale = getattr(layer, "embed_scale", None)  # Gemma's embedding multiplies its output
     if isinstance(scale, torch.Tensor | float | int):
         change = change * scale
+    if layer.wlora.row_scale is not None:  # type: ignore[union-attr]
+        change = change + layer.wlora.scale_rows(output, getattr(layer, "bias", None))  # type: ignore[operator, union-attr]
     return output + change.to(output.dtype)
 
 
@@ -263,7 +281,8 @@ def live_modules(model: nn.Module) -> Find:
         if found is None:
             return None
         layer = layers[found]
-        return Target(found, _weight_shape(found, layer), any(layer is other for other in tied))
+        tie = any(layer is other for other in tied)
+        return Target(found, _weight_shape(found, layer), tie, partial(_weight, layer))
 
     return find
 
@@ -295,6 +314,17 @@ def _weight_shape(name: str, layer: nn.Module) -> tuple[int, ...]:
         return (layer.out_features, layer.in_features)  # a quantized linear packs its weight
     weight = layer.weight
     return tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    """The weight that a layer computes with; a quantized one dequantized."""
+    weight = layer.weight
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+        return weight.detach()
+    from peft.utils.integrations import dequantize_module_weight
+
+    dequantized: torch.Tensor = dequantize_module_weight(layer).detach()
+    return dequantized
 
 
 def _head_parameters(model: nn.Module, head: Sequence[str]) -> list[str]:

@@ -116,6 +116,40 @@ def stored_factors(layout: Layout, lora_A: torch.Tensor, lora_B: torch.Tensor) -
     return (lora_A.T, lora_B.T) if layout.transposed else (lora_B, lora_A)
 
 
+def output_rows(layout: Layout, base: tuple[int, ...]) -> int:
+    """`out`: how many output rows the product has, wherever they lie in the base tensor."""
+    return base[1] if layout.transposed else base[0]
+
+
+def row_norms(
+    layout: Layout, base: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, block: int = 1 << 20
+) -> torch.Tensor:
+    """||W + lora_B @ lora_A|| of each output row, [out] float64: what DoRA divides by. The sum is formed in blocks of rows.
+
+    Args:
+        base: W in its own order, any floating dtype.
+        lora_A: [r, in]; lora_B: [out, r], the scaling included.
+        block: elements of a block.
+
+    Source: `peft.tuners.lora.dora.DoraLinearLayer.get_weight_norm`.
+    """
+    import torch
+
+    left, right = stored_factors(layout, lora_A.double(), lora_B.double())
+    rows, cols = matrix_shape(tuple(base.shape))
+    weight, step = base.reshape(rows, cols), max(1, block // max(1, cols))
+    squares = []
+    for row in range(0, rows, step):
+        total = weight[row : row + step].cpu().double() + left[row : row + step] @ right
+        squares.append(total.square().sum(0 if layout.transposed else 1))
+    return (torch.stack(squares).sum(0) if layout.transposed else torch.cat(squares)).sqrt()
+
+
+def row_factor(layout: Layout, factor: torch.Tensor) -> torch.Tensor:
+    """A factor [out] of the output rows in the shape that multiplies the base tensor's matrix: [1, cols] or [rows, 1]."""
+    return factor[None, :] if layout.transposed else factor[:, None]
+
+
 def matrix_shape(base: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a base tensor viewed as a matrix: its first dimension, and all others together."""
     return base[0], math.prod(base[1:])

@@ -15,7 +15,7 @@ from .errors import AdapterError, UnsupportedError
 
 FOLDED: dict[str, Any] = {
     "peft_type": None, "r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
-    "fan_in_fan_out": False, "modules_to_save": None, "init_lora_weights": True,
+    "fan_in_fan_out": False, "modules_to_save": None, "init_lora_weights": True, "use_dora": False,
 }  # fmt: skip
 """Field -> default, for fields that this package reads. Some of their values are refused below."""
 
@@ -32,7 +32,6 @@ REFUSED: dict[str, Any] = {
     "trainable_token_indices": None, "velora_config": None, "alora_invocation_tokens": None, "use_qalora": False,
     "monteclora_config": None, "layer_replication": None, "target_parameters": None, "use_bdlora": None,
     "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False, "bias": "none", "lora_bias": False,
-    "use_dora": False,
 }  # fmt: skip
 """Field -> default, for fields whose effect is not folded yet, or cannot be. What gets folded moves to `FOLDED`."""
 
@@ -99,7 +98,7 @@ def _check_init(init: Any, where: str, base_is_residual: bool) -> None:
 
 
 def _check_types(config: Mapping[str, Any], where: str) -> None:
-    for field in ("use_rslora", "fan_in_fan_out"):
+    for field in ("use_rslora", "fan_in_fan_out", "use_dora"):
         if not isinstance(config.get(field), bool | None):
             raise AdapterError(f"{where}: {field} must be true or false, got {_short(config[field])}.")
     saved = config.get("modules_to_save") or []

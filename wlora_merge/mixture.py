@@ -121,6 +121,10 @@ class Mixture:
         """gains [R] float64 of one module: delta_scale · mixture weight · scaling."""
         return gains(self.weights_of(delta), delta.scaling, delta.adapter_index, self.delta_scale)
 
+    def whole_gains_of(self, delta: ModuleDelta | TensorDelta) -> torch.Tensor:
+        """gains [N] float64 of what has no scaling of its own: delta_scale · mixture weight."""
+        return self.delta_scale * self.weights_of(delta)
+
     def _rows(self) -> dict[str, int]:
         return {module: g for g, modules in enumerate(self.groups.values()) for module in modules}
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from .adapters import Adapter, Factors
 from .base_model import OUTPUT_EMBEDDINGS, BaseModel
 from .errors import AdapterError, UnsupportedError, WloraMergeWarning
-from .layouts import Layout, factors_from_file, layout_of
+from .layouts import Layout, factors_from_file, layout_of, output_rows, row_norms
 from .names import natural_key
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ class ModuleDelta:
 
     lora_A [R, in] and lora_B [out, R] hold the rows and columns of all adapters that target the module, R = Σ r_n;
     scaling [R] and adapter_index [R] say for each row its adapter's scaling and which adapter it came from.
-    `module` is the base tensor's name without `.weight`; `shape` the base tensor's shape.
+    `module` is the base tensor's name without `.weight`; `shape` the base tensor's shape; `read` gives the base weight.
+
+    DoRA's merged weight is c_n·(W + s_n B_n A_n) with c_n = magnitude_n / ||W + s_n B_n A_n|| of each output row. It is
+    W + (c_n - 1)·W + s_n (c_n·B_n) A_n: lora_B holds c_n·B_n, and `row_scale` [N, out] holds c_n - 1.
     """
 
     module: str
@@ -38,6 +42,7 @@ class ModuleDelta:
     scaling: torch.Tensor
     adapter_index: torch.Tensor
     n_adapters: int
+    read: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
 
     @property
     def present(self) -> torch.Tensor:
@@ -55,7 +60,11 @@ class ModuleDelta:
 
     @property
     def dtype(self) -> torch.dtype:
-        """float32, or wider where an adapter is."""
+        """float32, or wider where an adapter is, or where DoRA's factor is in lora_B."""
+        import torch
+
+        if self.has_row_scale:
+            return torch.float64
         return max((f.dtype for f in self.factors), key=lambda dtype: dtype.itemsize)
 
     @property
@@ -67,10 +76,48 @@ class ModuleDelta:
 
     @property
     def lora_B(self) -> torch.Tensor:
-        """[out, R], joined when it is asked for."""
+        """[out, R], joined when it is asked for; DoRA's factor of each output row is in it."""
         import torch
 
-        return torch.cat([factors_from_file(self.layout, f.lora_B).to(self.dtype) for f in self.factors], dim=1)
+        parts = [factors_from_file(self.layout, f.lora_B).to(self.dtype) for f in self.factors]
+        if self.row_scale is not None:
+            parts = [(1 + self.row_scale[n])[:, None] * part for n, part in zip(self._owners, parts, strict=True)]
+        return torch.cat(parts, dim=1)
+
+    @property
+    def has_row_scale(self) -> bool:
+        """True where an adapter is a DoRA."""
+        return any(f.magnitude is not None for f in self.factors)
+
+    @cached_property
+    def row_scale(self) -> torch.Tensor | None:
+        """c_n - 1 [N, out] float64, zero for an adapter that is no DoRA here; None where none is. It reads the base weight.
+
+        Raises:
+            AdapterError: a row that DoRA divides by is zero.
+        """
+        import torch
+
+        if not self.has_row_scale:
+            return None
+        if self.read is None:
+            raise AdapterError(f"module {self.module!r}: an adapter is a DoRA, and the base weight cannot be read.")
+        base = self.read()
+        scale = torch.zeros(self.n_adapters, output_rows(self.layout, self.shape), dtype=torch.float64)
+        for n, f in zip(self._owners, self.factors, strict=True):
+            if f.magnitude is not None:
+                lora_A, lora_B = (factors_from_file(self.layout, t).double() for t in (f.lora_A, f.lora_B))
+                norms = row_norms(self.layout, base, lora_A, f.scaling * lora_B)
+                scale[n] = f.magnitude.double().flatten() / norms - 1
+        if not bool(scale.isfinite().all()):
+            raise AdapterError(f"module {self.module!r}: DoRA divides by the norm of a row that is zero: leave it out.")
+        return scale
+
+    @property
+    def _owners(self) -> list[int]:
+        """The adapter that each of `factors` came from."""
+        ends = list(accumulate(f.r for f in self.factors))
+        return [int(self.adapter_index[end - 1]) for end in ends]
 
 
 @dataclass(frozen=True)
@@ -99,7 +146,7 @@ class TensorDelta:
 class Target:
     """A target module as its owner knows it: its name there, and the shape of its weight.
 
-    `tied` says that the model also uses the weight as its other embedding; `read` gives a whole tensor's value.
+    `tied` says that the model also uses the weight as its other embedding; `read` gives the weight, or the whole tensor.
     """
 
     module: str
@@ -119,7 +166,10 @@ def modules_of(base: BaseModel) -> Find:
         entry = base.find_tensor(f"{module}.weight")
         if entry is None and base.tied and module.rpartition(".")[2] in OUTPUT_EMBEDDINGS:
             return Target(module, (), tied=True)
-        return Target(entry.name.removesuffix(".weight"), entry.shape, entry.name in base.tied) if entry else None
+        if entry is None:
+            return None
+        read = partial(base.read, entry.name)
+        return Target(entry.name.removesuffix(".weight"), entry.shape, entry.name in base.tied, read)
 
     return find
 
@@ -151,7 +201,7 @@ def stack(adapters: Sequence[Adapter], find: Find, *, model_type: str) -> list[M
         AdapterError: a target module that the base lacks, or factors that do not fit it.
     """
     rows: dict[str, list[tuple[int, Factors, Layout]]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    targets: dict[str, Target] = {}
     for n, adapter in enumerate(adapters):
         for name, factors in adapter.modules.items():
             target = _target(adapter, name, find)
@@ -166,8 +216,8 @@ def stack(adapters: Sequence[Adapter], find: Find, *, model_type: str) -> list[M
                     f"{adapter.where}: target module {name!r} is {layout.value} here and {known[0][2].value} in another."
                 )
             known.append((n, factors, layout))
-            shapes[target.module] = target.shape
-    return [_stack_one(m, shapes[m], rows[m], len(adapters)) for m in sorted(rows, key=natural_key)]
+            targets[target.module] = target
+    return [_stack_one(targets[m], rows[m], len(adapters)) for m in sorted(rows, key=natural_key)]
 
 
 def _target(adapter: Adapter, name: str, find: Find) -> Target:
@@ -203,25 +253,29 @@ def _layout(adapter: Adapter, name: str, target: Target, factors: Factors, model
         raise type(error)(f"{adapter.where}: {error}") from error
     if layout is Layout.CONV:
         raise UnsupportedError(f"{adapter.where}: target module {name!r} is a convolution, which is not folded yet.")
-    if factors.is_zero:
+    out = output_rows(layout, target.shape)
+    if factors.magnitude is not None and factors.magnitude.numel() != out:
+        raise AdapterError(
+            f"{adapter.where}: target module {name!r}: lora_magnitude_vector has {factors.magnitude.numel()} numbers, expected {out}."
+        )
+    if factors.is_zero and factors.magnitude is None:
         warnings.warn(f"{adapter.where}: the delta weight of {name!r} is zero.", WloraMergeWarning, stacklevel=2)
     return layout
 
 
-def _stack_one(
-    module: str, shape: tuple[int, ...], rows: list[tuple[int, Factors, Layout]], n_adapters: int
-) -> ModuleDelta:
+def _stack_one(target: Target, rows: list[tuple[int, Factors, Layout]], n_adapters: int) -> ModuleDelta:
     import torch
 
     ranks = torch.tensor([f.r for _, f, _ in rows])
     return ModuleDelta(
-        module=module,
+        module=target.module,
         layout=rows[0][2],
-        shape=shape,
+        shape=target.shape,
         factors=tuple(f for _, f, _ in rows),
         scaling=torch.tensor([f.scaling for _, f, _ in rows], dtype=torch.float64).repeat_interleave(ranks),
         adapter_index=torch.tensor([n for n, _, _ in rows]).repeat_interleave(ranks),
         n_adapters=n_adapters,
+        read=target.read,
     )
 
 

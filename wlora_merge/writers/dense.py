@@ -34,7 +34,7 @@ from ..checkpoint import (
     torch_dtype,
 )
 from ..errors import OutputError, WloraMergeError
-from ..fold import fold_factors, fold_rows, fold_tensor
+from ..fold import fold_factor, fold_factors, fold_rows, fold_tensor
 from ..layouts import matrix_shape
 from ..mixture import Mixture
 from ..stacking import ModuleDelta, TensorDelta
@@ -380,11 +380,15 @@ def _fold_jobs(
     if isinstance(delta, TensorDelta):
         yield partial(_fold_whole, space, fd, piece, source, delta, mixture)
         return
-    factors = fold_factors(delta, mixture.gains_of(delta)) if delta is not None else None
+    terms = (
+        None
+        if delta is None
+        else (*fold_factors(delta, mixture.gains_of(delta)), fold_factor(delta, mixture.whole_gains_of(delta)))
+    )
     step = max(1, BLOCK_ELEMENTS // max(1, cols))
     for row in range(0, rows, step):
         count = min(step, rows - row)
-        yield partial(_fold_block, space, fd, piece, source, factors, row, count, cols)
+        yield partial(_fold_block, space, fd, piece, source, terms, row, count, cols)
 
 
 def _fold_block(
@@ -392,7 +396,7 @@ def _fold_block(
     fd: int,
     piece: Piece,
     source: Entry,
-    factors: tuple[torch.Tensor, torch.Tensor] | None,
+    terms: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
     row: int,
     count: int,
     cols: int,
@@ -402,10 +406,12 @@ def _fold_block(
     width = byte_length(source.dtype, (cols,))
     data = _read(space, fd, source, row * width, count * width)
     block = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(count, cols)
-    if factors is None:
+    if terms is None:
         return _rounded(space, block, piece)
-    left, right = factors
-    total = fold_rows(block, left[row : row + count], right, space.sum(count * cols).view(count, cols))
+    left, right, factor = terms
+    if factor is not None and factor.shape[0] > 1:
+        factor = factor[row : row + count]
+    total = fold_rows(block, left[row : row + count], right, space.sum(count * cols).view(count, cols), factor)
     return _rounded(space, total, piece, data)
 
 
@@ -416,7 +422,7 @@ def _fold_whole(
 
     data = _read(space, fd, source, 0, source.nbytes)
     base = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(source.shape)
-    return _rounded(space, fold_tensor(base, delta, mixture.weights_of(delta), mixture.delta_scale), piece, data)
+    return _rounded(space, fold_tensor(base, delta, mixture.whole_gains_of(delta)), piece, data)
 
 
 def _rounded(space: Workspace, block: torch.Tensor, piece: Piece, spare: memoryview | None = None) -> memoryview:

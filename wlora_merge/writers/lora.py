@@ -110,6 +110,11 @@ def _products(deltas: Sequence[ModuleDelta | TensorDelta]) -> list[ModuleDelta]:
             raise UnsupportedError(
                 f"tensor {delta.tensor!r}: the adapters change it as a whole, which no LoRA can express: export with --format dense."
             )
+        if delta.has_row_scale:
+            raise UnsupportedError(
+                f"module {delta.module!r}: an adapter is a DoRA, which scales the rows of the base weight itself, and no LoRA can "
+                "express that: export with --format dense."
+            )
     return [delta for delta in deltas if isinstance(delta, ModuleDelta)]
 
 
