@@ -6,8 +6,8 @@ Nothing is executed and nothing is ignored: a tensor that is not understood is a
 
 from __future__ import annotations
 
-import json
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import FLOATING, Entry, Header, all_finite, read_header, read_tensor, torch_dtype
 from .digests import sha256_file
 from .errors import AdapterError, UnsupportedError, WloraMergeError
+from .input_files import find_file, read_table
 from .lora_config import check_config
-from .names import check_adapter_name, parse_adapter_key, pattern_value
+from .names import PATTERN_SECONDS, check_adapter_name, parse_adapter_key, pattern_value
 from .sources import ADAPTER_PATTERNS, Source, resolve_source
 
 if TYPE_CHECKING:
@@ -92,6 +93,10 @@ class Adapter:
     sha256: str
     modules: dict[str, Factors]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def digests(self) -> dict[str, str]:
+        """File name -> sha256 of both files: the config counts too, as it holds alpha."""
+        return {CONFIG_FILE: sha256_file(self.source.folder / CONFIG_FILE), WEIGHTS_FILE: self.sha256}
 
     @property
     def where(self) -> str:
@@ -169,23 +174,15 @@ def split_adapter_spec(spec: str | Path) -> tuple[str | None, str]:
 
 
 def _read_config(folder: Path, where: str) -> dict[str, Any]:
-    file = folder / CONFIG_FILE
-    if not file.is_file():
+    file = find_file(folder, CONFIG_FILE, AdapterError)
+    if file is None:
         raise AdapterError(f"{where}: has no {CONFIG_FILE}: give the folder that PEFT's save_pretrained wrote.")
-    try:
-        config = json.loads(file.read_bytes())
-    except OSError as error:
-        raise AdapterError(f"{file}: cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{file}: is not valid JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{file}: holds a {type(config).__name__}, expected a table of LoraConfig fields.")
-    return config
+    return read_table(file, AdapterError, "a table of LoraConfig fields")
 
 
 def _weights_file(folder: Path, where: str) -> Path:
-    file = folder / WEIGHTS_FILE
-    if file.is_file():
+    file = find_file(folder, WEIGHTS_FILE, AdapterError)
+    if file is not None:
         return file
     pickle = next((p for p in PICKLES if (folder / p).exists()), None)
     if pickle:
@@ -216,10 +213,11 @@ def _sort_tensors(
         if slot in known:
             raise AdapterError(f"tensor {key!r} names the same thing as another tensor of the file.")
         known[slot] = tensor if parsed.part in WHOLE else entry
-    return {module: _factors(module, found, config) for module, found in parts.items()}, tensors
+    deadline = time.monotonic() + PATTERN_SECONDS
+    return {module: _factors(module, found, config, deadline) for module, found in parts.items()}, tensors
 
 
-def _factors(module: str, parts: dict[str, Any], config: dict[str, Any]) -> Factors:
+def _factors(module: str, parts: dict[str, Any], config: dict[str, Any], deadline: float) -> Factors:
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     told = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}
@@ -240,16 +238,16 @@ def _factors(module: str, parts: dict[str, Any], config: dict[str, Any]) -> Fact
         raise AdapterError(
             f"target module {module!r}: lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} do not multiply."
         )
-    scaling = _scaling(module, lora_A.shape[0], config)
+    scaling = _scaling(module, lora_A.shape[0], config, deadline)
     return Factors(lora_A, lora_B, scaling, embedding, parts.get("lora_B.bias"), parts.get("lora_magnitude_vector"))
 
 
-def _scaling(module: str, r: int, config: dict[str, Any]) -> float:
+def _scaling(module: str, r: int, config: dict[str, Any], deadline: float) -> float:
     """alpha / r, or alpha / sqrt(r) for rsLoRA. Source: `peft.tuners.lora.layer.LoraLayer.update_layer`."""
-    expected = pattern_value(config.get("rank_pattern") or {}, module, config.get("r", 8))
+    expected = pattern_value(config.get("rank_pattern") or {}, module, config.get("r", 8), deadline)
     if r != expected:
         raise AdapterError(
             f"target module {module!r} has rank {r} in the file, and {expected} by the config's r and rank_pattern."
         )
-    alpha = pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+    alpha = pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8), deadline)
     return float(alpha / (math.sqrt(r) if config.get("use_rslora") else r))

@@ -6,7 +6,6 @@ never opened for writing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import FLOATING, Entry, Header, read_header, read_tensor
 from .digests import sha256_files
 from .errors import BaseModelError, UnsupportedError
+from .input_files import find_file, read_table
 from .names import NameResolver, is_plain_file_name
 from .sources import BASE_PATTERNS, Source, resolve_source
 
@@ -108,13 +108,19 @@ def open_base(path_or_id: str | Path) -> BaseModel:
     """
     source = resolve_source(path_or_id, BASE_PATTERNS)
     folder = source.folder
-    missing = f"{folder}: has no config.json: give the folder of a Hugging Face model."
-    config = _read_json(folder / "config.json", _gguf(folder) or missing)
-    if (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX, "")
+    config_file = find_file(folder, "config.json", BaseModelError)
+    if config_file is None:
+        missing = f"{folder}: has no config.json: give the folder of a Hugging Face model."
+        raise BaseModelError(_gguf(folder) or missing)
+    config = read_table(config_file, BaseModelError)
+    _check_config(config, config_file)
+    index_file = find_file(folder, INDEX, BaseModelError)
+    single = None if index_file else find_file(folder, SINGLE, BaseModelError)
+    if index_file is not None:
+        index = read_table(index_file, BaseModelError)
         headers = _open_shards(folder, index)
-    elif (folder / SINGLE).is_file():
-        index, headers = None, {SINGLE: read_header(folder / SINGLE)}
+    elif single is not None:
+        index, headers = None, {SINGLE: read_header(single)}
     else:
         raise BaseModelError(_no_weights(folder))
     entries = {name: entry for header in headers.values() for name, entry in header.entries.items()}
@@ -148,6 +154,8 @@ def _open_shards(folder: Path, index: dict[str, Any]) -> dict[str, Header]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BaseModelError(f"{folder / INDEX}: has no weight_map.")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise BaseModelError(f"{folder / INDEX}: its metadata is not a table.")
     for tensor, file in weight_map.items():
         if not is_plain_file_name(file) or not str(file).endswith(".safetensors"):
             raise BaseModelError(
@@ -155,9 +163,10 @@ def _open_shards(folder: Path, index: dict[str, Any]) -> dict[str, Header]:
             )
     headers = {}
     for file in sorted(set(weight_map.values())):
-        if not (folder / file).is_file():
+        shard = find_file(folder, file, BaseModelError)
+        if shard is None:
             raise BaseModelError(f"{folder / INDEX}: names the shard {file}, which is not there: fetch it.")
-        headers[file] = read_header(folder / file)
+        headers[file] = read_header(shard)
     for tensor, file in weight_map.items():
         if tensor not in headers[file].entries:
             raise BaseModelError(f"{folder / file}: lacks tensor {tensor!r}, which the index places there.")
@@ -180,21 +189,25 @@ def _gguf(folder: Path) -> str:
     return ""
 
 
-def _read_json(file: Path, missing: str) -> dict[str, Any]:
-    try:
-        table = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise BaseModelError(missing) from error
-    except OSError as error:
-        raise BaseModelError(f"{file}: cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise BaseModelError(f"{file}: is not valid JSON ({error}).") from error
-    if not isinstance(table, dict):
-        raise BaseModelError(f"{file}: holds a {type(table).__name__}, expected a table.")
-    return table
+def _check_config(config: dict[str, Any], file: Path) -> None:
+    """Refuse a config whose keys that are read here have another type than transformers gives them."""
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise BaseModelError(f"{file}: architectures is not a list of names.")
+    for table in (config, *(value for value in config.values() if isinstance(value, dict))):
+        size = table.get("vocab_size")
+        if size is not None and type(size) is not int:
+            raise BaseModelError(f"{file}: vocab_size is {type(size).__name__}, expected a whole number.")
 
 
 def _carried(folder: Path) -> Iterable[Path]:
+    """Names of carried files; a link that leaves the folder is refused: it would publish what it leads to."""
+    for name in _candidates(folder):
+        if find_file(folder, name, BaseModelError) is not None:
+            yield name
+
+
+def _candidates(folder: Path) -> Iterable[Path]:
     for path in folder.iterdir():
         if path.name.startswith(".") or path.name in NOT_CARRIED or path.name.endswith(WEIGHT_SUFFIXES):
             continue

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from .errors import WloraMergeError
+from .input_files import find_file, parse_yaml, read_bytes
 from .mixture import Mixture
 
 PIPELINE_TAGS = {
@@ -40,6 +40,8 @@ PEFT_AUTO = (
 LIBRARIES = {"dense": "transformers", "lora": "peft", "onnx": "transformers.js"}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LICENSE = re.compile(r"[\w .,()+/-]{1,100}")
+_FRONT_CHARACTERS = 1 << 20
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 
 
@@ -177,15 +179,17 @@ def _licenses(folders: Sequence[Path]) -> list[str]:
     """The license that each input's own card names, where it has one."""
     found = []
     for folder in folders:
-        card = folder / "README.md"
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-        match = _FRONT_MATTER.match(text)
         try:
-            data = yaml.safe_load(match[1]) if match else None
-        except yaml.YAMLError:
+            card = find_file(folder, "README.md", WloraMergeError)
+            text = read_bytes(card, WloraMergeError).decode("utf-8", errors="replace") if card else ""
+            match = _FRONT_MATTER.match(text[:_FRONT_CHARACTERS])
+            data = parse_yaml(match[1]) if match else None
+        except (WloraMergeError, ValueError):
             data = None  # a card of another's that is broken says nothing
         names = data.get("license") if isinstance(data, dict) else None
-        found += [str(name) for name in (names if isinstance(names, list) else [names]) if name]
+        found += [
+            n for n in (names if isinstance(names, list) else [names]) if isinstance(n, str) and _LICENSE.fullmatch(n)
+        ]
     return found
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .base_model import BaseModel
     from .mixture import Mixture
 
+SAFE = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+"""For `from_pretrained`: nothing is fetched, no code of the folder is run, no pickle is loaded."""
 TOLERANCE = {"F32": 2e-5, "F16": 5e-2, "BF16": 1e-1, "F64": 2e-5}
 """Largest difference of an output allowed, relative to the largest output: rounding of the weights, amplified by the layers."""
 
@@ -148,9 +150,7 @@ def load_model(folder: Path, task: str | None, *, complete: bool = True, **optio
             model, info = (
                 get_task(task or "feature-extraction")
                 .auto_class()
-                .from_pretrained(
-                    folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
-                )
+                .from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **SAFE, **options)
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise VerifyError(f"{folder}: transformers cannot load it as {task}: {error}") from error

@@ -7,6 +7,7 @@ SIGINT and SIGTERM. Libraries that take seconds to import are imported when a co
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -34,13 +35,13 @@ class Group(click.Group):
         """Run a command under the rules of this module's docstring."""
         # OpenMP threads that spin while they wait make a step 25 times slower where another process shares the cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        with terminate_as_exit(), _shown_warnings():
+        with terminate_as_exit(), _shown_warnings(), _shown_log():
             try:
                 return super().invoke(ctx)
             except WloraMergeError as error:
                 if ctx.params.get("debug"):
                     raise
-                raise click.ClickException(str(error)) from error
+                raise click.ClickException(names.redacted(str(error))) from error
             except KeyboardInterrupt:
                 click.echo("Stopped.", err=True)
                 sys.exit(130)
@@ -52,8 +53,27 @@ def _shown_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", WloraMergeWarning)
-        warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+        warnings.showwarning = lambda message, *_, **__: click.echo(names.redacted(f"Warning: {message}"), err=True)
         yield
+
+
+@contextmanager
+def _shown_log() -> Iterator[None]:
+    """What the package tells its logger, as lines on stderr."""
+    log, handler = logging.getLogger("wlora_merge"), _Echo()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+class _Echo(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(names.redacted(record.getMessage()), err=True)
 
 
 def _versions(ctx: click.Context, _: click.Parameter, value: bool) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from .errors import DataError, UnsupportedError
 from .formats import TABLES, TEXTS, Table, decode, first_line, read_bytes_of, read_file
+from .names import redacted
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TRAIN = "train"
@@ -44,7 +45,7 @@ def read_table(source: str | Path, *, split: str | None = None) -> Table:
             raise DataError(f"{path} is one file and has no split {split!r}; leave the split out.")
         return read_file(path)
     if path.suffix.lower() in TABLES + TEXTS or not _HUB_ID.fullmatch(str(source)):
-        raise DataError(f"{path} does not exist.")
+        raise DataError(f"{redacted(str(source))} does not exist.")
     return _hub(str(source), split)
 
 
@@ -152,7 +153,7 @@ def _hub(name: str, split: str | None) -> Table:
             rows = builder.as_dataset(split=chosen)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{name} is neither a local file nor a hub data set that can be read: {first_line(error)}."
+            f"{name} is neither a local file nor a hub data set that can be read: {redacted(first_line(error))}."
         ) from error
     return Table(name, tuple(rows.column_names), rows, lambda i: f"{name} ({chosen}), example {i + 1}", None, None)
 

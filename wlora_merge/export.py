@@ -15,11 +15,13 @@ from typing import Any
 from .base_model import INDEX, BaseModel, refuse_quantized
 from .card import write_card
 from .check import make_probe
-from .errors import UnsupportedError
+from .errors import BaseModelError, UnsupportedError
 from .inputs import Inputs, find_inputs
+from .layouts import matrix_shape
 from .manifest import build_manifest, write_manifest
 from .mixture import Mixture
 from .ranks import Team, team
+from .stacking import ModuleDelta
 from .staging import Staging, staged
 from .writers.dense import OutputFile, Progress, changed_config, folder_bytes, index_bytes, plan, write_files
 
@@ -89,15 +91,17 @@ def export(
         "dtype": dtype,
         "max_shard_bytes": max_shard_bytes,
         "opset": opset,
+        "any_digest": any_digest,
     }
     files = plan(
         inputs.base, inputs.deltas, inputs.mixture.head, dtype=DTYPES.get(dtype or ""), max_shard_bytes=max_shard_bytes
     )
-    needed = folder_bytes(files) * {"dense": 1, "lora": 0, "onnx": 3}[format]
+    carried = sum((inputs.base.folder / name).stat().st_size for name in inputs.base.carried_files())
+    weights = lora_bytes(inputs, rank) if format == "lora" else folder_bytes(files) * {"dense": 1, "onnx": 3}[format]
     folders = [*inputs.folders, *([Path(mixture)] if isinstance(mixture, str | Path) else [])]
     with (
         team() as ranks,
-        _shared_staging(ranks, Path(out), force=force, inputs=folders, needed_bytes=needed) as staging,
+        _shared_staging(ranks, Path(out), force=force, inputs=folders, needed_bytes=weights + carried) as staging,
     ):
         if format == "dense":
             known = write_shards(inputs, files, staging.path, ranks, progress)
@@ -113,7 +117,14 @@ def export(
         write_card(staging.path, inputs.mixture, kind=format, base_name=name, folders=inputs.folders)
         probe = make_probe(inputs.base.config, inputs.mixture.task)
         manifest = build_manifest(
-            inputs.mixture, inputs.base, kind=format, base_name=name, options=options, report=report, probe=probe
+            inputs.mixture,
+            inputs.base,
+            inputs.adapters,
+            kind=format,
+            base_name=name,
+            options=options,
+            report=report,
+            probe=probe,
         )
         write_manifest(manifest, staging.path, known)
         total = sum(p.stat().st_size for p in staging.path.rglob("*") if p.is_file())
@@ -144,6 +155,13 @@ def _check_options(kind: str, rank: int | None, energy: float | None, dtype: str
         raise UnsupportedError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
     if max_shard is not None and kind != "dense":
         raise UnsupportedError(f"--max-shard-size belongs to --format dense, not {kind}.")
+
+
+def lora_bytes(inputs: Inputs, rank: int | None) -> int:
+    """Bytes of one float32 LoRA of rank `rank`, or of the largest R of any module."""
+    stacks = [delta for delta in inputs.deltas if isinstance(delta, ModuleDelta)]
+    r = rank or max((delta.R for delta in stacks), default=0)
+    return sum(4 * r * sum(matrix_shape(delta.shape)) for delta in stacks)
 
 
 # ------------------------------------------------------------------------------------------------------- writers
@@ -180,7 +198,22 @@ def copy_carried(base: BaseModel, out: Path, *, config: bool = True) -> None:
     for name in base.carried_files():
         if config or name.name not in ("config.json", "generation_config.json"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            (out / name).write_bytes((base.folder / name).read_bytes())
+            with open(out / name, "xb") as stream:
+                stream.writelines(_chunks(base.folder / name))
+
+
+def _chunks(file: Path) -> Iterator[bytes]:
+    """The bytes of a file, a megabyte at a time.
+
+    Raises:
+        BaseModelError: it cannot be read.
+    """
+    try:
+        with open(file, "rb", buffering=0) as stream:
+            while chunk := stream.read(1 << 20):
+                yield chunk
+    except OSError as error:
+        raise BaseModelError(f"{file}: cannot be read ({error.strerror or error}).") from error
 
 
 def _write_lora(

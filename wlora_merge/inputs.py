@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .adapters import WEIGHTS_FILE, Adapter, load_adapter, split_adapter_spec
+from .adapters import Adapter, load_adapter, split_adapter_spec
 from .base_model import BaseModel, open_base
 from .errors import MixtureError
 from .mixture import InputRef, Mixture
@@ -88,7 +88,7 @@ def _check_digests(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter
         "base model": (str(base.folder), mixture.base.sha256, base.sha256())
     }
     for ref, adapter in zip(mixture.adapters, adapters, strict=True):
-        found[f"adapter {ref.name!r}"] = (str(adapter.source.folder), ref.sha256, {WEIGHTS_FILE: adapter.sha256})
+        found[f"adapter {ref.name!r}"] = (str(adapter.source.folder), ref.sha256, adapter.digests())
     for what, (folder, expected, got) in found.items():
         for file in sorted(set(expected) | set(got)):
             if expected.get(file) != got.get(file):

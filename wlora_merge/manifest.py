@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .adapters import Adapter
 from .base_model import BaseModel
 from .digests import sha256_file
 from .errors import VerifyError
-from .mixture import Mixture
+from .input_files import find_file, read_table
+from .mixture import InputRef, Mixture, adapter_ref, base_ref
 from .names import is_plain_file_name
 
 FILE = "wlora_merge.json"
@@ -41,6 +43,7 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 def build_manifest(
     mixture: Mixture,
     base: BaseModel,
+    adapters: Sequence[Adapter],
     *,
     kind: str,
     base_name: str,
@@ -48,15 +51,24 @@ def build_manifest(
     report: Mapping[str, Any],
     probe: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything but the table of output files, which `write_manifest` adds."""
+    """Everything but the table of output files, which `write_manifest` adds.
+
+    Args:
+        base, adapters: the inputs that were read; with --any-digest they need not be those of the mixture.
+    """
+    read = base_ref(base)
     return {
         "format_version": FORMAT_VERSION,
         "format": kind,
         "task": mixture.task,
-        "base_model": {"name": base_name, "revision": mixture.base.revision, "sha256": base.sha256()},
+        "base_model": {
+            "name": base_name,
+            "revision": _true(mixture.base, read).revision,
+            "sha256": read.sha256,
+        },
         "adapters": [
             {"name": a.name, "source": _public(a.source), "revision": a.revision, "sha256": a.sha256}
-            for a in mixture.adapters
+            for a in map(_true, mixture.adapters, map(adapter_ref, adapters))
         ],
         "granularity": mixture.granularity,
         "normalize": mixture.normalize,
@@ -95,16 +107,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         VerifyError: none there, or one that is not of this version.
     """
-    file = folder / FILE
-    if not file.is_file():
+    file = find_file(folder, FILE, VerifyError)
+    if file is None:
         raise VerifyError(f"{folder}: has no {FILE}: this is not an export of wlora-merge.")
-    try:
-        table = json.loads(file.read_bytes())
-    except OSError as error:
-        raise VerifyError(f"{file}: cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise VerifyError(f"{file}: is not valid JSON ({error}).") from error
-    if not isinstance(table, dict) or table.get("format_version") != FORMAT_VERSION:
+    table = read_table(file, VerifyError)
+    if table.get("format_version") != FORMAT_VERSION:
         raise VerifyError(
             f"{file}: its format_version is not {FORMAT_VERSION}: another version of wlora-merge wrote it."
         )
@@ -135,6 +142,11 @@ def _check(table: Mapping[str, Any]) -> None:
     for name, row in table["files"].items():
         if not isinstance(row["sha256"], str) or type(row["bytes"]) is not int:
             raise TypeError(f"the row of file {name!r} is not a sha256 and a number of bytes")
+
+
+def _true(told: InputRef, read: InputRef) -> InputRef:
+    """Where an input came from: what the mixture says of it if these are its bytes, else where they were read."""
+    return told if told.sha256 == read.sha256 else read
 
 
 def _public(source: str) -> str:

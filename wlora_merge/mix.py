@@ -142,7 +142,9 @@ def _shapes_of(base: BaseModel, task: str, n_labels: int) -> tuple[str, dict[str
     from .tasks import get_task
 
     try:
-        config = transformers.AutoConfig.from_pretrained(base.folder, num_labels=n_labels)
+        config = transformers.AutoConfig.from_pretrained(
+            base.folder, num_labels=n_labels, local_files_only=True, trust_remote_code=False
+        )
         with torch.device("meta"):
             model = get_task(task).auto_class().from_config(config)
     except (OSError, ValueError, KeyError) as error:

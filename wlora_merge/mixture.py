@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters import WEIGHTS_FILE, Adapter
+from .adapters import Adapter
 from .base_model import BaseModel
 from .checkpoint import read_header, read_tensor
 from .errors import AdapterError, MixtureError, WloraMergeError
+from .input_files import find_file, read_table
 from .names import GRANULARITIES, TASKS, check_adapter_name, group_of, natural_key
 from .stacking import ModuleDelta, TensorDelta
 from .staging import staged
@@ -263,7 +264,7 @@ def make_groups(modules: Iterable[str], granularity: str) -> dict[str, list[str]
 def adapter_ref(adapter: Adapter) -> InputRef:
     """How a mixture remembers an adapter."""
     source = adapter.source
-    return InputRef(source.location, source.revision, {WEIGHTS_FILE: adapter.sha256}, adapter.name)
+    return InputRef(source.location, source.revision, adapter.digests(), adapter.name)
 
 
 def base_ref(base: BaseModel) -> InputRef:
@@ -287,26 +288,21 @@ def _read_ref(row: Mapping[str, Any], folder: Path) -> InputRef:
 
 
 def _read_table(folder: Path) -> dict[str, Any]:
-    file = folder / JSON_FILE
-    if not file.is_file():
+    file = find_file(folder, JSON_FILE, MixtureError)
+    if file is None:
         raise MixtureError(f"{folder}: has no {JSON_FILE}: give the folder that `wlora-merge fit` or `mix` wrote.")
-    try:
-        table = json.loads(file.read_bytes())
-    except OSError as error:
-        raise MixtureError(f"{file}: cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise MixtureError(f"{file}: is not valid JSON ({error}).") from error
-    version = table.get("format_version") if isinstance(table, dict) else None
+    table = read_table(file, MixtureError)
+    version = table.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise MixtureError(
             f"{file}: format_version is {version!r}, this version of wlora-merge reads {FORMAT_VERSION}: make the mixture again."
         )
-    return dict(table)
+    return table
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    file = folder / TENSOR_FILE
-    if not file.is_file():
+    file = find_file(folder, TENSOR_FILE, MixtureError)
+    if file is None:
         raise MixtureError(f"{folder}: has no {TENSOR_FILE}: the mixture is not whole.")
     try:
         tensors = {name: read_tensor(entry) for name, entry in read_header(file).entries.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -34,6 +35,10 @@ _LORA_KEY = re.compile(
     r"(?:\.(?P<adapter>[^.]+))??(?:\.(?P<parameter>weight|bias))?$"
 )
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
+_INDEX = re.compile(r"[0-9]{1,18}")
+_USER = re.compile(r"://[^/@\s]+@")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+PATTERN_SECONDS = 5.0
 _SAVED_COPY = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
 _FOREIGN = {
     "kohya": re.compile(r"lora_(unet|te\d?|transformer|prior)_|.*\.lora_(down|up|mid)\.weight$|.*\.alpha$"),
@@ -85,18 +90,47 @@ def parse_adapter_key(key: str) -> AdapterKey:
     return AdapterKey(match["module"].replace(".base_layer", ""), part)
 
 
-def pattern_value(patterns: Mapping[str, V], module: str, default: V) -> V:
+def pattern_value(patterns: Mapping[str, V], module: str, default: V, deadline: float | None = None) -> V:
     """The value of the first pattern that matches the end of `module`, else `default`.
+
+    Args:
+        deadline: of `time.monotonic()`, in seconds, for a whole file's matches; None gives this one `PATTERN_SECONDS`.
+
+    Raises:
+        AdapterError: what is no regular expression, or one that takes too long: such a pattern is an attack.
 
     Source: `peft.utils.other.get_pattern_key`, used for `rank_pattern` and `alpha_pattern`.
     """
+    if not patterns:
+        return default
+    import regex  # the standard library's `re` cannot be stopped
+
+    end = time.monotonic() + PATTERN_SECONDS if deadline is None else deadline
     for pattern, value in patterns.items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            raise AdapterError(f"pattern {pattern!r} is not a regular expression ({error}).") from error
+            found = regex.match(rf"(.*\.)?({pattern})$", module, timeout=max(end - time.monotonic(), 1e-6))
+        except (regex.error, RecursionError, OverflowError, ValueError) as error:
+            raise AdapterError(f"pattern {_short(pattern)} is not a regular expression ({error}).") from error
+        except TimeoutError as error:
+            raise AdapterError(
+                f"pattern {_short(pattern)}: matching takes more than {PATTERN_SECONDS:g} seconds: write the names out."
+            ) from error
+        if found:
+            return value
     return default
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+
+
+def redacted(text: str) -> str:
+    """The text without credentials: hub tokens, and what stands before the `@` of a URL.
+
+    >>> redacted("https://user:secret@huggingface.co/org/name with hf_abcdefghijklmnop")
+    'https://***@huggingface.co/org/name with hf_***'
+    """
+    return _TOKEN.sub("hf_***", _USER.sub("://***@", text))
 
 
 class NameResolver:
@@ -134,14 +168,14 @@ def group_of(module: str, granularity: str) -> str:
     if granularity == "layer":
         parts = module.split(".")
         for i, part in enumerate(parts):
-            if part.isdigit():
+            if _INDEX.fullmatch(part):
                 return ".".join(parts[: i + 1])
     return module
 
 
 def natural_key(name: str) -> tuple[tuple[int, str], ...]:
     """A sort key that puts layer 2 before layer 10."""
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in name.split("."))
+    return tuple((int(part), "") if _INDEX.fullmatch(part) else (-1, part) for part in name.split("."))
 
 
 def check_adapter_name(name: str) -> str:

@@ -16,12 +16,14 @@ nothing but the recipe.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError
+from .input_files import parse_yaml, read_bytes
 from .names import TASKS, is_plain_file_name, nearest
 
 
@@ -92,6 +94,8 @@ class Recipe:
     verify: bool = True
 
 
+MAX_RECIPE_BYTES = 1 << 20
+MAX_INTEGER = 2**53
 SECTIONS = {"fit": FitRecipe, "mix": MixRecipe}
 
 
@@ -105,23 +109,21 @@ def read_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: an unknown key (with the nearest known one), a value of the wrong type, or one that is missing.
     """
-    import yaml
-
     path = Path(file)
     try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+        table = parse_yaml(read_bytes(path, RecipeError, MAX_RECIPE_BYTES).decode("utf-8"))
         if not isinstance(table, dict):
             raise RecipeError(
                 f"{path}: expected a table of base, adapters, fit or mix, and exports, got {type(table).__name__}."
             )
         for override in overrides:
-            _override(table, override, yaml.safe_load)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}).") from error
+            _override(table, override)
+    except ValueError as error:
+        raise RecipeError(f"{path}: cannot be read as YAML ({error}).") from error
     return _recipe(table, path)
 
 
-def _override(table: dict[str, Any], override: str, parse: Any) -> None:
+def _override(table: dict[str, Any], override: str) -> None:
     keys, equals, text = override.partition("=")
     if not equals:
         raise RecipeError(f"--set {override}: expected KEY=VALUE, as fit.epochs=3.")
@@ -130,7 +132,14 @@ def _override(table: dict[str, Any], override: str, parse: Any) -> None:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
             raise RecipeError(f"--set {override}: {key} is no section of the recipe.")
-    table[last] = parse(text)
+    table[last] = parse_yaml(text)
+
+
+def short(value: Any) -> str:
+    """How a message shows a value: in parts, as the aliases of a YAML of ten lines can mean 10^9 of them."""
+    parts = reprlib.Repr()
+    parts.maxlevel = 2
+    return parts.repr(value)
 
 
 def _recipe(table: Mapping[str, Any], path: Path) -> Recipe:
@@ -154,18 +163,18 @@ def _adapters(value: Any, path: Path) -> dict[str, str]:
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
         value = {Path(v).name: v for v in value}
     if not isinstance(value, dict) or not value or not all(isinstance(v, str) for v in value.values()):
-        raise RecipeError(f"{path}: adapters must be a table NAME: PATH_OR_ID or a list of them, got {value!r}.")
+        raise RecipeError(f"{path}: adapters must be a table NAME: PATH_OR_ID or a list of them, got {short(value)}.")
     return {str(k): v for k, v in value.items()}
 
 
 def _build(cls: type[Any], table: Any, where: str, *, nested: bool = False) -> Any:
     if not isinstance(table, dict):
-        raise RecipeError(f"{where}: got {table!r}, expected a table.")
+        raise RecipeError(f"{where}: got {short(table)}, expected a table.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key, value in table.items():
         if key not in fields:
             raise RecipeError(
-                f"{where}: unknown key {key!r}{nearest(str(key), list(fields))}; known: {', '.join(fields)}."
+                f"{where}: unknown key {short(key)}{nearest(str(key)[:80], list(fields))}; known: {', '.join(fields)}."
             )
         if not nested:
             _check_type(fields[key], value, where)
@@ -187,22 +196,29 @@ def _check_type(f: dataclasses.Field[Any], value: Any, where: str) -> None:
     kind, _, optional = str(f.type).partition(" | ")
     allowed = TYPES[kind]
     fits = isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))
+    if isinstance(value, dict):
+        fits = fits and all(isinstance(text, str) for pair in value.items() for text in pair)
+    if isinstance(value, list):
+        fits = fits and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+    numbers = value if isinstance(value, list) else [value]
+    if fits and any(isinstance(x, int) and abs(x) > MAX_INTEGER for x in numbers):
+        raise RecipeError(f"{where}: {f.name} is {short(value)}, more than {MAX_INTEGER}.")
     if not fits and not (value is None and optional):
-        raise RecipeError(f"{where}: {f.name} is {value!r}, expected {kind}.")
+        raise RecipeError(f"{where}: {f.name} is {short(value)}, expected {kind}.")
 
 
 def _check(recipe: Recipe, path: Path) -> None:
     task = recipe.fit.task if recipe.fit else recipe.mix.task if recipe.mix else None
     if task is not None and task not in TASKS:
-        raise RecipeError(f"{path}: task is {task!r}{nearest(task, TASKS)}; known: {', '.join(TASKS)}.")
+        raise RecipeError(f"{path}: task is {short(task)}{nearest(task[:80], TASKS)}; known: {', '.join(TASKS)}.")
     if not isinstance(recipe.base, str) or not isinstance(recipe.verify, bool):
         raise RecipeError(f"{path}: base must be a PATH_OR_ID and verify true or false.")
     folders = ["mixture", *(e.folder for e in recipe.exports)]
     for folder in folders:
         if folders.count(folder) > 1 or not is_plain_file_name(folder):
             raise RecipeError(
-                f"{path}: the export folder {folder!r} must be a plain name that no other has: set its name."
+                f"{path}: the export folder {short(folder)} must be a plain name that no other has: set its name."
             )
     for export in recipe.exports:
         if export.format not in ("dense", "lora", "onnx"):
-            raise RecipeError(f"{path}: format is {export.format!r}, expected dense, lora or onnx.")
+            raise RecipeError(f"{path}: format is {short(export.format)}, expected dense, lora or onnx.")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import WloraMergeError
+from .names import redacted
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -35,6 +36,15 @@ class Source:
         return self.hub_id or str(self.folder.resolve())
 
 
+def _pickle(text: str) -> str:
+    if not text.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
+        return ""
+    return (
+        "is a pickle, which could run code and is never loaded: convert it where you trust it (load it with transformers or PEFT "
+        "and call save_pretrained(folder), which writes safetensors), and give"
+    )
+
+
 def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
     """The local folder of an input; a hub id (`org/name`, or `org/name@revision`) is fetched into the hub cache.
 
@@ -52,8 +62,9 @@ def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
     except (OSError, RuntimeError, ValueError):  # a name too long, a user unknown, a NUL
         there = True
     if there or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
+        why = _pickle(text) or "no such folder: give"
         raise WloraMergeError(
-            f"{text or repr(text)}: no such folder: give the folder of a model or adapter, or a hub id (org/name)."
+            f"{redacted(text) or repr(text)}: {why} the folder of a model or adapter, or a hub id (org/name)."
         )
     from huggingface_hub import snapshot_download
 
@@ -62,5 +73,7 @@ def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
         found = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:  # HfHubHTTPError is an OSError, HFValidationError a ValueError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WloraMergeError(f"{text}: no such folder here, and the hub did not give it: {reason}") from error
+        raise WloraMergeError(
+            redacted(f"{text}: no such folder here, and the hub did not give it: {reason}")
+        ) from error
     return Source(found, hub_id, found.name if _COMMIT.fullmatch(found.name) else revision or None)

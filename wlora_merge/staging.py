@@ -23,6 +23,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -41,6 +42,7 @@ from typing import Literal
 
 from wlora_merge.errors import OutputError, WloraMergeWarning
 
+_LOG = logging.getLogger("wlora_merge")
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux and RENAME_SWAP of macOS happen to be the same number
 _AT_FDCWD = -100
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -97,6 +99,13 @@ def staged(
             _sync_tree(staging.path)
             staging.swap = _place(staging, force, _beside(target, f"old-{token}"))
             _sync(target.parent)
+            if staging.swap != "rename":
+                how = (
+                    "in one step"
+                    if staging.swap == "exchange"
+                    else "in two renames, as this system cannot exchange folders"
+                )
+                _LOG.info("%s: the old folder was replaced %s.", out, how)
 
 
 @contextmanager

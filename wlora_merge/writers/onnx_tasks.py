@@ -105,14 +105,21 @@ def load_model(dense: Path, task: str, dtype: torch.dtype, attention: str | None
     extra = {} if attention is None else {"attn_implementation": attention}
     with quiet():
         try:
-            config = transformers.AutoConfig.from_pretrained(dense, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=False)
             if type(config) not in auto._model_mapping:
                 raise UnsupportedError(
                     f"{dense}: a model of type {config.model_type!r} has no {auto.__name__}, which the ONNX export of"
                     f" the task {task!r} needs; {DENSE_INSTEAD}"
                 )
             model, info = auto.from_pretrained(
-                dense, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **extra
+                dense,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **extra,
             )
         except (OSError, ValueError) as e:
             raise BaseModelError(f"{dense}: transformers cannot load it ({one_sentence(e)})") from e
