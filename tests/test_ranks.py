@@ -72,15 +72,15 @@ def test_two_ranks_write_the_bytes_of_one(mixture: Path, tmp_path: Path) -> None
 
 DIES = """
 import os, signal, sys
-import wlora_merge.writers.dense as dense
+import wlora_merge.direct as direct
 from wlora_merge.cli import main
 if os.environ["RANK"] == "{rank}":
-    real, count = dense._write_all, [0]
+    real, count = direct._write_all, [0]
     def write(fd, block):
         count[0] += 1
-        if count[0] == 3: os.kill(os.getpid(), signal.{signal})
+        if count[0] == 2: os.kill(os.getpid(), signal.{signal})
         real(fd, block)
-    dense._write_all = write
+    direct._write_all = write
 sys.argv[1:] = {command!r}
 main()
 """

@@ -13,7 +13,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -227,3 +228,16 @@ def all_finite(tensor: torch.Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)  # both are NaN if one element is
     return bool(low.isfinite() & high.isfinite())
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Small tensors, or many blocks side by side: threads inside an operation would only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

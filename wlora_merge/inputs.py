@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .adapters import Adapter, load_adapter, split_adapter_spec
 from .base_model import BaseModel, open_base
+from .checkpoint import one_torch_thread
 from .errors import MixtureError
 from .mixture import InputRef, Mixture
 from .stacking import ModuleDelta, TensorDelta, modules_of, refuse_overlap, stack, stack_tensors, tensors_of
@@ -43,13 +44,14 @@ def find_inputs(
     made = mixture if isinstance(mixture, Mixture) else Mixture.load(mixture)
     opened = open_base(base or _located(made.base, "--base PATH"))
     moved = _moved(adapters, made.adapter_names)
-    loaded = [
-        load_adapter(moved.get(a.name) or _located(a, f"--adapter {a.name}=PATH"), a.name, base_is_residual=True)
-        for a in made.adapters
-    ]
-    if not any_digest:
-        _check_digests(made, opened, loaded)
-    return Inputs(made, opened, loaded, _deltas(made, opened, loaded))
+    with one_torch_thread():
+        loaded = [
+            load_adapter(moved.get(a.name) or _located(a, f"--adapter {a.name}=PATH"), a.name, base_is_residual=True)
+            for a in made.adapters
+        ]
+        if not any_digest:
+            _check_digests(made, opened, loaded)
+        return Inputs(made, opened, loaded, _deltas(made, opened, loaded))
 
 
 def _deltas(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter]) -> list[ModuleDelta | TensorDelta]:

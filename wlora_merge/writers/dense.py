@@ -16,7 +16,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,10 +28,12 @@ from ..checkpoint import (
     all_finite,
     build_header,
     byte_length,
+    one_torch_thread,
     read_rows,
     safetensors_dtype,
     torch_dtype,
 )
+from ..direct import DirectFile
 from ..errors import OutputError, WloraMergeError
 from ..fold import fold_factor, fold_factors, fold_rows, fold_tensor
 from ..layouts import matrix_shape
@@ -233,20 +234,18 @@ def write_files(
         OutputError: the disk is full or refuses.
     """
     workers = workers or os.cpu_count() or 1
+    side_by_side = max(1, workers // 2)
     stop = threading.Event()
     with (
-        _one_torch_thread(),
-        ThreadPoolExecutor(1) as flusher,
+        one_torch_thread(),
+        ThreadPoolExecutor(side_by_side) as disk,
         ThreadPoolExecutor(workers) as pool,
-        ThreadPoolExecutor(max(1, workers // 2)) as writers,
+        ThreadPoolExecutor(side_by_side) as writers,
     ):
-        crew = Crew(pool, flusher, workers + WINDOW, progress, stop)
+        crew = Crew(pool, disk, workers + WINDOW, progress, stop)
         jobs = [writers.submit(_write_file, file, out, mixture, crew) for file in files]
         try:
-            written = [job.result() for job in jobs]
-            for _, flushed in written:
-                flushed.result()
-            return {file.name: digest for file, (digest, _) in zip(files, written, strict=True)}
+            return {file.name: job.result() for file, job in zip(files, jobs, strict=True)}
         except BaseException:
             stop.set()
             for job in jobs:
@@ -256,39 +255,26 @@ def write_files(
 
 @dataclass(frozen=True)
 class Crew:
-    """Who works on all files: threads that read and fold, one that flushes what is written, and how far they run ahead."""
+    """Who works on all files: threads that read and fold, threads that wait for the disk, and how far the former run ahead."""
 
     pool: ThreadPoolExecutor
-    flusher: ThreadPoolExecutor
+    disk: ThreadPoolExecutor
     window: int
     progress: Progress | None
     stop: threading.Event
 
 
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Blocks are small and run side by side; threads inside a matmul would only wait for each other."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew) -> tuple[str, Future[None]]:
-    """Stream one file; its digest, and the flush that goes on while the next file is folded."""
+def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew) -> str:
+    """Stream one file; its digest."""
     digest, space = hashlib.sha256(), Workspace()
     inputs: dict[Path, int] = {}
     try:
-        with open(out / file.name, "xb", buffering=0) as stream:
+        with DirectFile(out / file.name, crew.disk) as stream:
             for block in _in_order(_jobs(space, file, mixture, inputs), crew):
                 if crew.stop.is_set():
                     raise OutputError(f"{out / file.name}: stopped, as another file failed.")
                 digest.update(block)
-                _write_all(stream.fileno(), block)
+                stream.write(block)
                 if crew.progress:
                     crew.progress(len(block), file.name)
                 space.give_back(block)
@@ -297,17 +283,7 @@ def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew) -> tu
     finally:
         for fd in inputs.values():
             os.close(fd)
-    return digest.hexdigest(), crew.flusher.submit(_flush, out / file.name)
-
-
-def _flush(file: Path) -> None:
-    fd = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        raise OutputError(f"{file}: cannot be flushed to disk ({error.strerror or error}).") from error
-    finally:
-        os.close(fd)
+    return digest.hexdigest()
 
 
 def _in_order(jobs: Iterator[Callable[[], memoryview]], crew: Crew) -> Iterator[memoryview]:
@@ -326,11 +302,6 @@ def _in_order(jobs: Iterator[Callable[[], memoryview]], crew: Crew) -> Iterator[
         for future in running:
             if not future.cancelled():
                 future.exception()  # wait: it still reads from a file that is closed next
-
-
-def _write_all(fd: int, block: memoryview) -> None:
-    while block:
-        block = block[os.write(fd, block) :]
 
 
 def _jobs(

@@ -8,12 +8,15 @@ optional field that older PEFT would reject. What is not a product of two factor
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base_model import BaseModel
+from ..checkpoint import one_torch_thread
 from ..errors import UnsupportedError
 from ..fold import lora_product, low_rank_svd, pad_rank, truncate
 from ..layouts import Layout, factors_to_file
@@ -140,10 +143,13 @@ def combine(
         return products, LoraReport(
             r, {d.module: ModuleError(r, _energy(*pair), _energy(*pair)) for d, pair in products}
         )
-    spectra = {}
-    for d in deltas:
-        u, s, vt = low_rank_svd(d.lora_A, d.lora_B.double() * mixture.gains_of(d))
-        spectra[d.module] = (*truncate(u, s, vt, rank or len(s)), s.square())  # what a given rank drops is not held
+
+    def spectrum(delta: ModuleDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        u, s, vt = low_rank_svd(delta.lora_A, delta.lora_B.double() * mixture.gains_of(delta))
+        return (*truncate(u, s, vt, rank or len(s)), s.square())  # what a given rank drops is not held
+
+    with one_torch_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        spectra = dict(zip((d.module for d in deltas), pool.map(spectrum, deltas), strict=True))
     values = {module: squares for module, (_, _, squares) in spectra.items()}
     r = rank if rank is not None else _rank_for(list(values.values()), energy or 1.0)
     report = {m: ModuleError(r, float(v.sum()), float(v[:r].sum())) for m, v in values.items()}
