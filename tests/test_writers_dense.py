@@ -185,6 +185,33 @@ def test_a_nan_in_the_base_or_an_overflow_names_the_tensor_and_leaves_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_number_that_is_not_finite_in_a_tensor_that_no_adapter_changes_is_refused_by_name(
+    zoo: tuple[Path, list[Path]], tmp_path: Path, value: float
+) -> None:
+    base, folders = zoo
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((base / "config.json").read_bytes())
+    tensors: dict[str, Any] = tensors_of(base)
+    name = "model.layers.1.post_attention_layernorm.weight"
+    tensors[name][-1] = value
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WloraMergeError, match=name.replace(".", r"\.") + ".*NaN or an infinity"):
+        export(mix(broken, folders), "dense", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
+
+
+def test_a_lora_that_overflows_in_half_precision_names_its_tensor_and_leaves_nothing(
+    zoo: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, folders = zoo
+    mixture = mix(base, folders, delta_scale=1e8)
+    with pytest.raises(WloraMergeError, match=r"lora_B\.weight' of the LoRA overflows in torch\.float16"):
+        export(mixture, "lora", tmp_path / "out", dtype="float16")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_base_truncated_while_it_is_read_is_one_clear_error(
     zoo: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

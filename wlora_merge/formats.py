@@ -112,7 +112,7 @@ def _json_lines(path: Path, data: bytes) -> Table:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected an object {{...}}, got {type(row).__name__}.")
@@ -126,7 +126,7 @@ def _json(path: Path, data: bytes) -> Table:
     text = decode(path, data)
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("{") and "Extra data" in str(error):
             return _json_lines(path, data)
         raise DataError(f"{path} is not JSON: {error}.") from error

@@ -34,7 +34,7 @@ from ..checkpoint import (
     torch_dtype,
 )
 from ..direct import DirectFile
-from ..errors import OutputError, WloraMergeError
+from ..errors import BaseModelError, OutputError, WloraMergeError
 from ..fold import fold_factor, fold_factors, fold_rows, fold_tensor
 from ..layouts import matrix_shape
 from ..mixture import Mixture
@@ -313,28 +313,55 @@ def _jobs(
     while pieces:
         piece = pieces.popleft()
         if piece.source is not None and piece.source.file not in inputs:
-            inputs[piece.source.file] = os.open(piece.source.file, os.O_RDONLY)
+            inputs[piece.source.file] = _open_input(piece.source.file)
         if piece.tensor is not None:
             yield partial(_tensor_bytes, piece)
         elif piece.untouched and piece.source is not None:
-            run = piece.source
-            while pieces and _continues(run, pieces[0]):
-                run = replace(run, end=pieces.popleft().source.end)  # type: ignore[union-attr]
-            yield from _copy_jobs(space, inputs[run.file], run)
+            run = [piece.source]
+            while pieces and (after := _continues(run[-1], pieces[0])):
+                run.append(after)
+                pieces.popleft()
+            yield from _copy_jobs(space, inputs[run[0].file], run)
         elif piece.source is not None:
             yield from _fold_jobs(space, inputs[piece.source.file], piece, piece.source, mixture)
 
 
-def _continues(run: Entry, piece: Piece) -> bool:
-    return (
-        piece.untouched and piece.source is not None and piece.source.file == run.file and piece.source.start == run.end
-    )
+def _open_input(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise BaseModelError(f"{file}: cannot be read ({error.strerror}).") from error
 
 
-def _copy_jobs(space: Workspace, fd: int, run: Entry) -> Iterator[Callable[[], memoryview]]:
-    for offset in range(0, run.nbytes, BLOCK_BYTES):
-        length = min(BLOCK_BYTES, run.nbytes - offset)
-        yield partial(_read, space, fd, run, offset, length)
+def _continues(last: Entry, piece: Piece) -> Entry | None:
+    """The piece's source, if its bytes follow those of `last` and are numbers of the same kind."""
+    source = piece.source
+    follows = source is not None and (source.file, source.start, source.dtype) == (last.file, last.end, last.dtype)
+    return source if follows and piece.untouched else None
+
+
+def _copy_jobs(space: Workspace, fd: int, run: Sequence[Entry]) -> Iterator[Callable[[], memoryview]]:
+    whole = replace(run[0], end=run[-1].end)
+    width = max(1, byte_length(whole.dtype, (1,)))
+    step = max(1, BLOCK_BYTES // width) * width
+    for offset in range(0, whole.nbytes, step):
+        length = min(step, whole.nbytes - offset)
+        yield partial(_copy_block, space, fd, run, whole, offset, length)
+
+
+def _copy_block(space: Workspace, fd: int, run: Sequence[Entry], whole: Entry, offset: int, length: int) -> memoryview:
+    import torch
+
+    data = _read(space, fd, whole, offset, length)
+    if whole.dtype in FLOATING and not all_finite(torch.frombuffer(data, dtype=torch_dtype(whole.dtype))):
+        for entry in run:
+            low, high = (min(max(at - whole.start - offset, 0), length) for at in (entry.start, entry.end))
+            if low < high and not all_finite(torch.frombuffer(data[low:high], dtype=torch_dtype(entry.dtype))):
+                raise WloraMergeError(
+                    f"{entry.file}: tensor {entry.name!r} holds a NaN or an infinity: the base is broken; "
+                    "fetch it again."
+                )
+    return data
 
 
 def _read(space: Workspace, fd: int, entry: Entry, offset: int, length: int) -> memoryview:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base_model import BaseModel
-from ..checkpoint import one_torch_thread
-from ..errors import UnsupportedError
+from ..checkpoint import all_finite, one_torch_thread
+from ..errors import UnsupportedError, WloraMergeError
 from ..fold import lora_product, low_rank_svd, pad_rank, truncate
 from ..layouts import Layout, factors_to_file
 from ..mixture import Mixture
@@ -98,13 +98,21 @@ def write_lora(
     for delta, (lora_A, lora_B) in factors:
         name = PEFT_PREFIX + mixture.live_name(delta.module)
         for suffix, tensor in factors_to_file(delta.layout, lora_A, lora_B, delta.shape).items():
-            tensors[f"{name}.{suffix}"] = tensor.to(getattr(torch, dtype)).contiguous()
+            tensors[f"{name}.{suffix}"] = _finite(tensor.to(getattr(torch, dtype)).contiguous(), f"{name}.{suffix}")
     for name, tensor in mixture.head.items():
         tensors[PEFT_PREFIX + name] = tensor.detach().cpu().contiguous()
     save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
     config = _config(mixture, base, [delta for delta, _ in factors], report.r, base_name)
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return report
+
+
+def _finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    if not all_finite(tensor):
+        raise WloraMergeError(
+            f"tensor {name!r} of the LoRA overflows in {tensor.dtype}: export with a wider --dtype (bfloat16, float32)."
+        )
+    return tensor
 
 
 def _products(deltas: Sequence[ModuleDelta | TensorDelta]) -> list[ModuleDelta]:
