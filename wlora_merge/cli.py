@@ -1,4 +1,4 @@
-"""The command line: options in, library calls, tables and progress out; the only room that knows click and rich.
+"""The command line: options in, library calls, results out.
 
 Results go to stdout, logs and progress to stderr. Exit 0 done, 1 the work failed, 2 wrong usage, 130 and 143 stopped by
 SIGINT and SIGTERM. Libraries that take seconds to import are imported when a command runs, so `--help` does not wait.
@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from . import names
-from .errors import WloraMergeError, WloraMergeWarning
+from .errors import WloraMergeError
+from .options import AS_JSON, FORCE, INPUTS, MODULES_TO_SAVE, MOVED, OUT, RESIDUAL
 from .staging import terminate_as_exit
+from .terminal import byte_progress, fit_progress, human, show_table, shown_log, shown_warnings
 
 TASKS = click.Choice(names.TASKS)
 GRANULARITIES = click.Choice(["module", "layer", "global"])
@@ -36,7 +34,7 @@ class Group(click.Group):
         """Run a command under the rules of this module's docstring."""
         # OpenMP threads that spin while they wait make a step 25 times slower where another process shares the cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        with terminate_as_exit(), _shown_warnings(), _shown_log():
+        with terminate_as_exit(), shown_warnings(), shown_log():
             try:
                 return super().invoke(ctx)
             except WloraMergeError as error:
@@ -46,35 +44,6 @@ class Group(click.Group):
             except KeyboardInterrupt:
                 click.echo("Stopped.", err=True)
                 sys.exit(130)
-
-
-@contextmanager
-def _shown_warnings() -> Iterator[None]:
-    """Our own warnings as lines on stderr; those of libraries are not the user's to mend."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", WloraMergeWarning)
-        warnings.showwarning = lambda message, *_, **__: click.echo(names.redacted(f"Warning: {message}"), err=True)
-        yield
-
-
-@contextmanager
-def _shown_log() -> Iterator[None]:
-    """What the package tells its logger, as lines on stderr."""
-    log, handler = logging.getLogger("wlora_merge"), _Echo()
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-
-
-class _Echo(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        click.echo(names.redacted(record.getMessage()), err=True)
 
 
 def _versions(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -100,50 +69,6 @@ def main(debug: bool) -> None:
     wlora-merge export mixture --format dense --out served
     """
     gc.set_threshold(50_000, 20, 100)  # imports make a million objects that stay: walking them often costs 0.3 s
-
-
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def apply(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return apply
-
-
-FORCE = click.option("--force", is_flag=True, help="Replace what is in --out. Default: it must be empty or not exist.")
-OUT = click.option("--out", required=True, type=click.Path(), help="Folder to write; all or nothing.")
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-MODULES_TO_SAVE = click.option(
-    "--modules-to-save",
-    metavar="NAME|drop|mix",
-    help="What becomes of whole tensors that adapters carry (their heads): take adapter NAME's, drop them, or mix them "
-    "against the base's. Default: refuse those that a trained head does not replace.",
-)
-RESIDUAL = click.option(
-    "--base-is-residual", metavar="NAME", help="The base given is the residual of adapter NAME (PiSSA and its kind)."
-)
-INPUTS = _options(
-    click.option("--base", required=True, metavar="PATH_OR_ID", help="Base model: a folder, or a hub id."),
-    click.option(
-        "--adapter",
-        "adapters",
-        required=True,
-        multiple=True,
-        metavar="[NAME=]PATH_OR_ID",
-        help="An adapter: a PEFT folder, or a hub id; its name is the folder's. Give it for each adapter.",
-    ),
-)
-MOVED = _options(
-    click.option("--base", metavar="PATH", help="The base model, if it has moved; its sha256 must match."),
-    click.option(
-        "--adapter",
-        "adapters",
-        multiple=True,
-        metavar="NAME=PATH",
-        help="An adapter that has moved; its sha256 must match.",
-    ),
-)
 
 
 # ----------------------------------------------------------------------------------------------------------- fit
@@ -223,7 +148,7 @@ def fit(
         raise click.UsageError("a fit needs --adapter twice or more; for one adapter, see wlora-merge mix.")
     from .fit import fit as run
 
-    with _fit_progress() as progress:
+    with fit_progress() as progress:
         mixture = run(
             base,
             adapters,
@@ -242,24 +167,6 @@ def fit(
 
     if is_leader():
         _show_mixture(mixture, out, as_json)
-
-
-@contextmanager
-def _fit_progress() -> Iterator[Callable[[str, int, int, float], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=_stderr(), disable=_plain()) as bars:
-        known: dict[str, Any] = {}
-
-        def update(name: str, step: int, steps: int, loss: float) -> None:
-            if name not in known:
-                known[name] = bars.add_task(name, total=steps, loss=loss)
-            bars.update(known[name], completed=step, loss=loss)
-            if _plain() and step == steps:
-                click.echo(f"{name}: {steps} steps, loss {loss:.4f}", err=True)
-
-        yield update
 
 
 # ----------------------------------------------------------------------------------------------------------- mix
@@ -324,7 +231,7 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
     from .ranks import is_leader
 
     size = _bytes(max_shard_size)
-    with _byte_progress() as progress:
+    with byte_progress() as progress:
         result = run(mixture, format_, out, max_shard_bytes=size, progress=progress, **options)
     if not is_leader():
         return
@@ -337,23 +244,7 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
         detail = f" r = {report['r']}, relative error {report['relative_error']:.2e}, energy kept {report['energy_kept']:.4%}."
     if format_ == "onnx":
         detail = f" Largest difference from PyTorch {report['largest_difference']:.2e}."
-    click.echo(f"Wrote {out} ({format_}, {_human(result.bytes)}).{detail}")
-
-
-@contextmanager
-def _byte_progress() -> Iterator[Callable[[int, str], None]]:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=_stderr(), disable=_plain(), transient=True) as bars:
-        known: dict[str, Any] = {}
-
-        def update(count: int, name: str) -> None:
-            if name not in known:
-                known[name] = bars.add_task(name, total=None)
-            bars.update(known[name], advance=count)
-
-        yield update
+    click.echo(f"Wrote {out} ({format_}, {human(result.bytes)}).{detail}")
 
 
 # -------------------------------------------------------------------------------------------------------- verify
@@ -414,9 +305,9 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
         if as_json:
             click.echo(json.dumps({"recipe": recipe, "inputs": rows}))
         else:
-            _table(f"{recipe} is sound", rows)
+            show_table(f"{recipe} is sound", rows)
         return
-    with _fit_progress() as progress:
+    with fit_progress() as progress:
         result = work(
             job,
             out or str(Path(recipe).with_suffix("")),
@@ -430,13 +321,13 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
         verified = {n: vars(c) for n, c in result.checked.items()}
         click.echo(json.dumps({"folder": str(result.folder), "exports": exports, "verified": verified}))
         return
-    _table(
+    show_table(
         f"Wrote {result.folder}",
         [
             {
                 "export": name,
                 "format": done.format,
-                "size": _human(done.bytes),
+                "size": human(done.bytes),
                 "difference": f"{c.largest_difference:.1e}"
                 if (c := result.checked.get(name)) and c.largest_difference is not None
                 else "not checked",
@@ -466,7 +357,7 @@ def inspect(paths: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps(tables))
         return
     for title, rows in tables.items():
-        _table(title, rows)
+        show_table(title, rows)
 
 
 # --------------------------------------------------------------------------------------------------------- small
@@ -481,39 +372,11 @@ def _show_mixture(mixture: Any, out: str, as_json: bool) -> None:
 
     candidates = candidate_rows(mixture)
     if candidates:
-        _table("Held out", candidates)
+        show_table("Held out", candidates)
     if mixture.metrics.get("note"):
         click.echo(mixture.metrics["note"])
-    _table("Mixture weights over the groups", weight_rows(mixture))
+    show_table("Mixture weights over the groups", weight_rows(mixture))
     click.echo(f"Wrote {out}.")
-
-
-def _table(title: str, rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
-        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
-    Console().print(table)
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _stderr() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _plain() -> bool:
-    return not sys.stderr.isatty()
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -541,11 +404,3 @@ def _bytes(text: str | None) -> int | None:
         return int(float(digits) * UNITS[unit])
     except (ValueError, KeyError) as error:
         raise click.UsageError(f"--max-shard-size {text!r}: expected a size, as 5GB or 500MB.") from error
-
-
-def _human(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return ""

@@ -1,0 +1,118 @@
+"""What people see at the terminal: tables on stdout, progress, warnings and the log on stderr.
+
+The only room that knows rich, which is imported when something is drawn. Where stderr is no terminal there are no bars and no
+colours, and `quiet` leaves errors alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from . import names
+from .errors import WloraMergeWarning
+
+
+@contextmanager
+def shown_warnings() -> Iterator[None]:
+    """Our own warnings as lines on stderr; those of libraries are not the user's to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", WloraMergeWarning)
+        warnings.showwarning = lambda message, *_, **__: click.echo(names.redacted(f"Warning: {message}"), err=True)
+        yield
+
+
+@contextmanager
+def shown_log() -> Iterator[None]:
+    """What the package tells its logger, as lines on stderr."""
+    log, handler = logging.getLogger("wlora_merge"), _Echo()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+class _Echo(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(names.redacted(record.getMessage()), err=True)
+
+
+@contextmanager
+def fit_progress() -> Iterator[Callable[[str, int, int, float], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=_stderr(), disable=_plain()) as bars:
+        known: dict[str, Any] = {}
+
+        def update(name: str, step: int, steps: int, loss: float) -> None:
+            if name not in known:
+                known[name] = bars.add_task(name, total=steps, loss=loss)
+            bars.update(known[name], completed=step, loss=loss)
+            if _plain() and step == steps:
+                click.echo(f"{name}: {steps} steps, loss {loss:.4f}", err=True)
+
+        yield update
+
+
+@contextmanager
+def byte_progress() -> Iterator[Callable[[int, str], None]]:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=_stderr(), disable=_plain(), transient=True) as bars:
+        known: dict[str, Any] = {}
+
+        def update(count: int, name: str) -> None:
+            if name not in known:
+                known[name] = bars.add_task(name, total=None)
+            bars.update(known[name], advance=count)
+
+        yield update
+
+
+def show_table(title: str, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
+        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _stderr() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _plain() -> bool:
+    return not sys.stderr.isatty()
+
+
+def human(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""
