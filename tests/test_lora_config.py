@@ -26,8 +26,6 @@ SET: dict[str, Any] = {
     "arrow_config": {"a": 1},
     "kasa_config": {"a": 1},
     "ensure_weight_tying": True,
-    "bias": "all",
-    "lora_bias": True,
 }
 
 
@@ -64,11 +62,6 @@ def test_a_feature_that_is_not_folded_is_refused_by_name(field: str) -> None:
     with pytest.raises(UnsupportedError, match=f"here: its config sets {field} to .* is not folded"):
         check_config(PLAIN | {field: SET[field]}, "here")
     check_config(PLAIN | {field: REFUSED[field]}, "here")
-
-
-def test_bias_lora_only_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match="bias to 'lora_only'"):
-        check_config(PLAIN | {"bias": "lora_only"}, "here")
 
 
 @pytest.mark.parametrize("value", [None, False, {}, []])
@@ -114,7 +107,8 @@ def test_another_kind_of_adapter_is_refused(kind: Any) -> None:
         {"r": 0}, {"r": -1}, {"r": 4.0}, {"r": True}, {"r": "4"}, {"r": None}, {"rank_pattern": {"q": 0}}, {"rank_pattern": [2]},
         {"lora_alpha": "8"}, {"lora_alpha": None}, {"lora_alpha": True}, {"lora_alpha": float("nan")},
         {"lora_alpha": float("inf")}, {"alpha_pattern": {"q": None}}, {"alpha_pattern": "q"}, {"use_rslora": "yes"},
-        {"use_rslora": 1}, {"use_dora": 1}, {"fan_in_fan_out": "no"}, {"modules_to_save": "classifier"}, {"modules_to_save": [1]},
+        {"use_rslora": 1}, {"use_dora": 1}, {"lora_bias": "yes"}, {"bias": "some"}, {"bias": True},
+        {"fan_in_fan_out": "no"}, {"modules_to_save": "classifier"}, {"modules_to_save": [1]},
     ],
 )  # fmt: skip
 def test_a_field_of_the_wrong_type_is_refused_by_name(wrong: dict[str, Any]) -> None:

@@ -85,7 +85,10 @@ class Factors:
 
 @dataclass
 class Adapter:
-    """One PEFT folder, read: `modules` are its low-rank changes, `tensors` the whole tensors that it carries."""
+    """One PEFT folder, read: `modules` are its low-rank changes, `tensors` the whole tensors that it carries.
+
+    `biases` holds, by module name, the base's biases as this adapter trained them (`bias="all"` or `"lora_only"`).
+    """
 
     name: str
     source: Source
@@ -93,6 +96,12 @@ class Adapter:
     sha256: str
     modules: dict[str, Factors]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def is_zero(self) -> bool:
+        """True where it has target modules, and the product of each of them is zero."""
+        return bool(self.modules) and all(f.is_zero for f in self.modules.values())
 
     def digests(self) -> dict[str, str]:
         """File name -> sha256 of both files: the config counts too, as it holds alpha."""
@@ -136,9 +145,24 @@ def _load(path_or_id: str | Path, name: str | None, is_residual: Callable[[str],
         raise type(error)(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
     if not modules and not tensors:
         raise AdapterError(f"{file}: holds no LoRA tensor.")
-    if modules and all(f.is_zero and f.magnitude is None for f in modules.values()):
+    biases = _take_biases(tensors, config)
+    adapter = Adapter(name, source, config, sha256_file(file), modules, tensors, biases)
+    beside = biases or any(f.magnitude is not None or f.bias is not None for f in modules.values())
+    if adapter.is_zero and not beside:  # what is beside can be judged only with the base
         raise AdapterError(f"{file}: every delta weight is zero: train this adapter, or leave it out.")
-    return Adapter(name, source, config, sha256_file(file), modules, tensors)
+    return adapter
+
+
+def _take_biases(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Take the trained biases of the base out of the whole tensors; a saved module's own bias stays there.
+
+    Source: `peft.tuners.tuners_utils.BaseTuner._get_learnable_bias_state_dict`.
+    """
+    if config.get("bias", "none") in (None, "none"):
+        return {}
+    saved = tuple(config.get("modules_to_save") or ())
+    names = [name.removesuffix(".bias") for name in tensors if name.endswith(".bias")]
+    return {name: tensors.pop(f"{name}.bias") for name in names if not (saved and name.endswith(saved))}
 
 
 def load_adapters(
@@ -199,6 +223,8 @@ def _weights_file(folder: Path, where: str) -> Path:
 def _sort_tensors(
     header: Header, config: dict[str, Any], where: str
 ) -> tuple[dict[str, Factors], dict[str, torch.Tensor]]:
+    import torch
+
     parts: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Any] = {}
     for key, entry in header.entries.items():
@@ -208,8 +234,12 @@ def _sort_tensors(
         if not all_finite(tensor):
             raise AdapterError(f"tensor {key!r} holds a NaN or an infinity: the adapter is broken.")
         parsed = parse_adapter_key(key)
+        if parsed.part == "original":
+            continue
         known = tensors if parsed.part == "tensor" else parts.setdefault(parsed.name, {})
         slot = parsed.name if parsed.part == "tensor" else parsed.part
+        if slot in known and parsed.part == "tensor" and torch.equal(tensor, known[slot]):
+            continue  # with bias="all" PEFT saves a saved module's bias twice
         if slot in known:
             raise AdapterError(f"tensor {key!r} names the same thing as another tensor of the file.")
         known[slot] = tensor if parsed.part in WHOLE else entry

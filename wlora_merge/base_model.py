@@ -64,6 +64,14 @@ class BaseModel:
         found = self._names.find(name)
         return self.entries[found] if found else None
 
+    def find_module(self, name: str) -> str | None:
+        """How the files call a model's module: the name of its weight or, where it has none, of its bias, without that part."""
+        for part in (".weight", ".bias"):
+            entry = self.find_tensor(f"{name}{part}")
+            if entry is not None:
+                return entry.name.removesuffix(part)
+        return None
+
     @cached_property
     def tied(self) -> frozenset[str]:
         """Names of the embeddings that the model uses at its input and at its output; empty where it ties none.

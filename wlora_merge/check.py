@@ -179,10 +179,10 @@ def attach_mixture(model: nn.Module, mixture: Mixture, adapters: list[Adapter], 
         row = {module: g for g, modules in enumerate(mixture.groups.values()) for module in modules}
         parameter = model.get_parameter(PARAMETER)
         for g, modules in enumerate(attachment_of(model).groups.values()):
-            entry = base.find_tensor(f"{modules[0]}.weight")
-            if entry is None:
+            module = base.find_module(modules[0])
+            if module is None:
                 raise VerifyError(f"{base.folder}: has no tensor for target module {modules[0]!r}.")
-            parameter[g] = logits[row[entry.name.removesuffix(".weight")]]
+            parameter[g] = logits[row[module]]
         for name, tensor in mixture.head.items():
             model.get_parameter(name).copy_(tensor)
     return model

@@ -22,7 +22,7 @@ from .data import Examples, read_examples, split_held_out
 from .errors import DataError, MixtureError
 from .mixture import Mixture
 from .ranks import is_leader
-from .stacking import modules_of, stack
+from .stacking import modules_of, stack, tensors_of
 from .tasks import Task, get_task
 
 if TYPE_CHECKING:
@@ -133,7 +133,9 @@ def fit(
     shots = read_examples(data, task=task, columns=columns)
     held = read_examples(eval_data, task=task, columns=columns) if eval_data else None
     labels = job.labels(shots)
-    stack(loaded, modules_of(opened), model_type=opened.model_type)  # refuses what no export could write
+    stack(
+        loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type
+    )  # refuses what no export could write
     run = _prepare(opened, loaded, job, labels, chosen, modules_to_save, progress)
     part, held = (shots, held) if held is not None else _parts(shots, chosen)
     with tempfile.TemporaryDirectory(prefix="wlora-merge-") as scratch:

@@ -63,6 +63,11 @@ def fold_tensor(base: torch.Tensor, delta: TensorDelta, gains: torch.Tensor) -> 
     return total
 
 
+def fold_bias(base: torch.Tensor, delta: ModuleDelta, gains: torch.Tensor) -> torch.Tensor:
+    """b + Σ gains_n·Δb_n in float64, for biases that adapters trained; gains [N] as for `fold_factor`."""
+    return base.double() if delta.bias is None else base.double() + gains.double() @ delta.bias
+
+
 def lora_product(delta: ModuleDelta, gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(lora_A [R, in], lora_B · gains [out, R]), float32: exactly the mixture's delta weight as one LoRA of scaling 1."""
     return delta.lora_A.float(), (delta.lora_B.double() * gains.double()).float()

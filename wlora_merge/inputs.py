@@ -55,7 +55,7 @@ def find_inputs(
 
 
 def _deltas(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter]) -> list[ModuleDelta | TensorDelta]:
-    modules = stack(adapters, modules_of(base), model_type=base.model_type)
+    modules = stack(adapters, modules_of(base), tensors_of(base), model_type=base.model_type)
     choice = (
         mixture.modules_to_save if mixture.modules_to_save == "mix" else "drop"
     )  # the rest was settled when it was made

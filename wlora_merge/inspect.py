@@ -16,7 +16,7 @@ from .errors import WloraMergeError
 from .fold import fold_factor, fold_factors
 from .manifest import FILE, read_manifest
 from .mixture import JSON_FILE, Mixture
-from .stacking import ModuleDelta, modules_of, stack
+from .stacking import ModuleDelta, modules_of, stack, tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -108,11 +108,13 @@ def _features(adapter: Adapter) -> list[str]:
 
 def _fit(adapter: Adapter, base: BaseModel) -> dict[str, Any]:
     try:
-        deltas = stack([adapter], modules_of(base), model_type=base.model_type)
+        deltas = stack([adapter], modules_of(base), tensors_of(base), model_type=base.model_type)
     except WloraMergeError as error:
         return {"delta / base norm": None, "fits": "no", "reason": str(error)}
     changed = whole = 0.0
     for delta in deltas:
+        if not delta.factors:
+            continue
         weight = base.read(f"{delta.module}.weight").double()
         whole += float(weight.square().sum())
         changed += _square(delta, weight)

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from .base_model import BaseModel
 
 PARAMETER = "wlora_weights"
+CHANNELS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+"""Layers whose output has its rows in dimension 1."""
 SCALE_PARAMETER = "wlora_delta_scale"
 LEARNED = "learned"
 
@@ -73,10 +75,11 @@ class Attachment:
 
 
 class StackedLora(nn.Module):
-    """The stacked factors of one target module; its output is the mixture's change of that module's output.
+    """The stacked changes of one target module; its output is the mixture's change of that module's output.
 
-    Buffers: lora_A [R, in], lora_B [out, R], scaling [R] float32, adapter_index [R], present [N], and with a DoRA row_scale
-    [N, out] float32. They are not part of the state dict: they come from the adapters.
+    Buffers: present [N]; lora_A [R, in], lora_B [out, R], scaling [R] float32 and adapter_index [R] where R > 0; with a DoRA
+    row_scale, and with a trained bias `bias`, both [N, out] float32. They are not part of the state dict: they come from the
+    adapters.
     """
 
     lora_A: torch.Tensor
@@ -85,6 +88,7 @@ class StackedLora(nn.Module):
     adapter_index: torch.Tensor
     present: torch.Tensor
     row_scale: torch.Tensor | None
+    bias: torch.Tensor | None
 
     def __init__(
         self,
@@ -98,16 +102,16 @@ class StackedLora(nn.Module):
         dtype = weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else torch.float32
         device = weight.device if isinstance(weight, torch.Tensor) else None
         values = {
-            "lora_A": delta.lora_A.to(dtype),
-            "lora_B": delta.lora_B.to(dtype),
+            "lora_A": delta.lora_A.to(dtype) if delta.factors else None,
+            "lora_B": delta.lora_B.to(dtype) if delta.factors else None,
             "scaling": delta.scaling.to(attachment.weights.dtype),
             "adapter_index": delta.adapter_index,
             "present": delta.present,
+            "row_scale": None if delta.row_scale is None else delta.row_scale.to(attachment.weights.dtype),
+            "bias": None if delta.bias is None else delta.bias.to(attachment.weights.dtype),
         }
         for name, value in values.items():
-            self.register_buffer(name, value.to(device), persistent=False)
-        row_scale = None if delta.row_scale is None else delta.row_scale.to(device, attachment.weights.dtype)
-        self.register_buffer("row_scale", row_scale, persistent=False)
+            self.register_buffer(name, None if value is None else value.to(device), persistent=False)
 
     def gains(self) -> torch.Tensor:
         """gains [R], differentiable in `wlora_weights`."""
@@ -117,8 +121,32 @@ class StackedLora(nn.Module):
         """Mixture weights [N] of this module, differentiable in `wlora_weights`."""
         return self.attachment.weights_of(self.module, self.present)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] (token ids for an embedding) -> [..., out]: what the product adds to the target module's output."""
+    def forward(self, x: torch.Tensor, output: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        """The change of the module's output [..., out], given its input [..., in] (token ids for an embedding) and `layer`."""
+        parts = []
+        if self.lora_A is not None:
+            product, scale = (
+                self.product(x),
+                getattr(layer, "embed_scale", None),
+            )  # Gemma's embedding multiplies its output
+            parts.append(product * scale if isinstance(scale, torch.Tensor | float | int) else product)
+        if self.row_scale is not None:
+            own, factor = getattr(layer, "bias", None), self.mixed(self.row_scale, output, layer)
+            parts.append(output * factor)
+            if own is not None:
+                parts.append(-_along_rows(own, layer, output) * factor)
+        if self.bias is not None:
+            parts.append(self.mixed(self.bias, output, layer))
+        return sum(parts[1:], parts[0])
+
+    def mixed(self, rows: torch.Tensor, output: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        """Σ gains_n·rows_n of [N, out], in a shape that broadcasts with the module's output."""
+        weights = self.weights()
+        total = self.attachment.delta_scale * weights @ rows.to(weights.dtype)
+        return _along_rows(total.to(output.dtype), layer, output)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """((x @ lora_A.T) * gains) @ lora_B.T"""
         if self.layout is Layout.EMBEDDING:
             hidden = F.embedding(x, self.lora_A.T)
         else:
@@ -127,24 +155,18 @@ class StackedLora(nn.Module):
             )
         return F.linear(hidden * self.gains().to(hidden.dtype), self.lora_B)
 
-    def scale_rows(self, output: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """What DoRA adds: Σ gains_n·row_scale_n of each output row, times the module's output without its bias."""
-        assert self.row_scale is not None
-        weights = self.weights()
-        scale = (self.attachment.delta_scale * weights @ self.row_scale.to(weights.dtype)).to(output.dtype)
-        change = output * scale
-        return change if bias is None else change - bias * scale
+
+def _along_rows(values: torch.Tensor, layer: nn.Module, output: torch.Tensor) -> torch.Tensor:
+    """[out] in the shape that broadcasts over an output, whose rows are its last dimension, or a convolution's channels."""
+    if isinstance(layer, CHANNELS):
+        return values.view(-1, *[1] * (output.dim() - 2))
+    return values
 
 
 def _add_delta(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
     """The forward hook of a target module; a function of the module alone, so that copies of a model stay whole."""
     x = args[0] if args else next(iter(kwargs.values()))
-    change: torch.Tensor = layer.wlora(x)  # type: ignore[operator]
-    scale = getattr(layer, "embed_scale", None)  # Gemma's embedding multiplies its output
-    if isinstance(scale, torch.Tensor | float | int):
-        change = change * scale
-    if layer.wlora.row_scale is not None:  # type: ignore[union-attr]
-        change = change + layer.wlora.scale_rows(output, getattr(layer, "bias", None))  # type: ignore[operator, union-attr]
+    change: torch.Tensor = layer.wlora(x, output, layer)  # type: ignore[operator]
     return output + change.to(output.dtype)
 
 
@@ -197,7 +219,11 @@ def attach(
     if hasattr(model, "wlora"):
         raise MixtureError("the model has adapters attached already: call wlora_merge.detach(model) first.")
     layers = dict(model.named_modules())
-    deltas = stack(loaded, live_modules(model), model_type=getattr(getattr(model, "config", None), "model_type", ""))
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    deltas = stack(loaded, live_modules(model), _live_tensors(model), model_type=model_type)
+    for delta in deltas:
+        if delta.biases:
+            _check_bias(delta.module, layers[delta.module])
     trained = _head_parameters(model, head)
     refuse_overlap(deltas, [], trained, _live_tensors(model))
     _take_saved(model, loaded, modules_to_save, trained)
@@ -327,6 +353,18 @@ def _weight(layer: nn.Module) -> torch.Tensor:
     return dequantized
 
 
+def _check_bias(name: str, layer: nn.Module) -> None:
+    """Refuse a trained bias of a layer that does more with its bias than add it to its output."""
+    from transformers.pytorch_utils import Conv1D
+
+    adds = isinstance(layer, (nn.Linear, Conv1D, nn.LayerNorm, *CHANNELS)) or type(layer).__name__.endswith("Norm")
+    if not adds or isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise UnsupportedError(
+            f"module {name!r} is a {type(layer).__name__}, whose trained bias a fit cannot mix: leave that adapter out, or use "
+            "`wlora-merge mix`."
+        )
+
+
 def _head_parameters(model: nn.Module, head: Sequence[str]) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     trained = []
@@ -397,7 +435,7 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
 
 
 def _base_name(base: BaseModel, module: str) -> str:
-    entry = base.find_tensor(f"{module}.weight")
-    if entry is None:
+    name = base.find_module(module)
+    if name is None:
         raise MixtureError(f"{base.folder}: has no tensor for target module {module!r}: is this the model's base?")
-    return entry.name.removesuffix(".weight")
+    return name

@@ -16,6 +16,7 @@ from .errors import AdapterError, UnsupportedError
 FOLDED: dict[str, Any] = {
     "peft_type": None, "r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
     "fan_in_fan_out": False, "modules_to_save": None, "init_lora_weights": True, "use_dora": False,
+    "bias": "none", "lora_bias": False,
 }  # fmt: skip
 """Field -> default, for fields that this package reads. Some of their values are refused below."""
 
@@ -31,12 +32,14 @@ INERT: dict[str, Any] = {
 REFUSED: dict[str, Any] = {
     "trainable_token_indices": None, "velora_config": None, "alora_invocation_tokens": None, "use_qalora": False,
     "monteclora_config": None, "layer_replication": None, "target_parameters": None, "use_bdlora": None,
-    "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False, "bias": "none", "lora_bias": False,
-}  # fmt: skip
+    "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False, }  # fmt: skip
 """Field -> default, for fields whose effect is not folded yet, or cannot be. What gets folded moves to `FOLDED`."""
 
 MUTATES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that also change the base weight: unless converted on saving, such an adapter belongs to that base."""
+
+BIASES = ("none", "all", "lora_only")
+"""Which biases of the base were trained along."""
 
 KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base weight alone."""
@@ -98,9 +101,11 @@ def _check_init(init: Any, where: str, base_is_residual: bool) -> None:
 
 
 def _check_types(config: Mapping[str, Any], where: str) -> None:
-    for field in ("use_rslora", "fan_in_fan_out", "use_dora"):
+    for field in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"):
         if not isinstance(config.get(field), bool | None):
             raise AdapterError(f"{where}: {field} must be true or false, got {_short(config[field])}.")
+    if config.get("bias") not in (None, *BIASES):
+        raise AdapterError(f"{where}: bias must be one of {', '.join(BIASES)}, got {_short(config['bias'])}.")
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         raise AdapterError(f"{where}: modules_to_save must be a list of names, got {_short(saved)}.")

@@ -57,7 +57,7 @@ def mix(
     opened, loaded = open_base(base), load_adapters(adapters, residual=residual)
     chosen = _normalize(normalize, weights)
     row = uniform(len(loaded)) if weights is None else _checked(weights, len(loaded))
-    deltas = stack(loaded, modules_of(opened), model_type=opened.model_type)
+    deltas = stack(loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type)
     tensors, head = stack_tensors(loaded, modules_to_save, (), tensors_of(opened))
     refuse_overlap(deltas, tensors, head, tensors_of(opened))
     groups = make_groups([*(d.module for d in deltas), *(t.module for t in tensors)], "global")

@@ -57,7 +57,8 @@ class AdapterKey:
     """What one key of an adapter file holds.
 
     `part` is `lora_A`, `lora_B`, `lora_B.bias`, `lora_embedding_A`, `lora_embedding_B` or `lora_magnitude_vector`, and
-    `name` the target module; or `part` is `tensor` and `name` a whole tensor of the model (a saved head, say).
+    `name` the target module; or `part` is `tensor` and `name` a whole tensor of the model (a saved head, say); or `part` is
+    `original`, the base's own copy of a saved module, which has no effect.
     """
 
     name: str
@@ -83,6 +84,8 @@ def parse_adapter_key(key: str) -> AdapterKey:
     match = _LORA_KEY.match(name)
     if match is None:
         whole = _SAVED_COPY.sub("", name).replace(".base_layer.", ".")
+        if ".original_module." in whole:
+            return AdapterKey(whole.replace(".original_module.", "."), "original")
         if _NOT_WHOLE.search(whole):
             raise UnsupportedError(f"tensor {key!r} is no part of a LoRA that is folded: leave this adapter out.")
         return AdapterKey(whole, "tensor")

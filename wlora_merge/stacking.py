@@ -33,6 +33,9 @@ class ModuleDelta:
 
     DoRA's merged weight is c_n·(W + s_n B_n A_n) with c_n = magnitude_n / ||W + s_n B_n A_n|| of each output row. It is
     W + (c_n - 1)·W + s_n (c_n·B_n) A_n: lora_B holds c_n·B_n, and `row_scale` [N, out] holds c_n - 1.
+
+    `biases` holds, by adapter, the delta [out] float64 of a trained bias. A module of which only the bias changes (a norm,
+    say) has no factors, R = 0, and the bias's shape.
     """
 
     module: str
@@ -43,14 +46,35 @@ class ModuleDelta:
     adapter_index: torch.Tensor
     n_adapters: int
     read: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
+    biases: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """Deltas of the bias [N, out] float64, zero for an adapter that leaves it alone; None where all do."""
+        import torch
+
+        if not self.biases:
+            return None
+        zero = torch.zeros_like(next(iter(self.biases.values())))
+        return torch.stack([self.biases.get(n, zero) for n in range(self.n_adapters)])
+
+    @property
+    def changes(self) -> list[str]:
+        """Names of the base's tensors that change."""
+        return [*([f"{self.module}.weight"] if self.factors else []), *([self.bias_name] if self.biases else [])]
+
+    @property
+    def bias_name(self) -> str:
+        """The name of the module's bias in the base's files."""
+        return f"{self.module}.bias"
 
     @property
     def present(self) -> torch.Tensor:
-        """[N] bool: which adapters target this module."""
+        """[N] bool: which adapters change this module."""
         import torch
 
         mask = torch.zeros(self.n_adapters, dtype=torch.bool)
-        mask[self.adapter_index] = True
+        mask[[*self.adapter_index.tolist(), *self.biases]] = True
         return mask
 
     @property
@@ -186,19 +210,24 @@ def tensors_of(base: BaseModel) -> Find:
     return find
 
 
-def stack(adapters: Sequence[Adapter], find: Find, *, model_type: str) -> list[ModuleDelta]:
+def stack(
+    adapters: Sequence[Adapter], find: Find, find_tensor: Find | None = None, *, model_type: str
+) -> list[ModuleDelta]:
     """Lay the adapters' factors side by side, module by module.
 
     Args:
         adapters: N adapters, in mixture order.
         find: the target of an adapter's module name in the base (or in a live model), None when there is none.
+        find_tensor: the same for whole tensors, by which biases are found; None: there are none.
         model_type: the base config's `model_type`.
 
     Returns:
         One ModuleDelta per changed module, in natural name order, float32 (or wider, where an adapter is).
 
     Raises:
-        AdapterError: a target module that the base lacks, or factors that do not fit it.
+        AdapterError: a target module or a bias that the base lacks, factors that do not fit it, or an adapter that changes
+            nothing.
+        UnsupportedError: a trained lora_B.bias where the base has no bias.
     """
     rows: dict[str, list[tuple[int, Factors, Layout]]] = {}
     targets: dict[str, Target] = {}
@@ -217,7 +246,57 @@ def stack(adapters: Sequence[Adapter], find: Find, *, model_type: str) -> list[M
                 )
             known.append((n, factors, layout))
             targets[target.module] = target
-    return [_stack_one(targets[m], rows[m], len(adapters)) for m in sorted(rows, key=natural_key)]
+    biases = _biases(adapters, find_tensor or (lambda name: None))
+    for module, found in biases.items():
+        targets.setdefault(module, Target(module, tuple(next(iter(found.values())).shape)))
+    deltas = [
+        _stack_one(targets[m], rows.get(m, []), biases.get(m, {}), len(adapters))
+        for m in sorted(targets, key=natural_key)
+    ]
+    for n, adapter in enumerate(adapters):
+        if adapter.is_zero and not any(_changes_beside(delta, n) for delta in deltas):
+            raise AdapterError(f"{adapter.where}: every delta weight is zero: train this adapter, or leave it out.")
+    return deltas
+
+
+def _biases(adapters: Sequence[Adapter], find_tensor: Find) -> dict[str, dict[int, torch.Tensor]]:
+    """Module of the base -> adapter -> the delta [out] float64 of its bias: what was trained less the base's own, and
+    scaling · lora_B.bias. Source: `peft.tuners.lora.layer.Linear.merge`."""
+    found: dict[str, dict[int, torch.Tensor]] = {}
+    for n, adapter in enumerate(adapters):
+        for name, trained in adapter.biases.items():
+            module, base = _base_bias(adapter, name, trained, find_tensor)
+            found.setdefault(module, {})[n] = trained.double() - base
+        for name, factors in adapter.modules.items():
+            if factors.bias is None:
+                continue
+            if find_tensor(f"{name}.bias") is None:
+                raise UnsupportedError(
+                    f"{adapter.where}: it has a lora_B.bias on {name!r}, which has no bias in the base model, so it cannot be "
+                    "folded: leave this adapter out."
+                )
+            module, _ = _base_bias(adapter, name, factors.bias, find_tensor)
+            known, delta = found.setdefault(module, {}), factors.scaling * factors.bias.double()
+            known[n] = known[n] + delta if n in known else delta
+    return found
+
+
+def _base_bias(adapter: Adapter, name: str, trained: torch.Tensor, find_tensor: Find) -> tuple[str, torch.Tensor]:
+    """The base's module that an adapter's name means, and its own bias [out] float64."""
+    target = find_tensor(f"{name}.bias")
+    if target is None or target.read is None or target.shape != tuple(trained.shape):
+        got = "none" if target is None else str(list(target.shape))
+        raise AdapterError(
+            f"{adapter.where}: it trained a bias {list(trained.shape)} of {name!r}, and the base model has {got}: this adapter was "
+            "trained on another base."
+        )
+    return target.module.removesuffix(".bias"), target.read().cpu().double()
+
+
+def _changes_beside(delta: ModuleDelta, n: int) -> bool:
+    """True where adapter n changes a bias of this module, or its rows by more than rounding."""
+    scaled = n in delta.adapter_index and delta.row_scale is not None and bool((delta.row_scale[n].abs() > 1e-5).any())
+    return scaled or (n in delta.biases and bool(delta.biases[n].any()))
 
 
 def _target(adapter: Adapter, name: str, find: Find) -> Target:
@@ -258,24 +337,27 @@ def _layout(adapter: Adapter, name: str, target: Target, factors: Factors, model
         raise AdapterError(
             f"{adapter.where}: target module {name!r}: lora_magnitude_vector has {factors.magnitude.numel()} numbers, expected {out}."
         )
-    if factors.is_zero and factors.magnitude is None:
+    if factors.is_zero and factors.magnitude is None and factors.bias is None:
         warnings.warn(f"{adapter.where}: the delta weight of {name!r} is zero.", WloraMergeWarning, stacklevel=2)
     return layout
 
 
-def _stack_one(target: Target, rows: list[tuple[int, Factors, Layout]], n_adapters: int) -> ModuleDelta:
+def _stack_one(
+    target: Target, rows: list[tuple[int, Factors, Layout]], biases: dict[int, torch.Tensor], n_adapters: int
+) -> ModuleDelta:
     import torch
 
-    ranks = torch.tensor([f.r for _, f, _ in rows])
+    ranks = torch.tensor([f.r for _, f, _ in rows], dtype=torch.int64)
     return ModuleDelta(
         module=target.module,
-        layout=rows[0][2],
+        layout=rows[0][2] if rows else Layout.LINEAR,
         shape=target.shape,
         factors=tuple(f for _, f, _ in rows),
         scaling=torch.tensor([f.scaling for _, f, _ in rows], dtype=torch.float64).repeat_interleave(ranks),
-        adapter_index=torch.tensor([n for n, _, _ in rows]).repeat_interleave(ranks),
+        adapter_index=torch.tensor([n for n, _, _ in rows], dtype=torch.int64).repeat_interleave(ranks),
         n_adapters=n_adapters,
         read=target.read,
+        biases=biases,
     )
 
 
@@ -367,7 +449,7 @@ def _check_taken(adapter: Adapter, name: str, find: Find) -> None:
 def refuse_overlap(
     deltas: Sequence[ModuleDelta], tensors: Sequence[TensorDelta], head: Iterable[str], find: Find
 ) -> None:
-    """Refuse a tensor that changes in two ways: by a LoRA, and as a whole.
+    """Refuse a tensor that changes in two ways: by a LoRA or as a trained bias, and as a whole.
 
     Args:
         head: names of tensors that replace the base's.
@@ -376,12 +458,12 @@ def refuse_overlap(
     Raises:
         UnsupportedError: names the tensor.
     """
-    low_rank = {f"{delta.module}.weight" for delta in deltas}
+    low_rank = {name for delta in deltas for name in delta.changes}
     found = [(name, find(name)) for name in head]
     whole = [*(t.tensor for t in tensors), *(target.module if target else name for name, target in found)]
     for name in whole:
         if name in low_rank:
             raise UnsupportedError(
-                f"tensor {name!r}: one adapter changes it by a LoRA, and another or the head replaces it as a whole, which cannot "
-                "both be: leave one adapter out, or say --modules-to-save drop."
+                f"tensor {name!r}: one adapter changes it by a LoRA, or trains it as a bias, and another or the head replaces it as "
+                "a whole, which cannot both be: leave one adapter out, or say --modules-to-save drop."
             )

@@ -35,7 +35,7 @@ from ..checkpoint import (
 )
 from ..direct import DirectFile
 from ..errors import BaseModelError, OutputError, WloraMergeError
-from ..fold import fold_factor, fold_factors, fold_rows, fold_tensor
+from ..fold import fold_bias, fold_factor, fold_factors, fold_rows, fold_tensor
 from ..layouts import matrix_shape
 from ..mixture import Mixture
 from ..stacking import ModuleDelta, TensorDelta
@@ -114,7 +114,7 @@ def plan(
         dtype: safetensors name (`F32`, `BF16`, `F16`) that floating tensors are cast to; None keeps each its own.
         max_shard_bytes: lay the tensors out anew in files of at most this size; None keeps the base's files.
     """
-    changed = {_tensor_name(base, delta): delta for delta in deltas}
+    changed = {name: delta for delta in deltas for name in _tensor_names(base, delta)}
     found = {name: base.find_tensor(name) for name in head}
     head = {entry.name if (entry := found[name]) else name: tensor for name, tensor in head.items()}
     files = [_plan_file(name, base, changed, head, dtype) for name in base.headers]
@@ -129,10 +129,10 @@ def plan(
     return _reshard(files, max_shard_bytes) if max_shard_bytes else files
 
 
-def _tensor_name(base: BaseModel, delta: ModuleDelta | TensorDelta) -> str:
+def _tensor_names(base: BaseModel, delta: ModuleDelta | TensorDelta) -> list[str]:
     if isinstance(delta, TensorDelta):
-        return delta.tensor
-    return delta.module if delta.module in base.entries else f"{delta.module}.weight"
+        return [delta.tensor]
+    return [delta.module] if delta.module in base.entries else delta.changes
 
 
 def _plan_file(
@@ -375,7 +375,7 @@ def _fold_jobs(
 ) -> Iterator[Callable[[], memoryview]]:
     rows, cols = matrix_shape(source.shape) if source.shape else (1, 1)
     delta = piece.delta
-    if isinstance(delta, TensorDelta):
+    if isinstance(delta, TensorDelta) or (delta is not None and source.name == delta.bias_name):
         yield partial(_fold_whole, space, fd, piece, source, delta, mixture)
         return
     terms = (
@@ -414,13 +414,15 @@ def _fold_block(
 
 
 def _fold_whole(
-    space: Workspace, fd: int, piece: Piece, source: Entry, delta: TensorDelta, mixture: Mixture
+    space: Workspace, fd: int, piece: Piece, source: Entry, delta: ModuleDelta | TensorDelta, mixture: Mixture
 ) -> memoryview:
     import torch
 
     data = _read(space, fd, source, 0, source.nbytes)
     base = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(source.shape)
-    return _rounded(space, fold_tensor(base, delta, mixture.whole_gains_of(delta)), piece, data)
+    gains = mixture.whole_gains_of(delta)
+    total = fold_tensor(base, delta, gains) if isinstance(delta, TensorDelta) else fold_bias(base, delta, gains)
+    return _rounded(space, total, piece, data)
 
 
 def _rounded(space: Workspace, block: torch.Tensor, piece: Piece, spare: memoryview | None = None) -> memoryview:

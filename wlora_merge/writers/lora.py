@@ -126,6 +126,11 @@ def _products(deltas: Sequence[ModuleDelta | TensorDelta]) -> list[ModuleDelta]:
                 f"module {delta.module!r}: an adapter is a DoRA, which scales the rows of the base weight itself, and no LoRA can "
                 "express that: export with --format dense."
             )
+        if delta.biases:
+            raise UnsupportedError(
+                f"tensor {delta.bias_name!r}: the adapters train this bias, which no LoRA without a bias can express: export with "
+                "--format dense."
+            )
     return [delta for delta in deltas if isinstance(delta, ModuleDelta)]
 
 
