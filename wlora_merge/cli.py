@@ -214,7 +214,10 @@ def mix(
 @click.option("--energy", type=float, help="lora: smallest r that keeps this share (0 to 1) of the squared norm.")
 @click.option("--dtype", type=DTYPES, help="Of the weights. Default: dense the base's, lora and onnx float32.")
 @click.option("--max-shard-size", metavar="SIZE", help="dense: file size, as 5GB. Default: the base's own shards.")
-@click.option("--opset", type=int, help="onnx: opset version. Default: the exporter's.")
+@click.option("--opset", type=int, help="onnx: opset version. Default: 20.")
+@click.option(
+    "--onnx-base", metavar="PATH", help="onnx: an ONNX export of the base; rewrite its weights, trace nothing."
+)
 @MOVED
 @click.option("--base-name", help="What the card and a lora's config call the base. Default: hub id or folder name.")
 @click.option("--any-digest", is_flag=True, help="Accept inputs that are not those the mixture was made from.")
@@ -242,7 +245,9 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
     detail = ""
     if format_ == "lora":
         detail = f" r = {report['r']}, relative error {report['relative_error']:.2e}, energy kept {report['energy_kept']:.4%}."
-    if format_ == "onnx":
+    if "rewritten" in report:
+        detail = f" {report['rewritten']} weights of {options['onnx_base']} rewritten."
+    elif format_ == "onnx":
         detail = f" Largest difference from PyTorch {report['largest_difference']:.2e}."
     click.echo(f"Wrote {out} ({format_}, {human(result.bytes)}).{detail}")
 

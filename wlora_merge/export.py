@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .base_model import INDEX, BaseModel, refuse_quantized
 from .card import write_card
 from .check import make_probe
+from .digests import sha256_files
 from .errors import BaseModelError, UnsupportedError
 from .inputs import Inputs, find_inputs
 from .layouts import matrix_shape
@@ -24,6 +25,9 @@ from .ranks import Team, team
 from .stacking import ModuleDelta
 from .staging import Staging, staged
 from .writers.dense import OutputFile, Progress, changed_config, folder_bytes, index_bytes, plan, write_files
+
+if TYPE_CHECKING:
+    from .writers.onnx_refold import Refold
 
 FORMATS = ("dense", "lora", "onnx")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -53,6 +57,7 @@ def export(
     adapters: Iterable[str | Path] = (),
     base_name: str | None = None,
     opset: int | None = None,
+    onnx_base: str | Path | None = None,
     any_digest: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -70,6 +75,7 @@ def export(
         base, adapters: inputs that have moved, the latter as NAME=PATH; their digests must match.
         base_name: what the card and an adapter's config call the base; None means its hub id or folder name.
         opset: onnx only.
+        onnx_base: onnx only: an ONNX export of the base, a file or a folder, whose weights are rewritten; nothing is traced.
         any_digest: accept inputs whose bytes differ from those that the mixture was made from.
         force: replace what is in `out`.
         progress: called with (bytes written, file name).
@@ -80,6 +86,7 @@ def export(
     if format not in FORMATS:
         raise UnsupportedError(f"format is {format!r}, expected one of {', '.join(FORMATS)}.")
     _check_options(format, rank, energy, dtype, max_shard_bytes)
+    _check_onnx_options(format, dtype, opset, onnx_base)
     inputs = find_inputs(mixture, base=base, adapters=adapters, any_digest=any_digest)
     if format != "lora":
         refuse_quantized(inputs.base)
@@ -93,12 +100,14 @@ def export(
         "opset": opset,
         "any_digest": any_digest,
     }
+    stored = dtype or ("float32" if format == "onnx" and onnx_base is None else "")
     files = plan(
-        inputs.base, inputs.deltas, inputs.mixture.head, dtype=DTYPES.get(dtype or ""), max_shard_bytes=max_shard_bytes
+        inputs.base, inputs.deltas, inputs.mixture.head, dtype=DTYPES.get(stored), max_shard_bytes=max_shard_bytes
     )
+    refold = _plan_refold(Path(onnx_base), inputs, files) if onnx_base is not None else None
     carried = sum((inputs.base.folder / name).stat().st_size for name in inputs.base.carried_files())
-    weights = lora_bytes(inputs, rank) if format == "lora" else folder_bytes(files) * {"dense": 1, "onnx": 3}[format]
-    folders = [*inputs.folders, *([Path(mixture)] if isinstance(mixture, str | Path) else [])]
+    weights = _weight_bytes(format, inputs, refold.files if refold else files, rank, traced=refold is None)
+    folders = [*inputs.folders, *(Path(p) for p in (mixture, onnx_base) if isinstance(p, str | Path))]
     with (
         team() as ranks,
         _shared_staging(ranks, Path(out), force=force, inputs=folders, needed_bytes=weights + carried) as staging,
@@ -112,6 +121,8 @@ def export(
             report: dict[str, Any] = {}
         elif format == "lora":
             known, report = {}, _write_lora(inputs, staging.path, name, rank, energy, dtype)
+        elif refold is not None:
+            known, report = _write_refold(inputs, refold, staging.path, progress)
         else:
             known, report = {}, _write_onnx(inputs, files, staging.path, dtype, opset, progress)
         write_card(staging.path, inputs.mixture, kind=format, base_name=name, folders=inputs.folders)
@@ -155,6 +166,20 @@ def _check_options(kind: str, rank: int | None, energy: float | None, dtype: str
         raise UnsupportedError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
     if max_shard is not None and kind != "dense":
         raise UnsupportedError(f"--max-shard-size belongs to --format dense, not {kind}.")
+
+
+def _check_onnx_options(kind: str, dtype: str | None, opset: int | None, onnx_base: str | Path | None) -> None:
+    if kind != "onnx" and (opset is not None or onnx_base is not None):
+        raise UnsupportedError(f"--opset and --onnx-base belong to --format onnx, not {kind}.")
+    if onnx_base is not None and (dtype is not None or opset is not None):
+        raise UnsupportedError("--onnx-base keeps the dtype and the opset of that file: leave --dtype and --opset out.")
+
+
+def _weight_bytes(kind: str, inputs: Inputs, files: Sequence[OutputFile], rank: int | None, *, traced: bool) -> int:
+    """Bytes that the weights take on disk while an export is made; tracing needs a dense folder beside the graph."""
+    if kind == "lora":
+        return lora_bytes(inputs, rank)
+    return folder_bytes(files) * (2 if kind == "onnx" and traced else 1)
 
 
 def lora_bytes(inputs: Inputs, rank: int | None) -> int:
@@ -240,6 +265,33 @@ def _write_lora(
     }
 
 
+def _plan_refold(onnx_base: Path, inputs: Inputs, files: Sequence[OutputFile]) -> Refold:
+    from .writers.onnx_refold import plan_refold
+
+    return plan_refold(onnx_base, inputs.base, [piece for file in files for piece in file.pieces], inputs.mixture)
+
+
+def _write_refold(
+    inputs: Inputs, refold: Refold, out: Path, progress: Progress | None
+) -> tuple[dict[str, str], dict[str, Any]]:
+    from .writers.onnx_refold import write_refold
+
+    folder = out / "onnx"
+    folder.mkdir()
+    written = write_refold(refold, folder, inputs.mixture, progress)
+    names = {stored: name for name, stored in DTYPES.items()}
+    dtypes = sorted(names.get(dtype, dtype) for dtype in refold.dtypes)
+    key = "torch_dtype" if "torch_dtype" in inputs.base.config else "dtype"
+    copy_carried(inputs.base, out)
+    (out / "config.json").write_bytes(changed_config(inputs.base, {**inputs.mixture.config, key: dtypes[0]}))
+    originals = [path for graph in refold.graphs for path in (graph.path, *graph.data)]
+    return {f"onnx/{name}": digest for name, digest in written.items()}, {
+        "onnx_base": {path.name: digest for path, digest in sha256_files(originals).items()},
+        "rewritten": len(refold.tiles),
+        "dtypes": dtypes,
+    }
+
+
 def _write_onnx(
     inputs: Inputs,
     files: Sequence[OutputFile],
@@ -258,7 +310,7 @@ def _write_onnx(
     dense = out / ".dense"
     dense.mkdir()
     write_shards(inputs, files, dense, Team(), progress)
-    write_beside(inputs, files, dense, None)
+    write_beside(inputs, files, dense, dtype or "float32")
     report = write_onnx(dense, out, task=task, dtype=dtype or "float32", opset=opset)
     shutil.rmtree(dense)
     return {

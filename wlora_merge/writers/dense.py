@@ -52,7 +52,10 @@ Progress = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the output: its dtype and shape there, and where its numbers come from."""
+    """One tensor of the output: its dtype and shape there, and where its numbers come from.
+
+    `make` gives the bytes of a tensor that another writer puts together.
+    """
 
     name: str
     dtype: str
@@ -60,6 +63,7 @@ class Piece:
     source: Entry | None = None
     delta: ModuleDelta | TensorDelta | None = None
     tensor: torch.Tensor | None = None
+    make: Callable[[], memoryview] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +90,9 @@ class OutputFile:
     @property
     def header(self) -> bytes:
         """The header's bytes: the base's own where nothing in it changes."""
-        return self.raw_header or build_header({p.name: (p.dtype, p.shape) for p in self.pieces}, self.metadata)
+        if self.raw_header is not None:
+            return self.raw_header
+        return build_header({p.name: (p.dtype, p.shape) for p in self.pieces}, self.metadata)
 
     @property
     def nbytes(self) -> int:
@@ -206,6 +212,14 @@ class Workspace:
         if isinstance(block.obj, bytearray) and len(block.obj) == BLOCK_BYTES:
             self._spare.append(block.obj)
 
+    def own(self, name: str, length: int) -> memoryview:
+        """This thread's buffer of that name, with anything in it."""
+        buffer: bytearray | None = getattr(self._local, name, None)
+        if buffer is None or len(buffer) < length:
+            buffer = bytearray(length)
+            setattr(self._local, name, buffer)
+        return memoryview(buffer)[:length]
+
     def sum(self, elements: int) -> torch.Tensor:
         """This thread's float64 buffer."""
         import torch
@@ -223,8 +237,9 @@ def write_files(
     *,
     progress: Progress | None = None,
     workers: int | None = None,
+    ahead: int = WINDOW,
 ) -> dict[str, str]:
-    """Stream the planned files into the folder `out`.
+    """Stream the planned files into the folder `out`, at most `ahead` blocks beyond one for each worker in memory.
 
     Returns:
         File name -> sha256, hashed as the bytes passed.
@@ -242,7 +257,7 @@ def write_files(
         ThreadPoolExecutor(workers) as pool,
         ThreadPoolExecutor(side_by_side) as writers,
     ):
-        crew = Crew(pool, disk, workers + WINDOW, progress, stop)
+        crew = Crew(pool, disk, workers + ahead, progress, stop)
         jobs = [writers.submit(_write_file, file, out, mixture, crew) for file in files]
         try:
             return {file.name: job.result() for file, job in zip(files, jobs, strict=True)}
@@ -312,18 +327,50 @@ def _jobs(
     pieces = deque(file.pieces)
     while pieces:
         piece = pieces.popleft()
-        if piece.source is not None and piece.source.file not in inputs:
-            inputs[piece.source.file] = _open_input(piece.source.file)
-        if piece.tensor is not None:
-            yield partial(_tensor_bytes, piece)
-        elif piece.untouched and piece.source is not None:
+        if piece.untouched and piece.source is not None:
             run = [piece.source]
             while pieces and (after := _continues(run[-1], pieces[0])):
                 run.append(after)
                 pieces.popleft()
-            yield from _copy_jobs(space, inputs[run[0].file], run)
-        elif piece.source is not None:
-            yield from _fold_jobs(space, inputs[piece.source.file], piece, piece.source, mixture)
+            yield from _copy_jobs(space, _opened(inputs, run[0]), run)
+        else:
+            yield from _piece_jobs(space, piece, mixture, inputs)
+
+
+def _piece_jobs(
+    space: Workspace, piece: Piece, mixture: Mixture, inputs: dict[Path, int]
+) -> Iterator[Callable[[], memoryview]]:
+    """The blocks of a tensor that is not the base's own bytes."""
+    if piece.make is not None:
+        yield piece.make
+    elif piece.tensor is not None:
+        yield partial(_tensor_bytes, piece)
+    elif piece.source is not None:
+        yield from _fold_jobs(space, _opened(inputs, piece.source), piece, piece.source, mixture)
+
+
+def folded(piece: Piece, mixture: Mixture, space: Workspace) -> torch.Tensor:
+    """One tensor of the output as a whole, in the piece's dtype and shape; this thread's, until it asks for the next."""
+    import torch
+
+    inputs, data = dict[Path, int](), space.own("folded", piece.nbytes)
+    at = 0
+    try:
+        for job in _piece_jobs(space, piece, mixture, inputs):
+            block = job()
+            data[at : at + len(block)] = block
+            at += len(block)
+            space.give_back(block)
+    finally:
+        for fd in inputs.values():
+            os.close(fd)
+    return torch.frombuffer(data, dtype=torch_dtype(piece.dtype)).view(piece.shape)
+
+
+def _opened(inputs: dict[Path, int], entry: Entry) -> int:
+    if entry.file not in inputs:
+        inputs[entry.file] = _open_input(entry.file)
+    return inputs[entry.file]
 
 
 def _open_input(file: Path) -> int:

@@ -1,0 +1,174 @@
+"""The ONNX file as bytes: where each weight lies, in the file itself or in its data files.
+
+A fold changes no size, so what is needed of a file is the byte range of each tensor. This room walks the protobuf fields
+that lead there and skips all others: no weight is read, whatever its size. It knows nothing of models.
+
+Source: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3, https://protobuf.dev/programming-guides/encoding
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wlora_merge.checkpoint import Entry, byte_length
+from wlora_merge.errors import BaseModelError
+from wlora_merge.names import is_plain_file_name
+
+# TensorProto.DataType of what a base weight can be
+FLOATS = {1: "F32", 10: "F16", 11: "F64", 16: "BF16"}
+QUANTIZED = {
+    "DequantizeLinear": 0, "MatMulNBits": 1, "MatMulBnb4": 1, "MatMulInteger": 1, "QLinearMatMul": 3,
+    "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1, "GatherBlockQuantized": 0, "QGemm": 3,
+}  # fmt: skip
+"""Operators on quantized weights, and which of their inputs the weight is."""
+_LENGTH = 2  # the wire type of messages, strings and packed numbers
+
+
+@dataclass
+class OnnxFile:
+    """Where the weights of one graph lie.
+
+    Attributes:
+        path: the graph's file.
+        tensors: each floating weight: its name, file, dtype, shape and byte range.
+        data: the files beside it that hold weights, in order of their names.
+        quantized: name of each weight that an operator of `QUANTIZED` takes -> that operator.
+    """
+
+    path: Path
+    tensors: list[Entry] = field(default_factory=list)
+    data: list[Path] = field(default_factory=list)
+    quantized: dict[str, str] = field(default_factory=dict)
+
+
+def read_onnx(path: Path) -> OnnxFile:
+    """Find the weights of a graph: initializers and constants, those of its branches too; none of them is read.
+
+    Raises:
+        BaseModelError: not an ONNX file, or one that is cut short or points outside its folder.
+    """
+    found = OnnxFile(path)
+    try:
+        with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            view = memoryview(data)
+            try:
+                graphs = [(start, end) for key, start, end in _fields(view, 0, len(view)) if key == (7, _LENGTH)]
+                for graph in graphs:
+                    _walk(found, view, *graph)
+            finally:
+                view.release()
+    except OSError as error:
+        raise BaseModelError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except (ValueError, IndexError, KeyError) as error:
+        raise BaseModelError(f"{path}: not a sound ONNX file ({error}); export the base again.") from error
+    if not graphs:
+        raise BaseModelError(f"{path}: not an ONNX file: it holds no graph.")
+    found.data = sorted({entry.file for entry in found.tensors} - {path})
+    for entry in found.tensors:
+        if not entry.file.is_file() or entry.file.stat().st_size < entry.end:
+            raise BaseModelError(
+                f"{entry.file}: missing or shorter than the {entry.end} bytes that {entry.name!r} of {path.name} needs."
+            )
+    return found
+
+
+def _walk(found: OnnxFile, view: memoryview, start: int, end: int) -> None:
+    """A GraphProto: its initializers, and its nodes' constants and branches."""
+    for key, at, to in _fields(view, start, end):
+        if key == (5, _LENGTH):
+            _add(found, view, at, to, None)
+        elif key == (1, _LENGTH):
+            _walk_node(found, view, at, to)
+
+
+def _walk_node(found: OnnxFile, view: memoryview, start: int, end: int) -> None:
+    texts: dict[int, list[str]] = {1: [], 2: [], 4: []}  # inputs, outputs, operator
+    tensors = []
+    for (number, wire), at, to in _fields(view, start, end):
+        if wire == _LENGTH and number in texts:
+            texts[number].append(str(view[at:to], "utf-8"))
+        elif (number, wire) == (5, _LENGTH):
+            for attribute, a, b in _fields(view, at, to):
+                if attribute == (5, _LENGTH):
+                    tensors.append((a, b))
+                elif attribute in ((6, _LENGTH), (11, _LENGTH)):
+                    _walk(found, view, a, b)
+    inputs, outputs, (operator, *_) = texts[1], texts[2], (*texts[4], "")
+    for a, b in tensors:
+        _add(found, view, a, b, outputs[0] if outputs else None)
+    if operator in QUANTIZED and len(inputs) > QUANTIZED[operator]:
+        found.quantized[inputs[QUANTIZED[operator]]] = operator
+
+
+def _add(found: OnnxFile, view: memoryview, start: int, end: int, name: str | None) -> None:
+    """A TensorProto, where it is of a floating dtype and its numbers lie in one range of bytes."""
+    shape: list[int] = []
+    dtype, own, where = 0, "", None
+    outside: dict[str, str] = {}
+    for (number, wire), at, to in _fields(view, start, end):
+        if number == 1 and wire == 0:
+            shape.append(at)
+        elif number == 1:
+            while at < to:
+                size, at = _varint(view, at)
+                shape.append(size)
+        elif number == 2:
+            dtype = at
+        elif number == 8:
+            own = str(view[at:to], "utf-8")
+        elif number == 9 or (number == 4 and wire == _LENGTH):  # float_data, packed, has the bytes of raw_data
+            where = (at, to)
+        elif number == 13:
+            pair = {n: str(view[a:b], "utf-8") for (n, _), a, b in _fields(view, at, to)}
+            outside[pair.get(1, "")] = pair.get(2, "")
+    if dtype not in FLOATS or not (where or outside):
+        return
+    file, length = found.path, byte_length(FLOATS[dtype], tuple(shape))
+    if outside:
+        if not is_plain_file_name(outside["location"]):
+            raise ValueError(f"{own!r} lies in {outside['location']!r}, expected a plain file name")
+        file, at = found.path.parent / outside["location"], int(outside.get("offset") or 0)
+        where = (at, at + int(outside.get("length") or length))
+    if where is None or where[1] - where[0] != length or math.prod(shape) < 1:
+        if where is not None and math.prod(shape) < 1:
+            return
+        raise ValueError(f"{own!r} of shape {shape} needs {length} bytes")
+    found.tensors.append(Entry(own or name or "", file, FLOATS[dtype], tuple(shape), *where))
+
+
+def _fields(view: memoryview, start: int, end: int) -> Iterator[tuple[tuple[int, int], int, int]]:
+    """The fields of a message: (number, wire type), and the range of its bytes, or its number twice for a varint."""
+    at = start
+    while at < end:
+        tag, at = _varint(view, at)
+        wire = tag & 7
+        if wire == 0:
+            value, at = _varint(view, at)
+            yield (tag >> 3, wire), value, value
+            continue
+        if wire == _LENGTH:
+            length, at = _varint(view, at)
+        elif wire in (1, 5):
+            length = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"a field of wire type {wire} at byte {at}")
+        if at + length > end:
+            raise ValueError(f"a field of {length} bytes at byte {at} ends behind its message")
+        yield (tag >> 3, wire), at, at + length
+        at += length
+
+
+def _varint(view: memoryview, at: int) -> tuple[int, int]:
+    """A number in groups of seven bits, least first, and where it ends."""
+    value = shift = 0
+    while shift < 70:
+        byte = view[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+    raise ValueError(f"a number of more than ten bytes at byte {at}")
