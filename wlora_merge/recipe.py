@@ -75,6 +75,7 @@ class ExportRecipe:
     max_shard_bytes: int | None = None
     base_name: str | None = None
     opset: int | None = None
+    onnx_base: str | None = None
 
     @property
     def folder(self) -> str:

@@ -61,6 +61,8 @@ def run(
         for entry in recipe.exports:
             say(f"export {entry.folder}")
             options = {key: value for key, value in asdict(entry).items() if key not in ("format", "name")}
+            if entry.onnx_base is not None:
+                options["onnx_base"] = _path(entry.onnx_base, where)
             target = staging.path / entry.folder
             exports[entry.folder] = export(folder, entry.format, target, progress=export_progress, **options)
             if recipe.verify:
