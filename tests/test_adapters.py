@@ -149,11 +149,6 @@ def test_a_feature_that_peft_writes_and_that_is_not_folded_is_refused_by_name(
     assert feature in refused(tmp_path, UnsupportedError, name="a")
 
 
-def test_trained_fused_expert_weights_are_refused_by_name(tmp_path: Path) -> None:
-    write(tmp_path, target_parameters=["mlp.experts.gate_up_proj"])
-    assert "target_parameters" in refused(tmp_path, UnsupportedError, name="a")
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_a_number_that_is_not_finite_is_refused_and_its_tensor_named(tmp_path: Path, value: float, part: str) -> None:

@@ -7,6 +7,8 @@ in the module tree are theirs. The expected weights are W + Σ w_n (PEFT's merge
 from __future__ import annotations
 
 import copy
+import functools
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,11 @@ import pytest
 import torch
 import transformers
 from conftest import make_adapter
+from safetensors.torch import load_file, save_file
 
+from wlora_merge.errors import UnsupportedError
 from wlora_merge.export import export
+from wlora_merge.layers import attach
 from wlora_merge.mix import mix
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
@@ -52,8 +57,18 @@ def clip_config() -> dict[str, Any]:
     return {"text_config": text, "vision_config": VISION | {"patch_size": 4}, "projection_dim": 8}
 
 
+def llava_config() -> dict[str, Any]:
+    return {
+        "text_config": transformers.LlamaConfig(**TEXT, **GATED, tie_word_embeddings=False),
+        "vision_config": transformers.CLIPVisionConfig(**VISION, patch_size=4),
+        "image_token_index": 39,
+        "vision_feature_layer": -1,
+    }
+
+
 LM, BF16, FP16 = "AutoModelForCausalLM", torch.bfloat16, torch.float16
 ENCODER = TEXT | SHORT | {"intermediate_size": 24}
+EXPERTS = {"moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2}
 SEQ2SEQ = ("input_ids", "decoder_input_ids")
 BOTH_SIDES = {
     "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
@@ -71,6 +86,8 @@ GPT = {
 CASES = {
     "llama": Case(LM, "LlamaConfig", TEXT | GATED, ("q_proj", "down_proj"), dtype=BF16),
     "qwen2": Case(LM, "Qwen2Config", TEXT | GATED, ("k_proj", "up_proj"), dtype=FP16),
+    "qwen3_moe": Case(LM, "Qwen3MoeConfig", TEXT | GATED | EXPERTS, ("q_proj", "o_proj")),
+    "mixtral": Case(LM, "MixtralConfig", TEXT | GATED | {"num_local_experts": 4}, ("v_proj", "o_proj"), dtype=BF16),
     "gemma": Case(LM, "GemmaConfig", TEXT | GATED, ("q_proj", "gate_proj")),
     "phi": Case(LM, "PhiConfig", ENCODER, ("q_proj", "fc1")),
     "opt": Case(LM, "OPTConfig", TEXT | SHORT | {"ffn_dim": 24, "word_embed_proj_dim": 16}, ("q_proj", "fc2"), dtype=FP16),
@@ -85,10 +102,14 @@ CASES = {
     "bert": Case("AutoModelForSequenceClassification", "BertConfig", ENCODER, ("query", "dense")),
     "roberta": Case("AutoModelForTokenClassification", "RobertaConfig", ENCODER, ("query", "value"), dtype=BF16),
     "deberta_v2": Case("AutoModelForSequenceClassification", "DebertaV2Config", ENCODER, ("query_proj", "dense")),
+    "vit": Case("AutoModelForImageClassification", "ViTConfig", VISION | {"patch_size": 4}, ("q_proj", "fc1"),
+                ("pixel_values",)),
     "clip": Case("AutoModel", "CLIPConfig", clip_config(), ("q_proj", "fc2"), ("input_ids", "pixel_values")),
     "whisper": Case("AutoModelForSpeechSeq2Seq", "WhisperConfig",
                     BOTH_SIDES | SHORT | {"num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 12},
                     ("q_proj", "fc1"), ("input_features", "decoder_input_ids")),
+    "llava": Case("AutoModelForImageTextToText", "LlavaConfig", llava_config(), ("q_proj", "up_proj"),
+                  ("image_ids", "pixel_values"), BF16),
 }  # fmt: skip
 
 
@@ -106,11 +127,12 @@ def inputs_of(case: Case) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     made = {
         "input_ids": torch.randint(3, 38, (2, 6)),
+        "image_ids": torch.tensor([[39, 39, 39, 39, 5, 7]] * 2),  # four patches of an image
         "decoder_input_ids": torch.randint(3, 38, (2, 5)),
         "pixel_values": torch.randn(2, 3, 8, 8),
         "input_features": torch.randn(2, 8, 16),
     }
-    return {name: made[name] for name in case.inputs}
+    return {name.replace("image_ids", "input_ids"): made[name] for name in case.inputs}
 
 
 def first_output(model: Any, case: Case) -> torch.Tensor:
@@ -172,3 +194,46 @@ def test_exports_of_mixed_adapters_are_the_sum_of_pefts_merges(name: str, tmp_pa
     outputs = first_output(PeftModel.from_pretrained(plain, tmp_path / "lora").eval(), case)
     torch.testing.assert_close(outputs, first_output(dense, case), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(outputs, first_output(case.load(base, torch.float32), case), rtol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------------- a fit
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fused_experts_are_refused_by_name_in_a_fit(tmp_path: Path) -> None:
+    case = CASES["mixtral"]
+    model = case.make().float()
+    folder = make_adapter(
+        model, tmp_path / "a", 0, r=2, target_parameters=["experts.down_proj"], target_modules=["q_proj"]
+    )
+    with pytest.raises(UnsupportedError, match=r"adapter 'a' .*target_parameters.*does not train through yet"):
+        attach(model, [folder, ("b", folder)])
+    model.save_pretrained(tmp_path / "base")
+    export(
+        mix(tmp_path / "base", [folder, ("b", folder)]), "lora", tmp_path / "old"
+    )  # an adapter on each expert's linears
+    with pytest.raises(UnsupportedError, match=r"block_sparse_moe.experts.0.w2.*a fit does not train through"):
+        attach(model, [tmp_path / "old", ("b", tmp_path / "old")])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_with_the_names_of_before_a_renaming_are_attached(tmp_path: Path) -> None:
+    case = CASES["vit"]
+    model = case.make()
+    folder = make_adapter(model, tmp_path / "new", 0, r=2, target_modules=["q_proj", "fc1"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renames = {
+        "vit.layers.": "vit.encoder.layer.",
+        "attention.q_proj": "attention.attention.query",
+        "mlp.fc1": "intermediate.dense",
+    }
+    old = {functools.reduce(lambda k, pair: k.replace(*pair), renames.items(), key): t for key, t in tensors.items()}
+    assert not set(old) & set(tensors)
+    shutil.copytree(folder, tmp_path / "old")
+    save_file(old, tmp_path / "old" / "adapter_model.safetensors")
+    outputs = []
+    for name in ("new", "old"):
+        attached = attach(copy.deepcopy(model), [tmp_path / name, ("other", tmp_path / name)])
+        outputs.append(first_output(attached, case))
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], first_output(model, case))

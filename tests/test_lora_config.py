@@ -21,7 +21,6 @@ SET: dict[str, Any] = {
     "use_qalora": True,
     "monteclora_config": {"a": 1},
     "layer_replication": [[0, 2]],
-    "target_parameters": ["mlp.experts.gate_up_proj"],
     "use_bdlora": {"a": 1},
     "arrow_config": {"a": 1},
     "kasa_config": {"a": 1},
@@ -109,6 +108,7 @@ def test_another_kind_of_adapter_is_refused(kind: Any) -> None:
         {"lora_alpha": float("inf")}, {"alpha_pattern": {"q": None}}, {"alpha_pattern": "q"}, {"use_rslora": "yes"},
         {"use_rslora": 1}, {"use_dora": 1}, {"lora_bias": "yes"}, {"bias": "some"}, {"bias": True},
         {"fan_in_fan_out": "no"}, {"modules_to_save": "classifier"}, {"modules_to_save": [1]},
+        {"target_parameters": "experts"}, {"target_parameters": [1]},
     ],
 )  # fmt: skip
 def test_a_field_of_the_wrong_type_is_refused_by_name(wrong: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,15 @@ def test_an_unknown_granularity_is_refused() -> None:
     ],
 )
 def test_prefixes_take_one_spelling_to_the_other(in_file: str, in_model: str, expected: tuple[str, str]) -> None:
-    assert prefixes(in_file, in_model) == expected
-    assert made(prefixes=expected).live_name(in_file) == in_model
+    assert prefixes([(in_file, in_model)]) == expected
+    assert made(prefixes=expected).live_name(replace(delta(in_file, [0]), name=in_model)) == in_model
+
+
+def test_a_module_that_is_renamed_and_not_prefixed_keeps_the_name_that_the_adapters_give_it() -> None:
+    assert prefixes([("a.b", "x.a.b"), ("v.l.query", "v.layer.q_proj")]) == ("", "")
+    assert (
+        made(prefixes=("", "")).live_name(replace(delta("v.l.query", [0]), name="v.layer.q_proj")) == "v.layer.q_proj"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- the files

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,20 @@ WHOLE = ("tensor", "lora_B.bias", "lora_magnitude_vector")  # small enough to ho
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.ckpt", "adapter_model.pth")
 
 
+@dataclass(frozen=True)
+class Slice:
+    """Which part of stored factors belongs to one expert, and which rows of that expert's delta weight are meant.
+
+    lora_A holds the experts one after another, lora_B has them innermost. `rows` [n] counts rows of the delta weight
+    [out, in], or where `transposed` rows of its transpose.
+    """
+
+    expert: int
+    experts: int
+    rows: torch.Tensor
+    transposed: bool = False
+
+
 @dataclass
 class Factors:
     """One adapter's change of one target module, as its file has it.
@@ -46,21 +60,30 @@ class Factors:
     embedding: bool
     bias: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
+    slice: Slice | None = None
 
     @property
     def lora_A(self) -> torch.Tensor:
         """[r, in], in the file's dtype."""
-        return read_tensor(self.stored_A) if isinstance(self.stored_A, Entry) else self.stored_A
+        if self.slice is None:
+            return read_tensor(self.stored_A) if isinstance(self.stored_A, Entry) else self.stored_A
+        part, first = self.slice, self.slice.expert * self.r
+        rows = _held(self.stored_A)[first : first + self.r]
+        return rows[:, part.rows] if part.transposed else rows
 
     @property
     def lora_B(self) -> torch.Tensor:
         """[out, r], in the file's dtype."""
-        return read_tensor(self.stored_B) if isinstance(self.stored_B, Entry) else self.stored_B
+        if self.slice is None:
+            return read_tensor(self.stored_B) if isinstance(self.stored_B, Entry) else self.stored_B
+        part, stored = self.slice, _held(self.stored_B)
+        columns = stored.reshape(stored.shape[0], self.r, part.experts)[:, :, part.expert]
+        return columns if part.transposed else columns[part.rows]
 
     @property
     def r(self) -> int:
         """The rank."""
-        return self.stored_A.shape[0]
+        return self.stored_A.shape[0] // (self.slice.experts if self.slice else 1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,6 +104,16 @@ class Factors:
         """True where the product is zero: no rank has both its row of lora_A and its column of lora_B."""
         rows, columns = self.lora_A.flatten(1).any(1), self.lora_B.transpose(0, 1).flatten(1).any(1)
         return self.scaling == 0 or not bool((rows & columns).any())
+
+
+def _held(stored: torch.Tensor | Entry) -> torch.Tensor:
+    """A stored tensor that many slices are taken from, read once for a while."""
+    return _recent(stored, stored.file.stat().st_mtime_ns) if isinstance(stored, Entry) else stored
+
+
+@lru_cache(maxsize=16)
+def _recent(entry: Entry, _: int) -> torch.Tensor:
+    return read_tensor(entry)
 
 
 @dataclass
@@ -233,7 +266,7 @@ def _sort_tensors(
         tensor = read_tensor(entry)
         if not all_finite(tensor):
             raise AdapterError(f"tensor {key!r} holds a NaN or an infinity: the adapter is broken.")
-        parsed = parse_adapter_key(key)
+        parsed = parse_adapter_key(key, wrapped=bool(config.get("target_parameters")))
         if parsed.part == "original":
             continue
         known = tensors if parsed.part == "tensor" else parts.setdefault(parsed.name, {})
@@ -268,12 +301,24 @@ def _factors(module: str, parts: dict[str, Any], config: dict[str, Any], deadlin
         raise AdapterError(
             f"target module {module!r}: lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} do not multiply."
         )
-    scaling = _scaling(module, lora_A.shape[0], config, deadline)
+    deferred = config.get("target_parameters")
+    scaling = math.nan if deferred else scaling_of(module, lora_A.shape[0], config, deadline)
     return Factors(lora_A, lora_B, scaling, embedding, parts.get("lora_B.bias"), parts.get("lora_magnitude_vector"))
 
 
-def _scaling(module: str, r: int, config: dict[str, Any], deadline: float) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA. Source: `peft.tuners.lora.layer.LoraLayer.update_layer`."""
+def scaling_of(module: str, r: int, config: Mapping[str, Any], deadline: float | None = None) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA, of a module (or parameter) by the config's patterns.
+
+    With `target_parameters` it is the module tree that tells which parameter factors belong to; until then it is NaN.
+
+    Args:
+        deadline: as for `pattern_value`.
+
+    Raises:
+        AdapterError: the file has another rank than the config says.
+
+    Source: `peft.tuners.lora.layer.LoraLayer.update_layer`.
+    """
     expected = pattern_value(config.get("rank_pattern") or {}, module, config.get("r", 8), deadline)
     if r != expected:
         raise AdapterError(

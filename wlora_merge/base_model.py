@@ -22,6 +22,8 @@ from .sources import BASE_PATTERNS, Source, resolve_source
 if TYPE_CHECKING:
     import torch
 
+    from .module_tree import ModuleTree
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (
@@ -59,10 +61,19 @@ class BaseModel:
     def _names(self) -> NameResolver:
         return NameResolver(self.entries)
 
+    @cached_property
+    def tree(self) -> ModuleTree | None:
+        """The module tree that Transformers builds on this base; asking for it imports Transformers."""
+        from .module_tree import build_tree
+
+        return build_tree(self.folder, self.entries)
+
     def find_tensor(self, name: str) -> Entry | None:
-        """The tensor called so by a model built on this base: with or without the model prefix."""
+        """The tensor called so by a model built on this base: with or without the model prefix, or renamed on loading."""
         found = self._names.find(name)
-        return self.entries[found] if found else None
+        if found:
+            return self.entries[found]
+        return self.tree.renamed(name) if self.tree else None
 
     def find_module(self, name: str) -> str | None:
         """How the files call a model's module: the name of its weight or, where it has none, of its bias, without that part."""

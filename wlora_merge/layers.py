@@ -39,6 +39,7 @@ from .mixture import (
     prefixes,
     uniform,
 )
+from .module_tree import ModuleTree
 from .names import NameResolver
 from .stacking import Find, ModuleDelta, Target, refuse_overlap, stack, stack_tensors
 
@@ -218,6 +219,12 @@ def attach(
         raise MixtureError(f"temperature is {temperature}, expected a number above 0.")
     if hasattr(model, "wlora"):
         raise MixtureError("the model has adapters attached already: call wlora_merge.detach(model) first.")
+    for adapter in loaded:
+        if adapter.config.get("target_parameters"):
+            raise UnsupportedError(
+                f"{adapter.where}: it changes fused expert weights (target_parameters), which a fit does not train through yet: "
+                "`wlora-merge mix` and an export fold it."
+            )
     layers = dict(model.named_modules())
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     deltas = stack(loaded, live_modules(model), _live_tensors(model), model_type=model_type)
@@ -303,7 +310,12 @@ def live_modules(model: nn.Module) -> Find:
     tied = _tied_embeddings(model)
 
     def find(name: str) -> Target | None:
-        found = names.find(name)
+        found = names.find(name) or names.find(_renamed(model, name))
+        if found is None and ".experts." in name:
+            raise UnsupportedError(
+                f"target module {name!r}: the model has its experts in one tensor, and a fit does not train through that yet: "
+                "`wlora-merge mix` and an export fold it."
+            )
         if found is None:
             return None
         layer = layers[found]
@@ -311,6 +323,13 @@ def live_modules(model: nn.Module) -> Find:
         return Target(found, _weight_shape(found, layer), tie, partial(_weight, layer))
 
     return find
+
+
+def _renamed(model: nn.Module, module: str) -> str:
+    """What transformers makes of a module's name from before a renaming, as older adapters have it."""
+    if not hasattr(model, "config"):
+        return module
+    return ModuleTree(model, {}).rename(f"{module}.weight")[0].removesuffix(".weight")
 
 
 def _live_tensors(model: nn.Module) -> Find:
@@ -418,7 +437,6 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
     groups = make_groups(names.values(), attachment.granularity)
     row = {names[m]: g for g, modules in enumerate(attachment.groups.values()) for m in modules}
     logits = model.get_parameter(PARAMETER).detach().float().cpu()[[row[modules[0]] for modules in groups.values()]]
-    first_live, first_base = next(iter(names.items()))
     scale = attachment.delta_scale
     return Mixture(
         base=base_ref(opened),
@@ -429,7 +447,7 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
         groups=groups,
         mixture_weights=mixture_weights(logits, attachment.normalize, attachment.temperature),
         wlora_weights=logits,
-        prefixes=prefixes(first_base, first_live),
+        prefixes=prefixes((in_file, live) for live, in_file in names.items()),
         head={name: model.get_parameter(name).detach().cpu().clone() for name in attachment.head},
     )
 

@@ -16,7 +16,7 @@ from .errors import AdapterError, UnsupportedError
 FOLDED: dict[str, Any] = {
     "peft_type": None, "r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
     "fan_in_fan_out": False, "modules_to_save": None, "init_lora_weights": True, "use_dora": False,
-    "bias": "none", "lora_bias": False,
+    "bias": "none", "lora_bias": False, "target_parameters": None,
 }  # fmt: skip
 """Field -> default, for fields that this package reads. Some of their values are refused below."""
 
@@ -31,8 +31,9 @@ INERT: dict[str, Any] = {
 
 REFUSED: dict[str, Any] = {
     "trainable_token_indices": None, "velora_config": None, "alora_invocation_tokens": None, "use_qalora": False,
-    "monteclora_config": None, "layer_replication": None, "target_parameters": None, "use_bdlora": None,
-    "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False, }  # fmt: skip
+    "monteclora_config": None, "layer_replication": None, "use_bdlora": None,
+    "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
+}  # fmt: skip
 """Field -> default, for fields whose effect is not folded yet, or cannot be. What gets folded moves to `FOLDED`."""
 
 MUTATES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -106,9 +107,10 @@ def _check_types(config: Mapping[str, Any], where: str) -> None:
             raise AdapterError(f"{where}: {field} must be true or false, got {_short(config[field])}.")
     if config.get("bias") not in (None, *BIASES):
         raise AdapterError(f"{where}: bias must be one of {', '.join(BIASES)}, got {_short(config['bias'])}.")
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise AdapterError(f"{where}: modules_to_save must be a list of names, got {_short(saved)}.")
+    for field in ("modules_to_save", "target_parameters"):
+        names = config.get(field) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise AdapterError(f"{where}: {field} must be a list of names, got {_short(names)}.")
     numbers = [config.get("r", 8), *_values(config, "rank_pattern", where)]
     if not all(type(r) is int and r > 0 for r in numbers):
         raise AdapterError(f"{where}: r and rank_pattern must be positive whole numbers, got {_short(numbers)}.")

@@ -63,8 +63,6 @@ def mix(
     groups = make_groups([*(d.module for d in deltas), *(t.module for t in tensors)], "global")
     values = torch.tensor([row], dtype=torch.float32)
     logits = torch.zeros_like(values) if weights is None else values
-    first = next((name for name in loaded[0].modules), None)
-    found = modules_of(opened)(first) if first else None
     mixture = Mixture(
         base=base_ref(opened),
         adapters=[adapter_ref(a) for a in loaded],
@@ -78,7 +76,7 @@ def mix(
         head=head,
         modules_to_save=modules_to_save,
         config=_config_of(head, opened, task),
-        prefixes=prefixes(found.module, first) if found and first else ("", ""),
+        prefixes=prefixes((d.module, d.name or d.module) for d in deltas),
         data=_recorded(weights),
     )
     if out is not None:

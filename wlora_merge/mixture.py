@@ -95,10 +95,12 @@ class Mixture:
     data: dict[str, Any] = field(default_factory=dict)
     prefixes: tuple[str, str] = ("", "")
 
-    def live_name(self, module: str) -> str:
-        """A module's name in the model that loads the base: where that adds a prefix to the file's names, or drops one."""
+    def live_name(self, delta: ModuleDelta) -> str:
+        """A module's name in the model that loads the base: with the prefix that it adds or drops, or as the adapters have it."""
         in_file, in_model = self.prefixes
-        return in_model + module.removeprefix(in_file)
+        if in_file or in_model:
+            return in_model + delta.module.removeprefix(in_file)
+        return delta.name or delta.module
 
     @property
     def adapter_names(self) -> list[str]:
@@ -236,15 +238,20 @@ def uniform(n: int) -> list[float]:
     return [1.0 / n] * n
 
 
-def prefixes(in_file: str, in_model: str) -> tuple[str, str]:
-    """The leading parts in which two spellings of one module's name differ.
+def prefixes(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
+    """The leading parts in which the file's and the model's names of modules differ; empty where one differs in more.
 
-    >>> prefixes("encoder.layer.0", "bert.encoder.layer.0")
+    >>> prefixes([("encoder.layer.0", "bert.encoder.layer.0")])
     ('', 'bert.')
     """
-    longer, shorter = max(in_file, in_model, key=len), min(in_file, in_model, key=len)
-    extra = longer.removesuffix(shorter)
-    return ("", extra) if longer == in_model else (extra, "")
+    found = [_leading(in_file, in_model) for in_file, in_model in pairs]
+    return (found[0] if found and None not in found else None) or ("", "")
+
+
+def _leading(in_file: str, in_model: str) -> tuple[str, str] | None:
+    if in_model.endswith(in_file):
+        return "", in_model.removesuffix(in_file)
+    return (in_file.removesuffix(in_model), "") if in_file.endswith(in_model) else None
 
 
 def make_groups(modules: Iterable[str], granularity: str) -> dict[str, list[str]]:
@@ -256,7 +263,7 @@ def make_groups(modules: Iterable[str], granularity: str) -> dict[str, list[str]
     if granularity not in GRANULARITIES:
         raise MixtureError(f"granularity is {granularity!r}, expected one of {', '.join(GRANULARITIES)}.")
     groups: dict[str, list[str]] = {}
-    for module in sorted(modules, key=natural_key):
+    for module in sorted(set(modules), key=natural_key):
         groups.setdefault(group_of(module, granularity), []).append(module)
     return groups
 

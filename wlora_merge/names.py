@@ -65,10 +65,11 @@ class AdapterKey:
     part: str
 
 
-def parse_adapter_key(key: str) -> AdapterKey:
+def parse_adapter_key(key: str, *, wrapped: bool = False) -> AdapterKey:
     """Split a key of `adapter_model.safetensors` into what it changes and which part of the change it is.
 
-    Accepts keys with the adapter's name inside (`lora_A.default.weight`), as older PEFT wrote them.
+    Accepts keys with the adapter's name inside (`lora_A.default.weight`), as older PEFT wrote them. With `wrapped` a target
+    module keeps its `.base_layer`: PEFT wraps a module once for each of its parameters that it trains.
 
     Raises:
         UnsupportedError: for keys in the Diffusers and kohya conventions, named, and for any other that is not understood.
@@ -90,7 +91,8 @@ def parse_adapter_key(key: str) -> AdapterKey:
             raise UnsupportedError(f"tensor {key!r} is no part of a LoRA that is folded: leave this adapter out.")
         return AdapterKey(whole, "tensor")
     part = match["part"] + (".bias" if match["parameter"] == "bias" else "")
-    return AdapterKey(match["module"].replace(".base_layer", ""), part)
+    module = match["module"]
+    return AdapterKey(module if wrapped else module.replace(".base_layer", ""), part)
 
 
 def pattern_value(patterns: Mapping[str, V], module: str, default: V, deadline: float | None = None) -> V:

@@ -6,21 +6,25 @@ says what becomes of the whole tensors that adapters carry. This room knows shap
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from .adapters import Adapter, Factors
+from .adapters import Adapter, Factors, scaling_of
 from .base_model import OUTPUT_EMBEDDINGS, BaseModel
 from .errors import AdapterError, UnsupportedError, WloraMergeWarning
+from .experts import WRAPPER, split_factors
 from .layouts import Layout, factors_from_file, layout_of, output_rows, row_norms
 from .names import natural_key
 
 if TYPE_CHECKING:
     import torch
+
+    from .module_tree import ModuleTree
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,9 @@ class ModuleDelta:
 
     lora_A [R, in] and lora_B [out, R] hold the rows and columns of all adapters that target the module, R = Σ r_n;
     scaling [R] and adapter_index [R] say for each row its adapter's scaling and which adapter it came from.
-    `module` is the base tensor's name without `.weight`; `shape` the base tensor's shape; `read` gives the base weight.
+    `module` is the base tensor's name without `.weight`; `shape` the base tensor's shape, or with `start` that of the rows from
+    there on which alone change (rows of a matrix with its last dimension as columns). `name` is what an adapter calls the
+    module; empty where it knows it as rows of another. `read` gives the base weight.
 
     DoRA's merged weight is c_n·(W + s_n B_n A_n) with c_n = magnitude_n / ||W + s_n B_n A_n|| of each output row. It is
     W + (c_n - 1)·W + s_n (c_n·B_n) A_n: lora_B holds c_n·B_n, and `row_scale` [N, out] holds c_n - 1.
@@ -46,6 +52,8 @@ class ModuleDelta:
     adapter_index: torch.Tensor
     n_adapters: int
     read: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
+    name: str = ""
+    start: int | None = None
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -170,13 +178,15 @@ class TensorDelta:
 class Target:
     """A target module as its owner knows it: its name there, and the shape of its weight.
 
-    `tied` says that the model also uses the weight as its other embedding; `read` gives the weight, or the whole tensor.
+    `tied` says that the model also uses the weight as its other embedding; `read` gives the weight, or the whole tensor. `tree`
+    is the module tree, where that knows the module and the files hold its rows in other tensors.
     """
 
     module: str
     shape: tuple[int, ...]
     tied: bool = False
     read: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
+    tree: ModuleTree | None = field(default=None, compare=False)
 
 
 Find = Callable[[str], "Target | None"]
@@ -190,10 +200,11 @@ def modules_of(base: BaseModel) -> Find:
         entry = base.find_tensor(f"{module}.weight")
         if entry is None and base.tied and module.rpartition(".")[2] in OUTPUT_EMBEDDINGS:
             return Target(module, (), tied=True)
-        if entry is None:
-            return None
-        read = partial(base.read, entry.name)
-        return Target(entry.name.removesuffix(".weight"), entry.shape, entry.name in base.tied, read)
+        if entry is not None:
+            read = partial(base.read, entry.name)
+            return Target(entry.name.removesuffix(".weight"), entry.shape, entry.name in base.tied, read)
+        known = base.tree is not None and base.tree.find_module(module.replace(WRAPPER, ""))
+        return Target(module, (), tree=base.tree) if known else None
 
     return find
 
@@ -229,34 +240,84 @@ def stack(
             nothing.
         UnsupportedError: a trained lora_B.bias where the base has no bias.
     """
-    rows: dict[str, list[tuple[int, Factors, Layout]]] = {}
-    targets: dict[str, Target] = {}
+    rows: dict[tuple[str, int | None], list[Change]] = {}
     for n, adapter in enumerate(adapters):
-        for name, factors in adapter.modules.items():
-            target = _target(adapter, name, find)
-            layout = _layout(adapter, name, target, factors, model_type)
-            known = rows.setdefault(target.module, [])
-            if any(m == n for m, _, _ in known):
-                raise AdapterError(
-                    f"{adapter.where}: two of its target modules are {target.module!r} of the base model."
-                )
-            if known and known[0][2] is not layout:
-                raise AdapterError(
-                    f"{adapter.where}: target module {name!r} is {layout.value} here and {known[0][2].value} in another."
-                )
-            known.append((n, factors, layout))
-            targets[target.module] = target
+        for name in adapter.modules:
+            for change in _changes(n, adapter, name, find, model_type):
+                known = rows.setdefault((change.module, change.start), [])
+                if known and known[0].layout is not change.layout:
+                    raise AdapterError(
+                        f"{adapter.where}: target module {name!r} is {change.layout.value} here and {known[0].layout.value} in "
+                        "another."
+                    )
+                if any(other.n == n for other in known):
+                    raise AdapterError(
+                        f"{adapter.where}: two of its target modules are {change.module!r} of the base model."
+                    )
+                known.append(change)
+    _refuse_overlapping_rows(rows)
     biases = _biases(adapters, find_tensor or (lambda name: None))
-    for module, found in biases.items():
-        targets.setdefault(module, Target(module, tuple(next(iter(found.values())).shape)))
+    order = sorted({*rows, *((module, None) for module in biases)}, key=lambda key: (natural_key(key[0]), key[1] or 0))
     deltas = [
-        _stack_one(targets[m], rows.get(m, []), biases.get(m, {}), len(adapters))
-        for m in sorted(targets, key=natural_key)
+        _stack_one(key[0], rows.get(key, []), biases.get(key[0], {}) if key[1] is None else {}, len(adapters))
+        for key in order
     ]
     for n, adapter in enumerate(adapters):
         if adapter.is_zero and not any(_changes_beside(delta, n) for delta in deltas):
             raise AdapterError(f"{adapter.where}: every delta weight is zero: train this adapter, or leave it out.")
     return deltas
+
+
+@dataclass(frozen=True)
+class Change:
+    """One adapter's factors for one tensor of the base, or for some rows of it."""
+
+    n: int
+    module: str
+    shape: tuple[int, ...]
+    factors: Factors
+    layout: Layout
+    name: str = ""
+    start: int | None = None
+    read: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
+
+
+def _changes(n: int, adapter: Adapter, name: str, find: Find, model_type: str) -> Iterator[Change]:
+    target, factors = _target(adapter, name, find), adapter.modules[name]
+    if factors.is_zero and factors.magnitude is None and factors.bias is None:
+        warnings.warn(f"{adapter.where}: the delta weight of {name!r} is zero.", WloraMergeWarning, stacklevel=2)
+    if target.tree is None:
+        factors = _scaled(adapter, name)
+        layout = _layout(adapter, name, target, factors, model_type)
+        yield Change(n, target.module, target.shape, factors, layout, name, read=target.read)
+        return
+    parts = split_factors(adapter, name, target.tree)
+    if not parts:
+        raise _foreign(adapter, name)
+    for part in parts:
+        shape = (part.count, part.entry.shape[-1])
+        start = None if shape == part.entry.shape else part.start
+        yield Change(n, part.entry.name.removesuffix(".weight"), shape, part.factors, part.layout, start=start)
+
+
+def _scaled(adapter: Adapter, name: str) -> Factors:
+    """One module's factors with their scaling; PEFT matches a wrapped parameter's own name with the patterns."""
+    factors, targets = adapter.modules[name], adapter.config.get("target_parameters") or []
+    wrapped = any(f".{name}.weight".endswith(f".{target}") for target in targets)
+    if not targets:
+        return factors
+    return replace(factors, scaling=scaling_of(f"{name}.weight" if wrapped else name, factors.r, adapter.config))
+
+
+def _refuse_overlapping_rows(rows: Mapping[tuple[str, int | None], list[Change]]) -> None:
+    ends: dict[str, float] = {}
+    for (module, start), changes in sorted(rows.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
+        if (start or 0) < ends.get(module, 0):
+            raise UnsupportedError(
+                f"tensor {module!r}: one adapter changes it as a whole, and another rows of it as a module of its own, which "
+                "cannot both be: leave one adapter out."
+            )
+        ends[module] = math.inf if start is None else start + changes[0].shape[0]
 
 
 def _biases(adapters: Sequence[Adapter], find_tensor: Find) -> dict[str, dict[int, torch.Tensor]]:
@@ -267,16 +328,17 @@ def _biases(adapters: Sequence[Adapter], find_tensor: Find) -> dict[str, dict[in
         for name, trained in adapter.biases.items():
             module, base = _base_bias(adapter, name, trained, find_tensor)
             found.setdefault(module, {})[n] = trained.double() - base
-        for name, factors in adapter.modules.items():
-            if factors.bias is None:
+        for name in adapter.modules:
+            bias = adapter.modules[name].bias
+            if bias is None:
                 continue
             if find_tensor(f"{name}.bias") is None:
                 raise UnsupportedError(
                     f"{adapter.where}: it has a lora_B.bias on {name!r}, which has no bias in the base model, so it cannot be "
                     "folded: leave this adapter out."
                 )
-            module, _ = _base_bias(adapter, name, factors.bias, find_tensor)
-            known, delta = found.setdefault(module, {}), factors.scaling * factors.bias.double()
+            module, _ = _base_bias(adapter, name, bias, find_tensor)
+            known, delta = found.setdefault(module, {}), _scaled(adapter, name).scaling * bias.double()
             known[n] = known[n] + delta if n in known else delta
     return found
 
@@ -302,11 +364,15 @@ def _changes_beside(delta: ModuleDelta, n: int) -> bool:
 def _target(adapter: Adapter, name: str, find: Find) -> Target:
     target = find(name)
     if target is None:
-        raise AdapterError(
-            f"{adapter.where}: its target module {name!r} is not in the base model: this adapter was trained on another base."
-        )
+        raise _foreign(adapter, name)
     _refuse_tied(adapter, name, target)
     return target
+
+
+def _foreign(adapter: Adapter, name: str) -> AdapterError:
+    return AdapterError(
+        f"{adapter.where}: its target module {name!r} is not in the base model: this adapter was trained on another base."
+    )
 
 
 def _refuse_tied(adapter: Adapter, name: str, target: Target) -> None:
@@ -337,26 +403,25 @@ def _layout(adapter: Adapter, name: str, target: Target, factors: Factors, model
         raise AdapterError(
             f"{adapter.where}: target module {name!r}: lora_magnitude_vector has {factors.magnitude.numel()} numbers, expected {out}."
         )
-    if factors.is_zero and factors.magnitude is None and factors.bias is None:
-        warnings.warn(f"{adapter.where}: the delta weight of {name!r} is zero.", WloraMergeWarning, stacklevel=2)
     return layout
 
 
-def _stack_one(
-    target: Target, rows: list[tuple[int, Factors, Layout]], biases: dict[int, torch.Tensor], n_adapters: int
-) -> ModuleDelta:
+def _stack_one(module: str, changes: list[Change], biases: dict[int, torch.Tensor], n_adapters: int) -> ModuleDelta:
     import torch
 
-    ranks = torch.tensor([f.r for _, f, _ in rows], dtype=torch.int64)
+    first, factors = changes[0] if changes else None, tuple(c.factors for c in changes)
+    ranks = torch.tensor([f.r for f in factors], dtype=torch.int64)
     return ModuleDelta(
-        module=target.module,
-        layout=rows[0][2] if rows else Layout.LINEAR,
-        shape=target.shape,
-        factors=tuple(f for _, f, _ in rows),
-        scaling=torch.tensor([f.scaling for _, f, _ in rows], dtype=torch.float64).repeat_interleave(ranks),
-        adapter_index=torch.tensor([n for n, _, _ in rows], dtype=torch.int64).repeat_interleave(ranks),
+        module=module,
+        layout=first.layout if first else Layout.LINEAR,
+        shape=first.shape if first else tuple(next(iter(biases.values())).shape),
+        factors=factors,
+        scaling=torch.tensor([f.scaling for f in factors], dtype=torch.float64).repeat_interleave(ranks),
+        adapter_index=torch.tensor([c.n for c in changes], dtype=torch.int64).repeat_interleave(ranks),
         n_adapters=n_adapters,
-        read=target.read,
+        read=first.read if first else None,
+        name=first.name if first else "",
+        start=first.start if first else None,
         biases=biases,
     )
 

@@ -61,7 +61,7 @@ class Piece:
     dtype: str
     shape: tuple[int, ...]
     source: Entry | None = None
-    delta: ModuleDelta | TensorDelta | None = None
+    deltas: tuple[ModuleDelta | TensorDelta, ...] = ()
     tensor: torch.Tensor | None = None
     make: Callable[[], memoryview] | None = None
 
@@ -73,9 +73,7 @@ class Piece:
     @property
     def untouched(self) -> bool:
         """True where the output has the base's own bytes."""
-        return (
-            self.source is not None and self.delta is None and self.tensor is None and self.dtype == self.source.dtype
-        )
+        return self.source is not None and not self.deltas and self.tensor is None and self.dtype == self.source.dtype
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,10 @@ def plan(
         dtype: safetensors name (`F32`, `BF16`, `F16`) that floating tensors are cast to; None keeps each its own.
         max_shard_bytes: lay the tensors out anew in files of at most this size; None keeps the base's files.
     """
-    changed = {name: delta for delta in deltas for name in _tensor_names(base, delta)}
+    changed: dict[str, tuple[ModuleDelta | TensorDelta, ...]] = {}
+    for delta in deltas:
+        for name in _tensor_names(base, delta):
+            changed[name] = (*changed.get(name, ()), delta)
     found = {name: base.find_tensor(name) for name in head}
     head = {entry.name if (entry := found[name]) else name: tensor for name, tensor in head.items()}
     files = [_plan_file(name, base, changed, head, dtype) for name in base.headers]
@@ -144,14 +145,14 @@ def _tensor_names(base: BaseModel, delta: ModuleDelta | TensorDelta) -> list[str
 def _plan_file(
     name: str,
     base: BaseModel,
-    changed: Mapping[str, ModuleDelta | TensorDelta],
+    changed: Mapping[str, tuple[ModuleDelta | TensorDelta, ...]],
     head: Mapping[str, torch.Tensor],
     dtype: str | None,
 ) -> OutputFile:
     header = base.headers[name]
     pieces = []
     for entry in header.entries.values():
-        piece = Piece(entry.name, entry.dtype, entry.shape, entry, changed.get(entry.name))
+        piece = Piece(entry.name, entry.dtype, entry.shape, entry, changed.get(entry.name, ()))
         if entry.name in head:
             tensor = head[entry.name]
             piece = Piece(entry.name, entry.dtype, tuple(tensor.shape), tensor=tensor)
@@ -420,20 +421,39 @@ def _read(space: Workspace, fd: int, entry: Entry, offset: int, length: int) -> 
 def _fold_jobs(
     space: Workspace, fd: int, piece: Piece, source: Entry, mixture: Mixture
 ) -> Iterator[Callable[[], memoryview]]:
-    rows, cols = matrix_shape(source.shape) if source.shape else (1, 1)
-    delta = piece.delta
-    if isinstance(delta, TensorDelta) or (delta is not None and source.name == delta.bias_name):
-        yield partial(_fold_whole, space, fd, piece, source, delta, mixture)
+    change = piece.deltas[0] if piece.deltas else None
+    if isinstance(change, TensorDelta) or (change is not None and source.name == change.bias_name):
+        yield partial(_fold_whole, space, fd, piece, source, change, mixture)
         return
-    terms = (
-        None
-        if delta is None
-        else (*fold_factors(delta, mixture.gains_of(delta)), fold_factor(delta, mixture.whole_gains_of(delta)))
-    )
+    rows, cols = matrix_shape(source.shape) if source.shape else (1, 1)
+    spans: list[tuple[int, int, ModuleDelta | None]] = [(0, rows, None)]
+    if piece.deltas:
+        rows, cols, spans = _spans(source, [d for d in piece.deltas if isinstance(d, ModuleDelta)])
     step = max(1, BLOCK_ELEMENTS // max(1, cols))
-    for row in range(0, rows, step):
-        count = min(step, rows - row)
-        yield partial(_fold_block, space, fd, piece, source, terms, row, count, cols)
+    for first, end, delta in spans:
+        terms = (
+            None
+            if delta is None
+            else (*fold_factors(delta, mixture.gains_of(delta)), fold_factor(delta, mixture.whole_gains_of(delta)))
+        )
+        for row in range(0, end - first, step):
+            count = min(step, end - first - row)
+            yield partial(_fold_block, space, fd, piece, source, terms, first, row, count, cols)
+
+
+def _spans(source: Entry, deltas: Sequence[ModuleDelta]) -> tuple[int, int, list[tuple[int, int, ModuleDelta | None]]]:
+    """Rows and columns of a tensor, and (first row, end, delta) for all its rows in order: None where nothing changes."""
+    rows, cols = matrix_shape(source.shape)
+    if deltas[0].start is None:
+        return rows, cols, [(0, rows, deltas[0])]
+    rows, cols = rows * cols // source.shape[-1], source.shape[-1]
+    spans: list[tuple[int, int, ModuleDelta | None]] = []
+    at = 0
+    for delta in sorted(deltas, key=lambda d: d.start or 0):
+        start = delta.start or 0
+        spans += [(at, start, None), (start, start + delta.shape[0], delta)]
+        at = start + delta.shape[0]
+    return rows, cols, [*spans, (at, rows, None)]
 
 
 def _fold_block(
@@ -442,14 +462,16 @@ def _fold_block(
     piece: Piece,
     source: Entry,
     terms: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
+    first: int,
     row: int,
     count: int,
     cols: int,
 ) -> memoryview:
+    """Rows `first + row` and on of the base's tensor, which are rows `row` and on of the terms."""
     import torch
 
     width = byte_length(source.dtype, (cols,))
-    data = _read(space, fd, source, row * width, count * width)
+    data = _read(space, fd, source, (first + row) * width, count * width)
     block = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(count, cols)
     if terms is None:
         return _rounded(space, block, piece)

@@ -96,7 +96,7 @@ def write_lora(
     factors, report = combine(mixture, deltas, rank=rank, energy=energy)
     tensors = {}
     for delta, (lora_A, lora_B) in factors:
-        name = PEFT_PREFIX + mixture.live_name(delta.module)
+        name = PEFT_PREFIX + mixture.live_name(delta)
         for suffix, tensor in factors_to_file(delta.layout, lora_A, lora_B, delta.shape).items():
             tensors[f"{name}.{suffix}"] = _finite(tensor.to(getattr(torch, dtype)).contiguous(), f"{name}.{suffix}")
     for name, tensor in mixture.head.items():
@@ -129,6 +129,11 @@ def _products(deltas: Sequence[ModuleDelta | TensorDelta]) -> list[ModuleDelta]:
         if delta.biases:
             raise UnsupportedError(
                 f"tensor {delta.bias_name!r}: the adapters train this bias, which no LoRA without a bias can express: export with "
+                "--format dense."
+            )
+        if delta.start is not None:
+            raise UnsupportedError(
+                f"tensor {delta.module!r}: the adapters change some rows of it, which a plain LoRA cannot express: export with "
                 "--format dense."
             )
     return [delta for delta in deltas if isinstance(delta, ModuleDelta)]
@@ -202,16 +207,19 @@ def _config(mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta], r: int
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(delta.layout is Layout.CONV1D for delta in deltas),
-        "target_modules": _target_modules(mixture, base, [delta.module for delta in deltas]),
+        "target_modules": _target_modules(mixture, base, deltas),
         "modules_to_save": heads or None,
         "inference_mode": True,
         "init_lora_weights": True,
     }
 
 
-def _target_modules(mixture: Mixture, base: BaseModel, modules: list[str]) -> list[str]:
+def _target_modules(mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta]) -> list[str]:
     """The short names (`q_proj`) where they select just these modules of the base, else the whole names."""
+    modules = {delta.module for delta in deltas}
     short = {module.rpartition(".")[2] for module in modules}
     known = {name.removesuffix(".weight") for name in base.entries if name.endswith(".weight")}
     matched = {name for name in known if name.rpartition(".")[2] in short}
-    return sorted(short) if matched == set(modules) else [mixture.live_name(m) for m in modules]
+    names = [mixture.live_name(delta) for delta in deltas]
+    same = all(name.rpartition(".")[2] == d.module.rpartition(".")[2] for name, d in zip(names, deltas, strict=True))
+    return sorted(short) if matched == modules and same else names

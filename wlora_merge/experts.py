@@ -1,0 +1,98 @@
+"""An adapter's factors for one tensor of the module tree -> factors for the tensors of the files that hold its rows.
+
+A fused expert weight is one parameter [experts, out, in] of the tree; PEFT's `target_parameters` gives it lora_A
+[r · experts, in], the experts one after another, and lora_B [out, r · experts], the experts innermost. Its delta weight is one
+low-rank product for each expert, so each expert's rows, wherever the files keep them, have factors of their own.
+
+Source: `peft.tuners.lora.layer.ParamWrapper`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .adapters import Adapter, Factors, Slice, scaling_of
+from .checkpoint import Entry
+from .errors import AdapterError, UnsupportedError
+from .layouts import Layout
+from .module_tree import ModuleTree, Part
+
+WRAPPER = ".base_layer"
+
+
+@dataclass(frozen=True)
+class PartFactors:
+    """Factors of `count` rows of a tensor of the files, from row `start` on."""
+
+    entry: Entry
+    start: int
+    count: int
+    layout: Layout
+    factors: Factors
+
+
+def split_factors(adapter: Adapter, name: str, tree: ModuleTree) -> list[PartFactors]:
+    """The factors of every tensor of the files that holds rows of one target module; empty where the tree has none.
+
+    Args:
+        name: the target module as the adapter names it, with a `.base_layer` for each wrapper around PEFT's.
+
+    Raises:
+        AdapterError: the shapes do not fit, or the config's target_parameters do not explain the wrappers.
+        UnsupportedError: transformers makes the tensor by more than moving rows; a DoRA.
+    """
+    factors, module = adapter.modules[name], tree.find_module(name.replace(WRAPPER, ""))
+    if module is None:
+        return []
+    if factors.magnitude is not None:
+        raise UnsupportedError(
+            f"{adapter.where}: target module {name!r} is a DoRA, and the base's files hold its rows in other tensors, which is not "
+            "folded yet: leave this adapter out."
+        )
+    tensor = _tensor(adapter, name, module, tree)
+    shape = tree.tensors.get(tensor, ())
+    if len(shape) not in (2, 3):
+        return []
+    experts, transposed = shape[0] if len(shape) == 3 else 1, len(shape) == 3 and tree.is_transposed(module)
+    rows, cols = shape[-2:]
+    r = factors.r // experts
+    expected = ((r * experts, rows), (cols, r * experts)) if transposed else ((r * experts, cols), (rows, r * experts))
+    got = tuple(factors.stored_A.shape), tuple(factors.stored_B.shape)
+    if got != expected:
+        raise AdapterError(
+            f"{adapter.where}: target module {name!r}: lora_A {list(got[0])} and lora_B {list(got[1])} do not fit {tensor!r} "
+            f"{list(shape)} of the base model: this adapter was trained on another base model."
+        )
+    scaling = scaling_of(tensor if adapter.config.get("target_parameters") else name, r, adapter.config)
+    layout = Layout.CONV1D if transposed else Layout.LINEAR
+    return [
+        PartFactors(
+            part.entry, part.start, len(part.rows), layout,
+            replace(factors, scaling=scaling, slice=Slice(expert, experts, part.rows % rows, transposed)),
+        )
+        for whole in tree.parts(tensor)
+        for expert, part in _by_expert(whole, rows)
+    ]  # fmt: skip
+
+
+def _tensor(adapter: Adapter, name: str, module: str, tree: ModuleTree) -> str:
+    wrapped = tree.wrapped_parameters(module, adapter.config.get("target_parameters") or [])
+    outer = name.replace(WRAPPER, "")
+    wrappers = sum(other.replace(WRAPPER, "") == outer for other in adapter.modules)
+    if not wrapped and wrappers == 1:
+        return f"{module}.weight"
+    if len(wrapped) != wrappers:
+        raise AdapterError(
+            f"{adapter.where}: target module {outer!r} has {wrappers} pairs of factors, and the config's target_parameters name "
+            f"{len(wrapped)} of its parameters."
+        )
+    return f"{module}.{wrapped[-1 - name.count(WRAPPER)]}"
+
+
+def _by_expert(part: Part, rows: int) -> Iterator[tuple[int, Part]]:
+    """Cut a part where it passes from one expert to the next."""
+    expert = part.rows // rows
+    ends = ((expert[1:] != expert[:-1]).nonzero().flatten() + 1).tolist()
+    for a, b in zip([0, *ends], [*ends, len(expert)], strict=True):
+        yield int(expert[a]), Part(part.entry, part.start + a, part.rows[a:b])

@@ -1,0 +1,191 @@
+"""The module tree that Transformers builds on a checkpoint, and where each of its tensors lies in the files.
+
+Transformers 5 renames and fuses tensors while it loads: a ViT's `encoder.layer.0.attention.attention.query` is `layers.0.
+attention.q_proj` in the tree, and the experts of a Mixtral, one matrix each in the files, are one parameter. Adapters have the
+tree's names, exports the files'. What becomes of what is read from Transformers' own conversion tables: names through its
+renaming, fused tensors by sending row numbers through its own conversion. Importing Transformers costs seconds, so this room
+is entered only for a name that the files do not have.
+
+Source: `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import Entry
+from .errors import UnsupportedError
+from .names import NameResolver
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one tensor of the files, and which rows of the tree's tensor they are.
+
+    Rows are those of a matrix with the tensor's last dimension as columns: `start` is the first one in the file's tensor,
+    `rows` [n] the row of the tree's tensor that each of the n rows from there on is.
+    """
+
+    entry: Entry
+    start: int
+    rows: torch.Tensor
+
+
+@dataclass
+class Fused:
+    """Tensors of the files that one conversion makes into one or several tensors of the tree."""
+
+    name: str
+    converter: Any
+    sources: list[tuple[str, str]] = field(default_factory=list)
+
+
+class ModuleTree:
+    """A model without memory, and the conversions that Transformers applies to names and tensors on the way into it."""
+
+    def __init__(self, model: nn.Module, entries: dict[str, Entry]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, dot_natural_key
+
+        self.model, self.entries = model, entries
+        self.modules = dict(model.named_modules())
+        self.tensors = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        conversions = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        self._renamings: list[Any] = [c for c in conversions if not isinstance(c, WeightConverter)]
+        self._converters: list[Any] = [c for c in conversions if isinstance(c, WeightConverter)]
+        self._renamed: dict[str, str] = {}
+        self._fused: dict[str, Fused] = {}
+        for name in sorted(entries, key=dot_natural_key):
+            self._place(name)
+        self._module_names = NameResolver(name for name in self.modules if name)
+        self._tensor_names = NameResolver([*self._renamed, *self._fused])
+
+    def _place(self, name: str) -> None:
+        found, pattern = self.rename(name)
+        if pattern is None:
+            self._renamed[found] = name
+            return
+        converter = next(c for c in self._converters if pattern in c.source_patterns)
+        group = self._fused.setdefault(found, Fused(found, converter))
+        group.sources.append((name, pattern))
+        for other in converter.target_patterns[1:]:
+            self._fused[found.replace(converter.target_patterns[0], other)] = group
+
+    def rename(self, name: str) -> tuple[str, str | None]:
+        """The tree's name of a tensor of the files, and the source pattern of the conversion that fuses or splits it."""
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = getattr(self.model, "base_model_prefix", "") or None
+        found: tuple[str, str | None] = rename_source_key(
+            name, self._renamings, self._converters, prefix, dict.fromkeys(self.tensors, True)
+        )
+        return found
+
+    def find_module(self, name: str) -> str | None:
+        """A module of the tree by its name, with or without the model prefix."""
+        return self._module_names.find(name)
+
+    def renamed(self, name: str) -> Entry | None:
+        """The tensor of the files that the tree calls so; None where there is none, or it is fused or split on loading."""
+        found = self._tensor_names.find(name)
+        return self.entries[self._renamed[found]] if found in self._renamed else None
+
+    def parts(self, name: str) -> list[Part]:
+        """The tensors of the files that hold the rows of one tensor of the tree; empty where there are none.
+
+        Raises:
+            UnsupportedError: the conversion moves more than whole rows.
+        """
+        import torch
+
+        found = self._tensor_names.find(name)
+        if found is None:
+            return []
+        if found in self._renamed:
+            entry = self.entries[self._renamed[found]]
+            return [Part(entry, 0, torch.arange(_rows(entry)))]
+        group, shape = self._fused[found], self.tensors.get(found, ())
+        ids = self._trace(group).get(found)
+        if ids is None or tuple(ids.shape) != (*shape[:-1], 1):
+            raise UnsupportedError(
+                f"tensor {found!r}: transformers makes it of {group.sources[0][0]!r} by more than moving rows, which is not folded "
+                "yet: leave this adapter out."
+            )
+        flat, parts, first = ids.flatten(), [], 0
+        for source, _ in group.sources:
+            entry = self.entries[source]
+            there = (flat >= first) & (flat < first + _rows(entry))
+            if there.any():
+                parts += _runs(entry, flat[there] - first, there.nonzero().flatten())
+            first += _rows(entry)
+        return parts
+
+    def _trace(self, group: Fused) -> dict[str, torch.Tensor]:
+        """Send the numbers of the files' rows, one column wide, through the conversion: tree name -> row numbers."""
+        import torch
+
+        converter, first = copy.deepcopy(group.converter), 0
+        for source, pattern in group.sources:
+            entry = self.entries[source]
+            rows = torch.arange(first, first + _rows(entry)).reshape(*entry.shape[:-1], 1)
+            converter.add_tensor(group.name, source, pattern, rows)
+            first += _rows(entry)
+        try:
+            found = converter.convert(group.name, model=self.model, config=self.model.config)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # not made for row numbers
+            return {}
+        return {name: t[0] if isinstance(t, list) else t for name, t in found.items()}
+
+    def wrapped_parameters(self, module: str, targets: Iterable[str]) -> list[str]:
+        """The parameters of a module that PEFT's `target_parameters` wraps, innermost first.
+
+        Source: `peft.tuners.tuners_utils.BaseTuner._inject_parameters`.
+        """
+        wanted = list(targets)
+        names = [name for name, _ in self.modules[module].named_parameters(recurse=False)]
+        return [n for n in names if any(f".{module}.{n}".endswith(f".{target}") for target in wanted)]
+
+    def is_transposed(self, module: str) -> bool:
+        """True where a module's expert weights are [experts, in, out], as PEFT asks it."""
+        return bool(getattr(self.modules[module], "is_transposed", False))
+
+
+def _rows(entry: Entry) -> int:
+    rows = 1
+    for size in entry.shape[:-1]:
+        rows *= size
+    return rows
+
+
+def _runs(entry: Entry, here: torch.Tensor, there: torch.Tensor) -> list[Part]:
+    """Parts of consecutive rows `here` of a tensor of the files, which are the rows `there` of the tree's."""
+    order = here.argsort()
+    here, there = here[order], there[order]
+    ends = ((here[1:] - here[:-1]) != 1).nonzero().flatten() + 1
+    bounds = [0, *ends.tolist(), len(here)]
+    return [Part(entry, int(here[a]), there[a:b]) for a, b in pairwise(bounds)]
+
+
+def build_tree(folder: Path, entries: dict[str, Entry]) -> ModuleTree | None:
+    """The module tree of the model that a folder's config names; None where Transformers has no class for it."""
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        names = getattr(config, "architectures", None) or [""]
+        known = getattr(transformers, names[0], None) if names[0] else None
+        with torch.device("meta"):
+            model = known(config) if known is not None else transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError):
+        return None
+    return ModuleTree(model, entries)
