@@ -65,8 +65,8 @@ def test_a_classifier_fit_trains_a_new_head_judges_every_candidate_and_exports(
         progress=lambda name, *_: seen.append(name),
     )  # fmt: skip
     assert list(mixture.metrics["candidates"]) == ["base", "uniform", "a0", "a1", "a2", "learned"]
-    assert all({"loss", "accuracy"} <= set(row) for row in mixture.metrics["candidates"].values())
-    assert mixture.metrics["held_out"] == {"examples": 4, "of": 16}
+    assert all({"loss", "accuracy", "accuracy_se"} == set(row) for row in mixture.metrics["candidates"].values())
+    assert mixture.metrics["held_out"] == {"examples": 16, "of": 16, "folds": 3}
     assert set(mixture.head) == {"classifier.weight", "classifier.bias"}
     assert mixture.head["classifier.weight"].shape == (2, 32)
     assert mixture.config["id2label"] == {"0": "high", "1": "low"}
@@ -143,7 +143,7 @@ def test_a_causal_lm_fit_lowers_the_loss_on_the_completion(tmp_path: Path) -> No
     mixture = fit(
         tmp_path / "base", folders, tmp_path / "shots.jsonl", "causal-lm", max_steps=30, learning_rate=0.05,
         eval_data=tmp_path / "shots.jsonl",
-        normalize="none", progress=lambda name, step, steps, loss: losses.append(loss) if name == "learned" else None,
+        normalize="none", progress=lambda name, step, steps, loss, weights: losses.append(loss) if name == "learned" else None,
     )  # fmt: skip
     assert sum(losses[-5:]) < sum(losses[:5])
     assert mixture.head == {}
@@ -173,7 +173,7 @@ def test_a_head_that_the_base_has_for_these_labels_is_kept(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("learning_rate", 0.0), ("max_steps", -1), ("held_out", 1.0), ("batch_size", float("nan"))]
+    ("option", "value"), [("learning_rate", 0.0), ("max_steps", -1), ("folds", 1), ("batch_size", float("nan"))]
 )
 def test_an_option_out_of_range_is_named(
     bert_zoo: tuple[Path, list[Path], Path], option: str, value: float, tmp_path: Path

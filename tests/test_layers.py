@@ -212,13 +212,13 @@ def test_a_copy_of_an_attached_model_has_its_own_weights(llama_zoo: Callable[...
     assert not torch.allclose(model(IDS).logits, other(IDS).logits)
 
 
-def test_attaching_twice_or_one_adapter_alone_is_refused(llama_zoo: Callable[..., Any]) -> None:
+def test_attaching_twice_or_no_adapter_is_refused(llama_zoo: Callable[..., Any]) -> None:
     model, base = attached(llama_zoo)
     _, folders = llama_zoo()
     with pytest.raises(MixtureError, match="attached already"):
         attach(model, folders)
-    with pytest.raises(WloraMergeError, match="two adapters"):
-        attach(AutoModelForCausalLM.from_pretrained(base), folders[:1])
+    with pytest.raises(WloraMergeError, match="an adapter or more"):
+        attach(AutoModelForCausalLM.from_pretrained(base), folders[:0])
     with pytest.raises(MixtureError, match="no adapters attached"):
         read_mixture(AutoModelForCausalLM.from_pretrained(base))
 

@@ -16,13 +16,11 @@ import click
 
 from . import names
 from .errors import WloraMergeError
-from .options import AS_JSON, FORCE, INPUTS, MODULES_TO_SAVE, MOVED, OUT, RESIDUAL
+from .options import AS_JSON, FIT_OPTIONS, FORCE, INPUTS, MODULES_TO_SAVE, MOVED, OUT, RESIDUAL
 from .staging import terminate_as_exit
 from .terminal import byte_progress, fit_progress, human, show_table, shown_log, shown_warnings
 
 TASKS = click.Choice(names.TASKS)
-GRANULARITIES = click.Choice(["module", "layer", "global"])
-NORMALIZE = click.Choice(["all", "present", "none"])
 DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -79,44 +77,7 @@ def main(debug: bool) -> None:
 @click.option("--data", required=True, metavar="FILE_OR_ID", help="The shots: JSONL, CSV, Parquet, a folder, a hub id.")
 @click.option("--task", required=True, type=TASKS, help="What the model is for.")
 @OUT
-@click.option("--granularity", type=GRANULARITIES, default="module", show_default=True, help="Who shares weights.")
-@click.option(
-    "--normalize",
-    type=NORMALIZE,
-    default="all",
-    show_default=True,
-    help="Softmax over all adapters, renormalized over those present in a module, or none: free weights.",
-)
-@click.option("--delta-scale", type=float, default=1.0, show_default=True, help="Factor of the whole delta weight.")
-@click.option("--epochs", type=float, help="Passes over the shots. Default: --max-steps decides.")
-@click.option("--max-steps", type=int, help="Optimizer steps. Default: 100 if a head is trained, 40 if not.")
-@click.option("--learning-rate", type=float, default=0.05, show_default=True, help="Of the logits (AdamW).")
-@click.option("--head-learning-rate", type=float, default=5e-3, show_default=True, help="Of a new head (AdamW).")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Examples in a batch.")
-@click.option(
-    "--gradient-accumulation-steps", type=int, default=1, show_default=True, help="Batches in an optimizer step."
-)
-@click.option("--max-length", type=int, help="Tokens kept of an example. Default: what the tokenizer says.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the head, the order and the held-out part.")
-@click.option("--eval-data", metavar="FILE_OR_ID", help="Judge on these. Default: hold some of the shots out.")
-@click.option("--held-out", type=float, default=0.25, show_default=True, help="Share of the shots to judge on, 0 to 1.")
-@click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="Which column of --data is NAME.")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
-    default="auto",
-    show_default=True,
-    help="Where to run.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "bf16", "fp16"]),
-    default="float32",
-    show_default=True,
-    help="Mixed precision of transformers' Trainer, or none.",
-)
-@click.option("--quantize", type=click.Choice(["4bit", "8bit"]), help="Load the base quantized. Default: no.")
-@click.option("--report-to", default="none", show_default=True, help="Logging integration of transformers' Trainer.")
+@FIT_OPTIONS
 @MODULES_TO_SAVE
 @RESIDUAL
 @FORCE
@@ -129,7 +90,9 @@ def fit(
     out: str,
     eval_data: str | None,
     columns: tuple[str, ...],
-    quantize: str | None,
+    weights: str | None,
+    delta_scale: str,
+    initial_logits: str | None,
     modules_to_save: str | None,
     base_is_residual: str | None,
     force: bool,
@@ -142,8 +105,6 @@ def fit(
     wlora-merge fit --base BASE --adapter a=PATH --adapter b=PATH \\
         --data shots.csv --task text-classification --out mixture
     """
-    if quantize:
-        raise click.UsageError(f"--quantize {quantize} is not supported yet.")
     if len(adapters) < 2:
         raise click.UsageError("a fit needs --adapter twice or more; for one adapter, see wlora-merge mix.")
     from .fit import fit as run
@@ -161,6 +122,9 @@ def fit(
             residual=base_is_residual,
             force=force,
             progress=progress,
+            weights=_numbers(weights),
+            delta_scale=delta_scale if delta_scale == "learned" else _number("--delta-scale", delta_scale),
+            initial_logits=_numbers_or_path(initial_logits),
             **options,
         )
     from .ranks import is_leader
@@ -398,6 +362,20 @@ def _numbers(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise click.UsageError(f"--weights {text!r}: expected numbers with commas between them, as 0.5,0.5.") from error
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise click.UsageError(f"{option} {text!r}: expected a number, or learned.") from error
+
+
+def _numbers_or_path(text: str | None) -> list[float] | str | None:
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError:
+        return text
 
 
 def _bytes(text: str | None) -> int | None:

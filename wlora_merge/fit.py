@@ -1,91 +1,52 @@
-"""The fit workflow: learn the mixture logits, and a head where the task needs a new one, on few-shot data.
+"""The fit workflow: find the mixture weights, and a head where the task needs a new one, on few-shot data.
 
-Part of the shots is held out. On the rest the learned mixture is trained, and so is every simpler candidate: the base alone,
-each adapter alone, uniform composition; each trains its own head in the same way. All are judged on what was held out. Then
-the mixture is trained once more on all shots, and that one is kept. `transformers.Trainer` drives the loop.
+With two shots per class or more, stratified folds compare the base, uniform composition, each adapter alone and the learned
+mixture in several settings; each trains its own head in the same way. What is kept is then trained on all shots. With one shot
+per class nothing can be held out: the settings are the defaults, and the metrics are not estimated.
 """
 
 from __future__ import annotations
 
-import math
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from .adapters import load_adapters
+from .adapters import Adapter, load_adapters
 from .base_model import BaseModel, open_base, refuse_quantized
-from .check import quiet_libraries
-from .data import Examples, read_examples, split_held_out
+from .data import Examples, read_examples
 from .errors import DataError, MixtureError
+from .fit_options import FitOptions, fit_options
 from .mixture import Mixture
-from .ranks import is_leader
 from .stacking import modules_of, stack, tensors_of
 from .tasks import Task, get_task
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import Trainer
-
+    from .candidates import Comparison
     from .labels import LabelSet
+    from .ranks import Team
+    from .training import Candidate, FitProgress, Learner
 
-LEARNED = "learned"
-STEPS_WITH_HEAD, STEPS_WITHOUT = 100, 40
-PRECISIONS = ("float32", "bf16", "fp16")
-FitProgress = Callable[[str, int, int, float], None]
-"""Called with (candidate, step, steps, loss) after every step."""
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """How to train; the defaults are for a handful of examples.
-
-    epochs or max_steps (the latter wins; neither: 100 steps where a head is trained, 40 where not); learning_rate of the
-    logits; head_learning_rate; batch_size in examples (of each process); held_out: the share of the shots to judge on, 0 for
-    none; precision: `float32`, or `bf16` and `fp16` for Trainer's mixed precision.
-    """
-
-    granularity: str = "module"
-    normalize: str = "all"
-    delta_scale: float = 1.0
-    epochs: float | None = None
-    max_steps: int | None = None
-    learning_rate: float = 0.05
-    head_learning_rate: float = 5e-3
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    max_length: int | None = None
-    held_out: float = 0.25
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "float32"
-    report_to: str = "none"
+FOLD_SHARE = 0.5  # of the time that `max_minutes` allows
 
 
 @dataclass
-class _Run:
-    """What every candidate's training shares."""
+class _Job:
+    """What a fit works on: the learner, and which of its rows are for what."""
 
-    model: Any
-    task: Task
-    labels: LabelSet | None
-    processor: Any
+    learner: Learner
+    shots: list[int]
+    held: list[int]
+    parts: list[tuple[list[int], list[int]]]
     options: FitOptions
-    head: list[str]
-    start: dict[str, torch.Tensor] = field(default_factory=dict)
-    progress: FitProgress | None = None
-    scratch: str = ""
+    start: float
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps; -1 where epochs decide."""
-        if self.options.max_steps is not None:
-            return self.options.max_steps
-        if self.options.epochs is not None:
-            return -1
-        return STEPS_WITH_HEAD if self.head else STEPS_WITHOUT
+    def deadline(self, share: float = 1.0) -> float | None:
+        """In `time.monotonic()`; None without a budget."""
+        return None if self.options.max_minutes is None else self.start + share * 60 * self.options.max_minutes
 
 
 def fit(
@@ -100,10 +61,11 @@ def fit(
     modules_to_save: str | None = None,
     residual: str | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: FitProgress | None = None,
     **options: Any,
 ) -> Mixture:
-    """Learn a mixture of adapters on few-shot data.
+    """Find the mixture weights of several adapters on few-shot data.
 
     Args:
         base: folder or hub id of the base model.
@@ -112,324 +74,324 @@ def fit(
         task: `causal-lm`, `seq2seq-lm`, `text-classification`, `token-classification`, `question-answering` or
             `image-classification`.
         out: folder to write the mixture to; None writes nothing.
-        eval_data: judge on these examples and hold none of the shots out.
+        eval_data: judge the candidates on these examples; `method: auto` and `select: best` then choose on them.
         columns: {canonical column: column in the file}, where the names follow no convention.
         modules_to_save: what becomes of whole tensors that the adapters carry and the head does not replace.
         residual: name of the adapter whose residual the base is.
         force: replace what is in `out`.
-        progress: called with (candidate, step, steps, loss).
+        resume: go on where a killed fit to the same `out` stopped (`OUT.fit-state`), to the same weights.
+        progress: called with (candidate, step, steps, loss, mean mixture weights) after every step.
         options: fields of `FitOptions`.
 
     Returns:
-        The learned mixture; `metrics["candidates"]` has the held-out loss and metric of every candidate.
+        The mixture; `metrics["candidates"]` has the loss, the metric and its standard error of every candidate.
 
     Raises:
         WloraMergeError: with one sentence; nothing is left in `out`.
     """
-    chosen = _options(options)
+    from .ranks import team
+
+    chosen = fit_options(options)
     job = get_task(task)
     opened, loaded = open_base(base), load_adapters(adapters, residual=residual)
+    _check_count(loaded, chosen)
     refuse_quantized(opened)
     shots = read_examples(data, task=task, columns=columns)
     held = read_examples(eval_data, task=task, columns=columns) if eval_data else None
-    labels = job.labels(shots)
+    if chosen.early_stopping and held is None:
+        raise MixtureError(
+            "early_stopping needs eval_data to look at; on the shots alone, the folds choose the number of steps."
+        )
     stack(
         loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type
     )  # refuses what no export could write
-    run = _prepare(opened, loaded, job, labels, chosen, modules_to_save, progress)
-    part, held = (shots, held) if held is not None else _parts(shots, chosen)
-    with tempfile.TemporaryDirectory(prefix="wlora-merge-") as scratch:
-        run.scratch = scratch
-        metrics = _judge(run, [a.name for a in loaded], part, held)
-        _train(run, LEARNED if held is None else f"{LEARNED}, all shots", shots)
-    metrics["held_out"] = _held_out(eval_data, held, shots)
-    mixture = Mixture.from_model(run.model, opened)
-    mixture.task, mixture.metrics, mixture.modules_to_save = task, metrics, modules_to_save
-    mixture.config = _config(run) if run.head else {}
-    mixture.data = {"method": LEARNED, "data": _data_ref(shots), "fit": _recorded(chosen, run)}
-    if out is not None and is_leader():
-        mixture.save(out, force=force, inputs=[opened.folder, *(a.source.folder for a in loaded)])
+    with team() as ranks:
+        state = _state(out if ranks.leads else None, opened, loaded, shots, held, chosen, task, resume)
+        work, labels = _prepare(opened, loaded, job, shots, held, chosen, modules_to_save, ranks, state, progress)
+        metrics, kept = _work(work)
+        mixture = _mixture(work.learner, opened, kept)
+        mixture.task, mixture.metrics, mixture.modules_to_save = task, metrics, modules_to_save
+        mixture.metrics["held_out"] = _held_out(work, shots, held)
+        if work.learner.head:
+            mixture.config = _config(work.learner, job, labels)
+        mixture.data = {"method": chosen.method, "data": _data_ref(shots), "fit": _recorded(chosen)}
+        if out is not None and ranks.leads:
+            mixture.save(out, force=force, inputs=[opened.folder, *(a.source.folder for a in loaded)])
+            state.remove()
     return mixture
 
 
-def _options(options: Mapping[str, Any]) -> FitOptions:
-    try:
-        chosen = FitOptions(**{name: value for name, value in options.items() if value is not None})
-    except TypeError as error:
-        raise MixtureError(f"fit has no such option: {error}.") from error
-    positive = (
-        "epochs",
-        "max_steps",
-        "learning_rate",
-        "head_learning_rate",
-        "batch_size",
-        "gradient_accumulation_steps",
-    )
-    for name in positive:
-        value = getattr(chosen, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise MixtureError(f"{name} is {value}, expected a number above 0.")
-    if chosen.precision not in PRECISIONS:
-        raise MixtureError(f"precision is {chosen.precision!r}, expected one of {', '.join(PRECISIONS)}.")
-    if not 0 <= chosen.held_out < 1:
-        raise MixtureError(f"held_out is {chosen.held_out}, expected a share from 0 up to 1.")
-    return chosen
-
-
-# ----------------------------------------------------------------------------------------------------- the model
+def _check_count(adapters: list[Adapter], options: FitOptions) -> None:
+    if len(adapters) < 2:
+        raise MixtureError(f"a fit needs two adapters or more, got {len(adapters)}: for one, see `wlora-merge mix`.")
+    for name in ("weights", "initial_logits"):
+        row = getattr(options, name)
+        if row is not None and not isinstance(row, str) and len(row) != len(adapters):
+            raise MixtureError(f"{name} has {len(row)} numbers, expected one for each of the {len(adapters)} adapters.")
 
 
 def _prepare(
     base: BaseModel,
-    adapters: list[Any],
+    adapters: list[Adapter],
     task: Task,
-    labels: LabelSet | None,
+    shots: Examples,
+    held: Examples | None,
     options: FitOptions,
     modules_to_save: str | None,
+    ranks: Team,
+    state: Any,
     progress: FitProgress | None,
-) -> _Run:
-    import transformers
+) -> tuple[_Job, LabelSet | None]:
+    from .candidates import fold_indices
+    from .fit_model import load_model
+    from .training import Learner
 
-    from .layers import PARAMETER, attach
-
-    transformers.set_seed(options.seed)
+    start = time.monotonic()
     processor = task.load_processor(base.folder)
-    model, head, labels = _load(base, task, labels, processor)
-    modules = sorted({name.rpartition(".")[0] for name in head})
-    attach(
-        model,
-        adapters,
-        granularity=options.granularity,
-        normalize=options.normalize,
-        delta_scale=options.delta_scale,
-        head=modules,
-        modules_to_save=modules_to_save,
+    model, head, labels = load_model(
+        base, adapters, task, task.labels(shots), processor, options, modules_to_save, ranks
     )
-    run = _Run(model, task, labels, processor, options, modules, progress=progress)
-    trained = {PARAMETER, *model.wlora.head}
-    run.start = {n: p.detach().clone() for n, p in model.named_parameters() if n in trained}
-    return run
+    rows = task.encode(shots, processor, max_length=options.max_length, labels=labels)
+    judged = task.encode(held, processor, max_length=options.max_length, labels=labels) if held else []
+    n = len(rows)
+    initial = _initial(options, [a.name for a in adapters])
+    learner = Learner(
+        model, task, labels, processor, options, _Both(rows, judged), head, ranks, state, initial, progress
+    )
+    keys = shots.column("label") if "label" in shots.columns and len(shots) == n else []
+    keys = keys if keys and isinstance(keys[0], str) else [""] * n
+    folds = fold_indices(keys, options.folds, options.seed) if options.folds else []
+    parts = [([i for i in range(n) if i not in set(fold)], fold) for fold in folds]
+    return _Job(learner, list(range(n)), list(range(n, n + len(judged))), parts, options, start), labels
 
 
-def _load(
-    base: BaseModel, task: Task, labels: LabelSet | None, processor: Any
-) -> tuple[Any, list[str], LabelSet | None]:
-    """The base with the task's head; the names of the parameters that are new; the labels in the head's order.
+class _Both(Sequence[Any]):
+    """Two sequences end to end, read lazily: images are decoded when they are used."""
 
-    A head that the base has for these very labels is kept, frozen; otherwise a new one is trained.
-    """
-    import torch
+    def __init__(self, first: Sequence[Any], second: Sequence[Any]) -> None:
+        self.first, self.second = first, second
 
-    from .labels import LabelSet
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
 
-    own = _own_labels(base)
-    keep = labels is not None and own is not None and set(labels.names) <= set(own) and bool(labels.names)
-    if keep and labels is not None and own is not None:
-        labels = LabelSet(tuple(own), labels.problem_type)
-    changes = {} if keep else task.config_changes(labels, processor)
-    with quiet_libraries():
-        model, info = task.auto_class().from_pretrained(
-            base.folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **changes,
-        )
-    new = {str(key) for key in info["missing_keys"]} | {str(row[0]) for row in info["mismatched_keys"]}
-    if labels is not None and not keep:
-        prefix = f"{model.base_model_prefix}."
-        new |= {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
-        for name, module in model.named_modules():
-            if name and not name.startswith(prefix) and name != model.base_model_prefix:
-                model._init_weights(module)
-    known = {name for name, _ in model.named_parameters()}
-    return model, sorted(new & known), labels
+    def __getitem__(self, index: Any) -> Any:
+        return self.first[index] if index < len(self.first) else self.second[index - len(self.first)]
 
 
-def _own_labels(base: BaseModel) -> list[str] | None:
-    """The label names of the base's own config, in the head's order; None where it has none of its own."""
-    table = base.config.get("id2label")
-    if not isinstance(table, dict) or not table:
-        return None
-    return [str(table[key]) for key in sorted(table, key=int)]
+# ------------------------------------------------------------------------------------------------------ the work
 
 
-# ------------------------------------------------------------------------------------------------------ training
+def _work(job: _Job) -> tuple[dict[str, Any], Candidate]:
+    """Compare, choose, train what is kept; the metrics and the candidate that the model now holds."""
+    from . import candidates as c
+
+    learner, options, names = job.learner, job.options, job.learner.names
+    fixed = c.fixed_candidates(names, options)
+    settings = c.learned_settings(options)
+    steps = c.total_steps(learner, len(job.shots))
+    search = [replace(fixed[c.UNIFORM], name=c.SEARCH)] if options.method in (c.SEARCH, c.AUTO) else []
+    set_by_hand = options.max_steps is not None or options.epochs is not None
+    comparison = c.Comparison()
+    if job.parts:
+        comparison = c.compare(
+            learner, [*fixed.values(), *search, *settings], job.parts, steps,
+            judge_at=(1.0,) if set_by_hand else c.CHECKPOINTS, deadline=job.deadline(FOLD_SHARE),
+        )  # fmt: skip
+    learned = comparison.learned or settings[0]
+    on_folds, best_steps = comparison, comparison.steps
+    if job.held:
+        comparison = c.compare(
+            learner, [*fixed.values(), *search, learned], [(job.shots, job.held)],
+            {name: best_steps.get(name, steps) for name in [*fixed, c.SEARCH, c.LEARNED]},
+            judge_at=tuple(i / 10 for i in range(1, 11)) if options.early_stopping else (1.0,), tag="all, ",
+            deadline=job.deadline(), patience=options.early_stopping,
+        )  # fmt: skip
+        best_steps = comparison.steps
+    elif not job.parts and options.method == c.BEST_SINGLE:
+        among = [fixed[name] for name in names]
+        comparison = c.compare(learner, among, [(job.shots, job.shots)], steps, judge_at=(1.0,), tag="shots, ")
+    kept = c.chosen(options.method, options.select, comparison, names)
+    candidate = (fixed | {c.LEARNED: learned} | {s.name: s for s in search})[kept]
+    candidate = _finish(job, candidate, best_steps.get(kept, steps), comparison)
+    metrics = _metrics(job, comparison, on_folds, kept, candidate)
+    if options.prune_below:
+        metrics["pruned"] = _prune(job, candidate, on_folds)
+    return metrics, candidate
 
 
-def _judge(run: _Run, names: list[str], part: Examples, held: Examples | None) -> dict[str, Any]:
-    """Train every candidate on `part` and judge it on `held`."""
-    if held is None:
-        return {"note": "Not estimated: nothing was held out. Give --eval-data, or two shots per class or more."}
-    n = len(names)
-    fixed: dict[str, list[float] | None] = {"base": None, "uniform": [1 / n] * n}
-    fixed |= {name: [float(i == j) for j in range(n)] for i, name in enumerate(names)}
-    table = {}
-    for name, weights in fixed.items():
-        with _fixed(run, weights):
-            table[name] = _evaluate(run, _train(run, name, part), held)
-    table[LEARNED] = _evaluate(run, _train(run, LEARNED, part), held)
-    metric = run.task.metric(run.labels)
-    return {
+def _finish(job: _Job, candidate: Candidate, steps: int, comparison: Comparison) -> Candidate:
+    """Train what is kept on all shots, unless that is what was judged."""
+    from . import candidates as c
+    from .training import restore
+
+    learner = job.learner
+    if candidate.name == c.SEARCH:
+        candidate = c.searched(learner, candidate, job.shots, key="all row")
+    if (trained := comparison.trained.get(candidate.name)) is not None:
+        restore(learner.place(candidate), trained.tensors)
+        return candidate
+    final = replace(candidate, name=f"{candidate.name}, all shots") if job.parts else candidate
+    with _logging(job) as log:
+        learner.log = log
+        done = learner.train(final, job.shots, steps, key="final", deadline=job.deadline())
+        learner.log = None
+    if not done.complete and not done.steps:
+        raise MixtureError("max_minutes left no time for a single step on all shots: give more, or --folds 0.")
+    return candidate
+
+
+def _logging(job: _Job) -> Any:
+    from .trackers import tracking
+
+    return tracking(job.options, job.learner.team.leads)
+
+
+def _prune(job: _Job, candidate: Candidate, on_folds: Comparison) -> dict[str, Any]:
+    """Prune the model's weights and say what it cost."""
+    from . import candidates as c
+
+    learner = job.learner
+    judged_on, where = (job.held, "evaluation data") if job.held else (job.shots, "the shots themselves")
+    before = learner.judge(judged_on).loss
+    dropped = c.prune(learner)
+    cost = learner.judge(judged_on).loss - before
+    if not job.held and candidate.learned and on_folds.pruned is not None:
+        cost, where = on_folds.pruned, "held-out folds"
+    return {"below": job.options.prune_below, "weights_set_to_zero": dropped, "loss_added": cost, "on": where}
+
+
+# ---------------------------------------------------------------------------------------------------- the record
+
+
+def _metrics(
+    job: _Job, comparison: Comparison, on_folds: Comparison, kept: str, candidate: Candidate
+) -> dict[str, Any]:
+    from . import candidates as c
+
+    if not comparison.scores:
+        return {
+            "kept": kept,
+            "note": "Not estimated: nothing was held out. Give --eval-data, or two shots per class or more.",
+        }
+    metric = job.learner.metric
+    others = [c.BASE, c.UNIFORM, *job.learner.names]
+    equal = c.as_good(kept, comparison, others)
+    if job.held:
+        how = f"on {len(job.held)} evaluation examples, every candidate trained on all {len(job.shots)} shots"
+    elif job.parts:
+        how = f"out of fold ({len(job.parts)} folds of {len(job.shots)} shots); what is kept was then trained on all shots"
+    else:
+        how = "on the shots themselves, which flatters every candidate"
+    said = [f"Loss, {metric.name} and its standard error {how}."]
+    if kept == c.LEARNED and equal:
+        table = ", ".join(f"{name} ({-lead:+.3f} ± {error:.3f})" for name, (lead, error) in equal.items())
+        said.append(f"Within one standard error of {kept}, or better: {table}; --select best keeps the best of them.")
+    if comparison.skipped or on_folds.skipped:
+        said.append(f"Not compared for want of time: {', '.join([*on_folds.skipped, *comparison.skipped])}.")
+    result: dict[str, Any] = {
         "metric": metric.name,
-        "candidates": table,
-        "note": f"Loss and {metric.name} on {len(held)} held-out examples, every candidate trained on {len(part)}; the mixture "
-        "that is kept was then trained on all shots.",
+        "higher_is_better": metric.higher_is_better,
+        "candidates": c.tables(comparison),
+        "kept": kept,
+        "as_good": list(equal),
+        "note": " ".join(said),
     }
+    if on_folds.settings:
+        result["settings"] = on_folds.settings
+    if candidate.learned:
+        result["chosen"] = {
+            "granularity": candidate.granularity, "pull": candidate.pull,
+            "steps": comparison.steps.get(kept, c.total_steps(job.learner, len(job.shots))),
+        }  # fmt: skip
+    return result
 
 
-def _train(run: _Run, name: str, examples: Examples) -> Trainer:
-    """Train from the start what the model's parameters that require gradients are; nothing, if there are none."""
-    import torch
-    import transformers
-
-    from .layers import PARAMETER
-
-    transformers.set_seed(run.options.seed)
-    parameters = dict(run.model.named_parameters())
-    with torch.no_grad():
-        for key, value in run.start.items():
-            if parameters[key].requires_grad:
-                parameters[key].copy_(value)
-    trainer = _trainer(run, name, examples)
-    logits: list[Any] = []
-    head: list[Any] = []
-    for key, parameter in parameters.items():
-        if parameter.requires_grad:
-            (logits if key == PARAMETER else head).append(parameter)
-    groups = [
-        {"params": logits, "lr": run.options.learning_rate},
-        {"params": head, "lr": run.options.head_learning_rate},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if groups:
-        trainer.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        trainer.train()
-        _check_loss(run, name)
-    return trainer
-
-
-def _trainer(run: _Run, name: str, examples: Examples) -> Trainer:
-    from transformers import Trainer, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
-
-    options, metric = run.options, run.task.metric(run.labels)
-    arguments = TrainingArguments(
-        output_dir=run.scratch,  # Trainer wants one; nothing is kept of it
-        save_strategy="no",
-        logging_strategy="steps",
-        logging_steps=1,
-        max_steps=run.steps,
-        num_train_epochs=options.epochs or 1,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=max(options.batch_size, 16),
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        lr_scheduler_type="constant",
-        seed=options.seed,
-        data_seed=options.seed,
-        use_cpu=options.device == "cpu",
-        bf16=options.precision == "bf16",
-        fp16=options.precision == "fp16",
-        report_to=options.report_to if options.report_to != "none" else [],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        label_names=None,
-    )
-    encoded = run.task.encode(examples, run.processor, max_length=options.max_length, labels=run.labels)
-    trainer = Trainer(
-        model=run.model,
-        args=arguments,
-        train_dataset=encoded,
-        data_collator=run.task.collator(run.processor),
-        compute_metrics=metric.compute,
-        preprocess_logits_for_metrics=metric.preprocess,
-        callbacks=[_callback(run, name)],
-    )
-    trainer.remove_callback(PrinterCallback)  # it prints every log line to stdout
-    return trainer
-
-
-def _callback(run: _Run, name: str) -> Any:
-    from transformers import TrainerCallback
-
-    progress = run.progress
-
-    class Report(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
-            if progress and logs and "loss" in logs:
-                progress(name, state.global_step, state.max_steps, float(logs["loss"]))
-
-    return Report()
-
-
-def _check_loss(run: _Run, name: str) -> None:
+def _mixture(learner: Learner, base: BaseModel, kept: Candidate) -> Mixture:
+    """The mixture that the model holds; an adapter without weight anywhere leaves it."""
     import torch
 
-    bad = [n for n, p in run.model.named_parameters() if p.requires_grad and not bool(torch.isfinite(p).all())]
-    if bad:
-        raise MixtureError(
-            f"training {name!r} diverged: {bad[0]} is not finite after it; use a smaller --learning-rate, now "
-            f"{run.options.learning_rate}."
-        )
+    mixture = Mixture.from_model(learner.model, base)
+    logits = mixture.wlora_weights
+    mixture.wlora_weights = torch.where(logits.isfinite(), logits, torch.finfo(torch.float32).min)
+    if kept.scale == 0:
+        return mixture
+    used = [n for n in range(len(mixture.adapters)) if bool(mixture.mixture_weights[:, n].any())]
+    mixture.adapters = [mixture.adapters[n] for n in used]
+    mixture.mixture_weights, mixture.wlora_weights = mixture.mixture_weights[:, used], mixture.wlora_weights[:, used]
+    return mixture
 
 
-def _evaluate(run: _Run, trainer: Trainer, held: Examples) -> dict[str, float]:
-    encoded = run.task.encode(held, run.processor, max_length=run.options.max_length, labels=run.labels)
-    result = trainer.evaluate(cast("Any", encoded))
-    names = {"eval_loss": "loss", f"eval_{run.task.metric(run.labels).name}": run.task.metric(run.labels).name}
-    row = {short: float(result[key]) for key, short in names.items() if key in result}
-    if not all(map(math.isfinite, row.values())):
-        raise MixtureError(
-            f"judging the held-out examples gave {row}, expected finite numbers; use a smaller --learning-rate."
-        )
-    return row
-
-
-@contextmanager
-def _fixed(run: _Run, weights: list[float] | None) -> Iterator[None]:
-    """Hold the mixture weights at one row for all groups; None takes the adapters away."""
+def _initial(options: FitOptions, names: list[str]) -> Any:
+    """groups -> the [G, N] logits that the user gives, or None for uniform composition."""
     import torch
 
-    from .layers import PARAMETER, set_delta_scale
+    given = options.initial_logits
+    if given is None:
+        return lambda groups: None
+    if not isinstance(given, str):
+        row = torch.tensor([float(x) for x in given])
+        return lambda groups: row.expand(len(groups), -1)
+    table = _logit_table(Path(given))
 
-    parameter = run.model.get_parameter(PARAMETER)
-    saved, scale = parameter.detach().clone(), run.options.delta_scale
-    parameter.requires_grad_(False)
-    set_delta_scale(run.model, 0.0 if weights is None else scale)
-    with torch.no_grad():
-        if weights is not None:
-            row = torch.tensor(weights, device=parameter.device)
-            parameter.copy_((row if run.options.normalize == "none" else row.log()).expand_as(parameter))
+    def read(groups: dict[str, list[str]]) -> torch.Tensor:
+        keys = {key.removeprefix(_prefix(key, groups)): key for key in groups}
+        missing = [g for g in keys if g not in table] or [n for g in keys for n in names if n not in table[g]]
+        if missing:
+            raise MixtureError(
+                f"{given}: has no logit of {missing[0]!r}; its groups are {', '.join(list(table)[:3])}, ...: give one with the same "
+                "granularity and adapters."
+            )
+        return torch.tensor([[float(table[g][n]) for n in names] for g in keys])
+
+    def _prefix(key: str, groups: dict[str, list[str]]) -> str:
+        return next((key.removesuffix(g) for g in table if key.endswith(f".{g}")), "")
+
+    return read
+
+
+def _logit_table(path: Path) -> dict[str, dict[str, float]]:
+    if path.is_dir():
+        mixture = Mixture.load(path)
+        rows = zip(mixture.groups, mixture.wlora_weights.tolist(), strict=True)
+        return {group: dict(zip(mixture.adapter_names, row, strict=True)) for group, row in rows}
     try:
-        yield
-    finally:
-        with torch.no_grad():
-            parameter.copy_(saved)
-        parameter.requires_grad_(True)
-        set_delta_scale(run.model, scale)
+        table = json.loads(path.read_bytes())
+        return {str(g): {str(n): float(x) for n, x in row.items()} for g, row in table.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise MixtureError(
+            f"initial_logits {path}: expected numbers, a mixture folder, or a JSON file {{group: {{adapter: logit}}}} ({error})."
+        ) from error
 
 
-# --------------------------------------------------------------------------------------------------------- parts
+def _state(
+    out: str | Path | None,
+    base: BaseModel,
+    adapters: list[Adapter],
+    shots: Examples,
+    held: Examples | None,
+    options: FitOptions,
+    task: str,
+    resume: bool,
+) -> Any:
+    from .fit_state import FitState, state_file
+    from .manifest import versions
+
+    table = {
+        "base": base.sha256(),
+        "adapters": [[a.name, a.sha256] for a in adapters],
+        "data": [_data_ref(shots), _data_ref(held) if held else None],
+        "options": {k: v for k, v in asdict(options).items() if k not in ("report_to", "max_minutes")},
+        "task": task,
+        "versions": versions(("torch", "transformers")),
+    }
+    fingerprint = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+    return FitState(state_file(out) if out is not None else None, fingerprint, resume=resume)
 
 
-def _parts(shots: Examples, options: FitOptions) -> tuple[Examples, Examples | None]:
-    if options.held_out == 0:
-        return shots, None
-    try:
-        part, held = split_held_out(shots, fraction=options.held_out, seed=options.seed)
-    except DataError:
-        return shots, None
-    return (part, held) if len(held) else (shots, None)
-
-
-def _held_out(eval_data: str | Path | None, held: Examples | None, shots: Examples) -> dict[str, Any]:
-    if held is None:
-        return {"examples": 0, "of": len(shots)}
-    if eval_data:
-        return {"examples": len(held), "from": _data_ref(held)}
-    return {"examples": len(held), "of": len(shots)}
+def _held_out(job: _Job, shots: Examples, held: Examples | None) -> dict[str, Any]:
+    if held is not None:
+        return {"examples": len(job.held), "from": _data_ref(held)}
+    return {"examples": sum(len(fold) for _, fold in job.parts), "of": len(shots), "folds": len(job.parts)}
 
 
 def _data_ref(examples: Examples) -> dict[str, Any]:
@@ -437,14 +399,16 @@ def _data_ref(examples: Examples) -> dict[str, Any]:
     return {"name": Path(examples.source).name, "sha256": examples.sha256, "examples": len(examples)}
 
 
-def _config(run: _Run) -> dict[str, Any]:
+def _config(learner: Learner, task: Task, labels: LabelSet | None) -> dict[str, Any]:
     """The config keys that the new head changes, as JSON has them."""
-    changes = run.task.config_changes(run.labels, run.processor)
+    changes = task.config_changes(labels, learner.processor)
     if "id2label" in changes:
         changes["id2label"] = {str(key): value for key, value in changes["id2label"].items()}
-    return {"architectures": [type(run.model).__name__], **changes}
+    return {"architectures": [type(learner.model).__name__], **changes}
 
 
-def _recorded(options: FitOptions, run: _Run) -> dict[str, Any]:
-    table = asdict(options) | {"max_steps": run.steps if run.steps > 0 else None}
-    return {key: value for key, value in table.items() if key not in ("device", "report_to")}
+def _recorded(options: FitOptions) -> dict[str, Any]:
+    return {key: value for key, value in asdict(options).items() if key not in ("device", "report_to")}
+
+
+__all__ = ["DataError", "fit"]

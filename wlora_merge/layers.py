@@ -189,7 +189,7 @@ def attach(
 
     Args:
         model: a transformers model, or any model with the adapters' module names.
-        adapters: two or more, as PATH_OR_ID, `NAME=PATH_OR_ID`, (name, PATH_OR_ID), or loaded ones.
+        adapters: one or more, as PATH_OR_ID, `NAME=PATH_OR_ID`, (name, PATH_OR_ID), or loaded ones.
         granularity: `module`, `layer` or `global`: which modules share a row of weights.
         normalize: `all` (softmax over all N), `present` (renormalized at each module over those that target it), or `none`
             (free signed weights).
@@ -209,8 +209,8 @@ def attach(
     given = list(adapters)
     read = iter(load_adapters([a for a in given if not isinstance(a, Adapter)], residual=residual))
     loaded = [a if isinstance(a, Adapter) else next(read) for a in given]
-    if len(loaded) < 2:
-        raise AdapterError(f"a mixture needs two adapters or more, got {len(loaded)}.")
+    if not loaded:
+        raise AdapterError("a mixture needs an adapter or more, got none.")
     if normalize not in NORMALIZE:
         raise MixtureError(f"normalize is {normalize!r}, expected one of {', '.join(NORMALIZE)}.")
     if isinstance(delta_scale, str) and delta_scale != LEARNED:

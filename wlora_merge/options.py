@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from . import fit_options, names
+
 
 def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def apply(command: Any) -> Any:
@@ -49,4 +51,113 @@ MOVED = together(
         metavar="NAME=PATH",
         help="An adapter that has moved; its sha256 must match.",
     ),
+)
+FIT_OPTIONS = together(
+    click.option(
+        "--method",
+        type=click.Choice(fit_options.METHODS),
+        default="learned",
+        show_default=True,
+        help="learned: logits by gradient; uniform; best-single: the adapter best on held-out shots; fixed: --weights; search: "
+        "global weights without gradients; auto: the best of all on held-out shots.",
+    ),
+    click.option(
+        "--select",
+        type=click.Choice(fit_options.SELECT),
+        default="method",
+        show_default=True,
+        help="best: keep uniform composition or one adapter where it did better than the method.",
+    ),
+    click.option("--weights", metavar="W,W,...", help="For --method fixed: one mixture weight for each adapter."),
+    click.option(
+        "--granularity",
+        type=click.Choice(names.GRANULARITIES),
+        help="Who shares weights. Default: chosen on the folds, else module.",
+    ),
+    click.option(
+        "--normalize",
+        type=click.Choice(fit_options.NORMALIZE),
+        default="all",
+        show_default=True,
+        help="Softmax over all adapters, renormalized over those present in a module, or none: free weights.",
+    ),
+    click.option(
+        "--delta-scale", default="1.0", show_default=True, help="Factor of the whole delta weight, or learned."
+    ),
+    click.option(
+        "--initial-logits",
+        metavar="V,V,...|PATH",
+        help="Start: a logit (free weight) for each adapter, a mixture folder, or a JSON file. Default: uniform composition.",
+    ),
+    click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the softmax over the logits."),
+    click.option(
+        "--pull", type=float, help="Strength of the pull towards uniform. Default: chosen on the folds, else 0."
+    ),
+    click.option(
+        "--prune-below",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="Set weights under this to zero after the fit, 0 to 1.",
+    ),
+    click.option(
+        "--folds", type=int, default=3, show_default=True, help="Parts of the shots, each held out once; 0: none."
+    ),
+    click.option(
+        "--settings", type=int, default=4, show_default=True, help="Learned settings that the folds compare at most."
+    ),
+    click.option("--epochs", type=float, help="Passes over the shots. Default: --max-steps decides."),
+    click.option(
+        "--max-steps",
+        type=int,
+        help="Optimizer steps. Default: chosen on the folds, at most 100 if a head is trained, else 40.",
+    ),
+    click.option(
+        "--max-minutes", type=float, help="Wall-clock budget in minutes, half of it for the folds. Default: none."
+    ),
+    click.option(
+        "--early-stopping",
+        type=int,
+        metavar="N",
+        help="Stop after N evaluations on --eval-data without a lower loss. Default: no.",
+    ),
+    click.option("--learning-rate", type=float, default=0.05, show_default=True, help="Of the logits (AdamW)."),
+    click.option("--head-learning-rate", type=float, default=5e-3, show_default=True, help="Of a new head (AdamW)."),
+    click.option(
+        "--batch-size", type=int, default=8, show_default=True, help="Examples in a batch, over all processes."
+    ),
+    click.option(
+        "--gradient-accumulation-steps", type=int, default=1, show_default=True, help="Batches in an optimizer step."
+    ),
+    click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time."),
+    click.option("--max-length", type=int, help="Tokens kept of an example. Default: what the tokenizer says."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of the head, the order and the folds."),
+    click.option("--eval-data", metavar="FILE_OR_ID", help="Judge the candidates on these. Default: on the folds."),
+    click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="Which column of --data is NAME."),
+    click.option(
+        "--device",
+        type=click.Choice(fit_options.DEVICES),
+        default="auto",
+        show_default=True,
+        help="Where to run.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(fit_options.PRECISIONS),
+        default="float32",
+        show_default=True,
+        help="Mixed precision, or none.",
+    ),
+    click.option(
+        "--quantize",
+        type=click.Choice(fit_options.QUANTIZE),
+        help="Load the base quantized (bitsandbytes). Default: no.",
+    ),
+    click.option(
+        "--report-to",
+        default="none",
+        show_default=True,
+        help="Trackers of accelerate (tensorboard, wandb, ...), with commas.",
+    ),
+    click.option("--resume", is_flag=True, help="Go on where a killed fit to the same --out stopped (OUT.fit-state)."),
 )

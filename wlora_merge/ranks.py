@@ -7,12 +7,15 @@ nothing of torch.distributed is touched.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import WloraMergeError
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -38,6 +41,18 @@ class Team:
         box = [value]
         _spoken(lambda: dist.broadcast_object_list(box, src=0))
         return box[0]
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks, in place; float32, one message, over the CPU."""
+        if self.size == 1:
+            return
+        import torch
+        import torch.distributed as dist
+
+        flat = torch.cat([tensor.detach().float().cpu().reshape(-1) for tensor in tensors])
+        _spoken(lambda: dist.all_reduce(flat))
+        for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.reshape(tensor.shape))
 
     def gather(self, work: Callable[[], T]) -> list[T]:
         """Run each rank's own part and give all results, in rank order, on every rank.

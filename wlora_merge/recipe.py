@@ -35,20 +35,33 @@ class FitRecipe:
     task: str
     eval_data: str | None = None
     columns: dict[str, str] | None = None
+    method: str | None = None
+    select: str | None = None
+    weights: list[float] | None = None
     granularity: str | None = None
     normalize: str | None = None
-    delta_scale: float | None = None
+    delta_scale: float | str | None = None
+    initial_logits: list[float] | str | None = None
+    temperature: float | None = None
+    pull: float | None = None
+    prune_below: float | None = None
+    folds: int | None = None
+    settings: int | None = None
     epochs: float | None = None
     max_steps: int | None = None
+    max_minutes: float | None = None
+    early_stopping: int | None = None
     learning_rate: float | None = None
     head_learning_rate: float | None = None
     batch_size: int | None = None
     gradient_accumulation_steps: int | None = None
+    gradient_checkpointing: bool | None = None
     max_length: int | None = None
-    held_out: float | None = None
     seed: int | None = None
     device: str | None = None
     precision: str | None = None
+    quantize: str | None = None
+    report_to: str | None = None
     modules_to_save: str | None = None
 
 
@@ -194,8 +207,9 @@ TYPES |= {"dict[str, str]": (dict,), "list[float]": (list,)}
 
 
 def _check_type(f: dataclasses.Field[Any], value: Any, where: str) -> None:
-    kind, _, optional = str(f.type).partition(" | ")
-    allowed = TYPES[kind]
+    kind = str(f.type).removesuffix(" | None")
+    optional = kind != f.type
+    allowed = tuple(cls for part in kind.split(" | ") for cls in TYPES[part])
     fits = isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))
     if isinstance(value, dict):
         fits = fits and all(isinstance(text, str) for pair in value.items() for text in pair)

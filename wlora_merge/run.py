@@ -80,8 +80,8 @@ def _mixture(
 
         say("fit")
         options = {key: value for key, value in asdict(recipe.fit).items() if value is not None}
-        for key in ("data", "eval_data"):
-            if key in options:
+        for key in ("data", "eval_data", "initial_logits"):
+            if isinstance(options.get(key), str):
                 options[key] = _path(options[key], where)
         return fit(base, adapters, options.pop("data"), options.pop("task"), folder, progress=progress, **options)
     from .mix import mix

@@ -6,7 +6,7 @@ of transformers. It knows neither adapters nor mixtures, and it runs no model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -107,6 +107,10 @@ class Task:
 
         return transformers.DataCollatorWithPadding(processor)
 
+    def items(self, row: Mapping[str, Any]) -> int:
+        """How many predictions of an encoded example the model's mean loss counts."""
+        return 1
+
     def metric(self, labels: LabelSet | None = None) -> Metric:
         """How the task is judged."""
         raise UnsupportedError(f"{self.name} has no metric.")
@@ -134,6 +138,9 @@ class CausalLM(Task):
 
         return transformers.DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
 
+    def items(self, row: Mapping[str, Any]) -> int:
+        return _counted(row["labels"][1:])
+
     def metric(self, labels: LabelSet | None = None) -> Metric:
         return causal_lm_metric()
 
@@ -155,6 +162,9 @@ class Seq2SeqLM(Task):
         import transformers
 
         return transformers.DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
+
+    def items(self, row: Mapping[str, Any]) -> int:
+        return _counted(row["labels"])
 
     def metric(self, labels: LabelSet | None = None) -> Metric:
         return seq2seq_metric()
@@ -235,6 +245,9 @@ class TokenClassification(Task):
 
         return transformers.DataCollatorForTokenClassification(processor, label_pad_token_id=IGNORED)
 
+    def items(self, row: Mapping[str, Any]) -> int:
+        return _counted(row["labels"])
+
     def metric(self, labels: LabelSet | None = None) -> Metric:
         return tagging_metric(_needed(labels, self.name))
 
@@ -311,6 +324,10 @@ def _tokenized(examples: Examples, tokenizer: Any, max_length: int | None, *colu
         encoded.append(dict(item))
     warn_cut(examples, cut, limit)
     return encoded
+
+
+def _counted(labels: Sequence[int]) -> int:
+    return sum(label != IGNORED for label in labels)
 
 
 def _problem_type(labels: LabelSet | None) -> dict[str, Any]:

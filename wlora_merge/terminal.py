@@ -49,19 +49,21 @@ class _Echo(logging.Handler):
 
 
 @contextmanager
-def fit_progress() -> Iterator[Callable[[str, int, int, float], None]]:
+def fit_progress() -> Iterator[Callable[[str, int, int, float, dict[str, float]], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=_stderr(), disable=_plain()) as bars:
+    tail = TextColumn("loss {task.fields[loss]:.4f}  {task.fields[weights]}")
+    with Progress(*columns, tail, console=_stderr(), disable=_plain()) as bars:
         known: dict[str, Any] = {}
 
-        def update(name: str, step: int, steps: int, loss: float) -> None:
+        def update(name: str, step: int, steps: int, loss: float, weights: dict[str, float]) -> None:
+            text = " ".join(f"{adapter} {weight:.2f}" for adapter, weight in weights.items())
             if name not in known:
-                known[name] = bars.add_task(name, total=steps, loss=loss)
-            bars.update(known[name], completed=step, loss=loss)
+                known[name] = bars.add_task(name, total=steps, loss=loss, weights=text)
+            bars.update(known[name], completed=step, total=steps, loss=loss, weights=text)
             if _plain() and step == steps:
-                click.echo(f"{name}: {steps} steps, loss {loss:.4f}", err=True)
+                click.echo(f"{name}: {steps} steps, loss {loss:.4f}, {text}", err=True)
 
         yield update
 

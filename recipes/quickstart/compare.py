@@ -112,7 +112,7 @@ def learned(zoo: Zoo, shots: Digits, few: FewShot, seed: int, granularity: str) 
             max_steps=few.steps,
             batch_size=few.batch_size,
             learning_rate=few.learning_rate,
-            held_out=0.0,
+            folds=0,
             seed=seed,
         )
         wlora_merge.export(mixture, "dense", folder / "dense")

@@ -1,0 +1,258 @@
+"""What a fit compares and keeps: methods, folds, pruning, the search; on tiny models, with numpy and scikit-learn as oracles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_adapter, tiny_bert
+from test_fit import WORDS, save_tokenizer
+
+from wlora_merge.candidates import Comparison, chosen, fold_indices
+from wlora_merge.errors import MixtureError
+from wlora_merge.export import export
+from wlora_merge.fit import fit
+from wlora_merge.fit_options import fit_options
+from wlora_merge.judging import Score, pool, score
+from wlora_merge.metrics import Metric
+from wlora_merge.mixture import Mixture
+from wlora_merge.search import minimize
+from wlora_merge.training import Judged
+from wlora_merge.verify import verify
+
+Zoo = tuple[Path, list[Path], Path]
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """A tiny BERT, three adapters, and four shots of each of two classes."""
+    from transformers import AutoModelForSequenceClassification
+
+    root = tmp_path_factory.mktemp("zoo")
+    tiny_bert().save_pretrained(root / "base")
+    save_tokenizer(root / "base")
+    start = AutoModelForSequenceClassification.from_pretrained(root / "base", num_labels=2)
+    folders = [
+        make_adapter(start, root / f"a{i}", i, r=2, scale=0.4, target_modules=["query", "value"], task_type="SEQ_CLS")
+        for i in range(3)
+    ]
+    lines = [f"{WORDS[4 + i]} {WORDS[5 + i]},{'low' if i < 20 else 'high'}" for i in range(0, 40, 5)]
+    (root / "shots.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
+    return root / "base", folders, root / "shots.csv"
+
+
+def fitted(zoo: Zoo, out: Path | None = None, **options: Any) -> Mixture:
+    base, folders, shots = zoo
+    return fit(base, folders, shots, "text-classification", out, **({"max_steps": 4, "folds": 2} | options))
+
+
+def difference(zoo: Zoo, folder: Path, mixture: Mixture) -> float:
+    """Between an export and the unmerged mixture."""
+    base, folders, _ = zoo
+    checked = verify(folder, base=base, adapters=[f"{f.name}={f}" for f in folders if f.name in mixture.adapter_names])
+    assert checked.largest_difference is not None
+    return checked.largest_difference
+
+
+def made_score(value: float, loss: float = 1.0, left_out: tuple[float, ...] = (0.5, 0.5)) -> Score:
+    return Score(loss, {"accuracy": value}, "accuracy", True, np.array(left_out))
+
+
+# ---------------------------------------------------------------------------------------------------- the methods
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"method": "uniform"}, [1 / 3] * 3),
+        ({"method": "uniform", "normalize": "none"}, [1 / 3] * 3),
+        ({"method": "fixed", "weights": [0.7, -0.2, 0.1]}, [0.7, -0.2, 0.1]),
+    ],
+)
+def test_uniform_and_fixed_weights_stay_what_they_are_while_the_head_is_trained(
+    zoo: Zoo, tmp_path: Path, options: dict[str, Any], expected: list[float]
+) -> None:
+    mixture = fitted(zoo, tmp_path / "m", **options)
+    assert torch.allclose(mixture.mixture_weights, torch.tensor([expected]))
+    assert mixture.metrics["kept"] == options["method"]
+    export(tmp_path / "m", "lora", tmp_path / "lora")
+    assert difference(zoo, tmp_path / "lora", mixture) < 1e-5
+
+
+def test_best_single_keeps_one_adapter_and_drops_the_others(zoo: Zoo, tmp_path: Path) -> None:
+    mixture = fitted(zoo, tmp_path / "m", method="best-single")
+    best = max(
+        ("a0", "a1", "a2"),
+        key=lambda n: (mixture.metrics["candidates"][n]["accuracy"], -mixture.metrics["candidates"][n]["loss"]),
+    )
+    assert mixture.adapter_names == [best]
+    assert mixture.mixture_weights.tolist() == [[1.0]]
+    for kind in ("dense", "lora"):
+        export(tmp_path / "m", kind, tmp_path / kind)
+        assert difference(zoo, tmp_path / kind, mixture) < 1e-5
+
+
+def test_search_finds_global_weights_and_auto_keeps_what_is_best_on_the_folds(zoo: Zoo) -> None:
+    found = fitted(zoo, method="search", normalize="none", max_steps=2)
+    assert found.granularity == "global"
+    assert not torch.allclose(found.mixture_weights, torch.full((1, 3), 1 / 3))
+    assert bool((found.mixture_weights.abs() <= 1.5).all())
+    auto = fitted(zoo, method="auto", max_steps=2)
+    table = auto.metrics["candidates"]
+    best = max((n for n in table if n != "base"), key=lambda n: (table[n]["accuracy"], -table[n]["loss"]))
+    assert {"search", "learned", "uniform"} < set(table)
+    assert auto.metrics["kept"] == best
+
+
+def test_select_best_keeps_a_simpler_candidate_where_it_did_better() -> None:
+    scores = {
+        "base": made_score(0.99),
+        "uniform": made_score(0.9),
+        "a": made_score(0.9, 0.5),
+        "learned": made_score(0.8),
+    }
+    comparison = Comparison(scores)
+    assert chosen("learned", "method", comparison, ["a"]) == "learned"
+    assert chosen("learned", "best", comparison, ["a"]) == "a"
+    assert chosen("auto", "method", comparison, ["a"]) == "a"
+    assert chosen("learned", "best", Comparison(), ["a"]) == "learned"
+
+
+def test_settings_are_chosen_on_the_folds_and_reported(zoo: Zoo) -> None:
+    mixture = fitted(zoo, max_steps=None, settings=3)
+    settings = mixture.metrics["settings"]
+    assert list(settings) == ["module, pull 0", "global, pull 0", "module, pull 0.3"]
+    best = min(settings, key=lambda name: settings[name]["loss"])
+    kept = mixture.metrics["chosen"]
+    assert best == f"{kept['granularity']}, pull {kept['pull']:g}"
+    assert kept["steps"] == settings[best]["steps"]
+    assert kept["steps"] in (30, 60, 100)
+    assert mixture.granularity == kept["granularity"]
+
+
+def test_a_strong_pull_keeps_the_weights_near_uniform(zoo: Zoo) -> None:
+    def distance(pull: float) -> float:
+        options = {"granularity": "module", "folds": 0, "learning_rate": 0.2, "max_steps": 20}
+        return float((fitted(zoo, pull=pull, **options).mixture_weights - 1 / 3).abs().max())
+
+    assert distance(100.0) < 0.3 * distance(0.0)
+
+
+def test_initial_logits_by_numbers_by_file_and_by_mixture(zoo: Zoo, tmp_path: Path) -> None:
+    tiny = {"max_steps": 1, "learning_rate": 1e-9, "folds": 0, "granularity": "global"}
+    numbers = fitted(zoo, tmp_path / "m", initial_logits=[1.0, 2.0, 3.0], **tiny)
+    assert torch.allclose(numbers.wlora_weights, torch.tensor([[1.0, 2.0, 3.0]]))
+    (tmp_path / "logits.json").write_text(json.dumps({"all": {"a2": 3.0, "a0": 1.0, "a1": 2.0}}))
+    for source in ("m", "logits.json"):
+        again = fitted(zoo, initial_logits=str(tmp_path / source), **tiny)
+        assert torch.allclose(again.wlora_weights, numbers.wlora_weights, atol=1e-6)
+    with pytest.raises(MixtureError, match="same granularity"):
+        fitted(zoo, initial_logits=str(tmp_path / "m"), **(tiny | {"granularity": "layer"}))
+
+
+def test_a_mixture_per_module_continues_a_fit_under_the_files_own_names(zoo: Zoo, tmp_path: Path) -> None:
+    first = fitted(zoo, tmp_path / "m", granularity="module", folds=0, learning_rate=0.2)
+    again = fitted(
+        zoo, granularity="module", folds=0, learning_rate=1e-9, max_steps=1, initial_logits=str(tmp_path / "m")
+    )
+    assert torch.allclose(again.wlora_weights, first.wlora_weights, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- pruning
+
+
+@pytest.mark.parametrize("normalize", ["all", "present", "none"])
+def test_pruned_weights_are_zero_the_others_renormalized_and_the_cost_is_said(
+    zoo: Zoo, tmp_path: Path, normalize: str
+) -> None:
+    start = {"initial_logits": [2.0, 1.0, -3.0], "granularity": "module", "normalize": normalize}
+    kept = fitted(zoo, **start)
+    mixture = fitted(zoo, tmp_path / "m", **start, prune_below=0.1 if normalize != "none" else 1.5)
+    expected = kept.mixture_weights.clone()
+    if normalize == "none":
+        expected[(expected.abs() < 1.5)] = 0
+        expected = torch.where(expected.any(-1, keepdim=True), expected, kept.mixture_weights)
+    else:
+        expected[expected < 0.1] = 0
+        expected /= expected.sum(-1, keepdim=True)
+    used = expected.any(0)
+    assert mixture.adapter_names == [n for n, keep in zip(("a0", "a1", "a2"), used.tolist(), strict=True) if keep]
+    assert len(mixture.adapter_names) < 3
+    assert torch.allclose(mixture.mixture_weights, expected[:, used], atol=1e-6)
+    assert mixture.metrics["pruned"]["on"] == "held-out folds"
+    assert np.isfinite(mixture.metrics["pruned"]["loss_added"])
+    export(tmp_path / "m", "dense", tmp_path / "dense")
+    assert difference(zoo, tmp_path / "dense", mixture) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------- folds, scores, search
+
+
+def test_folds_are_stratified_and_hold_each_example_out_once() -> None:
+    from sklearn.model_selection import StratifiedKFold
+
+    keys = ["a"] * 6 + ["b"] * 4 + ["c"] * 2
+    folds = fold_indices(keys, 2, seed=0)
+    assert sorted(i for fold in folds for i in fold) == list(range(12))
+    ours = [sorted(keys[i] for i in fold) for fold in folds]
+    theirs = [sorted(np.array(keys)[held].tolist()) for _, held in StratifiedKFold(2).split(keys, keys)]
+    assert ours == theirs
+    assert fold_indices(keys, 2, seed=0) == folds != fold_indices(keys, 2, seed=1)
+    assert fold_indices(["a", "b"], 3, seed=0) == []
+    assert all(0 not in fold for fold in fold_indices(["only", "a", "a", "a"], 3, seed=0))
+
+
+def test_a_score_has_the_jackknife_error_which_for_a_mean_is_the_usual_one() -> None:
+    rng = np.random.default_rng(0)
+    right = rng.random(40) < 0.7
+
+    def accuracy(prediction: Any) -> dict[str, float]:
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    logits = torch.zeros(40, 2)
+    logits[torch.arange(40), torch.tensor(right).long()] = 1.0
+    halves = [
+        Judged(logits[part], torch.ones(len(logits[part]), dtype=torch.long), 1.0, 20)
+        for part in (slice(20), slice(20, 40))
+    ]
+    found = score(pool(halves), Metric("accuracy", True, accuracy))
+    assert found.value == pytest.approx(right.mean())
+    assert found.standard_error == pytest.approx(right.std(ddof=1) / np.sqrt(40))
+    assert found.ahead_of(found) == (0.0, 0.0)
+
+
+def test_cma_es_finds_the_minimum_of_a_rotated_ellipsoid() -> None:
+    rng = np.random.default_rng(1)
+    Q, _ = np.linalg.qr(rng.standard_normal((4, 4)))
+    target = np.array([0.3, -0.7, 1.1, 0.2])
+    calls: list[int] = []
+
+    def loss(x: Any) -> float:
+        calls.append(1)
+        return float((np.array([1.0, 3.0, 10.0, 30.0]) * (Q @ (np.asarray(x) - target)) ** 2).sum())
+
+    found = minimize(loss, [0.0] * 4, sigma=0.5, evaluations=600, seed=0)
+    assert np.allclose(found, target, atol=1e-3)
+    assert len(calls) == 600
+    assert found == minimize(loss, [0.0] * 4, sigma=0.5, evaluations=600, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "best"}, "expected one of learned"),
+        ({"method": "fixed"}, "go together"),
+        ({"delta_scale": "big"}, "or learned"),
+        ({"prune_below": 1.0}, "less than 1"),
+        ({"temperature": 0}, "above 0"),
+        ({"pull": -1}, "at least 0"),
+        ({"granularty": "module"}, "did you mean|granularity"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MixtureError, match=message):
+        fit_options(options)

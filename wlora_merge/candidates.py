@@ -1,0 +1,263 @@
+"""Which ways to mix are compared, on which folds, and which one is kept.
+
+The base, uniform composition, each adapter alone and the learned mixture all train their heads in the same way, on the same
+folds; each is judged after several numbers of steps, on examples that it was not trained on. This room knows no files.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .fit_options import FitOptions
+from .judging import Score, pool, score
+from .layers import attachment_of
+from .mixture import mixture_weights, uniform
+from .search import minimize
+from .training import Candidate, Judged, Learner, Trained
+
+LEARNED, UNIFORM, BASE, SEARCH, FIXED, BEST_SINGLE, AUTO = (
+    "learned", "uniform", "base", "search", "fixed", "best-single", "auto",
+)  # fmt: skip
+PRUNED = "learned, pruned"
+CHECKPOINTS = (0.3, 0.6, 1.0)  # shares of the steps after which a candidate is judged
+PULLS = (0.0, 0.3)
+SEARCH_EVALUATIONS = 40
+SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.13269
+
+
+@dataclass
+class Comparison:
+    """What the candidates gave on examples that they were not trained on.
+
+    `scores` and `steps` (the best number) by candidate; `settings` the learned method's, by what was set; `on` says which
+    examples; `skipped` what the time did not allow; `trained` what was trained, where there was one part.
+    """
+
+    scores: dict[str, Score] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, dict[str, float]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    learned: Candidate | None = None
+    pruned: float | None = None
+    trained: dict[str, Trained] = field(default_factory=dict)
+
+
+def fixed_candidates(names: Sequence[str], options: FitOptions) -> dict[str, Candidate]:
+    """The base, uniform composition, each adapter alone, and the weights given."""
+    n = len(names)
+    even = tuple(uniform(n) if options.normalize == "none" else [0.0] * n)
+    found = {
+        BASE: Candidate(BASE, (0.0,) * n, scale=0.0),
+        UNIFORM: Candidate(UNIFORM, even, options.normalize),
+    }
+    for i, name in enumerate(names):
+        found[name] = Candidate(name, tuple(float(i == j) for j in range(n)))
+    if options.weights is not None:
+        found[FIXED] = Candidate(FIXED, tuple(map(float, options.weights)))
+    return found
+
+
+def learned_settings(options: FitOptions) -> list[Candidate]:
+    """What the folds compare for the learned method, the default first."""
+    granularities = [options.granularity] if options.granularity else ["module", "global"]
+    pulls = [options.pull] if options.pull is not None else list(PULLS)
+    found = [Candidate(LEARNED, None, options.normalize, g, p) for p in pulls for g in granularities]
+    return found[: options.settings]
+
+
+def fold_indices(keys: Sequence[str], folds: int, seed: int) -> list[list[int]]:
+    """Parts of the examples, each to be held out once; classes spread evenly, the only one of a class never held out.
+
+    Returns:
+        up to `folds` parts; none where fewer than two examples can be held out.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    generator = random.Random(seed)
+    usable = []
+    for key in sorted(groups):
+        generator.shuffle(groups[key])
+        usable += groups[key] if len(groups[key]) > 1 else []
+    folds = min(folds, len(usable))
+    return [sorted(usable[fold::folds]) for fold in range(folds)] if folds > 1 else []
+
+
+def compare(
+    learner: Learner,
+    candidates: Sequence[Candidate],
+    parts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    steps: dict[str, int] | int,
+    *,
+    judge_at: Sequence[float],
+    deadline: float | None = None,
+    patience: int | None = None,
+    tag: str = "",
+) -> Comparison:
+    """Train each candidate on each part and judge it on what that part holds out.
+
+    Args:
+        candidates: the settings of the learned method among them; the best stands for all.
+        parts: (rows to train on, rows to judge on).
+        steps: optimizer steps, for all or by candidate.
+        judge_at: shares of the steps after which to judge.
+    """
+    result = Comparison()
+    best: dict[str, Score] = {}
+    settings = sum(c.learned for c in candidates)
+    for candidate in candidates:
+        total = steps if isinstance(steps, int) else steps[candidate.name]
+        points = sorted({max(1, round(total * share)) for share in judge_at})
+        found = [
+            _one(learner, candidate, part, total, points, f"{tag}{i}", deadline, patience)
+            for i, part in enumerate(parts)
+        ]
+        what = setting_name(candidate) if candidate.learned and settings > 1 else candidate.name
+        if not all(trained.complete for trained, _ in found):
+            result.skipped.append(what)
+            continue
+        if len(parts) == 1:
+            result.trained[candidate.name] = found[0][0]
+        scores = {step: score(pool([t.judged[step] for t, _ in found]), learner.metric) for step in found[0][0].judged}
+        step = min(scores, key=lambda s: (scores[s].loss, s))
+        if candidate.learned:
+            result.settings[setting_name(candidate)] = scores[step].row() | {"steps": step}
+        if candidate.name not in best or scores[step].loss < best[candidate.name].loss:
+            best[candidate.name], result.steps[candidate.name] = scores[step], step
+            if candidate.learned:
+                result.learned = candidate
+                if found[0][1] is not None:
+                    pruned = pool([p for _, p in found if p is not None])
+                    result.pruned = score(pruned, learner.metric).loss - scores[max(scores)].loss
+    result.scores = best
+    return result
+
+
+def setting_name(candidate: Candidate) -> str:
+    """A learned setting as tables show it."""
+    return f"{candidate.granularity}, pull {candidate.pull:g}"
+
+
+def _one(
+    learner: Learner,
+    candidate: Candidate,
+    part: tuple[Sequence[int], Sequence[int]],
+    steps: int,
+    points: Sequence[int],
+    tag: str,
+    deadline: float | None,
+    patience: int | None,
+) -> tuple[Trained, Judged | None]:
+    """One training and what it gave when it was judged; taken from the fit's state where it has been done."""
+    key = f"{candidate} {tag}"
+    if saved := learner.state.done(key):
+        judged = {step: Judged(**row) for step, row in saved["judged"].items()}
+        return Trained(saved["steps"], saved["loss"], judged, tensors=saved["tensors"]), Judged(
+            **saved["pruned"]
+        ) if saved["pruned"] else None
+    if deadline is not None and learner.team.share(time.monotonic() > deadline):
+        return Trained(complete=False), None
+    rows, held = part
+    if candidate.name == SEARCH:
+        candidate = searched(learner, candidate, rows, key=f"{key} row")
+    trained = learner.train(
+        candidate, rows, steps, key=key, held=held, judge_at=points, patience=patience, deadline=deadline
+    )
+    pruned = None
+    if candidate.learned and learner.options.prune_below and trained.complete:
+        prune(learner)
+        pruned = learner.judge(held)
+    if trained.complete:
+        table = {
+            "steps": trained.steps,
+            "loss": trained.loss,
+            "pruned": vars(pruned) if pruned else None,
+            "tensors": trained.tensors,
+        }
+        learner.state.finish(key, table | {"judged": {s: vars(j) for s, j in trained.judged.items()}})
+    return trained, pruned
+
+
+def prune(learner: Learner) -> int:
+    """Set weights under `prune_below` to zero in their group, but for the largest; how many were."""
+    attachment = attachment_of(learner.model)
+    logits = attachment.weights.data
+    size = mixture_weights(logits, attachment.normalize, attachment.temperature).abs()
+    under = (size < learner.options.prune_below) & (size < size.amax(-1, keepdim=True))
+    logits.masked_fill_(under, 0.0 if attachment.normalize == "none" else float("-inf"))
+    return int(under.sum())
+
+
+def searched(learner: Learner, candidate: Candidate, rows: Sequence[int], *, key: str) -> Candidate:
+    """Global weights by CMA-ES on the loss of some rows, from uniform composition; the head is trained on that first.
+
+    Free weights are bounded and pulled to zero as LoraHub does; logits are searched as they are.
+    """
+    saved = learner.state.done(key)
+    if saved is None:
+        start = list(candidate.row or ())
+        steps = total_steps(learner, len(rows))
+        learner.train(replace(candidate, name=UNIFORM), rows, steps, key=f"{key} head")
+        free = candidate.normalize == "none"
+
+        def loss(point: Sequence[float]) -> float:
+            row = [max(-SEARCH_BOUND, min(SEARCH_BOUND, x)) for x in point] if free else list(point)
+            with torch.no_grad():
+                weights = attachment_of(learner.model).weights
+                weights.copy_(torch.tensor(row).expand_as(weights))
+            return learner.judge(rows).loss + (SEARCH_L1 * sum(map(abs, row)) if free else 0.0)
+
+        found = minimize(
+            loss, start, sigma=0.3 if free else 1.0, evaluations=SEARCH_EVALUATIONS, seed=learner.options.seed
+        )
+        saved = [max(-SEARCH_BOUND, min(SEARCH_BOUND, x)) for x in found] if free else found
+        learner.state.finish(key, saved)
+    return replace(candidate, row=tuple(saved))
+
+
+def total_steps(learner: Learner, shots: int) -> int:
+    """Optimizer steps that the options ask for."""
+    options = learner.options
+    if options.max_steps is not None:
+        return options.max_steps
+    if options.epochs is not None:
+        batches = -(-shots // options.batch_size)
+        return max(1, round(options.epochs * batches / options.gradient_accumulation_steps))
+    return 100 if learner.start else 40
+
+
+def chosen(method: str, select: str, comparison: Comparison, names: Sequence[str]) -> str:
+    """The candidate to keep: what the method asks for, or, where it is to be chosen, the best in the metric, then the loss.
+
+    `auto` and `select: best` need scores; without them the learned mixture, or the method itself, is kept.
+    """
+    scores = comparison.scores
+    if method == BEST_SINGLE:
+        return max(names, key=lambda name: scores[name].key())
+    if method == AUTO:
+        among = [n for n in scores if n != BASE]
+        return max(among, key=lambda name: scores[name].key()) if LEARNED in scores else LEARNED
+    if select == "best" and method in scores:
+        among = [method, UNIFORM, *names]
+        return max((n for n in dict.fromkeys(among) if n in scores), key=lambda name: scores[name].key())
+    return method
+
+
+def as_good(kept: str, comparison: Comparison, others: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """The simpler candidates that the kept one is not ahead of by more than a standard error: name -> (lead, its error)."""
+    scores = comparison.scores
+    if kept not in scores:
+        return {}
+    leads = {name: scores[kept].ahead_of(scores[name]) for name in others if name in scores and name != kept}
+    return {name: lead for name, lead in leads.items() if lead[0] <= lead[1]}
+
+
+def tables(comparison: Comparison) -> dict[str, Any]:
+    """The scores as mixture.json has them."""
+    return {name: s.row() for name, s in comparison.scores.items()}

@@ -1,0 +1,143 @@
+"""The options of a fit, and which values they may have. This room imports nothing heavy, so a recipe can be checked fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import MixtureError
+from .names import GRANULARITIES, nearest
+
+METHODS = ("learned", "uniform", "best-single", "fixed", "search", "auto")
+SELECT = ("method", "best")
+NORMALIZE = ("all", "present", "none")
+PRECISIONS = ("float32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+QUANTIZE = ("4bit", "8bit")
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How to find the mixture weights; the defaults are for a handful of examples.
+
+    What is fitted:
+        method: `learned` logits (Asadi et al. 2024); `uniform` composition; `best-single`, the adapter that does best on what
+            is held out; `fixed` weights; `search`, global weights without gradients (CMA-ES; as LoraHub searches, but summed in
+            delta-weight space); `auto`, the best of these on what is held out.
+        select: `method` keeps what the method gives; `best` keeps uniform composition or one adapter where it did better.
+        weights: [N] mixture weights of `fixed`, used as they are.
+        granularity: `module`, `layer` or `global`: who shares a row of weights; None: chosen on the folds.
+        normalize: `all`, `present` or `none`: softmax over all adapters, over those present in a module, or free weights.
+        delta_scale: factor of the whole delta weight, or `learned`.
+        initial_logits: [N] logits for all groups (free weights with `normalize: none`), a mixture folder to start from, or a
+            JSON file {group: {adapter: logit}}; None: zero, which is uniform composition.
+        temperature: of the softmax, v̂ = softmax(v / temperature).
+        pull: strength of the pull towards uniform composition: adds pull · N · mean over groups of Σ_n (v̂_n - 1/N)² to the
+            loss; None: chosen on the folds.
+        prune_below: after the fit, weights (free weights: magnitudes) under this are set to zero in their group and the others
+            renormalized; an adapter without weight anywhere leaves the mixture.
+
+    How it is judged:
+        folds: parts of the shots, each held out once; 0 holds nothing out. Classes with one shot are never held out.
+        settings: how many settings (granularity, pull) of the learned method the folds compare at most; each costs as many
+            trainings as there are folds.
+
+    How long:
+        epochs, max_steps: passes over the shots, or optimizer steps (the latter wins); neither: at most 100 steps where a head
+            is trained, 40 where not, fewer if the folds say so.
+        max_minutes: wall-clock budget; the folds get at most half of it.
+        early_stopping: stop when so many evaluations on the evaluation data, one every tenth of the steps, brought no lower
+            loss, and keep the best step.
+
+    How it is trained:
+        learning_rate of the logits and head_learning_rate (AdamW); batch_size in examples, divided among the processes;
+        gradient_accumulation_steps: batches in an optimizer step; max_length in tokens; seed; device; precision: `float32`, or
+        `bf16` and `fp16` mixed; quantize: load the base in `4bit` or `8bit` (bitsandbytes); gradient_checkpointing: less
+        memory, more time; report_to: trackers of accelerate (`tensorboard`, `wandb`, ...), with commas between them.
+    """
+
+    method: str = "learned"
+    select: str = "method"
+    weights: Sequence[float] | None = None
+    granularity: str | None = None
+    normalize: str = "all"
+    delta_scale: float | str = 1.0
+    initial_logits: str | Sequence[float] | None = None
+    temperature: float = 1.0
+    pull: float | None = None
+    prune_below: float = 0.0
+    folds: int = 3
+    settings: int = 4
+    epochs: float | None = None
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    early_stopping: int | None = None
+    learning_rate: float = 0.05
+    head_learning_rate: float = 5e-3
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_length: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "float32"
+    quantize: str | None = None
+    gradient_checkpointing: bool = False
+    report_to: str = "none"
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": METHODS,
+    "select": SELECT,
+    "granularity": GRANULARITIES,
+    "normalize": NORMALIZE,
+    "device": DEVICES,
+    "precision": PRECISIONS,
+    "quantize": QUANTIZE,
+}
+_ABOVE_0 = (
+    "temperature", "epochs", "max_steps", "max_minutes", "early_stopping", "learning_rate", "head_learning_rate", "batch_size",
+    "gradient_accumulation_steps", "max_length", "settings",
+)  # fmt: skip
+_AT_LEAST_0 = ("pull", "prune_below", "folds")
+
+
+def fit_options(given: Mapping[str, Any]) -> FitOptions:
+    """Options by name; None keeps the default.
+
+    Raises:
+        MixtureError: an option that there is not, or a value out of range.
+    """
+    known = [f.name for f in dataclasses.fields(FitOptions)]
+    for name in given:
+        if name not in known:
+            raise MixtureError(f"fit has no option {name!r}{nearest(name, known)}.")
+    chosen = FitOptions(**{name: value for name, value in given.items() if value is not None})
+    for name, choices in _CHOICES.items():
+        value = getattr(chosen, name)
+        if value is not None and value not in choices:
+            raise MixtureError(f"{name} is {value!r}, expected one of {', '.join(choices)}.")
+    for name in (*_ABOVE_0, *_AT_LEAST_0):
+        value = getattr(chosen, name)
+        if value is not None and not (math.isfinite(value) and (value > 0 or (name in _AT_LEAST_0 and value == 0))):
+            raise MixtureError(
+                f"{name} is {value}, expected a number {'above' if name in _ABOVE_0 else 'of at least'} 0."
+            )
+    _check_together(chosen)
+    return chosen
+
+
+def _check_together(options: FitOptions) -> None:
+    if options.folds == 1:
+        raise MixtureError("folds is 1, expected 0 (hold nothing out) or 2 and more.")
+    if (options.method == "fixed") != (options.weights is not None):
+        raise MixtureError("--method fixed and --weights go together: give both, or neither.")
+    if options.prune_below >= 1 and options.normalize != "none":
+        raise MixtureError(
+            f"prune_below is {options.prune_below}, expected less than 1: the weights of a group sum to 1."
+        )
+    scale = options.delta_scale
+    if scale != "learned" and (isinstance(scale, str) or not math.isfinite(scale)):
+        raise MixtureError(f"delta_scale is {scale!r}, expected a finite number, or learned.")

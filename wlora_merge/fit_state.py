@@ -1,0 +1,103 @@
+"""A fit's resumable state: one file beside the output, `OUT.fit-state`, with what has been trained and nothing of the model.
+
+It holds the judgements of finished trainings, and of the one under way the trained tensors, the optimizer and the random
+state. It is replaced in one step and read with `weights_only`, so a kill at any moment leaves the old one or the new one, and
+no code in it is ever run. It goes when the fit is done.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .errors import MixtureError, OutputError
+
+SUFFIX = ".fit-state"
+SAVE_EVERY_S = 5.0
+
+
+class FitState:
+    """The state of one fit.
+
+    Args:
+        file: where it is kept; None keeps none.
+        fingerprint: of all that decides the result; a state with another is not taken up.
+        resume: take up what a killed run left; otherwise start anew.
+        every_s: seconds between two saves of the training under way.
+    """
+
+    def __init__(self, file: Path | None, fingerprint: str, *, resume: bool, every_s: float = SAVE_EVERY_S) -> None:
+        self.file, self.every_s, self.last = file, every_s, time.monotonic()
+        self.table: dict[str, Any] = {"fingerprint": fingerprint, "done": {}, "current": None}
+        if resume and file is not None and file.is_file():
+            self.table = _read(file, fingerprint)
+
+    def done(self, key: str) -> Any:
+        """What a finished training left; None if it has not finished."""
+        return self.table["done"].get(key)
+
+    def finish(self, key: str, value: Any) -> None:
+        """Remember what a training gave, as plain containers and tensors."""
+        self.table["done"][key], self.table["current"] = value, None
+        self._write()
+
+    def current(self, key: str) -> Any:
+        """The state of the training under way, if it is this one."""
+        saved = self.table["current"]
+        return saved["state"] if saved and saved["key"] == key else None
+
+    def save_current(self, key: str, state: Callable[[], dict[str, Any]]) -> None:
+        """Save the training under way, if the last save is long enough ago."""
+        if self.file is None or time.monotonic() - self.last < self.every_s:
+            return
+        self.table["current"] = {"key": key, "state": state()}
+        self._write()
+
+    def remove(self) -> None:
+        """The fit is done."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        import torch
+
+        if self.file is None:
+            return
+        part = self.file.with_name(f"{self.file.name}.part")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as stream:
+                torch.save(self.table, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(part, self.file)
+        except OSError as error:
+            raise OutputError(f"{self.file}: the fit's state cannot be written ({error.strerror}).") from error
+        self.last = time.monotonic()
+
+
+def state_file(out: str | Path) -> Path:
+    """Where the state of a fit to `out` lies."""
+    folder = Path(os.path.abspath(out))
+    return folder.with_name(folder.name + SUFFIX)
+
+
+def _read(file: Path, fingerprint: str) -> dict[str, Any]:
+    import torch
+
+    again = "delete it, or run without --resume."
+    try:
+        table = torch.load(file, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise MixtureError(f"{file}: is no state of a fit ({str(error).splitlines()[0]}): {again}") from error
+    if not isinstance(table, dict) or set(table) != {"fingerprint", "done", "current"}:
+        raise MixtureError(f"{file}: is no state of a fit: {again}")
+    if table["fingerprint"] != fingerprint:
+        raise MixtureError(
+            f"{file}: belongs to a fit with other inputs, options or versions, so it would not give the same result: {again}"
+        )
+    return table

@@ -1,0 +1,470 @@
+"""The training loop of a fit: one loaded model on which one candidate after another is placed, trained and judged.
+
+A loop of our own, because it trains a few numbers through a frozen model: it takes quantized bases as they are, keeps no
+state but those numbers, gives the same result on several processes as on one (each weighs its share of a batch by what the
+loss counts), and trains a head alone on activations computed once. Dropout is off: the frozen model is a fixed function.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import MixtureError
+from .fit_options import FitOptions
+from .layers import PARAMETER, SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
+from .levels import Levels
+from .mixture import mixture_weights
+
+if TYPE_CHECKING:
+    from .fit_state import FitState
+    from .labels import LabelSet
+    from .ranks import Team
+    from .tasks import Task
+
+FitProgress = Callable[[str, int, int, float, dict[str, float]], None]
+"""Called with (candidate, step, steps, loss, mean mixture weight of each adapter) after every step."""
+Outputs = tuple[Any, ...]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to mix: a row of weights for all groups, or (`row` None) weights learned from the start.
+
+    `scale` 0 is the base model alone.
+    """
+
+    name: str
+    row: tuple[float, ...] | None = None
+    normalize: str = "none"
+    granularity: str = "global"
+    pull: float = 0.0
+    scale: float | None = None
+
+    @property
+    def learned(self) -> bool:
+        """Whether its weights are trained."""
+        return self.row is None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a model gave on E held-out rows: the metric's inputs (tensors [E, ...] on the CPU), and the mean loss."""
+
+    outputs: Any
+    labels: Any
+    loss: float
+    items: int
+
+
+@dataclass
+class Trained:
+    """What a training gave: its steps, the loss of the last, what was judged after which step, whether it ran to its end."""
+
+    steps: int = 0
+    loss: float = math.nan
+    judged: dict[int, Judged] = field(default_factory=dict)
+    complete: bool = True
+    tensors: list[torch.Tensor] = field(default_factory=list)
+
+
+class Learner:
+    """A model with its adapters attached, the encoded rows, and how to train on them.
+
+    Args:
+        rows: encoded examples, the shots first.
+        head: names of the head's modules; its parameters start from what they are now.
+        initial: logits (free weights) to start from: granularity -> [G, N], or None for uniform composition.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        labels: LabelSet | None,
+        processor: Any,
+        options: FitOptions,
+        rows: Sequence[dict[str, Any]],
+        head: list[str],
+        team: Team,
+        state: FitState,
+        initial: Callable[[dict[str, list[str]]], torch.Tensor | None] = lambda _: None,
+        progress: FitProgress | None = None,
+    ) -> None:
+        self.model, self.task, self.labels, self.options = model, task, labels, options
+        self.rows, self.head, self.team, self.state, self.initial, self.progress = (
+            rows,
+            head,
+            team,
+            state,
+            initial,
+            progress,
+        )
+        self.names = [a.name for a in attachment_of(model).adapters]
+        self.processor, self.metric = processor, task.metric(labels)
+        self.collate = task.collator(processor)
+        self.start = {name: model.get_parameter(name).detach().clone() for name in attachment_of(model).head}
+        self.device = attachment_of(model).weights.device
+        self.log: Callable[[dict[str, float], int], None] | None = None
+        self._features: tuple[Candidate, torch.Tensor] | None = None
+        _quiet(model, options.gradient_checkpointing)
+
+    # ------------------------------------------------------------------------------------------------ candidates
+
+    def place(self, candidate: Candidate) -> list[nn.Parameter]:
+        """Put a candidate's weights on the model, and the head back to its start; the parameters that it trains."""
+        with torch.no_grad():
+            weights = regroup(self.model, candidate.granularity, candidate.normalize)
+            groups = attachment_of(self.model).groups
+            start = self.initial(groups) if candidate.learned else torch.tensor(candidate.row)
+            if start is not None:
+                weights.copy_(start.to(weights).expand_as(weights))
+            for name, value in self.start.items():
+                self.model.get_parameter(name).copy_(value)
+        trained = [weights] if candidate.learned else []
+        weights.requires_grad_(candidate.learned)
+        trained += self._place_scale(candidate)
+        return trained + [self.model.get_parameter(name) for name in self.start]
+
+    def _place_scale(self, candidate: Candidate) -> list[nn.Parameter]:
+        if candidate.scale is not None or not isinstance(self.options.delta_scale, str):
+            fixed = self.options.delta_scale if candidate.scale is None else candidate.scale
+            set_delta_scale(self.model, float(fixed))
+            return []
+        scale = self.model.get_parameter(SCALE_PARAMETER)
+        scale.data.fill_(1.0)
+        scale.requires_grad_(candidate.learned)
+        set_delta_scale(self.model, scale)
+        return [scale] if candidate.learned else []
+
+    def weights(self) -> dict[str, float]:
+        """The mean mixture weight of each adapter over the groups, as they are now."""
+        attachment = attachment_of(self.model)
+        values = mixture_weights(attachment.weights.detach(), attachment.normalize, attachment.temperature).mean(0)
+        return dict(zip(self.names, values.tolist(), strict=True))
+
+    # -------------------------------------------------------------------------------------------------- training
+
+    def train(
+        self,
+        candidate: Candidate,
+        rows: Sequence[int],
+        steps: int,
+        *,
+        key: str,
+        held: Sequence[int] = (),
+        judge_at: Sequence[int] = (),
+        patience: int | None = None,
+        deadline: float | None = None,
+    ) -> Trained:
+        """Train a candidate from its start, in place.
+
+        Args:
+            rows: numbers of the rows to train on.
+            steps: optimizer steps.
+            key: names this training in the fit's state, so that it can be taken up again.
+            held: rows to judge on, after the steps `judge_at`.
+            patience: stop after so many judgements without a lower loss, and go back to the best.
+            deadline: in `time.monotonic()`; stop after it.
+        """
+        parameters = self.place(candidate)
+        result = Trained()
+        if not parameters:
+            result.judged = dict.fromkeys(judge_at, self.judge(held)) if held and judge_at else {}
+            return result
+        loop = _Loop(self, candidate, rows, steps, parameters)
+        best = (math.inf, 0, loop.tensors())
+        if saved := self.state.current(key):
+            result, best = loop.restore(saved)
+        for step in range(result.steps + 1, steps + 1):
+            if deadline is not None and self.team.share(time.monotonic() > deadline):
+                result.complete = False
+                break
+            result.loss, result.steps = loop.step(step), step
+            if self.progress:
+                self.progress(candidate.name, step, steps, result.loss, self.weights())
+            if self.log:
+                self.log({"loss": result.loss, **{f"weight/{n}": w for n, w in self.weights().items()}}, step)
+            if step in judge_at:
+                result.judged[step] = judged = self.judge(held, loop.features)
+                if patience is not None:
+                    if judged.loss < best[0]:
+                        best = (judged.loss, step, loop.tensors())
+                    elif sum(s > best[1] for s in result.judged) >= patience:
+                        break
+            self.state.save_current(key, lambda result=result, best=best: loop.saved(result, best))  # type: ignore[misc]
+        self._check(candidate, parameters)
+        if patience is not None and best[1]:
+            loop.load(best[2])
+            result.steps = best[1]
+        result.tensors = [p.detach().clone() for p in parameters]
+        return result
+
+    def _check(self, candidate: Candidate, parameters: list[nn.Parameter]) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in parameters):
+            raise MixtureError(
+                f"training {candidate.name!r} diverged: its parameters are not finite after it; use a smaller --learning-rate, "
+                f"now {self.options.learning_rate}."
+            )
+
+    def batches(self, rows: Sequence[int], steps: int) -> Iterator[list[list[int]]]:
+        """For each optimizer step its batches: the rows in a new random order, again and again; only the seed decides."""
+        generator = torch.Generator().manual_seed(self.options.seed)
+        size, queue = self.options.batch_size, list[list[int]]()
+        for _ in range(steps):
+            step: list[list[int]] = []
+            while len(step) < self.options.gradient_accumulation_steps:
+                if not queue:
+                    order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+                    queue = [order[i : i + size] for i in range(0, len(order), size)]
+                step.append(queue.pop(0))
+            yield step
+
+    # ---------------------------------------------------------------------------------------------- forward passes
+
+    def loss(self, rows: list[int], features: torch.Tensor | None = None) -> torch.Tensor:
+        """The mean loss of some rows."""
+        if features is not None:
+            return self._head_loss(features[rows], rows)
+        inputs = self._inputs(rows)
+        with self._autocast():
+            loss: torch.Tensor = self.model(**inputs).loss
+        return loss.float()
+
+    def judge(self, rows: Sequence[int], features: torch.Tensor | None = None) -> Judged:
+        """What the model gives on some rows, in batches, kept as small as the metric allows."""
+        size = max(self.options.batch_size, 16)
+        outputs, labels, losses, items = [], [], [], []
+        with torch.no_grad():
+            for i in range(0, len(rows), size):
+                part = list(rows[i : i + size])
+                inputs = self._inputs(part)
+                found = inputs["labels"] if "labels" in inputs else (inputs["start_positions"], inputs["end_positions"])
+                if features is not None:
+                    logits: Any = self._head_logits(features[part])
+                    losses.append(float(self._head_loss(features[part], part)))
+                else:
+                    with self._autocast():
+                        result = self.model(**inputs)
+                    logits = result.logits if "logits" in result else (result.start_logits, result.end_logits)
+                    losses.append(float(result.loss))
+                if self.metric.preprocess:
+                    logits = self.metric.preprocess(logits, found)
+                outputs.append(_on_cpu(logits))
+                labels.append(_on_cpu(found))
+                items.append(sum(self.task.items(self.rows[r]) for r in part))
+        loss = sum(a * n for a, n in zip(losses, items, strict=True)) / max(sum(items), 1)
+        if not math.isfinite(loss):
+            raise MixtureError(f"the loss on held-out examples is {loss}; use a smaller --learning-rate.")
+        return Judged(joined(outputs), joined(labels), loss, sum(items))
+
+    def _inputs(self, rows: list[int]) -> dict[str, Any]:
+        batch = self.collate([self.rows[r] for r in rows])
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def _autocast(self) -> Any:
+        dtype = AUTOCAST.get(self.options.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+    # ------------------------------------------------------------------------------------- the head on cached activations
+
+    def features(self, candidate: Candidate) -> torch.Tensor | None:
+        """What the head sees of each row [E, ...], where nothing else is trained and the head is one linear layer.
+
+        The model's logits with the head replaced by the identity are the head's inputs at the positions that count.
+        """
+        if (
+            candidate.learned
+            or len(self.head) != 1
+            or self.task.name not in ("text-classification", "image-classification")
+        ):
+            return None
+        layer = self.model.get_submodule(self.head[0])
+        if not isinstance(layer, nn.Linear):
+            return None
+        if self._features is None or self._features[0] != candidate:
+            parent, _, name = self.head[0].rpartition(".")
+            owner = self.model.get_submodule(parent)
+            setattr(owner, name, nn.Identity())
+            try:
+                self._features = (candidate, self._pooled())
+            finally:
+                setattr(owner, name, layer)
+        return self._features[1]
+
+    def _pooled(self) -> torch.Tensor:
+        size, parts = max(self.options.batch_size, 16), []
+        with torch.no_grad(), self._autocast():
+            for i in range(0, len(self.rows), size):
+                inputs = self._inputs(list(range(i, min(i + size, len(self.rows)))))
+                inputs.pop("labels")
+                parts.append(self.model(**inputs).logits.float())
+        return torch.cat(parts)
+
+    def _head_logits(self, features: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model.get_submodule(self.head[0])(features)
+        return logits
+
+    def _head_loss(self, features: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        from .labels import MULTI, REGRESSION
+
+        labels = self._inputs(rows)["labels"]
+        logits = self._head_logits(features)
+        kind = self.labels.problem_type if self.labels else ""
+        if kind == REGRESSION:
+            return nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+        if kind == MULTI:
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return nn.functional.cross_entropy(logits, labels)
+
+
+class _Loop:
+    """One training: its optimizer, its batches, and the state with which it can be taken up again."""
+
+    def __init__(
+        self, learner: Learner, candidate: Candidate, rows: Sequence[int], steps: int, parameters: list[nn.Parameter]
+    ) -> None:
+        self.learner, self.candidate, self.parameters = learner, candidate, parameters
+        self.features = learner.features(candidate)
+        self.batches = learner.batches(rows, steps)
+        self.done = 0
+        model, options = learner.model, learner.options
+        self.levels = Levels(attachment_of(model)) if candidate.learned else None
+        head = [model.get_parameter(name) for name in learner.start]
+        logits = self.levels.parameters if self.levels else []
+        scale = [p for p in parameters if p.ndim == 0]
+        groups = [
+            {"params": [*logits, *scale], "lr": options.learning_rate},
+            {"params": head, "lr": options.head_learning_rate},
+        ]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+        self.scaler = torch.amp.GradScaler(learner.device.type, enabled=options.precision == "fp16")
+
+    def step(self, step: int) -> float:
+        """One optimizer step; the mean loss of its batches over all processes."""
+        while self.done < step - 1:  # a training taken up again passes over the batches that it has had
+            next(self.batches)
+            self.done += 1
+        self.done = step
+        loss = self._backward(next(self.batches))
+        self.optimizer.step()
+        if self.levels:
+            self.levels.write()
+        return loss
+
+    def _backward(self, batches: list[list[int]]) -> float:
+        learner = self.learner
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        total = sum(learner.task.items(learner.rows[row]) for batch in batches for row in batch)
+        loss_sum = torch.zeros(1, device=learner.device)
+        for batch in batches:
+            mine = batch[learner.team.rank :: learner.team.size]
+            if mine:
+                share = sum(learner.task.items(learner.rows[row]) for row in mine) / max(total, 1)
+                loss = learner.loss(mine, self.features) * share
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                loss_sum += loss.detach()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.scaler.is_enabled():
+            for gradient in gradients:
+                gradient.div_(self.scaler.get_scale())
+        learner.team.sum([loss_sum, *gradients])
+        if self.candidate.learned and self.candidate.pull:
+            (self.candidate.pull * _distance(learner.model)).backward()  # type: ignore[no-untyped-call]
+        if self.levels:
+            self.levels.take_gradient()
+        return float(loss_sum)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Copies of what is trained."""
+        own = self.levels.parameters if self.levels else []
+        return [p.detach().clone() for p in [*self.parameters, *own]]
+
+    def load(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Put copies back."""
+        restore([*self.parameters, *(self.levels.parameters if self.levels else [])], tensors)
+
+    def saved(self, result: Trained, best: tuple[float, int, list[torch.Tensor]]) -> dict[str, Any]:
+        """All that `restore` needs, as plain containers and tensors."""
+        return {
+            "steps": result.steps,
+            "loss": result.loss,
+            "judged": {step: vars(judged) for step, judged in result.judged.items()},
+            "tensors": self.tensors(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "best": list(best),
+        }
+
+    def restore(self, saved: dict[str, Any]) -> tuple[Trained, tuple[float, int, list[torch.Tensor]]]:
+        """Go on where a killed run saved."""
+        self.load(saved["tensors"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        judged = {step: Judged(**row) for step, row in saved["judged"].items()}
+        best = saved["best"]
+        return Trained(saved["steps"], saved["loss"], judged), (best[0], best[1], best[2])
+
+
+def restore(parameters: Sequence[nn.Parameter], tensors: Sequence[torch.Tensor]) -> None:
+    """Put what a training gave back in place."""
+    with torch.no_grad():
+        for parameter, value in zip(parameters, tensors, strict=True):
+            parameter.copy_(value)
+
+
+def _distance(model: nn.Module) -> torch.Tensor:
+    """N · mean over groups of Σ_n (v̂_n - 1/N)²: 0 for uniform composition, N - 1 for one adapter alone."""
+    attachment = attachment_of(model)
+    weights = mixture_weights(attachment.weights, attachment.normalize, attachment.temperature)
+    n = weights.shape[-1]
+    return n * (weights - 1 / n).square().sum(-1).mean()
+
+
+def _quiet(model: nn.Module, gradient_checkpointing: bool) -> None:
+    """Dropout off, caches off; layers that are checkpointed must think that they train."""
+    model.eval()
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, "use_cache", False):
+        config.use_cache = False
+    if gradient_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise MixtureError(
+                f"{type(model).__name__} has no gradient checkpointing: leave --gradient-checkpointing out."
+            )
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.training = True  # of this module alone: dropout inside it stays off
+
+
+def _on_cpu(value: Any) -> Any:
+    return (
+        tuple(map(_on_cpu, value))
+        if isinstance(value, tuple)
+        else value.detach().float().cpu()
+        if value.is_floating_point()
+        else value.cpu()
+    )
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Batches [E_i, T_i, ...] -> one tensor [E, T, ...], shorter ones padded with -100; tuples part by part."""
+    if isinstance(parts[0], tuple):
+        return tuple(joined([part[i] for part in parts]) for i in range(len(parts[0])))
+    if parts[0].ndim < 2 or all(p.shape[1:] == parts[0].shape[1:] for p in parts):
+        return torch.cat(list(parts))
+    width = max(p.shape[1] for p in parts)
+    return torch.cat([nn.functional.pad(p, (0, 0) * (p.ndim - 2) + (0, width - p.shape[1]), value=-100) for p in parts])
+
+
+__all__ = ["PARAMETER", "Candidate", "FitProgress", "Judged", "Learner", "Trained", "joined", "restore"]
