@@ -11,8 +11,8 @@ import torch
 from conftest import tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from wlora_merge.base_model import INDEX, SINGLE, open_base, refuse_quantized
-from wlora_merge.errors import BaseModelError, UnsupportedError, WloraMergeError
+from wlora_merge.base_model import INDEX, SINGLE, open_base
+from wlora_merge.errors import BaseModelError, WloraMergeError
 
 
 @pytest.fixture
@@ -172,37 +172,6 @@ def test_a_tensor_is_found_with_and_without_the_model_prefix(tmp_path: Path) -> 
         assert entry is not None
         assert entry.name == name
     assert base.find_tensor("classifier.weight") is None
-
-
-# ----------------------------------------------------------------------------------------------------- quantized
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [({"quant_method": "gptq"}, "gptq"), ({"bits": 4}, "unknown"), ("fp8", "fp8"), ({"quant_method": "awq"}, "awq")],
-)
-def test_a_quantized_base_is_refused_and_its_format_named(single: Path, config: Any, name: str) -> None:
-    base = open_base(single)
-    refuse_quantized(base)
-    base.config["quantization_config"] = config
-    with pytest.raises(UnsupportedError, match=f"quantized \\({name}\\).*--format lora"):
-        refuse_quantized(base)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
-def test_a_base_whose_config_does_not_say_that_it_is_quantized_is_refused_by_its_dtype(
-    single: Path, dtype: torch.dtype
-) -> None:
-    tensors = load_file(single / SINGLE)
-    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(56, 32, dtype=dtype)
-    save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)}, single / SINGLE)
-    with pytest.raises(UnsupportedError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
-        refuse_quantized(open_base(single))
-
-
-def test_a_causal_mask_of_bytes_is_no_quantized_weight(single: Path) -> None:
-    save_file(load_file(single / SINGLE) | {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)}, single / SINGLE)
-    refuse_quantized(open_base(single))
 
 
 # ---------------------------------------------------------------------------------------------------------- tied

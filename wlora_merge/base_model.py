@@ -12,11 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import FLOATING, Entry, Header, read_header, read_tensor
+from .checkpoint import Entry, Header, read_header, read_tensor
 from .digests import sha256_files
 from .errors import BaseModelError, UnsupportedError
 from .input_files import find_file, read_table
 from .names import NameResolver, is_plain_file_name
+from .quantized import quantized_format
 from .sources import BASE_PATTERNS, Source, resolve_source
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ class BaseModel:
     @cached_property
     def _names(self) -> NameResolver:
         return NameResolver(self.entries)
+
+    @cached_property
+    def quantized(self) -> str | None:
+        """The format that the weights are quantized in; None for plain floating point."""
+        return quantized_format(self.config, self.entries.values())
 
     @cached_property
     def tree(self) -> ModuleTree | None:
@@ -154,19 +160,11 @@ def refuse_quantized(base: BaseModel) -> None:
     Raises:
         UnsupportedError: with what to give instead.
     """
-    method = base.config.get("quantization_config")
-    if method:
-        name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+    if base.quantized:
         raise UnsupportedError(
-            f"{base.folder}: this base is quantized ({name}), and a fold into it would not be exact: give the original 16-bit base, "
-            "or export with --format lora."
+            f"{base.folder}: this base is quantized ({base.quantized}), and a fold into it would not be exact: give the original "
+            "16-bit base, or export with --format lora."
         )
-    for entry in base.entries.values():
-        if entry.name.endswith(".weight") and len(entry.shape) > 1 and entry.dtype not in FLOATING:
-            raise UnsupportedError(
-                f"{entry.file}: tensor {entry.name!r} has dtype {entry.dtype}, so this base is quantized, and a fold into it would "
-                "not be exact: give the original 16-bit base, or export with --format lora."
-            )
 
 
 def _open_shards(folder: Path, index: dict[str, Any]) -> dict[str, Header]:

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 
 from .adapters import Adapter, Factors, scaling_of
 from .base_model import OUTPUT_EMBEDDINGS, BaseModel
+from .checkpoint import FLOATING
 from .errors import AdapterError, UnsupportedError, WloraMergeWarning
 from .experts import WRAPPER, split_factors
 from .layouts import Layout, factors_from_file, layout_of, output_rows, row_norms
 from .names import natural_key
+from .quantized import WEIGHT_SUFFIXES
 
 if TYPE_CHECKING:
     import torch
@@ -200,6 +202,8 @@ def modules_of(base: BaseModel) -> Find:
         entry = base.find_tensor(f"{module}.weight")
         if entry is None and base.tied and module.rpartition(".")[2] in OUTPUT_EMBEDDINGS:
             return Target(module, (), tied=True)
+        if base.quantized and (entry is None or entry.dtype not in FLOATING):
+            return _packed(base, module)
         if entry is not None:
             read = partial(base.read, entry.name)
             return Target(entry.name.removesuffix(".weight"), entry.shape, entry.name in base.tied, read)
@@ -207,6 +211,21 @@ def modules_of(base: BaseModel) -> Find:
         return Target(module, (), tree=base.tree) if known else None
 
     return find
+
+
+def _packed(base: BaseModel, module: str) -> Target | None:
+    """A target module whose weight is packed: its name as the files have it, its shape from the module tree."""
+    for suffix in WEIGHT_SUFFIXES:
+        entry = base.find_tensor(f"{module}.{suffix}")
+        found = base.tree.find_module(module) if entry and base.tree else None
+        if entry and base.tree and found:
+            return Target(entry.name.removesuffix(f".{suffix}"), base.tree.tensors[f"{found}.weight"])
+        if entry:
+            raise UnsupportedError(
+                f"{base.folder}: this base is quantized ({base.quantized}), and transformers does not know the shape of {module!r}: "
+                "give the original 16-bit base."
+            )
+    return None
 
 
 def tensors_of(base: BaseModel) -> Find:

@@ -1,0 +1,177 @@
+"""A base that is itself quantized: dense refuses and names the format, a LoRA is exported all the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_adapter, tiny_llama
+from safetensors.torch import load_file, save_file
+
+from wlora_merge.base_model import SINGLE, open_base, refuse_quantized
+from wlora_merge.checkpoint import read_header
+from wlora_merge.errors import UnsupportedError
+from wlora_merge.export import export
+from wlora_merge.mix import mix
+
+Tensors = dict[str, torch.Tensor]
+
+
+def bitsandbytes_4bit(name: str, weight: torch.Tensor) -> Tensors:
+    return {
+        f"{name}.weight": torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8),
+        f"{name}.weight.absmax": torch.ones(4),
+    }
+
+
+def bitsandbytes_8bit(name: str, weight: torch.Tensor) -> Tensors:
+    return {f"{name}.weight": weight.to(torch.int8), f"{name}.SCB": torch.ones(len(weight))}
+
+
+def gptq(name: str, weight: torch.Tensor) -> Tensors:
+    rows, cols = weight.shape
+    return {f"{name}.qweight": torch.zeros(cols // 8, rows, dtype=torch.int32), f"{name}.scales": torch.ones(1, rows)}
+
+
+def awq(name: str, weight: torch.Tensor) -> Tensors:
+    rows, cols = weight.shape
+    return {f"{name}.qweight": torch.zeros(cols, rows // 8, dtype=torch.int32), f"{name}.scales": torch.ones(1, rows)}
+
+
+def fp8(name: str, weight: torch.Tensor) -> Tensors:
+    return {f"{name}.weight": weight.to(torch.float8_e4m3fn), f"{name}.weight_scale_inv": torch.ones(1, 1)}
+
+
+def compressed_tensors(name: str, weight: torch.Tensor) -> Tensors:
+    rows, cols = weight.shape
+    packed = torch.zeros(rows, cols // 8, dtype=torch.int32)
+    return {f"{name}.weight_packed": packed, f"{name}.weight_shape": torch.tensor([rows, cols])}
+
+
+FORMATS: dict[str, tuple[Callable[[str, torch.Tensor], Tensors], dict[str, Any], str]] = {
+    "bitsandbytes 4-bit": (bitsandbytes_4bit, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "weight"),
+    "bitsandbytes 8-bit": (bitsandbytes_8bit, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "weight"),
+    "gptq 4-bit": (gptq, {"quant_method": "gptq", "bits": 4}, "qweight"),
+    "awq 4-bit": (awq, {"quant_method": "awq", "bits": 4}, "qweight"),
+    "fp8": (fp8, {"quant_method": "fp8"}, "weight"),
+    "compressed-tensors": (compressed_tensors, {"quant_method": "compressed-tensors"}, "weight_packed"),
+}
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    root, model = tmp_path_factory.mktemp("plain"), tiny_llama()
+    model.save_pretrained(root / "base")
+    targets = ["q_proj", "down_proj"]
+    return root / "base", [make_adapter(model, root / f"a{i}", i, r=i + 2, target_modules=targets) for i in range(2)]
+
+
+def quantize(base: Path, folder: Path, kind: str, *, told: bool = True) -> Path:
+    pack, settings, _ = FORMATS[kind]
+    shutil.copytree(base, folder)
+    tensors: Tensors = {}
+    for name, tensor in load_file(base / SINGLE).items():
+        tensors |= pack(name.removesuffix(".weight"), tensor) if "proj" in name else {name: tensor}
+    save_file(tensors, folder / SINGLE)
+    config = json.loads((base / "config.json").read_text()) | ({"quantization_config": settings} if told else {})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_lora_over_a_quantized_base_is_the_lora_over_the_original_one(
+    kind: str, plain: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, adapters = plain
+    folder = quantize(base, tmp_path / "quantized", kind)
+    mixture = mix(folder, adapters)
+    with pytest.raises(UnsupportedError, match=rf"quantized \({kind}\).*original 16-bit base.*--format lora"):
+        export(mixture, "dense", tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+    export(mixture, "lora", tmp_path / "lora")
+    export(mix(base, adapters), "lora", tmp_path / "expected")
+    got, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "expected"))
+    assert set(got) == set(expected)
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+    modules = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["target_modules"]
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora")
+    wrapped = {name for name, m in model.named_modules() if hasattr(m, "lora_A") and not name.endswith("lora_A")}
+    assert len(wrapped) == 4, modules
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_format_that_the_config_does_not_tell_is_told_by_its_tensors(
+    kind: str, plain: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    folder = quantize(plain[0], tmp_path / "quantized", kind, told=False)
+    with pytest.raises(UnsupportedError, match=rf"layers\.\d\..*\.{FORMATS[kind][2]}' has dtype"):
+        refuse_quantized(open_base(folder))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_bitsandbytes_writes_is_refused_by_name_and_takes_a_lora(
+    bits: int, plain: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    base, adapters = plain
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map="cpu")
+    model.save_pretrained(tmp_path / "quantized")
+    kinds = {e.dtype for e in read_header(tmp_path / "quantized" / SINGLE).entries.values()}
+    assert kinds & {"U8", "I8"}
+    with pytest.raises(UnsupportedError, match=rf"quantized \(bitsandbytes {bits}-bit\)"):
+        export(mix(tmp_path / "quantized", adapters), "dense", tmp_path / "dense")
+    export(mix(tmp_path / "quantized", adapters), "lora", tmp_path / "lora")
+    export(mix(base, adapters), "lora", tmp_path / "expected")
+    got, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "expected"))
+    assert set(got) == set(expected)
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"quantization_config": {"bits": 4}}, "unknown 4-bit"),
+        ({"quantization_config": "fp8"}, "fp8"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
+    ],
+)
+def test_a_format_is_found_wherever_the_config_tells_it(single: Path, config: dict[str, Any], name: str) -> None:
+    base = open_base(single)
+    refuse_quantized(base)
+    base = open_base(single)
+    base.config.update(config)
+    with pytest.raises(UnsupportedError, match=rf"quantized \({name}\).*--format lora"):
+        refuse_quantized(base)
+
+
+def test_a_causal_mask_of_bytes_is_no_quantized_weight(single: Path) -> None:
+    save_file(load_file(single / SINGLE) | {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)}, single / SINGLE)
+    refuse_quantized(open_base(single))
+
+
+def test_an_adapter_of_another_width_is_refused_on_a_quantized_base_too(
+    plain: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    from wlora_merge.errors import AdapterError
+
+    other = make_adapter(tiny_llama(hidden_size=64), tmp_path / "other", 0, r=2, target_modules=["q_proj"])
+    with pytest.raises(AdapterError, match="do not fit the base weight"):
+        mix(quantize(plain[0], tmp_path / "quantized", "gptq 4-bit"), [other])
