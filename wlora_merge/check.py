@@ -8,7 +8,7 @@ the manifest records.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import read_header
 from .digests import sha256_files
-from .errors import UnsupportedError, VerifyError
+from .errors import UnsupportedError, VerifyError, WloraMergeError
+from .input_files import find_file
 from .manifest import FILE
+from .structure import bounded, check_structure
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +46,7 @@ class Checked:
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> int:
-    """Read every file again and compare its sha256; read every safetensors header.
+    """Read every file again and compare its sha256; compare config, index and headers with each other.
 
     Returns:
         The number of files.
@@ -53,13 +55,15 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> int:
         VerifyError: a file that is missing, is not in the manifest, or has other bytes.
     """
     expected = manifest["files"]
-    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {FILE}
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()} - {FILE}
     if missing := sorted(set(expected) - found):
         raise VerifyError(f"{folder / missing[0]}: is missing; the manifest lists it: export again.")
     if foreign := sorted(found - set(expected)):
         raise VerifyError(
             f"{folder / foreign[0]}: is not in the manifest: it was added after the export; take it away."
         )
+    for name in expected:
+        find_file(folder, name, VerifyError)
     digests = sha256_files([folder / name for name in expected], fresh=True)
     for name, row in expected.items():
         if digests[folder / name] != row.get("sha256"):
@@ -69,6 +73,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> int:
             )
         if name.endswith(".safetensors"):
             read_header(folder / name)
+    check_structure(folder, manifest)
     return len(expected)
 
 
@@ -131,6 +136,18 @@ def quiet_libraries() -> Any:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """What a library says of a folder from elsewhere, in one sentence: its loaders let errors of any kind through."""
+    try:
+        yield
+    except (WloraMergeError, MemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise VerifyError(f"{what}: {said[:500]}") from error
+
+
 def load_model(folder: Path, task: str | None, *, complete: bool = True, **options: Any) -> nn.Module:
     """Load a model folder by its task, in float32, in evaluation mode.
 
@@ -145,15 +162,19 @@ def load_model(folder: Path, task: str | None, *, complete: bool = True, **optio
 
     from .tasks import get_task
 
-    with quiet_libraries():
-        try:
-            model, info = (
-                get_task(task or "feature-extraction")
-                .auto_class()
-                .from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **SAFE, **options)
+    with quiet_libraries(), _library_errors(f"{folder}: transformers cannot load it as {task}"), bounded(folder):
+        model, info = (
+            get_task(task or "feature-extraction")
+            .auto_class()
+            .from_pretrained(
+                folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=complete,
+                **SAFE,
+                **options,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise VerifyError(f"{folder}: transformers cannot load it as {task}: {error}") from error
+        )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if complete else ():
         if info[kind]:
             raise VerifyError(
@@ -182,9 +203,12 @@ def attach_mixture(model: nn.Module, mixture: Mixture, adapters: list[Adapter], 
             module = base.find_module(modules[0])
             if module is None:
                 raise VerifyError(f"{base.folder}: has no tensor for target module {modules[0]!r}.")
+            if module not in row:
+                raise VerifyError(f"target module {module!r} belongs to no group of the manifest: export again.")
             parameter[g] = logits[row[module]]
         for name, tensor in mixture.head.items():
-            model.get_parameter(name).copy_(tensor)
+            with _library_errors(f"tensor {name!r} of the trained head does not fit the base"):
+                model.get_parameter(name).copy_(tensor)
     return model
 
 
@@ -192,7 +216,7 @@ def outputs_of(model: nn.Module, probe: Mapping[str, Any]) -> dict[str, torch.Te
     """The model's floating outputs on the probe (logits, start_logits, last_hidden_state, ...)."""
     import torch
 
-    with torch.no_grad():
+    with torch.no_grad(), _library_errors("the model does not run on the probe"):
         result = model(**probe_tensors(probe), return_dict=True)
     wanted = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
     found = {name: result[name].float() for name in wanted if name in result and isinstance(result[name], torch.Tensor)}
@@ -243,7 +267,7 @@ def export_model(folder: Path, manifest: Mapping[str, Any], base: BaseModel | No
 
     options = {key: config[key] for key in ("id2label", "label2id", "problem_type") if key in config}
     model = load_model(base.folder, task, complete=not manifest.get("head"), **options)
-    with quiet_libraries():
+    with quiet_libraries(), _library_errors(f"{folder}: PEFT cannot load it"):
         loaded: nn.Module = PeftModel.from_pretrained(model, folder).eval()
     return loaded
 

@@ -6,6 +6,7 @@ The same inputs, options and versions give the same bytes, wherever the folders 
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +23,8 @@ from .names import is_plain_file_name
 
 FILE = "wlora_merge.json"
 FORMAT_VERSION = 1
+DTYPES = ("float32", "bfloat16", "float16")
+PROBE_ELEMENTS = 16_000_000
 PACKAGES = {
     "dense": ("torch",),
     "lora": ("torch", "safetensors"),
@@ -139,9 +142,44 @@ def _check(table: Mapping[str, Any]) -> None:
     for row in (table["base_model"], *table["adapters"]):
         if not isinstance(row, dict) or not isinstance(row["name"], str) or not isinstance(row["sha256"], dict):
             raise TypeError("one of its inputs has no name or no table of sha256")
+    _check_strings(table)
+    probe = table.get("probe") or {}
+    if not isinstance(probe, dict) or not all(_is_probe(name, value) for name, value in probe.items()):
+        raise TypeError("its probe is not a table of small inputs")
+    if not isinstance((table.get("report") or {}).get("relative_error", 0.0), int | float):
+        raise TypeError("its report has a relative_error that is no number")
     for name, row in table["files"].items():
         if not isinstance(row["sha256"], str) or type(row["bytes"]) is not int:
             raise TypeError(f"the row of file {name!r} is not a sha256 and a number of bytes")
+
+
+def _check_strings(table: Mapping[str, Any]) -> None:
+    for key in ("prefixes", "head"):
+        if not isinstance(table[key], list) or not all(isinstance(text, str) for text in table[key]):
+            raise TypeError(f"its {key} is not a list of names")
+    if len(table["prefixes"]) != 2:
+        raise ValueError("its prefixes are not two")
+    for key in ("config", "options", "report", "metrics", "data"):
+        if not isinstance(table.get(key) or {}, dict):
+            raise TypeError(f"its {key} is a {type(table[key]).__name__}, expected a table")
+    if (table.get("options") or {}).get("dtype") not in (None, *DTYPES):
+        raise ValueError(f"its dtype is not one of {', '.join(DTYPES)}")
+    for modules in table["groups"].values():
+        if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+            raise TypeError("one of its groups is not a list of modules")
+    for row in (table["base_model"], *table["adapters"]):
+        if not all(isinstance(text, str) for text in row["sha256"].values()):
+            raise TypeError("one of its inputs has a sha256 that is no text")
+
+
+def _is_probe(name: str, value: Any) -> bool:
+    """A table {shape, seed} or rows of token ids, as `check.make_probe` makes them, of a bounded size."""
+    if isinstance(value, dict):
+        shape = value.get("shape")
+        numbers: list[Any] = [*shape, value.get("seed")] if isinstance(shape, list) else [None]
+        return all(type(n) is int and 0 <= n < 2**31 for n in numbers) and math.prod(numbers[:-1]) <= PROBE_ELEMENTS
+    rows = value if isinstance(value, list) and all(isinstance(row, list) for row in value) else [[None]]
+    return len({len(row) for row in rows}) == 1 and all(type(n) is int and 0 <= n < 2**63 for row in rows for n in row)
 
 
 def _true(told: InputRef, read: InputRef) -> InputRef:

@@ -206,8 +206,20 @@ class Mixture:
             MixtureError: a missing or broken file, or weights that are not finite or of another shape.
         """
         folder = Path(folder)
-        table = _read_table(folder)
-        tensors = _read_tensors(folder)
+        return cls.from_table(_read_table(folder), _read_tensors(folder), folder)
+
+    @classmethod
+    def from_table(
+        cls, table: Mapping[str, Any], tensors: dict[str, torch.Tensor], folder: Path, file: str = JSON_FILE
+    ) -> Mixture:
+        """A mixture from the contents of its two files.
+
+        Args:
+            folder: what relative sources are relative to; file: of the two, the one that messages about the table name.
+
+        Raises:
+            MixtureError: as for `load`.
+        """
         try:
             _check_table(table)
             mixture = cls(
@@ -227,7 +239,7 @@ class Mixture:
                 prefixes=(table["prefixes"]["in_file"], table["prefixes"]["in_model"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError, AdapterError) as error:
-            raise MixtureError(f"{folder / JSON_FILE}: {_complaint(error)}; make the mixture again.") from error
+            raise MixtureError(f"{folder / file}: {_complaint(error)}; make the mixture again.") from error
         mixture.head = {name.removeprefix("head."): tensor for name, tensor in tensors.items()}
         _check(mixture, tensors, folder)
         return mixture

@@ -20,11 +20,12 @@ from .check import (
     tolerance_of,
 )
 from .digests import path_of
-from .errors import UnsupportedError, WloraMergeError
+from .errors import UnsupportedError, VerifyError, WloraMergeError
 from .inputs import find_inputs
-from .manifest import read_manifest
-from .mixture import InputRef, Mixture
+from .manifest import FILE, read_manifest
+from .mixture import Mixture
 from .names import nearest
+from .structure import check_untouched
 
 
 def verify(
@@ -63,6 +64,9 @@ def _check_outputs(
     from .layers import set_delta_scale
 
     base_folder, adapters = inputs
+    if base_folder is not None and manifest["format"] == "dense":
+        count = check_untouched(folder, manifest, open_base(base_folder))
+        checked.done.append(f"{count} tensors that no adapter changes are the base's, byte for byte")
     missing = [*(["the base model"] if base_folder is None else []), *_absent(manifest, adapters)]
     if missing:
         checked.skipped["outputs"] = f"not found here: {', '.join(missing)}; say --base PATH and --adapter NAME=PATH"
@@ -132,22 +136,22 @@ def _mixture(manifest: Mapping[str, Any], base: BaseModel, adapters: Mapping[str
     from .check import read_head
 
     names = [row["name"] for row in manifest["adapters"]]
-    rows = [[weights[name] for name in names] for weights in manifest["weights"].values()]
-    weights = torch.tensor(rows, dtype=torch.float64).float()
-    return Mixture(
-        base=InputRef(str(base.folder.resolve()), None, dict(manifest["base_model"]["sha256"])),
-        adapters=[
-            InputRef(str(adapters[r["name"]].resolve()), None, r["sha256"], r["name"]) for r in manifest["adapters"]
+    try:
+        rows = [[float(weights[name]) for name in names] for weights in manifest["weights"].values()]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise VerifyError(
+            f"{folder / FILE}: its weights are not one number for each group and adapter: export again."
+        ) from error
+    weights = torch.tensor(rows, dtype=torch.float64).float().reshape(len(rows), len(names))
+    same = ("granularity", "normalize", "delta_scale", "groups", "task", "config", "modules_to_save")
+    table = {key: manifest.get(key) for key in same} | {
+        "base_model": {"source": str(base.folder.resolve()), "sha256": manifest["base_model"]["sha256"]},
+        "adapters": [
+            {"name": r["name"], "source": str(adapters[r["name"]].resolve()), "sha256": r["sha256"]}
+            for r in manifest["adapters"]
         ],
-        granularity=manifest["granularity"],
-        normalize=manifest["normalize"],
-        delta_scale=float(manifest["delta_scale"]),
-        groups=manifest["groups"],
-        mixture_weights=weights,
-        wlora_weights=weights,
-        task=manifest.get("task"),
-        config=manifest.get("config") or {},
-        prefixes=(manifest["prefixes"][0], manifest["prefixes"][1]),
-        modules_to_save=manifest.get("modules_to_save"),
-        head=read_head(folder, manifest),
-    )
+        "prefixes": dict(zip(("in_file", "in_model"), manifest["prefixes"], strict=True)),
+    }
+    tensors = {"mixture_weights": weights, "wlora_weights": weights}
+    tensors |= {f"head.{name}": tensor for name, tensor in read_head(folder, manifest).items()}
+    return Mixture.from_table(table, tensors, folder, FILE)

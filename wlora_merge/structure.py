@@ -1,0 +1,205 @@
+"""Does an export's config describe its tensors? Asked of headers and JSON alone, before any library loads the folder.
+
+Also the bound on what loading may cost: a config of a kilobyte can describe a model of a petabyte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .adapters import CONFIG_FILE, WEIGHTS_FILE
+from .base_model import INDEX, OUTPUT_EMBEDDINGS, BaseModel, open_base
+from .checkpoint import FLOATING, Entry, read_header, read_tensor, safetensors_dtype
+from .errors import VerifyError
+from .input_files import find_file, read_table
+from .names import parse_adapter_key
+
+if TYPE_CHECKING:
+    import torch
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
+SPARE_ELEMENTS = 10_000_000
+"""That a model may have beyond twice the bytes of its files: a new head, masks, tables of positions."""
+
+
+def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare what an export's config and index say with what its headers say.
+
+    Raises:
+        VerifyError: a pickle among the files, an index or a config that does not describe the tensors.
+        BaseModelError: a dense export that is no checkpoint.
+    """
+    for name in manifest["files"]:
+        if name.endswith(PICKLES):
+            raise VerifyError(f"{folder / name}: is a pickle, which no export holds and which is never loaded.")
+    if manifest["format"] == "dense":
+        _check_dense(folder, manifest)
+    if manifest["format"] == "lora":
+        _check_lora(folder)
+
+
+def _check_dense(folder: Path, manifest: Mapping[str, Any]) -> None:
+    opened = open_base(folder)
+    for name in manifest["files"]:
+        if name.endswith(".safetensors") and "/" not in name and name not in opened.headers:
+            raise VerifyError(f"{folder / name}: holds tensors that {INDEX} does not name: export again.")
+    for file, header in opened.headers.items():
+        for name, entry in header.entries.items():
+            if opened.entries.get(name) is not entry:
+                raise VerifyError(f"{folder / file}: tensor {name!r} is not where {INDEX} places it: export again.")
+    wanted = (manifest.get("options") or {}).get("dtype")
+    if wanted:
+        _check_dtype(opened, wanted)
+    _check_tied(opened)
+
+
+def _check_dtype(opened: BaseModel, wanted: str) -> None:
+    import torch
+
+    expected = safetensors_dtype(getattr(torch, wanted))
+    for entry in opened.entries.values():
+        if entry.dtype in FLOATING and entry.dtype != expected:
+            raise VerifyError(
+                f"{entry.file}: tensor {entry.name!r} is {entry.dtype}, expected {expected} (--dtype {wanted})."
+            )
+    told = opened.config.get("torch_dtype", opened.config.get("dtype"))
+    if told != wanted:
+        raise VerifyError(f"{opened.folder / 'config.json'}: its dtype is {told!r}, and the tensors' is {wanted}.")
+
+
+def _check_tied(opened: BaseModel) -> None:
+    """Where the config ties them, an output embedding that is stored must be the input embedding."""
+    if opened.config.get("tie_word_embeddings") is not True:
+        return
+    tables = {
+        e.name.removesuffix(".weight").rpartition(".")[2]: e
+        for name, e in opened.entries.items()
+        if name in opened.tied
+    }
+    outputs = [tables[n] for n in OUTPUT_EMBEDDINGS if n in tables]
+    inputs = [tables[n] for n in INPUT_EMBEDDINGS if n in tables]
+    for output in outputs[:1]:
+        for source in inputs[:1]:
+            if output.shape != source.shape or not bool((read_tensor(output) == read_tensor(source)).all()):
+                raise VerifyError(
+                    f"{output.file}: tensor {output.name!r} is not {source.name!r}, though config.json ties them: export again."
+                )
+
+
+def _check_lora(folder: Path) -> None:
+    file = find_file(folder, WEIGHTS_FILE, VerifyError)
+    config_file = find_file(folder, CONFIG_FILE, VerifyError)
+    if file is None or config_file is None:
+        raise VerifyError(f"{folder}: lacks {CONFIG_FILE} or {WEIGHTS_FILE}: export again.")
+    config, entries = read_table(config_file, VerifyError), read_header(file).entries
+    r, targets = config.get("r"), config.get("target_modules")
+    if type(r) is not int or config.get("lora_alpha") != r or not isinstance(targets, list):
+        raise VerifyError(
+            f"{config_file}: r is {r!r} and lora_alpha {config.get('lora_alpha')!r}, expected one number."
+        )
+    modules: dict[str, dict[str, Entry]] = {}
+    for key, entry in entries.items():
+        parsed = parse_adapter_key(key)
+        if parsed.part != "tensor":
+            modules.setdefault(parsed.name, {})[parsed.part] = entry
+    for module, parts in modules.items():
+        for part, entry in parts.items():
+            axis = 0 if part.endswith("A") else 1
+            if len(entry.shape) <= axis or entry.shape[axis] != r:
+                raise VerifyError(
+                    f"{file}: tensor {entry.name!r} has shape {list(entry.shape)}, expected rank {r} in axis {axis}."
+                )
+        if not any(module == t or module.endswith(f".{t}") for t in targets):
+            raise VerifyError(f"{config_file}: target_modules lack {module!r}, of which there are tensors.")
+
+
+def check_untouched(folder: Path, manifest: Mapping[str, Any], base: BaseModel) -> int:
+    """Compare a dense export with its base: the same tensors in the same shapes, and what no adapter changes byte for byte.
+
+    Returns:
+        The number of tensors compared by their bytes.
+
+    Raises:
+        VerifyError: a tensor that is missing, of another shape or dtype, or changed though no adapter changes it.
+    """
+    opened, head = open_base(folder), set(manifest.get("head") or [])
+    changed = {module for modules in manifest["groups"].values() for module in modules}
+    cast = (manifest.get("options") or {}).get("dtype")
+    replaced = {found.name for name in head if (found := base.find_tensor(name))}
+    count = 0
+    for name, source in base.entries.items():
+        got = opened.entries.get(name)
+        if got is None or (name not in replaced and got.shape != source.shape):
+            what = "is missing" if got is None else f"has shape {list(got.shape)}, the base's {list(source.shape)}"
+            raise VerifyError(f"{folder}: tensor {name!r} {what}: export again.")
+        if name in replaced or name in changed or name.removesuffix(".weight") in changed or _bias_of(name) in changed:
+            continue
+        if cast is None and not _same_bytes(got, source):
+            raise VerifyError(
+                f"{got.file}: tensor {name!r} is not the base's, though no adapter changes it: export again."
+            )
+        count += cast is None
+    if extra := sorted(set(opened.entries) - set(base.entries) - head):
+        raise VerifyError(f"{folder}: tensor {extra[0]!r} is neither the base's nor of the head: export again.")
+    return count
+
+
+def _bias_of(name: str) -> str:
+    return name.removesuffix(".bias")
+
+
+def _same_bytes(one: Entry, other: Entry) -> bool:
+    if (one.dtype, one.nbytes) != (other.dtype, other.nbytes):
+        return False
+    with open(one.file, "rb") as a, open(other.file, "rb") as b:
+        a.seek(one.start)
+        b.seek(other.start)
+        left = one.nbytes
+        while left:
+            step = min(left, 1 << 22)
+            if a.read(step) != b.read(step):
+                return False
+            left -= step
+    return True
+
+
+@contextmanager
+def bounded(folder: Path) -> Iterator[None]:
+    """Let models be built on torch's meta device only as large as the folder's tensors allow.
+
+    The bound: elements of parameters and buffers of at most twice the bytes of the safetensors files, and `SPARE_ELEMENTS`; so
+    loading in float32 needs at most some eight times the files' bytes. Tensors: four times those of the files, and 10,000.
+
+    Raises:
+        VerifyError: the config describes a larger model.
+    """
+    from torch.nn.modules import module as hooks
+
+    files = [file for file in folder.glob("*.safetensors") if file.is_file()]
+    allowed = 2 * sum(file.stat().st_size for file in files) + SPARE_ELEMENTS
+    most = 4 * sum(len(read_header(file).entries) for file in files) + 10_000
+    elements = tensors = 0
+
+    def count(module: torch.nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        nonlocal elements, tensors
+        if tensor is not None and tensor.device.type == "meta":
+            elements, tensors = elements + tensor.numel(), tensors + 1
+            if elements > allowed or tensors > most:
+                raise VerifyError(
+                    f"{folder / 'config.json'}: describes a model of {elements} numbers in {tensors} tensors or more, "
+                    f"and the files hold fewer: it is not the config of these weights."
+                )
+
+    handles = [
+        hooks.register_module_parameter_registration_hook(count),
+        hooks.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
