@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .base_model import INDEX, BaseModel, refuse_quantized
 from .card import write_card
 from .check import make_probe
+from .checkpoint import DTYPES
 from .digests import sha256_files
 from .errors import BaseModelError, UnsupportedError
 from .inputs import Inputs, find_inputs
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from .writers.onnx_refold import Refold
 
 FORMATS = ("dense", "lora", "onnx")
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from .adapters import Adapter
 from .base_model import BaseModel
+from .checkpoint import DTYPES
 from .digests import sha256_file
 from .errors import VerifyError
 from .input_files import find_file, read_table
@@ -23,7 +24,6 @@ from .names import is_plain_file_name
 
 FILE = "wlora_merge.json"
 FORMAT_VERSION = 1
-DTYPES = ("float32", "bfloat16", "float16")
 PROBE_ELEMENTS = 16_000_000
 PACKAGES = {
     "dense": ("torch",),

@@ -5,20 +5,22 @@ Also the bound on what loading may cost: a config of a kilobyte can describe a m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import CONFIG_FILE, WEIGHTS_FILE
 from .base_model import INDEX, OUTPUT_EMBEDDINGS, BaseModel, open_base
-from .checkpoint import FLOATING, Entry, read_header, read_tensor, safetensors_dtype
+from .checkpoint import DTYPES, FLOATING, Entry, read_header, read_tensor
 from .errors import VerifyError
 from .input_files import find_file, read_table
 from .names import parse_adapter_key
 
 if TYPE_CHECKING:
     import torch
+
+    from .writers.dense import OutputFile
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
@@ -58,9 +60,7 @@ def _check_dense(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_dtype(opened: BaseModel, wanted: str) -> None:
-    import torch
-
-    expected = safetensors_dtype(getattr(torch, wanted))
+    expected = DTYPES[wanted]
     for entry in opened.entries.values():
         if entry.dtype in FLOATING and entry.dtype != expected:
             raise VerifyError(
@@ -117,8 +117,11 @@ def _check_lora(folder: Path) -> None:
             raise VerifyError(f"{config_file}: target_modules lack {module!r}, of which there are tensors.")
 
 
-def check_untouched(folder: Path, manifest: Mapping[str, Any], base: BaseModel) -> int:
-    """Compare a dense export with its base: the same tensors in the same shapes, and what no adapter changes byte for byte.
+def check_untouched(folder: Path, planned: Sequence[OutputFile]) -> int:
+    """Compare a dense export with what its writer would write: names, dtypes, shapes, and what no adapter changes byte for byte.
+
+    Args:
+        planned: from `writers.dense.plan`.
 
     Returns:
         The number of tensors compared by their bytes.
@@ -126,30 +129,24 @@ def check_untouched(folder: Path, manifest: Mapping[str, Any], base: BaseModel) 
     Raises:
         VerifyError: a tensor that is missing, of another shape or dtype, or changed though no adapter changes it.
     """
-    opened, head = open_base(folder), set(manifest.get("head") or [])
-    changed = {module for modules in manifest["groups"].values() for module in modules}
-    cast = (manifest.get("options") or {}).get("dtype")
-    replaced = {found.name for name in head if (found := base.find_tensor(name))}
+    found = dict(open_base(folder).entries)
     count = 0
-    for name, source in base.entries.items():
-        got = opened.entries.get(name)
-        if got is None or (name not in replaced and got.shape != source.shape):
-            what = "is missing" if got is None else f"has shape {list(got.shape)}, the base's {list(source.shape)}"
-            raise VerifyError(f"{folder}: tensor {name!r} {what}: export again.")
-        if name in replaced or name in changed or name.removesuffix(".weight") in changed or _bias_of(name) in changed:
-            continue
-        if cast is None and not _same_bytes(got, source):
+    for piece in (p for file in planned for p in file.pieces):
+        got = found.pop(piece.name, None)
+        if got is None or (got.dtype, got.shape) != (piece.dtype, piece.shape):
+            what = f"is {got.dtype} {list(got.shape)}" if got else "is missing"
             raise VerifyError(
-                f"{got.file}: tensor {name!r} is not the base's, though no adapter changes it: export again."
+                f"{folder}: tensor {piece.name!r} {what}, expected {piece.dtype} {list(piece.shape)}: export again."
             )
-        count += cast is None
-    if extra := sorted(set(opened.entries) - set(base.entries) - head):
-        raise VerifyError(f"{folder}: tensor {extra[0]!r} is neither the base's nor of the head: export again.")
+        if piece.untouched and piece.source is not None:
+            count += 1
+            if not _same_bytes(got, piece.source):
+                raise VerifyError(
+                    f"{got.file}: tensor {piece.name!r} is not the base's, though no adapter changes it: export again."
+                )
+    if found:
+        raise VerifyError(f"{folder}: tensor {min(found)!r} is neither the base's nor of the head: export again.")
     return count
-
-
-def _bias_of(name: str) -> str:
-    return name.removesuffix(".bias")
 
 
 def _same_bytes(one: Entry, other: Entry) -> bool:

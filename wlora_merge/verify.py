@@ -19,6 +19,7 @@ from .check import (
     probe_tensors,
     tolerance_of,
 )
+from .checkpoint import DTYPES
 from .digests import path_of
 from .errors import UnsupportedError, VerifyError, WloraMergeError
 from .inputs import find_inputs
@@ -62,21 +63,24 @@ def _check_outputs(
     folder: Path, manifest: Mapping[str, Any], inputs: tuple[Path | None, dict[str, Path]], checked: Checked
 ) -> None:
     from .layers import set_delta_scale
+    from .writers.dense import plan
 
     base_folder, adapters = inputs
-    if base_folder is not None and manifest["format"] == "dense":
-        count = check_untouched(folder, manifest, open_base(base_folder))
-        checked.done.append(f"{count} tensors that no adapter changes are the base's, byte for byte")
     missing = [*(["the base model"] if base_folder is None else []), *_absent(manifest, adapters)]
     if missing:
         checked.skipped["outputs"] = f"not found here: {', '.join(missing)}; say --base PATH and --adapter NAME=PATH"
         return
-    if not manifest.get("probe"):
-        checked.skipped["outputs"] = "the manifest has no probe inputs for this kind of model"
-        return
     opened = open_base(str(base_folder))
     mixture = _mixture(manifest, opened, adapters, folder)
     found = find_inputs(mixture)
+    if manifest["format"] == "dense":
+        wanted = (manifest.get("options") or {}).get("dtype")
+        planned = plan(opened, found.deltas, mixture.head, dtype=DTYPES[wanted] if wanted else None)
+        count = check_untouched(folder, planned)
+        checked.done.append(f"{count} tensors that no adapter changes are the base's, byte for byte")
+    if not manifest.get("probe"):
+        checked.skipped["outputs"] = "the manifest has no probe inputs for this kind of model"
+        return
     head_options = {k: mixture.config[k] for k in ("id2label", "label2id", "problem_type") if k in mixture.config}
     model = load_model(opened.folder, mixture.task, complete=not mixture.head, **head_options)
     try:
