@@ -145,6 +145,13 @@ class Adapter:
         """How messages call it."""
         return f"adapter {self.name!r} ({self.source.folder})"
 
+    def scaling_of(self, module: str, r: int) -> float:
+        """As the function `scaling_of`, by this adapter's config."""
+        try:
+            return scaling_of(module, r, self.config)
+        except AdapterError as error:
+            raise AdapterError(f"{self.where}: {error}") from error
+
 
 def load_adapter(path_or_id: str | Path, name: str | None = None, *, base_is_residual: bool = False) -> Adapter:
     """Read one adapter; `name` defaults to its folder's name.

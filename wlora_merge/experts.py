@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .adapters import Adapter, Factors, Slice, scaling_of
+from .adapters import Adapter, Factors, Slice
 from .checkpoint import Entry
 from .errors import AdapterError, UnsupportedError
 from .layouts import Layout
@@ -64,7 +64,7 @@ def split_factors(adapter: Adapter, name: str, tree: ModuleTree) -> list[PartFac
             f"{adapter.where}: target module {name!r}: lora_A {list(got[0])} and lora_B {list(got[1])} do not fit {tensor!r} "
             f"{list(shape)} of the base model: this adapter was trained on another base model."
         )
-    scaling = scaling_of(tensor if adapter.config.get("target_parameters") else name, r, adapter.config)
+    scaling = adapter.scaling_of(tensor if adapter.config.get("target_parameters") else name, r)
     layout = Layout.CONV1D if transposed else Layout.LINEAR
     return [
         PartFactors(

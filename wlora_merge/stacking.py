@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from .adapters import Adapter, Factors, scaling_of
+from .adapters import Adapter, Factors
 from .base_model import OUTPUT_EMBEDDINGS, BaseModel
 from .checkpoint import FLOATING
 from .errors import AdapterError, UnsupportedError, WloraMergeWarning
@@ -325,7 +325,7 @@ def _scaled(adapter: Adapter, name: str) -> Factors:
     wrapped = any(f".{name}.weight".endswith(f".{target}") for target in targets)
     if not targets:
         return factors
-    return replace(factors, scaling=scaling_of(f"{name}.weight" if wrapped else name, factors.r, adapter.config))
+    return replace(factors, scaling=adapter.scaling_of(f"{name}.weight" if wrapped else name, factors.r))
 
 
 def _refuse_overlapping_rows(rows: Mapping[tuple[str, int | None], list[Change]]) -> None:
