@@ -136,15 +136,6 @@ def test_an_adapter_of_another_base_leaves_nothing_behind(llama_zoo: Callable[..
     assert not (tmp_path / "m").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*(tie|tied|embedding).*")
-def test_an_adapter_on_a_tied_embedding_is_refused(tmp_path: Path) -> None:
-    model = tiny_llama(tie_word_embeddings=True)
-    model.save_pretrained(tmp_path / "base")
-    folder = make_adapter(model, tmp_path / "a", 1, r=2, target_modules=["embed_tokens", "q_proj"])
-    with pytest.raises(UnsupportedError, match=r"embed_tokens.*tie_word_embeddings"):
-        mix(tmp_path / "base", [folder])
-
-
 # --------------------------------------------------------------------------------------------------------- heads
 
 

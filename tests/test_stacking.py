@@ -117,27 +117,10 @@ def embedding_zoo(tmp_path: Path, targets: list[str], **config: Any) -> tuple[Pa
     return tmp_path / "base", make_adapter(model, tmp_path / "a", 1, r=2, target_modules=targets)
 
 
-@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-@pytest.mark.filterwarnings("ignore:.*(tie|tied|embedding).*")
-def test_an_adapter_on_one_of_two_tied_embeddings_is_refused_by_name(tmp_path: Path, target: str) -> None:
-    base, folder = embedding_zoo(tmp_path, [target], tie_word_embeddings=True)
-    with pytest.raises(UnsupportedError, match=rf"adapter 'a' .*changes '[a-z_.]*{target}'.*tie_word_embeddings"):
-        stack([load_adapter(folder)], modules_of(open_base(base)), model_type="llama")
-
-
 @pytest.mark.filterwarnings("ignore:.*(tie|tied|embedding).*")
 def test_other_modules_of_a_tied_model_are_stacked(tmp_path: Path) -> None:
     base, folder = embedding_zoo(tmp_path, EVERY_LINEAR, tie_word_embeddings=True)
     assert len(stack([load_adapter(folder)], modules_of(open_base(base)), model_type="llama")) == 14
-
-
-@pytest.mark.filterwarnings("ignore:.*(tie|tied|embedding).*")
-def test_a_tied_embedding_that_an_adapter_carries_whole_is_refused_whatever_is_to_become_of_it(tmp_path: Path) -> None:
-    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
-    each = adapter("a", {f"{EMBED}.weight": torch.ones(96, 32)})
-    for choice in ("a", "mix"):
-        with pytest.raises(UnsupportedError, match="tie_word_embeddings"):
-            stack_tensors([each], choice, (), tensors_of(open_base(tmp_path)))
 
 
 @pytest.mark.filterwarnings("ignore:.*embedding.*")

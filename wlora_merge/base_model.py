@@ -87,7 +87,15 @@ class BaseModel:
             entry = self.find_tensor(f"{name}{part}")
             if entry is not None:
                 return entry.name.removesuffix(part)
-        return None
+        tied = self.find_tied(f"{name}.weight")
+        return name if tied is not None else None
+
+    def find_tied(self, name: str) -> Entry | None:
+        """The embedding that a model with tied embeddings uses as its output embedding `name`, where the files lack that."""
+        output = name.endswith(".weight") and name.split(".")[-2] in OUTPUT_EMBEDDINGS
+        if not output or len(self.tied) != 1 or self._names.find(name) is not None:
+            return None
+        return self.entries[min(self.tied)]
 
     @cached_property
     def tied(self) -> frozenset[str]:

@@ -8,7 +8,7 @@ the manifest records.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .adapters import Adapter
     from .base_model import BaseModel
     from .mixture import Mixture
+    from .stacking import TensorDelta
 
 SAFE = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
 """For `from_pretrained`: nothing is fetched, no code of the folder is run, no pickle is loaded."""
@@ -184,11 +185,15 @@ def load_model(folder: Path, task: str | None, *, complete: bool = True, **optio
     return result
 
 
-def attach_mixture(model: nn.Module, mixture: Mixture, adapters: list[Adapter], base: BaseModel) -> nn.Module:
-    """The unmerged mixture: adapters attached with the mixture's own weights, its head put in place."""
+def attach_mixture(
+    model: nn.Module, mixture: Mixture, adapters: list[Adapter], base: BaseModel, tensors: Iterable[TensorDelta] = ()
+) -> nn.Module:
+    """The unmerged mixture: adapters attached with the mixture's own weights, its head and mixed whole tensors put in place."""
     import torch
 
-    from .layers import PARAMETER, attach, attachment_of
+    from .fold import fold_tensor
+    from .layers import PARAMETER, attach, attachment_of, live_tensors, set_parameter
+    from .stacking import tensors_of
 
     with torch.no_grad():
         attach(
@@ -208,7 +213,14 @@ def attach_mixture(model: nn.Module, mixture: Mixture, adapters: list[Adapter], 
             parameter[g] = logits[row[module]]
         for name, tensor in mixture.head.items():
             with _library_errors(f"tensor {name!r} of the trained head does not fit the base"):
-                model.get_parameter(name).copy_(tensor)
+                set_parameter(model, name, tensor)
+        for delta in tensors:
+            own, live = tensors_of(base)(delta.tensor), live_tensors(model)(delta.tensor)
+            if own is None or own.read is None or live is None:
+                raise VerifyError(
+                    f"{base.folder}: its model has no tensor {delta.tensor!r}, which the mixture changes."
+                )
+            set_parameter(model, live.module, fold_tensor(own.read(), delta, mixture.whole_gains_of(delta)))
     return model
 
 

@@ -6,7 +6,8 @@ card and the manifest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .base_model import INDEX, BaseModel, refuse_quantized
 from .card import write_card
 from .check import make_probe
-from .checkpoint import DTYPES
+from .checkpoint import DTYPES, Entry
 from .digests import sha256_files
 from .errors import BaseModelError, UnsupportedError
 from .inputs import Inputs, find_inputs
@@ -25,11 +26,13 @@ from .mixture import Mixture
 from .ranks import Team, team
 from .stacking import ModuleDelta
 from .staging import Staging, staged
+from .tying import untied, untied_config
 from .writers.dense import OutputFile, Progress, changed_config, folder_bytes, index_bytes, plan, write_files
 
 if TYPE_CHECKING:
     from .writers.onnx_refold import Refold
 
+_LOG = logging.getLogger("wlora_merge")
 FORMATS = ("dense", "lora", "onnx")
 
 
@@ -101,8 +104,18 @@ def export(
         "any_digest": any_digest,
     }
     stored = dtype or ("float32" if format == "onnx" and onnx_base is None else "")
+    split = _untied(inputs) if format != "lora" else {}
+    if split and onnx_base is not None:
+        raise UnsupportedError(
+            f"{onnx_base}: {_untied_note(split)} A refold keeps the graph of the base: export without it."
+        )
     files = plan(
-        inputs.base, inputs.deltas, inputs.mixture.head, dtype=DTYPES.get(stored), max_shard_bytes=max_shard_bytes
+        inputs.base,
+        inputs.deltas if format != "lora" else [],
+        inputs.mixture.head,
+        untied=split,
+        dtype=DTYPES.get(stored),
+        max_shard_bytes=max_shard_bytes,
     )
     refold = _plan_refold(Path(onnx_base), inputs, files) if onnx_base is not None else None
     carried = sum((inputs.base.folder / name).stat().st_size for name in inputs.base.carried_files())
@@ -117,15 +130,22 @@ def export(
         if not ranks.leads:
             return ExportResult(staging.out, format, None, 0, {})
         if format == "dense":
-            write_beside(inputs, files, staging.path, dtype)
-            report: dict[str, Any] = {}
+            write_beside(inputs, files, staging.path, dtype, split)
+            report: dict[str, Any] = {"untied": sorted(split)} if split else {}
         elif format == "lora":
             known, report = {}, _write_lora(inputs, staging.path, name, rank, energy, dtype)
         elif refold is not None:
             known, report = _write_refold(inputs, refold, staging.path, progress)
         else:
-            known, report = {}, _write_onnx(inputs, files, staging.path, dtype, opset, progress)
-        write_card(staging.path, inputs.mixture, kind=format, base_name=name, folders=inputs.folders)
+            known, report = {}, _write_onnx(inputs, files, staging.path, dtype, opset, progress, split)
+        write_card(
+            staging.path,
+            inputs.mixture,
+            kind=format,
+            base_name=name,
+            folders=inputs.folders,
+            report=_untied_note(split),
+        )
         probe = make_probe(inputs.base.config, inputs.mixture.task)
         manifest = build_manifest(
             inputs.mixture,
@@ -151,6 +171,25 @@ def _shared_staging(ranks: Team, out: Path, **options: Any) -> Iterator[Staging]
     with staged(out, **options) as staging:
         ranks.share(str(staging.path))
         yield staging
+
+
+def _untied(inputs: Inputs) -> dict[str, Entry]:
+    """The tensors that the export has because tied embeddings are no longer equal; see `tying.untied`."""
+    changed = [name for d in inputs.deltas for name in (d.changes if isinstance(d, ModuleDelta) else [d.tensor])]
+    split = untied(inputs.base, [*changed, *inputs.mixture.head], inputs.mixture.config)
+    if split:
+        _LOG.info(_untied_note(split))
+    return split
+
+
+def _untied_note(split: Mapping[str, Entry]) -> str:
+    pairs = ", ".join(f"`{name}` and `{entry.name}`" for name, entry in sorted(split.items()))
+    return (
+        f"The base model's {pairs} are one tensor; the adapters change one of the two, so here they are two, and "
+        "`tie_word_embeddings` is false."
+        if split
+        else ""
+    )
 
 
 def _check_options(kind: str, rank: int | None, energy: float | None, dtype: str | None, max_shard: int | None) -> None:
@@ -205,12 +244,14 @@ def write_shards(
     return {name: digest for part in parts for name, digest in part.items()}
 
 
-def write_beside(inputs: Inputs, files: Sequence[OutputFile], out: Path, dtype: str | None) -> None:
+def write_beside(
+    inputs: Inputs, files: Sequence[OutputFile], out: Path, dtype: str | None, split: Mapping[str, Entry]
+) -> None:
     """Write what a dense folder has beside its weights: index, config, and every file that the base carries."""
     index = index_bytes(inputs.base, files)
     if index is not None:
         (out / INDEX).write_bytes(index)
-    changes = dict(inputs.mixture.config)
+    changes = dict(inputs.mixture.config) | (untied_config(inputs.base) if split else {})
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in inputs.base.config else "dtype"
         changes[key] = dtype
@@ -299,6 +340,7 @@ def _write_onnx(
     dtype: str | None,
     opset: int | None,
     progress: Progress | None,
+    split: Mapping[str, Entry],
 ) -> dict[str, Any]:
     import shutil
 
@@ -310,7 +352,7 @@ def _write_onnx(
     dense = out / ".dense"
     dense.mkdir()
     write_shards(inputs, files, dense, Team(), progress)
-    write_beside(inputs, files, dense, dtype or "float32")
+    write_beside(inputs, files, dense, dtype or "float32", split)
     report = write_onnx(dense, out, task=task, dtype=dtype or "float32", opset=opset)
     shutil.rmtree(dense)
     return {

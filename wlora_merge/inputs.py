@@ -24,6 +24,11 @@ class Inputs:
     deltas: list[ModuleDelta | TensorDelta] = field(default_factory=list)
 
     @property
+    def tensors(self) -> list[TensorDelta]:
+        """The changes of whole tensors alone."""
+        return [delta for delta in self.deltas if isinstance(delta, TensorDelta)]
+
+    @property
     def folders(self) -> list[Path]:
         """Every input folder."""
         return [self.base.folder, *(a.source.folder for a in self.adapters)]

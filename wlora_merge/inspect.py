@@ -113,9 +113,9 @@ def _fit(adapter: Adapter, base: BaseModel) -> dict[str, Any]:
         return {"delta / base norm": None, "fits": "no", "reason": str(error)}
     changed = whole = 0.0
     for delta in deltas:
-        if not delta.factors:
+        if not delta.factors or delta.read is None:
             continue
-        weight = base.read(f"{delta.module}.weight").double()
+        weight = delta.read().double()
         whole += float(weight.square().sum())
         changed += _square(delta, weight)
     return {"delta / base norm": math.sqrt(changed / whole) if whole else None, "fits": "yes"}

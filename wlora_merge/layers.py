@@ -15,7 +15,7 @@ This room knows modules and tensors, no paths but those that a Mixture names.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,7 @@ class Attachment:
     weights: nn.Parameter
     groups: dict[str, list[str]]
     head: list[str]
+    taken: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.row = {module: g for g, modules in enumerate(self.groups.values()) for module in modules}
@@ -227,13 +228,13 @@ def attach(
             )
     layers = dict(model.named_modules())
     model_type = getattr(getattr(model, "config", None), "model_type", "")
-    deltas = stack(loaded, live_modules(model), _live_tensors(model), model_type=model_type)
+    deltas = stack(loaded, live_modules(model), live_tensors(model), model_type=model_type)
     for delta in deltas:
         if delta.biases:
             _check_bias(delta.module, layers[delta.module])
     trained = _head_parameters(model, head)
-    refuse_overlap(deltas, [], trained, _live_tensors(model))
-    _take_saved(model, loaded, modules_to_save, trained)
+    refuse_overlap(deltas, [], trained, live_tensors(model))
+    taken = _take_saved(model, loaded, modules_to_save, trained)
     groups = make_groups([d.module for d in deltas], granularity)
     device = next(model.parameters()).device
     model.requires_grad_(False)
@@ -244,7 +245,7 @@ def attach(
     for name in trained:
         model.get_parameter(name).requires_grad_(True)
     weights = model.get_parameter(PARAMETER)
-    attachment = Attachment(loaded, granularity, normalize, temperature, scale, weights, groups, trained)
+    attachment = Attachment(loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken)
     for delta in deltas:
         layer = layers[delta.module]
         layer.add_module("wlora", StackedLora(delta, layer, attachment))
@@ -307,7 +308,7 @@ def live_modules(model: nn.Module) -> Find:
     """Finds target modules in a live model."""
     layers = dict(model.named_modules())
     names = NameResolver(name for name in layers if name)
-    tied = _tied_embeddings(model)
+    tied = _tied_embeddings(model) if _is_encoder_decoder(model) else []
 
     def find(name: str) -> Target | None:
         found = names.find(name) or names.find(_renamed(model, name))
@@ -332,14 +333,18 @@ def _renamed(model: nn.Module, module: str) -> str:
     return ModuleTree(model, {}).rename(f"{module}.weight")[0].removesuffix(".weight")
 
 
-def _live_tensors(model: nn.Module) -> Find:
+def live_tensors(model: nn.Module) -> Find:
     """Finds whole tensors in a live model."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     names = NameResolver(parameters)
+    tied = [layer.weight for layer in _tied_embeddings(model)] if _is_encoder_decoder(model) else []
 
     def find(name: str) -> Target | None:
         found = names.find(name)
-        return Target(found, tuple(parameters[found].shape), read=parameters[found].detach) if found else None
+        if found is None:
+            return None
+        tie = any(parameters[found] is other for other in tied)
+        return Target(found, tuple(parameters[found].shape), tie, parameters[found].detach)
 
     return find
 
@@ -350,6 +355,18 @@ def _tied_embeddings(model: nn.Module) -> list[nn.Module]:
         return []
     pair = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
     return pair if None not in pair and pair[0].weight is pair[1].weight else []
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Give one parameter a value of its own: where it was tied to another, that one keeps the old value."""
+    module, _, leaf = name.rpartition(".")
+    old = model.get_parameter(name)
+    value = torch.empty_like(old).copy_(tensor.detach())
+    setattr(model.get_submodule(module), leaf, nn.Parameter(value.detach(), requires_grad=old.requires_grad))
 
 
 def _weight_shape(name: str, layer: nn.Module) -> tuple[int, ...]:
@@ -395,17 +412,18 @@ def _head_parameters(model: nn.Module, head: Sequence[str]) -> list[str]:
     return trained
 
 
-def _take_saved(model: nn.Module, adapters: list[Adapter], choice: str | None, trained: list[str]) -> None:
-    """Put one adapter's saved tensors into the model where the user chose them."""
+def _take_saved(model: nn.Module, adapters: list[Adapter], choice: str | None, trained: list[str]) -> list[str]:
+    """Put one adapter's saved tensors into the model where the user chose them; their names."""
     if choice == "mix":
         raise UnsupportedError("--modules-to-save mix: a fit does not mix whole tensors yet; `wlora-merge mix` does.")
-    _, taken = stack_tensors(adapters, choice, trained, _live_tensors(model))
+    _, taken = stack_tensors(adapters, choice, trained, live_tensors(model))
     for name, tensor in taken.items():
-        parameter = dict(model.named_parameters()).get(name)
+        parameter = dict(model.named_parameters(remove_duplicate=False)).get(name)
         if parameter is None or parameter.shape != tensor.shape:
             got = "has none of that name" if parameter is None else f"has {list(parameter.shape)}"
             raise AdapterError(f"adapter {choice!r}: tensor {name!r} is {list(tensor.shape)}, the model {got}.")
-        parameter.data.copy_(tensor)
+        set_parameter(model, name, tensor)
+    return sorted(taken)
 
 
 # ------------------------------------------------------------------------------------------------ back to a Mixture
@@ -448,7 +466,7 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
         mixture_weights=mixture_weights(logits, attachment.normalize, attachment.temperature),
         wlora_weights=logits,
         prefixes=prefixes((in_file, live) for live, in_file in names.items()),
-        head={name: model.get_parameter(name).detach().cpu().clone() for name in attachment.head},
+        head={name: model.get_parameter(name).detach().cpu().clone() for name in (*attachment.head, *attachment.taken)},
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import Adapter
-from .base_model import BaseModel
+from .base_model import OUTPUT_EMBEDDINGS, BaseModel
 from .checkpoint import read_header, read_tensor
 from .errors import AdapterError, MixtureError, WloraMergeError
 from .input_files import find_file, read_table
@@ -97,6 +97,8 @@ class Mixture:
 
     def live_name(self, delta: ModuleDelta) -> str:
         """A module's name in the model that loads the base: with the prefix that it adds or drops, or as the adapters have it."""
+        if delta.module in OUTPUT_EMBEDDINGS:
+            return delta.name or delta.module  # it stands beside the model that has the prefix
         in_file, in_model = self.prefixes
         if in_file or in_model:
             return in_model + delta.module.removeprefix(in_file)
@@ -253,11 +255,13 @@ def uniform(n: int) -> list[float]:
 def prefixes(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
     """The leading parts in which the file's and the model's names of modules differ; empty where one differs in more.
 
-    >>> prefixes([("encoder.layer.0", "bert.encoder.layer.0")])
+    >>> prefixes([("lm_head", "lm_head"), ("encoder.layer.0", "bert.encoder.layer.0")])
     ('', 'bert.')
     """
     found = [_leading(in_file, in_model) for in_file, in_model in pairs]
-    return (found[0] if found and None not in found else None) or ("", "")
+    if None in found:
+        return "", ""
+    return next((pair for pair in found if pair and any(pair)), ("", ""))
 
 
 def _leading(in_file: str, in_model: str) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from .adapters import Adapter, Factors
-from .base_model import OUTPUT_EMBEDDINGS, BaseModel
+from .base_model import BaseModel
 from .checkpoint import FLOATING
 from .errors import AdapterError, UnsupportedError, WloraMergeWarning
 from .experts import WRAPPER, split_factors
@@ -180,8 +180,8 @@ class TensorDelta:
 class Target:
     """A target module as its owner knows it: its name there, and the shape of its weight.
 
-    `tied` says that the model also uses the weight as its other embedding; `read` gives the weight, or the whole tensor. `tree`
-    is the module tree, where that knows the module and the files hold its rows in other tensors.
+    `tied` says that the model also uses the weight as another embedding, and cannot use two; `read` gives the weight, or the
+    whole tensor. `tree` is the module tree, where that knows the module and the files hold its rows in other tensors.
     """
 
     module: str
@@ -200,16 +200,15 @@ def modules_of(base: BaseModel) -> Find:
 
     def find(module: str) -> Target | None:
         entry = base.find_tensor(f"{module}.weight")
-        if entry is None and base.tied and module.rpartition(".")[2] in OUTPUT_EMBEDDINGS:
-            return Target(module, (), tied=True)
         if base.quantized and (entry is None or entry.dtype not in FLOATING):
             return _packed(base, module)
-        if entry is not None:
-            read = partial(base.read, entry.name)
-            return Target(entry.name.removesuffix(".weight"), entry.shape, entry.name in base.tied, read)
+        target = find_whole(f"{module}.weight")
+        if target is not None:
+            return replace(target, module=target.module.removesuffix(".weight"))
         known = base.tree is not None and base.tree.find_module(module.replace(WRAPPER, ""))
         return Target(module, (), tree=base.tree) if known else None
 
+    find_whole = tensors_of(base)
     return find
 
 
@@ -232,10 +231,12 @@ def tensors_of(base: BaseModel) -> Find:
     """Finds whole tensors in a base's files."""
 
     def find(name: str) -> Target | None:
-        entry = base.find_tensor(name)
+        own = base.find_tensor(name)
+        entry = own or base.find_tied(name)
         if entry is None:
             return None
-        return Target(entry.name, entry.shape, entry.name in base.tied, partial(base.read, entry.name))
+        tied = entry.name in base.tied and bool(base.config.get("is_encoder_decoder"))
+        return Target(own.name if own else name, entry.shape, tied, partial(base.read, entry.name))
 
     return find
 
@@ -397,8 +398,8 @@ def _foreign(adapter: Adapter, name: str) -> AdapterError:
 def _refuse_tied(adapter: Adapter, name: str, target: Target) -> None:
     if target.tied:
         raise UnsupportedError(
-            f"{adapter.where}: it changes {name!r}, which the base model uses as input and as output embedding "
-            "(tie_word_embeddings), and a change of one of the two is not folded yet: leave this adapter out."
+            f"{adapter.where}: it changes {name!r}, which this encoder-decoder uses in several places "
+            "(tie_word_embeddings) and computes otherwise when they differ: leave this adapter out."
         )
 
 

@@ -84,7 +84,7 @@ def _check_outputs(
     head_options = {k: mixture.config[k] for k in ("id2label", "label2id", "problem_type") if k in mixture.config}
     model = load_model(opened.folder, mixture.task, complete=not mixture.head, **head_options)
     try:
-        attach_mixture(model, mixture, found.adapters, opened)
+        attach_mixture(model, mixture, found.adapters, opened, found.tensors)
     except UnsupportedError as error:
         checked.skipped["outputs"] = f"the unmerged mixture does not run: {error}"
         return

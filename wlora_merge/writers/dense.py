@@ -106,6 +106,7 @@ def plan(
     deltas: Sequence[ModuleDelta | TensorDelta],
     head: Mapping[str, torch.Tensor],
     *,
+    untied: Mapping[str, Entry] | None = None,
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
 ) -> list[OutputFile]:
@@ -115,6 +116,7 @@ def plan(
         base: the opened base.
         deltas: what changes; each names its base tensor.
         head: trained tensors under their own names; they replace the base's of that name or stand behind the last tensor.
+        untied: tensor name -> the base's tensor that it was tied to and no longer is; it stands behind the last tensor.
         dtype: safetensors name (`F32`, `BF16`, `F16`) that floating tensors are cast to; None keeps each its own.
         max_shard_bytes: lay the tensors out anew in files of at most this size; None keeps the base's files.
     """
@@ -126,11 +128,21 @@ def plan(
     head = {entry.name if (entry := found[name]) else name: tensor for name, tensor in head.items()}
     files = [_plan_file(name, base, changed, head, dtype) for name in base.headers]
     new = [name for name in head if name not in base.entries]
-    if new:
+    extra = [
+        Piece(name, safetensors_dtype(head[name].dtype), tuple(head[name].shape), tensor=head[name]) for name in new
+    ]
+    extra += [
+        Piece(name, entry.dtype, entry.shape, entry, changed.get(name, ()))
+        for name, entry in (untied or {}).items()
+        if name not in new
+    ]
+    planned = {piece.name for file in files for piece in file.pieces} | {piece.name for piece in extra}
+    if lost := sorted(set(changed) - planned):
+        raise BaseModelError(
+            f"{base.folder}: the adapters change tensor {lost[0]!r}, which the exported model does not have: leave those out."
+        )
+    if extra:
         last = files[-1]
-        extra = [
-            Piece(name, safetensors_dtype(head[name].dtype), tuple(head[name].shape), tensor=head[name]) for name in new
-        ]
         extra = [_cast(piece, dtype) for piece in extra]
         files[-1] = replace(last, pieces=[*last.pieces, *extra], raw_header=None)
     return _reshard(files, max_shard_bytes) if max_shard_bytes else files

@@ -1,0 +1,70 @@
+"""Tied embeddings: what a model uses under two names, and the second tensor that it needs once adapters change one of them.
+
+A checkpoint with tied embeddings stores one tensor, and the model uses it at its input and at its output. An adapter on one
+side changes that side alone, so the two are no longer equal: an export then writes both and says so in its config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .base_model import BaseModel
+from .errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from .checkpoint import Entry
+
+KEY = "tie_word_embeddings"
+
+
+def untied(base: BaseModel, changed: Iterable[str], config: Mapping[str, Any]) -> dict[str, Entry]:
+    """Tensor name that the export must have beside the base's own -> the tensor that it was tied to.
+
+    Args:
+        base: the opened base.
+        changed: names of the tensors that the adapters or a head change.
+        config: the config keys that the task changes; another architecture may have no output embedding.
+
+    Returns:
+        Nothing where no tied tensor changes. Names come from the model class itself, built without memory.
+
+    Raises:
+        UnsupportedError: the class of the model is not known.
+    """
+    touched = [name for name in changed if name in base.tied or base.find_tied(name) is not None]
+    if not touched:
+        return {}
+    found = {}
+    for name, source in _tied_names(base, config).items():
+        entry = base.find_tensor(source)
+        if entry is not None and base.find_tensor(name) is None:
+            found[name] = entry
+    return found
+
+
+def _tied_names(base: BaseModel, config: Mapping[str, Any]) -> dict[str, str]:
+    """Parameter -> the parameter that transformers ties it to."""
+    import torch
+    import transformers
+
+    names = config.get("architectures") or base.config.get("architectures") or []
+    model_class = getattr(transformers, names[0], None) if len(names) == 1 else None
+    if model_class is None:
+        raise UnsupportedError(
+            f"{base.folder}: an adapter changes one of its tied embeddings, and its config names no model class of transformers "
+            f"(architectures: {names}), so the other's name is not known: leave this adapter out."
+        )
+    settings = transformers.AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = model_class(settings)
+    return dict(model.all_tied_weights_keys)
+
+
+def untied_config(base: BaseModel) -> dict[str, Any]:
+    """The config keys that say that embeddings are no longer tied: in each table that says something of it."""
+    changes: dict[str, Any] = {KEY: False}
+    for name, table in base.config.items():
+        if isinstance(table, dict) and KEY in table:
+            changes[name] = table | {KEY: False}
+    return changes
