@@ -26,7 +26,7 @@ from .mixture import Mixture
 from .ranks import Team, team
 from .stacking import ModuleDelta
 from .staging import Staging, staged
-from .tying import untied, untied_config
+from .tying import untied_config
 from .writers.dense import OutputFile, Progress, changed_config, folder_bytes, index_bytes, plan, write_files
 
 if TYPE_CHECKING:
@@ -104,7 +104,9 @@ def export(
         "any_digest": any_digest,
     }
     stored = dtype or ("float32" if format == "onnx" and onnx_base is None else "")
-    split = _untied(inputs) if format != "lora" else {}
+    split = inputs.untied if format != "lora" else {}
+    if split:
+        _LOG.info(_untied_note(split))
     if split and onnx_base is not None:
         raise UnsupportedError(
             f"{onnx_base}: {_untied_note(split)} A refold keeps the graph of the base: export without it."
@@ -171,15 +173,6 @@ def _shared_staging(ranks: Team, out: Path, **options: Any) -> Iterator[Staging]
     with staged(out, **options) as staging:
         ranks.share(str(staging.path))
         yield staging
-
-
-def _untied(inputs: Inputs) -> dict[str, Entry]:
-    """The tensors that the export has because tied embeddings are no longer equal; see `tying.untied`."""
-    changed = [name for d in inputs.deltas for name in (d.changes if isinstance(d, ModuleDelta) else [d.tensor])]
-    split = untied(inputs.base, [*changed, *inputs.mixture.head], inputs.mixture.config)
-    if split:
-        _LOG.info(_untied_note(split))
-    return split
 
 
 def _untied_note(split: Mapping[str, Entry]) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from .adapters import Adapter, load_adapter, split_adapter_spec
 from .base_model import BaseModel, open_base
-from .checkpoint import one_torch_thread
+from .checkpoint import Entry, one_torch_thread
 from .errors import MixtureError
 from .mixture import InputRef, Mixture
 from .stacking import ModuleDelta, TensorDelta, modules_of, refuse_overlap, stack, stack_tensors, tensors_of
+from .tying import untied
 
 
 @dataclass
@@ -27,6 +29,12 @@ class Inputs:
     def tensors(self) -> list[TensorDelta]:
         """The changes of whole tensors alone."""
         return [delta for delta in self.deltas if isinstance(delta, TensorDelta)]
+
+    @cached_property
+    def untied(self) -> dict[str, Entry]:
+        """The tensors that an export has because tied embeddings are no longer equal; see `tying.untied`."""
+        changed = [name for d in self.deltas for name in (d.changes if isinstance(d, ModuleDelta) else [d.tensor])]
+        return untied(self.base, [*changed, *self.mixture.head], self.mixture.config)
 
     @property
     def folders(self) -> list[Path]:

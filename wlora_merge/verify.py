@@ -75,7 +75,9 @@ def _check_outputs(
     found = find_inputs(mixture)
     if manifest["format"] == "dense":
         wanted = (manifest.get("options") or {}).get("dtype")
-        planned = plan(opened, found.deltas, mixture.head, dtype=DTYPES[wanted] if wanted else None)
+        planned = plan(
+            opened, found.deltas, mixture.head, untied=found.untied, dtype=DTYPES[wanted] if wanted else None
+        )
         count = check_untouched(folder, planned)
         checked.done.append(f"{count} tensors that no adapter changes are the base's, byte for byte")
     if not manifest.get("probe"):
