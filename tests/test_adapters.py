@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from wlora_merge.adapters import load_adapter, load_adapters, split_adapter_spec
 from wlora_merge.errors import AdapterError, UnsupportedError, WloraMergeError
+from wlora_merge.export import export
+from wlora_merge.mix import mix
 
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -87,6 +90,30 @@ def test_keys_with_the_adapters_name_inside_are_read_as_older_peft_wrote_them(tm
 def test_keys_without_the_prefix_of_peft_are_read(tmp_path: Path) -> None:
     bare = {k.removeprefix("base_model.model."): v for k, v in tensors().items()}
     assert list(load_adapter(write(tmp_path / "a", bare)).modules) == ["model.layers.0.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda key: key.replace(".weight", ".default.weight"),
+        lambda key: key.removeprefix("base_model.model."),
+        lambda key: key.removeprefix("base_model.model.model."),  # trained on a model without a head
+        lambda key: "_orig_mod." + key,
+        lambda key: key.replace("base_model.model.", "base_model.model._fsdp_wrapped_module."),
+    ],
+)
+def test_an_adapter_folds_the_same_whatever_prefix_its_keys_have(
+    llama_zoo: Callable[..., Any], tmp_path: Path, spell: Callable[[str], str]
+) -> None:
+    base, folders = llama_zoo()
+    shutil.copytree(folders[1], tmp_path / "a1")
+    found = {spell(key): t for key, t in load_file(folders[1] / "adapter_model.safetensors").items()}
+    save_file(found, tmp_path / "a1" / "adapter_model.safetensors")
+    export(mix(base, folders[1:2]), "dense", tmp_path / "plain")
+    export(mix(base, [tmp_path / "a1"]), "dense", tmp_path / "spelled")
+    name = "model.safetensors"
+    assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "spelled" / name).read_bytes()
+    assert (tmp_path / "plain" / name).read_bytes() != (base / name).read_bytes()
 
 
 def test_a_saved_head_is_a_whole_tensor(tmp_path: Path) -> None:

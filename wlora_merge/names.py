@@ -39,6 +39,7 @@ _INDEX = re.compile(r"[0-9]{1,18}")
 _USER = re.compile(r"://[^/@\s]+@")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 PATTERN_SECONDS = 5.0
+_WRAPPED = re.compile(r"(?<![^.])_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 _SAVED_COPY = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
 _FOREIGN = {
     "kohya": re.compile(r"lora_(unet|te\d?|transformer|prior)_|.*\.lora_(down|up|mid)\.weight$|.*\.alpha$"),
@@ -68,7 +69,8 @@ class AdapterKey:
 def parse_adapter_key(key: str, *, wrapped: bool = False) -> AdapterKey:
     """Split a key of `adapter_model.safetensors` into what it changes and which part of the change it is.
 
-    Accepts keys with the adapter's name inside (`lora_A.default.weight`), as older PEFT wrote them. With `wrapped` a target
+    Accepts keys with the adapter's name inside (`lora_A.default.weight`), as older PEFT wrote them, and what
+    torch.compile and FSDP leave in names. With `wrapped` a target
     module keeps its `.base_layer`: PEFT wraps a module once for each of its parameters that it trains.
 
     Raises:
@@ -81,7 +83,7 @@ def parse_adapter_key(key: str, *, wrapped: bool = False) -> AdapterKey:
             raise UnsupportedError(
                 f"tensor {key!r} is in the {convention} convention: convert the file to PEFT's first."
             )
-    name = key.removeprefix(PEFT_PREFIX)
+    name = _WRAPPED.sub("", key).removeprefix(PEFT_PREFIX)
     match = _LORA_KEY.match(name)
     if match is None:
         whole = _SAVED_COPY.sub("", name).replace(".base_layer.", ".")
