@@ -39,7 +39,7 @@ def test_a_recipe_mixes_exports_and_verifies_into_one_tree(recipe: Path) -> None
     done = CliRunner().invoke(main, ["run", str(recipe)])
     assert done.exit_code == 0, done.output
     tree = recipe.parent / "job"
-    assert {p.name for p in tree.iterdir()} == {"mixture", "dense", "lora-3"}
+    assert {p.name for p in tree.iterdir()} == {"mixture", "dense", "lora-3", "report.html", "figures"}
     assert (
         CliRunner()
         .invoke(main, ["export", str(tree / "mixture"), "--format", "lora", "--out", str(tree / "x")])

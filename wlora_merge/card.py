@@ -10,6 +10,8 @@ from typing import Any
 from .errors import WloraMergeError
 from .input_files import find_file, parse_yaml, read_bytes
 from .mixture import Mixture
+from .report import CAPTIONS, FIGURES
+from .report import FILE as REPORT
 
 PIPELINE_TAGS = {
     "causal-lm": "text-generation",
@@ -46,7 +48,16 @@ _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE
 
 
 def write_card(
-    folder: Path, mixture: Mixture, *, kind: str, base_name: str, folders: Sequence[Path], report: str = ""
+    folder: Path,
+    mixture: Mixture,
+    *,
+    kind: str,
+    base_name: str,
+    folders: Sequence[Path],
+    options: Mapping[str, Any] | None = None,
+    measured: Mapping[str, Any] | None = None,
+    note: str = "",
+    figures: Sequence[str] = (),
 ) -> None:
     """Write README.md into an export folder.
 
@@ -54,7 +65,10 @@ def write_card(
         kind: `dense`, `lora` or `onnx`.
         base_name: what the card calls the base model.
         folders: the base's and the adapters' folders, whose cards may name a license.
-        report: a paragraph on what the export measured.
+        options: how the export was asked for.
+        measured: what the writer measured.
+        note: a paragraph on what is special about this export.
+        figures: names of the report's figures, as in `report.CAPTIONS`.
     """
     task = mixture.task
     names = [
@@ -67,7 +81,8 @@ def write_card(
         _intro(mixture, kind, base_name),
         _weights(mixture),
         _metrics(mixture.metrics),
-        report,
+        note,
+        _figures(figures),
     ]
     parts += ["## How to serve it", _serving(mixture, kind, base_name), _licence_note(folders)]
     (folder / "README.md").write_text("\n\n".join(p for p in parts if p) + "\n", encoding="utf-8")
@@ -128,6 +143,13 @@ def _metrics(metrics: Mapping[str, Any]) -> str:
         for name, row in table.items()
     ]
     return f"## Held-out metrics\n\n{metrics.get('note', '')}\n\n" + head + "\n".join(rows)
+
+
+def _figures(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    shown = [f"![{CAPTIONS[name]}]({FIGURES}/{name}.png)" for name in names]
+    return f"## Report\n\n[{REPORT}]({REPORT}) has these and the provenance.\n\n" + "\n\n".join(shown)
 
 
 def _serving(mixture: Mixture, kind: str, base_name: str) -> str:

@@ -16,7 +16,7 @@ import click
 
 from . import names
 from .errors import WloraMergeError
-from .options import AS_JSON, FIT_OPTIONS, FORCE, INPUTS, MODULES_TO_SAVE, MOVED, OUT, RESIDUAL
+from .options import AS_JSON, FIT_OPTIONS, FORCE, INPUTS, MODULES_TO_SAVE, MOVED, OUT, REPORT_HELP, RESIDUAL
 from .staging import terminate_as_exit
 from .terminal import byte_progress, fit_progress, human, show_table, shown_log, shown_warnings
 
@@ -80,6 +80,7 @@ def main(debug: bool) -> None:
 @FIT_OPTIONS
 @MODULES_TO_SAVE
 @RESIDUAL
+@click.option("--report/--no-report", default=True, show_default=True, help=REPORT_HELP)
 @FORCE
 @AS_JSON
 def fit(
@@ -185,6 +186,7 @@ def mix(
 @MOVED
 @click.option("--base-name", help="What the card and a lora's config call the base. Default: hub id or folder name.")
 @click.option("--any-digest", is_flag=True, help="Accept inputs that are not those the mixture was made from.")
+@click.option("--report/--no-report", default=False, show_default=True, help=REPORT_HELP)
 @FORCE
 @AS_JSON
 def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_json: bool, **options: Any) -> None:

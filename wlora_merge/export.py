@@ -21,9 +21,10 @@ from .digests import sha256_files
 from .errors import BaseModelError, UnsupportedError
 from .inputs import Inputs, find_inputs
 from .layouts import matrix_shape
-from .manifest import build_manifest, write_manifest
+from .manifest import PACKAGES, build_manifest, versions, write_manifest
 from .mixture import Mixture
 from .ranks import Team, team
+from .report import write_report
 from .stacking import ModuleDelta
 from .staging import Staging, staged
 from .tying import untied_config
@@ -63,6 +64,7 @@ def export(
     onnx_base: str | Path | None = None,
     any_digest: bool = False,
     force: bool = False,
+    report: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Fold a mixture and write it: `W_base + delta_scale · Σ v̂_n · (α_n/r_n) · B_n A_n`.
@@ -81,6 +83,7 @@ def export(
         onnx_base: onnx only: an ONNX export of the base, a file or a folder, whose weights are rewritten; nothing is traced.
         any_digest: accept inputs whose bytes differ from those that the mixture was made from.
         force: replace what is in `out`.
+        report: also write report.html, and its figures into the model card.
         progress: called with (bytes written, file name).
 
     Raises:
@@ -102,6 +105,7 @@ def export(
         "max_shard_bytes": max_shard_bytes,
         "opset": opset,
         "any_digest": any_digest,
+        "report": report,
     }
     stored = dtype or ("float32" if format == "onnx" and onnx_base is None else "")
     split = inputs.untied if format != "lora" else {}
@@ -133,20 +137,24 @@ def export(
             return ExportResult(staging.out, format, None, 0, {})
         if format == "dense":
             write_beside(inputs, files, staging.path, dtype, split)
-            report: dict[str, Any] = {"untied": sorted(split)} if split else {}
+            measured: dict[str, Any] = {"untied": sorted(split)} if split else {}
         elif format == "lora":
-            known, report = {}, _write_lora(inputs, staging.path, name, rank, energy, dtype)
+            known, measured = {}, _write_lora(inputs, staging.path, name, rank, energy, dtype)
         elif refold is not None:
-            known, report = _write_refold(inputs, refold, staging.path, progress)
+            known, measured = _write_refold(inputs, refold, staging.path, progress)
         else:
-            known, report = {}, _write_onnx(inputs, files, staging.path, dtype, opset, progress, split)
+            known, measured = {}, _write_onnx(inputs, files, staging.path, dtype, opset, progress, split)
+        drawn = _report(inputs, staging.path, format, name, options) if report else []
         write_card(
             staging.path,
             inputs.mixture,
             kind=format,
             base_name=name,
             folders=inputs.folders,
-            report=_untied_note(split),
+            note=_untied_note(split),
+            options=options,
+            measured=measured,
+            figures=drawn,
         )
         probe = make_probe(inputs.base.config, inputs.mixture.task)
         manifest = build_manifest(
@@ -156,12 +164,21 @@ def export(
             kind=format,
             base_name=name,
             options=options,
-            report=report,
+            report=measured,
             probe=probe,
         )
         write_manifest(manifest, staging.path, known)
         total = sum(p.stat().st_size for p in staging.path.rglob("*") if p.is_file())
-    return ExportResult(staging.out, format, staging.swap, total, report)
+    return ExportResult(staging.out, format, staging.swap, total, measured)
+
+
+def _report(inputs: Inputs, folder: Path, kind: str, base_name: str, options: Mapping[str, Any]) -> list[str]:
+    facts = {
+        f"export: {key}": value for key, value in options.items() if key != "report" and value not in (None, False)
+    }
+    facts |= {f"version: {name}": version for name, version in versions(PACKAGES[kind]).items()}
+    title = f"A mixture of {len(inputs.adapters)} adapters on {base_name}, {kind} export"
+    return write_report(folder, inputs.mixture, inputs.deltas, title=title, kind=kind, base=inputs.base, facts=facts)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from .data import Examples, read_examples
 from .errors import DataError, MixtureError
 from .fit_options import FitOptions, fit_options
 from .mixture import Mixture
+from .report import write_report
 from .stacking import modules_of, stack, tensors_of
 from .tasks import Task, get_task
 
@@ -43,6 +45,7 @@ class _Job:
     parts: list[tuple[list[int], list[int]]]
     options: FitOptions
     start: float
+    losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     def deadline(self, share: float = 1.0) -> float | None:
         """In `time.monotonic()`; None without a budget."""
@@ -62,6 +65,7 @@ def fit(
     residual: str | None = None,
     force: bool = False,
     resume: bool = False,
+    report: bool = False,
     progress: FitProgress | None = None,
     **options: Any,
 ) -> Mixture:
@@ -80,6 +84,7 @@ def fit(
         residual: name of the adapter whose residual the base is.
         force: replace what is in `out`.
         resume: go on where a killed fit to the same `out` stopped (`OUT.fit-state`), to the same weights.
+        report: also write report.html and its figures into `out`.
         progress: called with (candidate, step, steps, loss, mean mixture weights) after every step.
         options: fields of `FitOptions`.
 
@@ -102,7 +107,7 @@ def fit(
         raise MixtureError(
             "early_stopping needs eval_data to look at; on the shots alone, the folds choose the number of steps."
         )
-    stack(
+    deltas = stack(
         loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type
     )  # refuses what no export could write
     with team() as ranks:
@@ -116,7 +121,9 @@ def fit(
             mixture.config = _config(work.learner, job, labels)
         mixture.data = {"method": chosen.method, "data": _data_ref(shots), "fit": _recorded(chosen)}
         if out is not None and ranks.leads:
-            mixture.save(out, force=force, inputs=[opened.folder, *(a.source.folder for a in loaded)])
+            title = f"A mixture on {opened.source.name}"
+            beside = partial(write_report, mixture=mixture, deltas=deltas, title=title) if report else None
+            mixture.save(out, force=force, inputs=[opened.folder, *(a.source.folder for a in loaded)], beside=beside)
             state.remove()
     return mixture
 
@@ -155,14 +162,28 @@ def _prepare(
     judged = task.encode(held, processor, max_length=options.max_length, labels=labels) if held else []
     n = len(rows)
     initial = _initial(options, [a.name for a in adapters])
-    learner = Learner(
-        model, task, labels, processor, options, _Both(rows, judged), head, ranks, state, initial, progress
-    )
+    losses: dict[str, list[tuple[int, float]]] = {}
+    follow = _following(losses, progress)
+    learner = Learner(model, task, labels, processor, options, _Both(rows, judged), head, ranks, state, initial, follow)
     keys = shots.column("label") if "label" in shots.columns and len(shots) == n else []
     keys = keys if keys and isinstance(keys[0], str) else [""] * n
     folds = fold_indices(keys, options.folds, options.seed) if options.folds else []
     parts = [([i for i in range(n) if i not in set(fold)], fold) for fold in folds]
-    return _Job(learner, list(range(n)), list(range(n, n + len(judged))), parts, options, start), labels
+    return _Job(learner, list(range(n)), list(range(n, n + len(judged))), parts, options, start, losses), labels
+
+
+def _following(losses: dict[str, list[tuple[int, float]]], progress: FitProgress | None) -> FitProgress:
+    """Keeps the loss of each step of a candidate's last training, and passes the call on."""
+
+    def follow(name: str, step: int, steps: int, loss: float, weights: dict[str, float]) -> None:
+        known = losses.setdefault(name, [])
+        if known and step <= known[-1][0]:
+            known.clear()
+        known.append((step, float(f"{loss:.5g}")))
+        if progress is not None:
+            progress(name, step, steps, loss, weights)
+
+    return follow
 
 
 class _Both(Sequence[Any]):
@@ -214,9 +235,19 @@ def _work(job: _Job) -> tuple[dict[str, Any], Candidate]:
     candidate = (fixed | {c.LEARNED: learned} | {s.name: s for s in search})[kept]
     candidate = _finish(job, candidate, best_steps.get(kept, steps), comparison)
     metrics = _metrics(job, comparison, on_folds, kept, candidate)
+    metrics["history"] = _history(job.losses, kept)
     if options.prune_below:
         metrics["pruned"] = _prune(job, candidate, on_folds)
     return metrics, candidate
+
+
+def _history(losses: Mapping[str, list[tuple[int, float]]], kept: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, loss) of the last training of what is kept: at most 200 of them, evenly spread, the last among them."""
+    name = next((name for name in (f"{kept}, all shots", kept) if name in losses), None)
+    if name is None:
+        return {}
+    step = -(-len(losses[name]) // 200)
+    return {name: losses[name][::-1][::step][::-1]}
 
 
 def _finish(job: _Job, candidate: Candidate, steps: int, comparison: Comparison) -> Candidate:

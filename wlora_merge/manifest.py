@@ -90,7 +90,7 @@ def build_manifest(
         "options": dict(options),
         "report": dict(report),
         "probe": dict(probe),
-        "versions": versions(PACKAGES[kind]),
+        "versions": versions((*PACKAGES[kind], *(("matplotlib",) if options.get("report") else ()))),
     }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,12 +142,20 @@ class Mixture:
 
     # -------------------------------------------------------------------------------------------------- files
 
-    def save(self, folder: str | Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        force: bool = False,
+        inputs: Iterable[Path] = (),
+        beside: Callable[[Path], object] | None = None,
+    ) -> None:
         """Write `mixture.json` and `mixture.safetensors`, all or nothing. The same mixture gives the same bytes.
 
         Args:
             folder: it must not exist or be empty, unless `force`.
             inputs: folders that it must not lie in or hold.
+            beside: called with the folder before it is put in place, to write more into it.
 
         Raises:
             OutputError: the folder exists and is not empty, or cannot be written.
@@ -155,6 +163,8 @@ class Mixture:
         out = Path(folder)
         with staged(out, force=force, inputs=inputs) as staging:
             self.write(staging.path, out)
+            if beside is not None:
+                beside(staging.path)
 
     def write(self, folder: Path, final: Path) -> None:
         """Write the two files into an existing folder that will be renamed to `final`."""

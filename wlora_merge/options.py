@@ -21,6 +21,7 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 FORCE = click.option("--force", is_flag=True, help="Replace what is in --out. Default: it must be empty or not exist.")
 OUT = click.option("--out", required=True, type=click.Path(), help="Folder to write; all or nothing.")
+REPORT_HELP = "Write report.html and its figures into the folder (needs matplotlib)."
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 MODULES_TO_SAVE = click.option(
     "--modules-to-save",

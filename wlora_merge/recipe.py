@@ -106,6 +106,7 @@ class Recipe:
     mix: MixRecipe | None = None
     exports: list[ExportRecipe] = field(default_factory=list)
     verify: bool = True
+    report: bool = True
 
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -226,9 +227,9 @@ def _check(recipe: Recipe, path: Path) -> None:
     task = recipe.fit.task if recipe.fit else recipe.mix.task if recipe.mix else None
     if task is not None and task not in TASKS:
         raise RecipeError(f"{path}: task is {short(task)}{nearest(task[:80], TASKS)}; known: {', '.join(TASKS)}.")
-    if not isinstance(recipe.base, str) or not isinstance(recipe.verify, bool):
-        raise RecipeError(f"{path}: base must be a PATH_OR_ID and verify true or false.")
-    folders = ["mixture", *(e.folder for e in recipe.exports)]
+    if not isinstance(recipe.base, str) or not isinstance(recipe.verify, bool) or not isinstance(recipe.report, bool):
+        raise RecipeError(f"{path}: base must be a PATH_OR_ID, verify and report true or false.")
+    folders = ["mixture", "figures", *(e.folder for e in recipe.exports)]
     for folder in folders:
         if folders.count(folder) > 1 or not is_plain_file_name(folder):
             raise RecipeError(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .check import Checked
 from .export import ExportResult, export
+from .inputs import find_inputs
 from .mixture import Mixture
 from .recipe import Recipe
-from .staging import staged
+from .staging import human_bytes, staged
 from .verify import verify
 
 Say = Callable[[str], None]
@@ -64,12 +65,33 @@ def run(
             if entry.onnx_base is not None:
                 options["onnx_base"] = _path(entry.onnx_base, where)
             target = staging.path / entry.folder
-            exports[entry.folder] = export(folder, entry.format, target, progress=export_progress, **options)
+            exports[entry.folder] = export(
+                folder, entry.format, target, report=recipe.report, progress=export_progress, **options
+            )
             if recipe.verify:
                 say(f"verify {entry.folder}")
                 named = [f"{name}={path}" for name, path in adapters]
                 checked[entry.folder] = verify(target, base=base, adapters=named)
+        if recipe.report:
+            say("report")
+            _write_report(staging.path, mixture, exports, checked)
     return RunResult(staging.out, mixture, exports, checked)
+
+
+def _write_report(
+    folder: Path, mixture: Mixture, exports: Mapping[str, ExportResult], checked: Mapping[str, Checked]
+) -> None:
+    from .report import write_report
+
+    facts = {}
+    for name, done in exports.items():
+        c = checked.get(name)
+        found = "not compared" if c is None or c.largest_difference is None else f"{c.largest_difference:.1e}"
+        facts[f"export {name}"] = f"{human_bytes(done.bytes)}, difference from the unmerged mixture: {found}"
+    found_inputs = find_inputs(folder / "mixture")
+    write_report(
+        folder, mixture, found_inputs.deltas, title=f"A mixture on {found_inputs.base.source.name}", facts=facts
+    )
 
 
 def _mixture(

@@ -1,0 +1,118 @@
+"""The drawings of a report, with matplotlib: data in, SVG and PNG out, the same bytes for the same data.
+
+An SVG takes the colour of the text around it, so that it is readable on light and on dark paper; a PNG has white paper.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+INK = "#010203"  # becomes currentColor
+CYCLE = ("#3b7dd8", "#d9822b", "#2e9e6b", "#b4519e", "#7a6fd0", "#c2554d")
+RC: Any = {
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",  # the one that matplotlib ships
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
+
+
+def heatmap(values: ArrayLike, rows: Sequence[str], columns: Sequence[str], label: str, *, signed: bool = False) -> Any:
+    """Values [rows, columns] as colours, written into the cells where there are few; `signed` runs from -1 to 1."""
+    table = np.asarray(values, dtype=float)
+    with rc_context(RC):
+        figure = Figure(figsize=(6.4, max(1.6, min(9.0, 1.1 + 0.26 * len(rows)))), layout="constrained")
+        axes = figure.subplots()
+        low, high = (-1.0, 1.0) if signed else (min(0.0, float(np.nanmin(table))), max(1e-9, float(np.nanmax(table))))
+        cells = axes.pcolormesh(table, cmap="RdBu_r" if signed else "viridis", vmin=low, vmax=high)
+        axes.invert_yaxis()
+        step = -(-len(rows) // 32)
+        axes.set_yticks(np.arange(0, len(rows), step) + 0.5, [_short(r) for r in rows[::step]])
+        axes.set_xticks(np.arange(len(columns)) + 0.5, [_short(c, 16) for c in columns], rotation=30, ha="right")
+        if table.size <= 200 and len(columns) <= 8:
+            middle = (low + high) / 2
+            for (y, x), value in np.ndenumerate(table):
+                pale = abs(value) < 0.6 if signed else value > middle
+                axes.text(x + 0.5, y + 0.5, f"{value:.2f}", ha="center", va="center", color="k" if pale else "w")
+        figure.colorbar(cells, ax=axes, label=label)
+    return figure
+
+
+def lines(
+    series: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    x_label: str,
+    y_label: str,
+    *,
+    log: bool = False,
+    mark: float | None = None,
+) -> Any:
+    """One line for each name -> (x, y); `mark` draws an upright line there."""
+    with rc_context(RC):
+        figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+        axes = figure.subplots()
+        for i, (name, (x, y)) in enumerate(series.items()):
+            axes.plot(np.asarray(x), np.asarray(y), color=CYCLE[i % len(CYCLE)], label=name, linewidth=1.5)
+        if mark is not None:
+            axes.axvline(mark, color=INK, linewidth=0.8, linestyle="--")
+        if log:
+            axes.set_yscale("log")
+        axes.set(xlabel=x_label, ylabel=y_label)
+        if len(series) > 1:
+            axes.legend(frameon=False)
+    return figure
+
+
+def bars(names: Sequence[str], series: Mapping[str, Sequence[float]], x_label: str) -> Any:
+    """A pair of lying bars for each name, on a logarithmic axis."""
+    with rc_context(RC):
+        figure = Figure(figsize=(6.4, max(1.8, min(11.0, 0.8 + 0.3 * len(names)))), layout="constrained")
+        axes = figure.subplots()
+        height = 0.8 / len(series)
+        for i, (name, values) in enumerate(series.items()):
+            axes.barh(np.arange(len(names)) + i * height, values, height, color=CYCLE[i], label=name)
+        axes.set_yticks(np.arange(len(names)) + 0.4 - height / 2, [_short(n) for n in names])
+        if any(value > 0 for values in series.values() for value in values):
+            axes.set_xscale("log")
+        axes.set(xlabel=x_label)
+        axes.invert_yaxis()
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series))
+    return figure
+
+
+def svg(figure: Any, name: str) -> str:
+    """The drawing as an element for a page; `name` keeps its ids apart from other drawings'."""
+    stream = io.StringIO()
+    with rc_context(RC | {"svg.hashsalt": name}):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace("\r", "")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
+    )
+
+
+def png(figure: Any) -> bytes:
+    """The drawing on white paper, 120 dots per inch."""
+    stream = io.BytesIO()
+    with rc_context(RC):
+        figure.savefig(stream, format="png", dpi=120, facecolor="white", metadata={"Software": None})
+    return stream.getvalue()
+
+
+def _short(text: str, limit: int = 34) -> str:
+    return text if len(text) <= limit else "…" + text[-(limit - 1) :]
