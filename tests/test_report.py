@@ -196,7 +196,10 @@ def test_a_page_stands_alone_is_digested_and_has_the_same_bytes_again(
 def test_a_fits_page_has_its_comparison_and_its_loss(mixed: Path, tmp_path: Path) -> None:
     mixture = find_inputs(mixed).mixture
     mixture.metrics = {
-        "candidates": {"base": {"loss": 1.5, "accuracy": 0.25}, "learned": {"loss": 0.5, "accuracy": 1.0}},
+        "candidates": {
+            "base": {"loss": 1.5, "accuracy": 0.25, "f1": 0.5, "f1_se": 0.125},
+            "learned": {"loss": 0.5, "accuracy": 1.0},
+        },
         "held_out": {"examples": 8, "of": 32},
         "history": {"learned": [[1, 2.0], [2, 1.0]]},
         "note": "<b>",
@@ -207,6 +210,8 @@ def test_a_fits_page_has_its_comparison_and_its_loss(mixed: Path, tmp_path: Path
     assert "<title>A &amp; B</title>" in text
     assert "&lt;b&gt;" in text
     assert "1.0000 [0.68, 1.00]" in text
+    assert "0.5000 ± 0.1250" in text
+    assert "f1_se" not in text
 
 
 def test_without_matplotlib_an_export_goes_on_and_says_what_to_install(

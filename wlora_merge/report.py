@@ -158,20 +158,21 @@ def _comparison(mixture: Mixture) -> str:
     if not table:
         return f"<p>{html.escape(metrics.get('note', 'Nothing was held out to judge this mixture on.'))}</p>"
     examples = int((metrics.get("held_out") or {}).get("examples", 0))
-    columns = list(dict.fromkeys(key for row in table.values() for key in row))
-    rows = [[name, *(_measured(key, row.get(key), examples) for key in columns)] for name, row in table.items()]
+    columns = list(dict.fromkeys(key for row in table.values() for key in row if not key.endswith("_se")))
+    rows = [[name, *(_measured(key, row, examples) for key in columns)] for name, row in table.items()]
     note = html.escape(metrics.get("note", ""))
     shares = " In brackets: Wilson's 95 % interval for that many examples." if "accuracy" in columns else ""
     return f"<h2>Comparison</h2>\n<p>{note}{shares}</p>\n" + _table(["", *columns], rows)
 
 
-def _measured(key: str, value: float | None, examples: int) -> str:
-    if value is None:
+def _measured(key: str, row: Mapping[str, float], examples: int) -> str:
+    if key not in row:
         return ""
-    if key != "accuracy" or not examples:
-        return f"{value:.4f}"
-    low, high = interval(value, examples)
-    return f"{value:.4f} [{low:.2f}, {high:.2f}]"
+    if key == "accuracy" and examples:
+        low, high = interval(row[key], examples)
+        return f"{row[key]:.4f} [{low:.2f}, {high:.2f}]"
+    error = row.get(f"{key}_se")
+    return f"{row[key]:.4f}" if error is None else f"{row[key]:.4f} ± {error:.4f}"
 
 
 def _change_table(rows: Sequence[Change]) -> str:
