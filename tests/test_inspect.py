@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from wlora_merge.export import export
 from wlora_merge.inspect import inspect_paths
 from wlora_merge.mix import mix
 
-COLUMNS = ["adapter", "r", "alpha", "scaling", "modules", "parameters", "delta / base norm", "fits"]
+COLUMNS = ["adapter", "r", "alpha", "scaling", "modules", "parameters", "delta / base norm", "mixes"]
 
 
 def test_adapters_on_a_base_are_two_tables_with_a_row_for_each(llama_zoo: Callable[..., Any]) -> None:
@@ -28,10 +29,10 @@ def test_adapters_on_a_base_are_two_tables_with_a_row_for_each(llama_zoo: Callab
     rows, features = tables["Adapters"], tables["Targets and features"]
     assert all(list(row) == COLUMNS for row in rows)
     assert [row["adapter"] for row in rows] == [row["adapter"] for row in features] == ["a0", "a1", "a2"]
-    assert [row["fits"] for row in rows] == ["yes"] * 3
+    assert [row["mixes"] for row in rows] == ["yes"] * 3
     assert [row["modules"] for row in rows] == [4, 14, 6]
-    assert rows[0] | {"r": "4", "alpha": 8, "scaling": "2"} == rows[0]
-    assert rows[2] | {"r": "2..4", "alpha": 12, "scaling": "0.75..6"} == rows[2]
+    assert rows[0] | {"r": "4", "alpha": "8", "scaling": "2"} == rows[0]
+    assert rows[2] | {"r": "2..4", "alpha": "3..12", "scaling": "0.75..6"} == rows[2]
     assert features[2] == {
         "adapter": "a2", "targets": "k_proj o_proj q_proj", "features": "rank_pattern alpha_pattern", "trained on": "tiny",
     }  # fmt: skip
@@ -68,9 +69,9 @@ def test_an_adapter_that_does_not_fit_is_a_row_with_the_reason(llama_zoo: Callab
     tables = inspect_paths(
         [base, folders[0], tmp_path / "wide", tmp_path / "dora", tmp_path / "alora", tmp_path / "broken"]
     )
-    fits = {row["adapter"]: row["fits"] for row in tables["Adapters"]}
+    fits = {row["adapter"]: row["mixes"] for row in tables["Adapters"]}
     assert fits == {"a0": "yes", "wide": "no", "dora": "yes", "alora": "no", "broken": "no"}
-    reasons = {row["adapter"]: row["reason"] for row in tables["Adapters that cannot be mixed"]}
+    reasons = {row["adapter"]: row["reason"] for row in tables["Adapters that cannot be mixed, or not as they are"]}
     assert set(reasons) == {"wide", "alora", "broken"}
     assert reasons["wide"].startswith("adapter 'wide'")
     assert "do not fit the base weight [32, 32]" in reasons["wide"]
@@ -80,11 +81,74 @@ def test_an_adapter_that_does_not_fit_is_a_row_with_the_reason(llama_zoo: Callab
         sum(float(t.double().square().sum()) for t in found)
         for found in (changes.values(), map(tiny_llama().state_dict().__getitem__, changes))
     ]
-    norms = {row["adapter"]: row["delta / base norm"] for row in tables["Adapters"] if row["fits"] == "yes"}
+    norms = {row["adapter"]: row["delta / base norm"] for row in tables["Adapters"] if row["mixes"] == "yes"}
     assert norms["dora"] == pytest.approx((sums[0] / sums[1]) ** 0.5, rel=1e-6)
     assert "is not valid JSON" in reasons["broken"]
     assert [row["adapter"] for row in tables["Targets and features"]] == ["a0", "wide", "dora"]
     json.dumps(tables, allow_nan=False)
+
+
+def test_adapters_that_mix_given_an_option_are_told_which(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:
+    base, folders = llama_zoo()
+    head = make_adapter(tiny_llama(), tmp_path / "head", 1, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    shutil.copytree(folders[1], tmp_path / "a0")
+    tables = inspect_paths([base, folders[0], head, tmp_path / "a0"])
+    assert [row["mixes"] for row in tables["Adapters"]] == ["yes", "option", "option"]
+    reasons = [row["reason"] for row in tables["Adapters that cannot be mixed, or not as they are"]]
+    assert "say --modules-to-save NAME" in reasons[0]
+    assert "another adapter is called 'a0' too" in reasons[1]
+    assert tables["Targets and features"][1]["features"] == "modules_to_save"
+
+
+def test_an_adapter_that_mixes_alone_but_not_with_the_others_is_told_so(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    folders = [make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=["q_proj"]) for i in range(2)]
+    file = folders[1] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"fan_in_fan_out": True}))
+    for folder in folders:
+        assert inspect_paths([tmp_path / "base", folder])["Adapters"][0]["mixes"] == "yes"
+    tables = inspect_paths([tmp_path / "base", *folders])
+    assert [row["mixes"] for row in tables["Adapters"]] == ["yes", "no"]
+    (row,) = tables["Adapters that cannot be mixed, or not as they are"]
+    assert row["adapter"] == "a1"
+    assert "is Conv1D here and Linear in another" in row["reason"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fused_experts_are_measured_on_the_rows_that_they_change(tmp_path: Path) -> None:
+    from test_architectures import merged
+    from test_experts import CASES, EXPERTS, make
+
+    for name in ("mixtral", "gpt_oss"):
+        case = CASES[name]
+        base, adapters = make(
+            case, tmp_path / name, {"r": 2, "target_modules": ["q_proj"], "target_parameters": EXPERTS}
+        )
+        row = inspect_paths([base, *adapters])["Adapters"][0]
+        start, after = case.load(base, torch.float64).state_dict(), merged(case, base, adapters[0])
+        changed = [k for k in start if not torch.equal(start[k], after[k])]
+        squares = [sum(float((t[k]).square().sum()) for k in changed) for t in (start,)]
+        delta = sum(float((after[k] - start[k]).square().sum()) for k in changed)
+        assert row["delta / base norm"] == pytest.approx((delta / squares[0]) ** 0.5, rel=1e-5)
+        assert (row["r"], row["scaling"], row["mixes"]) == ("2", "4", "yes")
+        alone = inspect_paths(adapters)
+        assert alone["Adapters"][0] | {"r": "2", "scaling": None} == alone["Adapters"][0]
+        assert (
+            alone["Targets and features"][0] | {"targets": "experts q_proj", "features": "target_parameters"}
+            == (alone["Targets and features"][0])
+        )
+        json.dumps(alone, allow_nan=False)
+
+
+def test_a_quantized_base_gives_no_norm(tmp_path: Path) -> None:
+    from test_quantized import quantize
+
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    folder = make_adapter(model, tmp_path / "a", 1, r=2, target_modules=["q_proj"])
+    row = inspect_paths([quantize(tmp_path / "base", tmp_path / "q", "gptq 4-bit"), folder])["Adapters"][0]
+    assert (row["mixes"], row["delta / base norm"]) == ("yes", None)
 
 
 def test_a_base_says_what_it_is(llama_zoo: Callable[..., Any]) -> None:

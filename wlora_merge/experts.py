@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from .adapters import Adapter, Factors, Slice
-from .checkpoint import Entry
+from .checkpoint import Entry, read_tensor
 from .errors import AdapterError, UnsupportedError
 from .layouts import Layout
 from .module_tree import ModuleTree, Part
+
+if TYPE_CHECKING:
+    import torch
 
 WRAPPER = ".base_layer"
 
@@ -30,6 +34,10 @@ class PartFactors:
     count: int
     layout: Layout
     factors: Factors
+
+    def read(self) -> torch.Tensor:
+        """The rows themselves [count, cols], in the file's dtype."""
+        return read_tensor(self.entry).reshape(-1, self.entry.shape[-1])[self.start : self.start + self.count]
 
 
 def split_factors(adapter: Adapter, name: str, tree: ModuleTree) -> list[PartFactors]:

@@ -317,7 +317,8 @@ def _changes(n: int, adapter: Adapter, name: str, find: Find, model_type: str) -
     for part in parts:
         shape = (part.count, part.entry.shape[-1])
         start = None if shape == part.entry.shape else part.start
-        yield Change(n, part.entry.name.removesuffix(".weight"), shape, part.factors, part.layout, start=start)
+        module = part.entry.name.removesuffix(".weight")
+        yield Change(n, module, shape, part.factors, part.layout, start=start, read=part.read)
 
 
 def _scaled(adapter: Adapter, name: str) -> Factors:

@@ -1,0 +1,155 @@
+"""Adapters beside each other, as rows for a table: what each one is, and whether it can be mixed with the others on a base.
+
+An adapter is judged as `mix` judges it: alone on the base, then stacked with those before it that could be mixed. Norms come
+from the factors; no delta weight is formed but a DoRA's, which scales the base's rows too.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .adapters import Adapter, load_adapter
+from .base_model import BaseModel
+from .errors import WloraMergeError
+from .fold import fold_factor, fold_factors
+from .stacking import ModuleDelta, modules_of, refuse_overlap, stack, stack_tensors, tensors_of
+
+if TYPE_CHECKING:
+    import torch
+
+Rows = list[dict[str, Any]]
+NAMED = (
+    "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "target_parameters", "trainable_token_indices",
+)  # fmt: skip
+"""Fields of the config that are a feature where they are set."""
+
+
+def adapter_tables(paths: Sequence[str | Path], base: BaseModel | None) -> dict[str, Rows]:
+    """Tables with a row for each adapter: what it is; why it cannot be mixed; what it changes and how.
+
+    Why an adapter cannot be mixed stands in a table of its own: a sentence in a narrow column reads badly.
+    """
+    adapters = [_loaded(path) for path in paths]
+    rows: Rows = []
+    fitting: list[Adapter] = []
+    for path, adapter in zip(paths, adapters, strict=True):
+        if isinstance(adapter, WloraMergeError):
+            rows.append({"adapter": Path(path).name, "mixes": "no", "reason": str(adapter)})
+            continue
+        row = _on_base(adapter, base, fitting) if base is not None else {}
+        deltas = row.pop("deltas", None)
+        rows.append(_what(adapter, deltas) | row)
+        if row.get("mixes") != "no":
+            fitting.append(adapter)
+    reasons = [{"adapter": row["adapter"], "reason": row.pop("reason")} for row in rows if "reason" in row]
+    tables = {"Adapters": rows}
+    if reasons:
+        tables["Adapters that cannot be mixed, or not as they are"] = reasons
+    if features := [feature_row(a) for a in adapters if isinstance(a, Adapter)]:
+        tables["Targets and features"] = features
+    return tables
+
+
+def _loaded(path: str | Path) -> Adapter | WloraMergeError:
+    try:
+        return load_adapter(path)
+    except WloraMergeError as error:
+        return error
+
+
+def _what(adapter: Adapter, deltas: Sequence[ModuleDelta] | None) -> dict[str, Any]:
+    factors = [f for d in deltas for f in d.factors] if deltas is not None else list(adapter.modules.values())
+    known = not any(math.isnan(f.scaling) for f in factors)  # of fused experts, only on a base
+    ranks = [f.r for f in factors] if known else [adapter.config.get("r", 8), *_pattern(adapter, "rank_pattern")]
+    return {
+        "adapter": adapter.name,
+        "r": _range(ranks),
+        "alpha": _range([adapter.config.get("lora_alpha", 8), *_pattern(adapter, "alpha_pattern")]),
+        "scaling": _range([round(f.scaling, 4) for f in factors]) if known else None,
+        "modules": len(adapter.modules),
+        "parameters": sum(f.parameters for f in adapter.modules.values()),
+    }
+
+
+def _pattern(adapter: Adapter, field: str) -> Iterable[float]:
+    return (adapter.config.get(field) or {}).values()
+
+
+def _on_base(adapter: Adapter, base: BaseModel, others: Sequence[Adapter]) -> dict[str, Any]:
+    """The deltas, their norm over the base's, and whether the adapter mixes with the others: yes, no, or given an option."""
+    row: dict[str, Any] = {"delta / base norm": None, "mixes": "no"}
+    find = tensors_of(base)
+    try:
+        deltas = stack([adapter], modules_of(base), find, model_type=base.model_type)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the line above has said it
+            together = stack([*others, adapter], modules_of(base), find, model_type=base.model_type)
+        _, head = stack_tensors([*others, adapter], "drop", (), find)
+        refuse_overlap(together, [], head, find)
+    except WloraMergeError as error:
+        return row | {"reason": str(error)}
+    row |= {"deltas": deltas, "delta / base norm": _relative_norm(deltas), "mixes": "yes"}
+    if adapter.name in [other.name for other in others]:
+        reason = f"another adapter is called {adapter.name!r} too: name them, as in --adapter first=PATH --adapter second=PATH."
+        return row | {"mixes": "option", "reason": reason}
+    try:
+        stack_tensors([adapter], None, (), find)
+    except WloraMergeError as error:
+        return row | {"mixes": "option", "reason": str(error)}
+    return row
+
+
+def _relative_norm(deltas: Sequence[ModuleDelta]) -> float | None:
+    """Frobenius norm of the delta weights over that of the base weights that they change; None where those are packed."""
+    changed = whole = 0.0
+    for delta in deltas:
+        if not delta.factors or delta.read is None:
+            continue
+        weight = delta.read().double()
+        whole += float(weight.square().sum())
+        changed += _square(delta, weight)
+    return math.sqrt(changed / whole) if whole else None
+
+
+def _square(delta: ModuleDelta, weight: torch.Tensor) -> float:
+    """Squared Frobenius norm of the delta weight, by the trace of the factors' Gram matrices."""
+    import torch
+
+    left, right = fold_factors(delta, delta.scaling)
+    factor = fold_factor(delta, torch.ones(1))
+    if factor is None:
+        return float(((left.T @ left) * (right @ right.T)).sum())
+    return float(((factor - 1) * weight.flatten(1) + left @ right).square().sum())
+
+
+def feature_row(adapter: Adapter) -> dict[str, Any]:
+    """What one adapter changes, which features of PEFT it uses, and the base that it names."""
+    return {
+        "adapter": adapter.name,
+        "targets": " ".join(sorted({_short(name) for name in adapter.modules})),
+        "features": " ".join(_features(adapter)) or "plain",
+        "trained on": adapter.config.get("base_model_name_or_path"),
+    }
+
+
+def _short(module: str) -> str:
+    return module.replace(".base_layer", "").rpartition(".")[2]
+
+
+def _features(adapter: Adapter) -> list[str]:
+    config = adapter.config
+    found = [name for name in NAMED if config.get(name)]
+    if config.get("bias") not in (None, "none"):
+        found.append(f"bias={config['bias']}")
+    if isinstance(config.get("init_lora_weights"), str):
+        found.append(f"init={config['init_lora_weights']}")
+    return [*found, *(["modules_to_save"] if adapter.tensors else [])]
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values, default=0), max(values, default=0)
+    return f"{low:g}" if low == high else f"{low:g}..{high:g}"
