@@ -94,13 +94,6 @@ def test_two_names_for_one_module_are_refused() -> None:
         stack([adapter(**{"q": (4, 2, 4), "x.q": (4, 2, 4)})], lambda name: Target("q", (4, 4)), model_type="")
 
 
-def test_a_convolution_is_refused_by_name() -> None:
-    conv = Factors(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 1.0, embedding=False)
-    each = replace(adapter(), modules={"conv": conv})
-    with pytest.raises(UnsupportedError, match="'conv' is a convolution"):
-        stack([each], lambda name: Target(name, (4, 3, 3, 3)), model_type="")
-
-
 def test_one_module_with_a_zero_delta_is_a_warning() -> None:
     each = adapter(q=(4, 2, 4), k=(4, 2, 4))
     each.modules["k"].lora_B.zero_()

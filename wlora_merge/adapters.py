@@ -298,6 +298,11 @@ def _factors(module: str, parts: dict[str, Any], config: dict[str, Any], deadlin
         problem = f"lacks {missing[0]}" if missing else f"also has {sorted(extra)[0]}, of which the config says nothing"
         raise AdapterError(f"target module {module!r} {problem}: expected {' and '.join(expected)}.")
     lora_A, lora_B = (parts[n] for n in names)
+    if len(lora_A.shape) > 2 and 1 < lora_B.shape[1] * 2 <= lora_A.shape[0] and not lora_A.shape[0] % lora_B.shape[1]:
+        raise UnsupportedError(
+            f"target module {module!r} is a convolution in {lora_A.shape[0] // lora_B.shape[1]} groups, whose LoRA reads every input "
+            "channel: no grouped weight can express it, and PEFT merges none: leave this adapter out."
+        )
     if (
         len(lora_A.shape) < 2
         or len(lora_B.shape) < 2

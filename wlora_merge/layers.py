@@ -14,7 +14,7 @@ This room knows modules and tensors, no paths but those that a Mixture names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 PARAMETER = "wlora_weights"
 CHANNELS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 """Layers whose output has its rows in dimension 1."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLVE: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SCALE_PARAMETER = "wlora_delta_scale"
 LEARNED = "learned"
 
@@ -127,10 +129,8 @@ class StackedLora(nn.Module):
         """The change of the module's output [..., out], given its input [..., in] (token ids for an embedding) and `layer`."""
         parts = []
         if self.lora_A is not None:
-            product, scale = (
-                self.product(x),
-                getattr(layer, "embed_scale", None),
-            )  # Gemma's embedding multiplies its output
+            product = self.product(x, layer)
+            scale = getattr(layer, "embed_scale", None)  # Gemma's embedding multiplies its output
             parts.append(product * scale if isinstance(scale, torch.Tensor | float | int) else product)
         if self.row_scale is not None:
             own, factor = getattr(layer, "bias", None), self.mixed(self.row_scale, output, layer)
@@ -147,8 +147,10 @@ class StackedLora(nn.Module):
         total = self.attachment.delta_scale * weights @ rows.to(weights.dtype)
         return _along_rows(total.to(output.dtype), layer, output)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         """((x @ lora_A.T) * gains) @ lora_B.T"""
+        if self.layout is Layout.CONV:
+            return self.convolved(x, layer)
         if self.layout is Layout.EMBEDDING:
             hidden = F.embedding(x, self.lora_A.T)
         else:
@@ -156,6 +158,17 @@ class StackedLora(nn.Module):
                 x.to(self.lora_A.dtype) if not torch.is_autocast_enabled(x.device.type) else x, self.lora_A
             )
         return F.linear(hidden * self.gains().to(hidden.dtype), self.lora_B)
+
+    def convolved(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        """The product where the layer is a convolution: lora_A with the layer's kernel, stride and padding, lora_B with 1x1."""
+        assert isinstance(layer, CONVOLUTIONS)
+        convolve, ones = CONVOLVE[len(layer.kernel_size)], [1] * len(layer.kernel_size)
+        lora_A = self.lora_A.view(-1, *layer.weight.shape[1:])
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(lora_A.dtype)
+        hidden = convolve(x, lora_A, None, layer.stride, layer.padding)
+        return convolve(
+            hidden * self.gains().to(hidden.dtype).view(-1, *ones), self.lora_B.view(*self.lora_B.shape, *ones)
+        )
 
 
 def _along_rows(values: torch.Tensor, layer: nn.Module, output: torch.Tensor) -> torch.Tensor:
@@ -374,8 +387,22 @@ def _weight_shape(name: str, layer: nn.Module) -> tuple[int, ...]:
         raise UnsupportedError(f"target module {name!r} is a {type(layer).__name__}, which cannot be mixed.")
     if isinstance(layer, nn.Linear):
         return (layer.out_features, layer.in_features)  # a quantized linear packs its weight
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        _check_convolution(name, layer)
     weight = layer.weight
     return tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
+
+
+def _check_convolution(name: str, layer: nn.modules.conv._ConvNd) -> None:
+    """Refuse a convolution whose LoRA PEFT trains as another function than its merge: its lora_A has kernel, stride and
+    padding of the layer, and neither its groups nor its dilation nor its padding mode."""
+    spread = layer.dilation != (1,) * len(layer.kernel_size) and layer.kernel_size != (1,) * len(layer.kernel_size)
+    padded = layer.padding_mode != "zeros" and layer.kernel_size != (1,) * len(layer.kernel_size)
+    if not isinstance(layer, CONVOLUTIONS) or layer.groups > 1 or spread or padded:
+        raise UnsupportedError(
+            f"target module {name!r} is {layer}, and a LoRA of it cannot be folded: PEFT's has no groups, dilation or padding mode, "
+            "so leave this adapter out."
+        )
 
 
 def _weight(layer: nn.Module) -> torch.Tensor:

@@ -417,8 +417,6 @@ def _layout(adapter: Adapter, name: str, target: Target, factors: Factors, model
         )
     except (AdapterError, UnsupportedError) as error:
         raise type(error)(f"{adapter.where}: {error}") from error
-    if layout is Layout.CONV:
-        raise UnsupportedError(f"{adapter.where}: target module {name!r} is a convolution, which is not folded yet.")
     out = output_rows(layout, target.shape)
     if factors.magnitude is not None and factors.magnitude.numel() != out:
         raise AdapterError(
