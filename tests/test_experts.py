@@ -17,6 +17,7 @@ from wlora_merge.base_model import open_base
 from wlora_merge.errors import AdapterError, UnsupportedError
 from wlora_merge.export import export
 from wlora_merge.inputs import find_inputs
+from wlora_merge.measures import changes, spectra
 from wlora_merge.mix import mix
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
@@ -172,3 +173,17 @@ def test_a_slice_of_factors_is_read_again_when_its_file_changes(tmp_path: Path) 
     save_file({k: 2 * t for k, t in load_file(file).items()}, file)
     assert torch.equal(find_inputs(mix(base, [folder])).deltas[0].lora_A, 2 * first)
     assert open_base(base).tree is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_measured_tensor_by_tensor(name: str, tmp_path: Path) -> None:
+    base, adapters = make(CASES[name], tmp_path, {"r": 2, "target_modules": ["q_proj"], "target_parameters": EXPERTS})
+    inputs = find_inputs(mix(base, adapters))
+    export(inputs.mixture, "dense", tmp_path / "dense")
+    found = changes(inputs.base, inputs.deltas, inputs.mixture, tmp_path / "dense")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "dense"))
+    assert {c.tensor for c in found} == {k for k in before if not torch.equal(before[k], after[k])}
+    assert len({c.tensor for c in found}) == len(found)
+    values = spectra(inputs.deltas, inputs.mixture)
+    assert len(values) == len(inputs.deltas)

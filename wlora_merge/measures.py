@@ -56,7 +56,9 @@ def spectra(deltas: Sequence[ModuleDelta | TensorDelta], mixture: Mixture) -> di
             if isinstance(delta, ModuleDelta) and delta.R:
                 _, r_B = torch.linalg.qr(delta.lora_B.double() * mixture.gains_of(delta), mode="r")
                 _, r_A = torch.linalg.qr(delta.lora_A.double().T, mode="r")
-                found[delta.module] = torch.linalg.svdvals(r_B @ r_A.T)
+                found[delta.module if delta.start is None else f"{delta.module}[{delta.start}:]"] = (
+                    torch.linalg.svdvals(r_B @ r_A.T)
+                )
     return found
 
 
@@ -93,7 +95,10 @@ def changes(
     for file in sorted(folder.glob("*.safetensors")):
         written |= read_header(file).entries
     with one_torch_thread():
-        return [_change(base, d, mixture, written) for d in deltas if isinstance(d, TensorDelta) or d.R]
+        found = [_change(base, d, mixture, written) for d in deltas if isinstance(d, TensorDelta) or d.R]
+    return list(
+        {change.tensor: change for change in found}.values()
+    )  # one that holds many experts changes in many parts
 
 
 def _change(
@@ -111,7 +116,7 @@ def _change(
     before, after = _sampled(entry), _sampled(written[name])
     rows = _rows(matrix_shape(entry.shape)[0])
     relative = float((after - before).norm() / before.norm()) if bool(before.any()) else 0.0
-    if isinstance(delta, TensorDelta):
+    if isinstance(delta, TensorDelta) or delta.start is not None:
         return Change(name, relative, None)
     left, right = fold_factors(delta, mixture.gains_of(delta))
     factor = fold_factor(delta, mixture.whole_gains_of(delta))
