@@ -151,3 +151,18 @@ def llama_zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[P
         return made[dtype]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """One ONNX export of each tiny model for the whole session, an `onnx_models.Exported`."""
+    from onnx_models import Exported, export_once
+
+    done: dict[str, Exported] = {}
+
+    def get(name: str) -> Exported:
+        if name not in done:
+            done[name] = export_once(name, tmp_path_factory.mktemp(name))
+        return done[name]
+
+    return get

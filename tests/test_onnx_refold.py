@@ -175,7 +175,7 @@ def test_fused_weights_under_any_name_are_found(made: tuple[Path, Path, Path], t
     np.testing.assert_allclose(logits_of(file), logits_of(base), atol=1e-5)
     result = export(mixture, "onnx", tmp_path / "out", onnx_base=file)
     assert result.report["rewritten"] == 14 - 4
-    got, expected = logits_of(tmp_path / "out/onnx/other.onnx"), logits_of(traced / "onnx/model.onnx")
+    got, expected = logits_of(tmp_path / "out/onnx/model.onnx"), logits_of(traced / "onnx/model.onnx")
     np.testing.assert_allclose(got, expected, atol=1e-5)
     assert np.abs(got - logits_of(base)).max() > 1e-2
 

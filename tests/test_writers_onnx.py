@@ -6,92 +6,20 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 import transformers
+from onnx_models import LLAMA, MODELS, VOCABULARY, Exported, make_dense
 
 from wlora_merge.errors import BaseModelError, OutputError, UnsupportedError, VerifyError
 from wlora_merge.writers import onnx_trace
-from wlora_merge.writers.onnx import OnnxReport, check_onnx, run_probe, write_onnx
+from wlora_merge.writers.onnx import check_onnx, run_probe, write_onnx
 
 ort = pytest.importorskip("onnxruntime")
-
-VOCABULARY = 99
-TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-BERT = transformers.BertConfig(**TEXT, vocab_size=VOCABULARY, num_labels=3)
-VIT = transformers.ViTConfig(**TEXT, image_size=16, patch_size=8, num_labels=3)
-LLAMA = transformers.LlamaConfig(
-    **TEXT, num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=64, tie_word_embeddings=True
-)
-GPT2 = transformers.GPT2Config(
-    n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, bos_token_id=1, eos_token_id=2
-)
-MODELS: dict[str, tuple[str, Any, str]] = {
-    "bert": ("BertForSequenceClassification", BERT, "text-classification"),
-    "answers": (
-        "BertForQuestionAnswering",
-        transformers.BertConfig(**TEXT, vocab_size=VOCABULARY),
-        "question-answering",
-    ),
-    "features": ("BertModel", BERT, "feature-extraction"),
-    "vit": ("ViTForImageClassification", VIT, "image-classification"),
-    "llama": ("LlamaForCausalLM", LLAMA, "causal-lm"),
-    "gpt2": ("GPT2LMHeadModel", GPT2, "causal-lm"),
-}
-
-
-class Exported(NamedTuple):
-    dense: Path
-    out: Path
-    task: str
-    report: OnnxReport
-
-    @property
-    def file(self) -> Path:
-        return self.out / "onnx" / "model.onnx"
-
-    def model(self) -> Any:
-        auto = {"causal-lm": "AutoModelForCausalLM", "text-classification": "AutoModelForSequenceClassification"}
-        auto |= {"image-classification": "AutoModelForImageClassification", "feature-extraction": "AutoModel"}
-        auto |= {"question-answering": "AutoModelForQuestionAnswering"}
-        return getattr(transformers, auto[self.task]).from_pretrained(self.dense).eval()
-
-    def session(self) -> Any:
-        return ort.InferenceSession(str(self.file), providers=["CPUExecutionProvider"])
-
-
-def make_dense(folder: Path, class_name: str, config: Any, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    model = getattr(transformers, class_name)(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:  # of size one, so that outputs differ visibly where the computation does
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "wlora_merge.json").write_text("{}")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """One export of each tiny model for the whole session."""
-    done: dict[str, Exported] = {}
-
-    def get(name: str) -> Exported:
-        if name not in done:
-            class_name, config, task = MODELS[name]
-            root = tmp_path_factory.mktemp(name)
-            dense, out = make_dense(root / "dense", class_name, config), root / "out"
-            out.mkdir()
-            done[name] = Exported(dense, out, task, write_onnx(dense, out, task=task))
-        return done[name]
-
-    return get
 
 
 def tokens(batch: int, sequence: int) -> torch.Tensor:
@@ -337,7 +265,8 @@ def test_broken_files_do_not_pass(exported: Callable[[str], Exported], tmp_path:
     [
         ({"dtype": "bfloat16"}, "no bfloat16 MatMul"),
         ({"dtype": "int4"}, "not one of float32, float16"),
-        ({"task": "seq2seq-lm"}, "'seq2seq-lm' yet"),
+        ({"task": "translation"}, "the task 'translation'"),
+        ({"task": "seq2seq-lm"}, "has no AutoModelForSeq2SeqLM"),
         ({"task": "image-classification"}, "has no AutoModelForImageClassification"),
     ],
 )

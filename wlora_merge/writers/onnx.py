@@ -15,6 +15,8 @@ from pathlib import Path
 from wlora_merge.errors import OutputError, UnsupportedError
 from wlora_merge.writers.onnx_check import check_onnx, run_probe
 from wlora_merge.writers.onnx_graph import INLINE_LIMIT, save, tidy
+from wlora_merge.writers.onnx_seq2seq import BRANCHES as DECODER_BRANCHES
+from wlora_merge.writers.onnx_seq2seq import DECODER, merge
 from wlora_merge.writers.onnx_tasks import load_model, quiet, task_named
 from wlora_merge.writers.onnx_trace import trace
 
@@ -61,12 +63,13 @@ def write_onnx(
     """Export the model in the folder `dense` to `out/onnx/model.onnx`, and check it against PyTorch.
 
     A decoder becomes one graph for prefill and decode: `input_ids`, `attention_mask`, `position_ids` and
-    `past_key_values.{i}.key|value` in (a past of length 0 is a prefill), `logits` and `present.{i}.key|value` out.
+    `past_key_values.{i}.key|value` in (a past of length 0 is a prefill), `logits` and `present.{i}.key|value` out. An
+    encoder-decoder becomes `encoder_model.onnx` and `decoder_model_merged.onnx`.
 
     Args:
         dense: an ordinary Hugging Face model folder.
         out: an empty folder.
-        task: one of DESIGN.md's tasks but `seq2seq-lm`.
+        task: one of DESIGN.md's tasks.
         dtype: of the weights: `float32` or `float16`.
         opset: of the graph; `DEFAULT_OPSET` when None.
         inline_limit: bytes of weights up to which they stay inside `model.onnx`.
@@ -93,23 +96,27 @@ def write_onnx(
     say("loading the model")
     model = load_model(dense, task, getattr(torch, dtype), attention="eager")
     say("tracing")
-    graph = trace(model, task, opset or DEFAULT_OPSET)
+    graphs = trace(model, task, opset or DEFAULT_OPSET)
     del model
     say("tidying the graph")
     with quiet():
-        tidy(graph)
-    got = graph.opset_imports.get("", 0)
+        for graph in graphs.values():
+            tidy(graph)
+    if DECODER_BRANCHES[0] in graphs:
+        graphs[DECODER] = merge(*(graphs.pop(name) for name in DECODER_BRANCHES))
+    got = next(iter(graphs.values())).opset_imports.get("", 0)
     if got != (opset or DEFAULT_OPSET):
         raise UnsupportedError(f"opset {opset} cannot be written, the exporter gave {got}; leave --opset out")
     say("writing")
     folder.mkdir()
-    save(graph, folder, inline_limit)
+    for name, graph in graphs.items():
+        save(graph, folder, name, inline_limit)
     copy_side_files(dense, out, dtype)
     names = (
-        tuple(str(value.name) for value in graph.graph.inputs),
-        tuple(str(value.name) for value in graph.graph.outputs),
+        tuple(dict.fromkeys(str(value.name) for graph in graphs.values() for value in graph.graph.inputs)),
+        tuple(dict.fromkeys(str(value.name) for graph in graphs.values() for value in graph.graph.outputs)),
     )
-    del graph
+    del graphs, graph
     say("checking against PyTorch")
     difference = check_onnx(out, dense, task=task)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

@@ -6,13 +6,15 @@ greedy generation. Must not know how the graph was made; the oracle is the PyTor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wlora_merge.errors import UnsupportedError, VerifyError
-from wlora_merge.writers.onnx_graph import DATA_FILE, MODEL_FILE
-from wlora_merge.writers.onnx_tasks import load_model, quiet, sample_inputs, task_named
+from wlora_merge.names import is_plain_file_name
+from wlora_merge.writers import onnx_seq2seq as seq2seq
+from wlora_merge.writers.onnx_graph import MODEL, data_file, graph_file
+from wlora_merge.writers.onnx_tasks import GENERATING, load_model, quiet, sample_inputs, sentence_tokens, task_named
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,21 +47,54 @@ def check_onnx(onnx_folder: Path, dense: Path, *, task: str) -> float:
         VerifyError: something differs; the message names it.
         UnsupportedError: ONNX Runtime is not installed, or the task has no ONNX export.
     """
-    task_named(task)
-    check_files(onnx_folder / "onnx")
-    session = open_session(onnx_folder / "onnx" / MODEL_FILE)
     import torch
 
+    task_named(task)
+    sessions = open_graphs(onnx_folder)
     model = load_model(dense, task, torch.float32)
-    rounded = [_dtype(session, name) == "float16" for name in task_named(task).outputs]
+    rounded = [_dtype(_main(sessions), name) == "float16" for name in task_named(task).outputs]
     half = load_model(dense, task, torch.float16) if any(rounded) else None
+    return compare_with(onnx_folder, model, task=task, half=half)
+
+
+def compare_with(onnx_folder: Path, model: torch.nn.Module, *, task: str, half: torch.nn.Module | None = None) -> float:
+    """As `check_onnx`, with the PyTorch model itself: one in float32, or one with the adapters attached.
+
+    The tokens are those of a few English sentences where the folder has a tokenizer, else random.
+
+    Args:
+        half: the same model in float16, where the graph is: what float16 costs PyTorch, the graph may cost too.
+    """
+    import torch
+
+    sessions = open_graphs(onnx_folder)
     image = getattr(model, "main_input_name", "") == "pixel_values"
-    shapes = IMAGE_SHAPES if image else DECODER_SHAPES if task == "causal-lm" else ENCODER_SHAPES
+    shapes = IMAGE_SHAPES if image else DECODER_SHAPES if task in GENERATING else ENCODER_SHAPES
+    tokens = None if image else sentence_tokens(onnx_folder)
     with quiet(), torch.no_grad():
-        largest = max(_compare(session, model, half, task, *_within(model, shape)) for shape in shapes)
-        if task == "causal-lm" and _cache_dtype(session) == "float32":
-            _compare_generation(session, model, largest)
+        largest = max(_compare(sessions, model, half, task, tokens, *_within(model, shape)) for shape in shapes)
+        if task in GENERATING and _dtype(_main(sessions), "logits") == "float32":
+            _compare_generation(sessions, model, task, tokens, largest)
     return largest
+
+
+def open_graphs(onnx_folder: Path) -> dict[str, Any]:
+    """A session for each graph of an export, after `check_files` on it.
+
+    Raises:
+        VerifyError: a file is broken or missing.
+    """
+    folder = onnx_folder / "onnx"
+    pair = (folder / graph_file(seq2seq.ENCODER)).is_file()
+    names = (seq2seq.ENCODER, seq2seq.DECODER) if pair else (MODEL,)
+    for name in names:
+        check_files(folder, name)
+    return {name: open_session(folder / graph_file(name)) for name in names}
+
+
+def _main(sessions: Mapping[str, Any]) -> Any:
+    """The session that gives the model's outputs."""
+    return sessions.get(seq2seq.DECODER) or sessions[MODEL]
 
 
 def run_probe(onnx_folder: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -67,8 +102,8 @@ def run_probe(onnx_folder: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str
 
     Args:
         onnx_folder: the root of an ONNX export.
-        inputs: `input_ids` `[batch, sequence]` or `pixel_values`; masks of ones, positions from 0, token types of 0 and an
-            empty past are added where the graph takes them.
+        inputs: `input_ids` `[batch, sequence]` (and `decoder_input_ids`) or `pixel_values`; masks of ones, positions from
+            0, token types of 0 and an empty past are added where the graph takes them.
 
     Returns:
         Every output of the graph but the cache, by name.
@@ -79,8 +114,8 @@ def run_probe(onnx_folder: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str
     import numpy as np
     import torch
 
-    check_files(onnx_folder / "onnx")
-    session = open_session(onnx_folder / "onnx" / MODEL_FILE)
+    sessions = open_graphs(onnx_folder)
+    session = _main(sessions)
     feed = {name: value.numpy() for name, value in inputs.items()}
     takes = {value.name for value in session.get_inputs()}
     if "input_ids" in feed:
@@ -90,8 +125,9 @@ def run_probe(onnx_folder: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str
             "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
             "token_type_ids": np.zeros_like(ids),
         }
+        takes |= {"attention_mask"} if seq2seq.ENCODER in sessions else set()
         feed |= {name: value for name, value in filled.items() if name in takes - set(feed)}
-    outputs = _run(session, feed)
+    outputs = _run(sessions, feed)
     return {
         name: torch.from_numpy(value.astype(np.float32))
         for name, value in outputs.items()
@@ -119,15 +155,15 @@ def open_session(path: Path) -> Any:
         raise VerifyError(f"{path}: ONNX Runtime cannot load it ({str(e).splitlines()[0]})") from e
 
 
-def check_files(folder: Path) -> None:
-    """`onnx.checker` on the model, and a data file exactly where the graph names one.
+def check_files(folder: Path, name: str = MODEL) -> None:
+    """`onnx.checker` on the graph `name`, and a data file exactly where the graph names one.
 
     Raises:
         VerifyError: the model is missing or malformed, or its weights lie elsewhere than it says.
     """
     import onnx
 
-    path = folder / MODEL_FILE
+    path, data = folder / graph_file(name), folder / data_file(name)
     if not path.is_file():
         raise VerifyError(f"{path}: missing; export the mixture again")
     try:
@@ -140,14 +176,14 @@ def check_files(folder: Path) -> None:
         if not entry:
             continue
         named.add(entry["location"])
-        if entry["location"] != DATA_FILE:
-            raise VerifyError(f"{path}: {tensor.name} lies in {entry['location']!r}, expected {DATA_FILE!r}")
-        data = folder / DATA_FILE
+        if not is_plain_file_name(entry["location"]):
+            raise VerifyError(f"{path}: {tensor.name} lies in {entry['location']!r}, expected a file beside it")
+        where = folder / entry["location"]
         end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
-        if not data.is_file() or data.stat().st_size < end:
-            raise VerifyError(f"{data}: missing or shorter than the {end} bytes that {tensor.name} needs")
-    if DATA_FILE not in named and (folder / DATA_FILE).exists():
-        raise VerifyError(f"{folder / DATA_FILE}: no weight of {MODEL_FILE} refers to it; delete it")
+        if not where.is_file() or where.stat().st_size < end:
+            raise VerifyError(f"{where}: missing or shorter than the {end} bytes that {tensor.name} needs")
+    if data.name not in named and data.exists():
+        raise VerifyError(f"{data}: no weight of {path.name} refers to it; delete it")
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as e:
@@ -155,10 +191,11 @@ def check_files(folder: Path) -> None:
 
 
 def _compare(
-    session: Any,
+    sessions: Mapping[str, Any],
     model: torch.nn.Module,
     half: torch.nn.Module | None,
     task: str,
+    tokens: Sequence[int] | None,
     batch: int,
     sequence: int,
     past: int,
@@ -170,10 +207,13 @@ def _compare(
     """
     import numpy as np
 
-    inputs = sample_inputs(model, task, batch, past + sequence, padding=padding)
+    session = _main(sessions)
+    inputs = sample_inputs(model, task, batch, past + sequence, padding=padding, tokens=tokens)
+    if task == "seq2seq-lm":
+        inputs["decoder_input_ids"] = inputs["input_ids"].flip(0)
     expected = model(**inputs)
     same = half(**_halved(inputs)) if half is not None else expected
-    given = _run(session, {name: value.numpy() for name, value in inputs.items()}, past)
+    given = _run(sessions, {name: value.numpy() for name, value in inputs.items()}, past)
     worst = 0.0
     for name in task_named(task).outputs:
         want, got = getattr(expected, name).numpy(), given[name].astype(np.float32)
@@ -181,7 +221,7 @@ def _compare(
         want, noise = (want[:, past:], noise[:, past:]) if past else (want, noise)
         if got.shape != want.shape:
             raise VerifyError(f"{name} is {list(got.shape)} in ONNX Runtime, expected {list(want.shape)} as in PyTorch")
-        if padding and want.shape[1:2] == (sequence,):
+        if padding and task != "seq2seq-lm" and want.shape[1:2] == (sequence,):
             kept = inputs["attention_mask"][:, past:].numpy().astype(bool)
             got, want, noise = got[kept], want[kept], noise[kept]
         difference = float(np.abs(got - want).max())
@@ -200,11 +240,14 @@ def _halved(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.half() if value.is_floating_point() else value for name, value in inputs.items()}
 
 
-def _run(session: Any, inputs: dict[str, np.ndarray], past: int = 0) -> dict[str, np.ndarray]:
-    """The graph's outputs for the tokens after the first `past`, which it is given first where there are any."""
+def _run(sessions: Mapping[str, Any], inputs: dict[str, np.ndarray], past: int = 0) -> dict[str, np.ndarray]:
+    """The outputs for the tokens after the first `past`, which the graph is given first where there are any."""
+    if seq2seq.DECODER in sessions:
+        return seq2seq.run(sessions, inputs, _step, past)
+    session = sessions[MODEL]
     cache = _empty_cache(session, len(next(iter(inputs.values()))))
     if past:
-        cache = _grown(_step(session, {name: value[:, :past] for name, value in inputs.items()}, cache))
+        cache = seq2seq.grown(_step(session, {name: value[:, :past] for name, value in inputs.items()}, cache))
         inputs = {name: value if name == "attention_mask" else value[:, past:] for name, value in inputs.items()}
     return _step(session, inputs, cache)
 
@@ -237,23 +280,10 @@ def _empty_cache(session: Any, batch: int) -> dict[str, np.ndarray]:
     }
 
 
-def _grown(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The cache that a run gave, under the names of the next run's inputs."""
-    return {
-        name.replace("present.", "past_key_values.", 1): value
-        for name, value in outputs.items()
-        if name.startswith("present.")
-    }
-
-
 def _dtype(session: Any, name: str) -> str:
     """The numpy name of an input's or output's floating dtype."""
     types = {value.name: value.type for value in [*session.get_inputs(), *session.get_outputs()]}
     return {"tensor(float16)": "float16"}.get(types[name], "float32")
-
-
-def _cache_dtype(session: Any) -> str:
-    return _dtype(session, "present.0.key")
 
 
 def _within(model: torch.nn.Module, shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -263,51 +293,67 @@ def _within(model: torch.nn.Module, shape: tuple[int, int, int, int]) -> tuple[i
     return batch, min(sequence, max(1, limit - past - 2)), past, padding
 
 
-def _compare_generation(session: Any, model: torch.nn.Module, noise: float) -> None:
+def _compare_generation(
+    sessions: Mapping[str, Any], model: torch.nn.Module, task: str, tokens: Sequence[int] | None, noise: float
+) -> None:
     """A greedy generation by the graph, one token at a time, against `generate()`.
 
     Raises:
         VerifyError: a token differs, where PyTorch's best two logits are further apart than the noise between the two.
     """
-    prompt = sample_inputs(model, "causal-lm", 1, 4)
+    prompt = sample_inputs(model, task, 1, 4, tokens=tokens)
     expected = _generate(model, prompt)
-    sequence = prompt["input_ids"].numpy()
-    cache = _empty_cache(session, 1)
-    takes_positions = "position_ids" in prompt
     feed = {name: value.numpy() for name, value in prompt.items()}
-    for position in range(sequence.shape[1], len(expected)):
-        outputs = _step(session, feed, cache)
-        token = int(outputs["logits"][0, -1].argmax())
-        if token != expected[position]:
-            scores = outputs["logits"][0, -1]
-            if abs(float(scores[token] - scores[expected[position]])) <= 4 * noise:
-                return  # a tie: either token is the greedy one, and from here on the two differ rightly
-            raise VerifyError(
-                f"greedy generation differs at token {position}: ONNX Runtime gives {token}, PyTorch {expected[position]};"
-                " the ONNX graph does not compute the model: export to `--format dense`"
-            )
-        cache, feed = _grown(outputs), _next_feed(token, position, takes_positions)
+    steps = (
+        _decoded(sessions[MODEL], feed) if MODEL in sessions else seq2seq.decoded(sessions, feed, expected[0], _step)
+    )
+    given = 1 if task == "seq2seq-lm" else prompt["input_ids"].shape[1]
+    token = -1
+    for position in range(given, len(expected)):
+        scores = next(steps) if position == given else steps.send(token)
+        token = int(scores.argmax())
+        if token == expected[position]:
+            continue
+        if abs(float(scores[token] - scores[expected[position]])) <= 4 * noise:
+            return  # a tie: either token is the greedy one, and from here on the two differ rightly
+        raise VerifyError(
+            f"greedy generation differs at token {position}: ONNX Runtime gives {token}, PyTorch {expected[position]};"
+            " the ONNX graph does not compute the model: export to `--format dense`"
+        )
 
 
-def _next_feed(token: int, position: int, takes_positions: bool) -> dict[str, np.ndarray]:
-    """The inputs of one decoding step."""
+def _decoded(session: Any, feed: dict[str, np.ndarray]) -> Generator[np.ndarray, int, None]:
+    """The scores of the next token, for the prompt and then for each token that is sent."""
     import numpy as np
 
-    feed = {"input_ids": np.array([[token]]), "attention_mask": np.ones((1, position + 1), dtype=np.int64)}
-    return {**feed, "position_ids": np.array([[position]])} if takes_positions else feed
+    cache, takes_positions = _empty_cache(session, 1), "position_ids" in feed
+    position = feed["input_ids"].shape[1]
+    while True:
+        outputs = _step(session, feed, cache)
+        token = yield outputs["logits"][0, -1]
+        cache = seq2seq.grown(outputs)
+        feed = {"input_ids": np.array([[token]]), "attention_mask": np.ones((1, position + 1), dtype=np.int64)}
+        if takes_positions:
+            feed["position_ids"] = np.array([[position]])
+        position += 1
 
 
 def _generate(model: Any, prompt: dict[str, torch.Tensor]) -> list[int]:
-    """Prompt and `GENERATED` greedy tokens, whatever the model's own generation defaults are."""
+    """Prompt (of an encoder-decoder: its start token) and `GENERATED` greedy tokens, whatever the model's defaults are."""
     import transformers
 
-    plain: Callable[[], Any] = transformers.GenerationConfig
-    model.generation_config = plain()
+    plain: Callable[..., Any] = transformers.GenerationConfig
+    kept = model.generation_config
+    start = getattr(model.config, "decoder_start_token_id", None)
+    model.generation_config = plain(decoder_start_token_id=0 if start is None else start)
     asked: Callable[..., Any] = model.generate
-    tokens = asked(
-        input_ids=prompt["input_ids"],
-        attention_mask=prompt["attention_mask"],
-        do_sample=False,
-        max_new_tokens=GENERATED,
-    )
+    try:
+        tokens = asked(
+            input_ids=prompt["input_ids"],
+            attention_mask=prompt["attention_mask"],
+            do_sample=False,
+            max_new_tokens=GENERATED,
+        )
+    finally:
+        model.generation_config = kept
     return [int(token) for token in tokens[0]]

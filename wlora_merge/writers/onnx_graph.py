@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
     import onnx_ir
 
-MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx_data"
+MODEL = "model"
 # One protobuf file holds at most 2 GiB; what the graph itself takes fits in the margin. Below it, one file, as Optimum
 # writes: transformers.js loads external data only when its config says so.
 INLINE_LIMIT = 1_900_000_000
@@ -25,6 +24,8 @@ _AXES = {
     "input_ids": ("batch_size", "sequence_length"),
     "attention_mask": ("batch_size", "total_sequence_length"),
     "pixel_values": ("batch_size",),
+    "encoder_attention_mask": ("batch_size", "encoder_sequence_length"),
+    "past_key_values.0.decoder.key": ("batch_size", "num_heads", "past_sequence_length"),
     "past_key_values.0.key": ("batch_size", "num_heads", "past_sequence_length"),
 }
 
@@ -102,12 +103,23 @@ def _values(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
         yield from node.outputs
 
 
-def save(model: onnx_ir.Model, folder: Path, inline_limit: int = INLINE_LIMIT) -> None:
+def graph_file(name: str) -> str:
+    """The file of the graph `name`."""
+    return f"{name}.onnx"
+
+
+def data_file(name: str) -> str:
+    """The file of its weights, where they are too large for the graph's own."""
+    return f"{name}.onnx_data"
+
+
+def save(model: onnx_ir.Model, folder: Path, name: str = MODEL, inline_limit: int = INLINE_LIMIT) -> None:
     """Write `model.onnx` in `folder`, with the weights inside, or in `model.onnx_data` when above `inline_limit` bytes.
 
     Args:
         model: what `tidy` left.
-        folder: exists, and has no ONNX file yet.
+        folder: exists, and has no ONNX file of that name yet.
+        name: what stands before `.onnx`.
         inline_limit: bytes of weights up to which they stay inside.
     """
     import onnx_ir as ir
@@ -115,4 +127,4 @@ def save(model: onnx_ir.Model, folder: Path, inline_limit: int = INLINE_LIMIT) -
     weights = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
     )
-    ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE if weights > inline_limit else None)
+    ir.save(model, folder / graph_file(name), external_data=data_file(name) if weights > inline_limit else None)

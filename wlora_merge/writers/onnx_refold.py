@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 CORNER = 4  # rows and columns that find a base tensor's candidates; each is then compared in full
+MODEL_FILE = "model.onnx"  # what the graph of a single file is called, whatever that file was
 IN_FLIGHT = 1  # rewritten weights beyond one for each thread
 TRACE_INSTEAD = "leave --onnx-base out to trace the mixture anew"
 
@@ -56,6 +57,7 @@ class Refold:
     graphs: list[OnnxFile]
     files: list[OutputFile]
     tiles: dict[tuple[Path, int], list[Tile]]
+    names: dict[Path, str] = field(default_factory=dict)
     digests: dict[tuple[str, int], str] = field(default_factory=dict)
 
     @property
@@ -106,7 +108,9 @@ def plan_refold(onnx_base: Path, base: BaseModel, pieces: Iterable[Piece], mixtu
                 f"it: {TRACE_INSTEAD}."
             )
     matcher = Matcher(base)
-    refold = Refold(graphs, [], {})
+    refold = Refold(graphs, [], {}, {graph.path: graph.path.name for graph in graphs})
+    if onnx_base.is_file():
+        refold.names[onnx_base] = MODEL_FILE
     places: set[str] = set()
     for graph in graphs:
         found, unknown = matcher.match(graph, set(changed))
@@ -158,7 +162,7 @@ def write_refold(refold: Refold, out: Path, mixture: Mixture, progress: Progress
     """
     written = write_files(refold.files, out, mixture, progress=progress, ahead=IN_FLIGHT)
     for graph in refold.graphs:
-        for entry in read_onnx(out / graph.path.name).tensors:
+        for entry in read_onnx(out / refold.names[graph.path]).tensors:
             expected = refold.digests.get((entry.file.name, entry.start))
             if expected is not None and _digest(_bytes(read_tensor(entry))) != expected:
                 raise VerifyError(
@@ -354,7 +358,7 @@ def _files_of(
             pieces.append(Piece(entry.name, entry.dtype, entry.shape, make=make))
             at = entry.end
         pieces.append(_copied(path, at, path.stat().st_size))
-        yield OutputFile(path.name, [piece for piece in pieces if piece.nbytes], {}, b"")
+        yield OutputFile(refold.names.get(path, path.name), [piece for piece in pieces if piece.nbytes], {}, b"")
 
 
 def _copied(path: Path, start: int, end: int) -> Piece:
@@ -380,7 +384,8 @@ def _rewritten(
             now = folded(piece, mixture, matcher.space).view(_matrix(piece.shape))
             matcher.part(matrix, tile).copy_(now.T if tile.transposed else now)
     data = _bytes(tensor)
-    refold.digests[stored.file.name, stored.start] = _digest(data)
+    name = refold.names.get(stored.file, stored.file.name)
+    refold.digests[name, stored.start] = _digest(data)
     return data
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,19 @@ class OnnxTask:
 
 TASKS = {
     "causal-lm": OnnxTask("AutoModelForCausalLM", ("logits",)),
+    "seq2seq-lm": OnnxTask("AutoModelForSeq2SeqLM", ("logits",)),
     "text-classification": OnnxTask("AutoModelForSequenceClassification", ("logits",)),
     "token-classification": OnnxTask("AutoModelForTokenClassification", ("logits",)),
     "question-answering": OnnxTask("AutoModelForQuestionAnswering", ("start_logits", "end_logits")),
     "image-classification": OnnxTask("AutoModelForImageClassification", ("logits",)),
     "feature-extraction": OnnxTask("AutoModel", ("last_hidden_state",)),
 }
+GENERATING = ("causal-lm", "seq2seq-lm")
+SENTENCES = (
+    "The committee will meet again on Thursday to decide about the new bridge.",
+    "I sent the money two days ago, and it has still not arrived; what should I do?",
+    "A quiet, funny and surprisingly moving film about three brothers and a boat.",
+)
 DENSE_INSTEAD = "export with `--format dense` instead"
 
 
@@ -141,8 +148,28 @@ def one_sentence(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *lines[:1]]).rstrip(".")
 
 
+def sentence_tokens(folder: Path) -> list[int] | None:
+    """Token ids of a few English sentences by the folder's tokenizer; None where it has none that works."""
+    import transformers
+
+    with quiet():
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return [
+                token for row in tokenizer(list(SENTENCES), add_special_tokens=False).input_ids for token in row
+            ] or None
+        except Exception:  # whatever a tokenizer's own code raises: then the sample is random
+            return None
+
+
 def sample_inputs(
-    model: torch.nn.Module, task: str, batch: int, sequence: int, past: int = 0, padding: int = 0
+    model: torch.nn.Module,
+    task: str,
+    batch: int,
+    sequence: int,
+    past: int = 0,
+    padding: int = 0,
+    tokens: Sequence[int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Seeded inputs for `model`, in the order in which the graph takes them; the cache is not among them.
 
@@ -152,6 +179,7 @@ def sample_inputs(
         batch: number of rows.
         sequence: number of new tokens in each row.
         past: number of tokens before them, which only `attention_mask` and `position_ids` show.
+        tokens: ids to take the rows from, one after the other and from the start again; random ids where there are none.
         padding: how many positions of the first row are masked: its first ones for a decoder, else its last ones.
 
     Returns:
@@ -180,6 +208,8 @@ def sample_inputs(
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     pad = config.pad_token_id
     ids = torch.randint(0, config.vocab_size, (batch, sequence), generator=generator)
+    if tokens is not None and max(tokens) < config.vocab_size:
+        ids = torch.tensor(list(tokens)).repeat(1 + ids.numel() // len(tokens))[: ids.numel()].view(ids.shape).clone()
     if pad is not None:
         ids = torch.where(ids == pad, (pad + 1) % config.vocab_size, ids)
     mask = torch.ones(batch, past + sequence, dtype=torch.int64)
@@ -191,7 +221,11 @@ def sample_inputs(
     inputs = {"input_ids": ids, "attention_mask": mask}
     if task == "causal-lm" and "position_ids" in takes:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
-    if task != "causal-lm" and "token_type_ids" in takes and (getattr(config, "type_vocab_size", 0) or 0) > 1:
+    if (
+        task not in ("causal-lm", "seq2seq-lm")
+        and "token_type_ids" in takes
+        and (getattr(config, "type_vocab_size", 0) or 0) > 1
+    ):
         inputs["token_type_ids"] = torch.randint(0, config.type_vocab_size, ids.shape, generator=generator)
     return inputs
 

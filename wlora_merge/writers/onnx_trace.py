@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from wlora_merge.errors import UnsupportedError
+from wlora_merge.writers.onnx_seq2seq import trace_seq2seq
 from wlora_merge.writers.onnx_tasks import DENSE_INSTEAD, one_sentence, quiet, sample_inputs, task_named
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 BATCH, SEQUENCE, PAST = 2, 5, 7
 
 
-def trace(model: torch.nn.Module, task: str, opset: int) -> onnx_ir.Model:
-    """The graph of `model`, unoptimized, its inputs and outputs under their conventional names.
+def trace(model: torch.nn.Module, task: str, opset: int) -> dict[str, onnx_ir.Model]:
+    """The graphs of `model` by name, unoptimized, their inputs and outputs under their conventional names.
+
+    One, `model`, for all but an encoder-decoder (see `onnx_seq2seq`).
 
     Args:
         model: what `load_model` gave, with eager attention (half the nodes of a decomposed scaled-dot-product).
@@ -38,8 +41,18 @@ def trace(model: torch.nn.Module, task: str, opset: int) -> onnx_ir.Model:
     """
     import torch
 
-    exporters: Any = importlib.import_module("transformers.exporters")  # its lazy module names no types
+    def export(module: torch.nn.Module, inputs: dict[str, Any], axes: dict[str, Any]) -> onnx_ir.Model:
+        exporters: Any = importlib.import_module("transformers.exporters")  # its lazy module names no types
+        config = exporters.OnnxConfig(dynamic_shapes=axes, opset_version=opset, optimize=False)
+        with _without_stack_traces(), _without_idle_decompositions():
+            program: onnx_ir.Model
+            program, _ = exporters.OnnxExporter().export_program(module, inputs, config)
+        return program
+
     causal = task == "causal-lm"
+    if task == "seq2seq-lm":
+        with refusing(model), quiet(), torch.no_grad():
+            return trace_seq2seq(model, export)
     if not causal:
         model.config.use_cache = False  # type: ignore[union-attr]
     inputs: dict[str, Any] = dict(sample_inputs(model, task, BATCH, SEQUENCE, past=PAST if causal else 0))
@@ -49,11 +62,7 @@ def trace(model: torch.nn.Module, task: str, opset: int) -> onnx_ir.Model:
                 str(i): {name: torch.zeros(BATCH, heads, PAST, width) for name, width in widths.items()}
                 for i, (heads, widths) in enumerate(cache_shapes(model))
             }
-        config = exporters.OnnxConfig(dynamic_shapes=_dynamic(inputs), opset_version=opset, optimize=False)
-        with _without_stack_traces(), _without_idle_decompositions():
-            program: onnx_ir.Model
-            program, _ = exporters.OnnxExporter().export_program(_flat(model, task_named(task).outputs), inputs, config)
-    return program
+        return {"model": export(_flat(model, task_named(task).outputs), inputs, _dynamic(inputs))}
 
 
 @contextlib.contextmanager

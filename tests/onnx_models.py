@@ -1,0 +1,85 @@
+"""Tiny models for the tests of the ONNX writer, and what one export of each gave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from wlora_merge.writers.onnx import OnnxReport, write_onnx
+from wlora_merge.writers.onnx_tasks import TASKS
+
+VOCABULARY = 99
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+BERT = transformers.BertConfig(**TEXT, vocab_size=VOCABULARY, num_labels=3)
+VIT = transformers.ViTConfig(**TEXT, image_size=16, patch_size=8, num_labels=3)
+LLAMA = transformers.LlamaConfig(
+    **TEXT, num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=64, tie_word_embeddings=True
+)
+GPT2 = transformers.GPT2Config(
+    n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, bos_token_id=1, eos_token_id=2
+)
+T5 = transformers.T5Config(
+    d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0
+)
+BART = transformers.BartConfig(
+    d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+    decoder_ffn_dim=64, vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    decoder_start_token_id=2, forced_eos_token_id=None,
+)  # fmt: skip
+MODELS: dict[str, tuple[str, Any, str]] = {
+    "bert": ("BertForSequenceClassification", BERT, "text-classification"),
+    "answers": (
+        "BertForQuestionAnswering",
+        transformers.BertConfig(**TEXT, vocab_size=VOCABULARY),
+        "question-answering",
+    ),
+    "features": ("BertModel", BERT, "feature-extraction"),
+    "vit": ("ViTForImageClassification", VIT, "image-classification"),
+    "llama": ("LlamaForCausalLM", LLAMA, "causal-lm"),
+    "t5": ("T5ForConditionalGeneration", T5, "seq2seq-lm"),
+    "bart": ("BartForConditionalGeneration", BART, "seq2seq-lm"),
+    "gpt2": ("GPT2LMHeadModel", GPT2, "causal-lm"),
+}
+
+
+class Exported(NamedTuple):
+    dense: Path
+    out: Path
+    task: str
+    report: OnnxReport
+
+    @property
+    def file(self) -> Path:
+        return self.out / "onnx" / "model.onnx"
+
+    def model(self) -> Any:
+        return getattr(transformers, TASKS[self.task].auto_class).from_pretrained(self.dense).eval()
+
+    def session(self) -> Any:
+        import onnxruntime
+
+        return onnxruntime.InferenceSession(str(self.file), providers=["CPUExecutionProvider"])
+
+
+def make_dense(folder: Path, class_name: str, config: Any, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    model = getattr(transformers, class_name)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # of size one, so that outputs differ visibly where the computation does
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "wlora_merge.json").write_text("{}")
+    return folder
+
+
+def export_once(name: str, root: Path) -> Exported:
+    """Make the tiny model and export it, both below `root`."""
+    class_name, config, task = MODELS[name]
+    dense, out = make_dense(root / "dense", class_name, config), root / "out"
+    out.mkdir()
+    return Exported(dense, out, task, write_onnx(dense, out, task=task))
