@@ -24,6 +24,7 @@ from wlora_merge.checkpoint import FLOATING, Entry, byte_length, read_rows, read
 from wlora_merge.errors import BaseModelError, UnsupportedError, VerifyError, WloraMergeError
 from wlora_merge.layouts import matrix_shape
 from wlora_merge.mixture import Mixture
+from wlora_merge.names import NameResolver
 from wlora_merge.writers.dense import OutputFile, Piece, Progress, Workspace, folded, write_files
 from wlora_merge.writers.onnx_file import OnnxFile, read_onnx
 
@@ -309,14 +310,15 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
 def _refuse_strange(graph: OnnxFile, unknown: Sequence[Entry], matcher: Matcher) -> None:
     """Refuse a weight that is called like a base tensor, or has the shape of one, and is none."""
     entries = matcher.base.entries
+    resolver = NameResolver(entries)
     shapes = {_matrix(e.shape) for e in entries.values() if len(e.shape) > 1}
     for stored in unknown:
         try:
-            named = matcher.base.find_tensor(stored.name) or matcher.base.find_tensor(stored.name.partition(".")[2])
+            known = resolver.find(stored.name) or resolver.find(stored.name.partition(".")[2])
         except WloraMergeError:  # the name fits several
-            named = None
-        if named is not None and named.shape == stored.shape:
-            raise BaseModelError(_foreign(graph, matcher.difference(stored, Tile(named.name, 0, 0, False))))
+            known = None
+        if known is not None and entries[known].shape == stored.shape:
+            raise BaseModelError(_foreign(graph, matcher.difference(stored, Tile(known, 0, 0, False))))
         rows, cols = _matrix(stored.shape)
         if len(stored.shape) > 1 and {(rows, cols), (cols, rows)} & shapes:
             like = next(n for n, e in entries.items() if _matrix(e.shape) in ((rows, cols), (cols, rows)))
