@@ -8,7 +8,7 @@ REAL := $(or $(WLORA_MERGE_REAL_MODELS),$(HOME)/.cache/wlora_merge/real-models)
 # Threads that spin while they wait slow everything down many times where something else shares the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test format bench clean
+.PHONY: quickstart test format bench bench-fit clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,12 @@ real-models: $(VENV)/.ready
 # The export against PEFT's merge and cp, on a synthetic Llama of 1.1 B parameters; SIZE=125m is smaller.
 bench: $(VENV)/.ready
 	$(BIN)/python recipes/bench_export.py --size $(or $(SIZE),1b)
+
+# Few shots: every method on the same tasks, and a training step against the base's own. Hours: JOBS, SHOTS and SEEDS make it shorter.
+bench-fit: $(VENV)/.ready real-models
+	WLORA_MERGE_REAL_MODELS=$(REAL) $(BIN)/python recipes/bench_fit speed
+	WLORA_MERGE_REAL_MODELS=$(REAL) $(BIN)/python recipes/bench_fit quality $(if $(JOBS),--jobs $(JOBS)) \
+		$(if $(SHOTS),--shots $(SHOTS)) $(if $(SEEDS),--seeds $(SEEDS))
 
 format: $(VENV)/.ready
 	$(BIN)/ruff format .

@@ -2,16 +2,18 @@
 
     python recipes/bench_export.py --size 1b --rounds 5
 
-Makes a synthetic Llama checkpoint with `../shared/tools/mk_synth.py` (sizes tiny, 125m, 1b), then runs each contender in
-turn in a process of its own, round after round, with `sync` before each run. The first round warms the caches and measures
-memory, by sampling, which slows a process down; its time does not count. Prints medians, ratios, and the peak memory of each
-process; anonymous memory apart from RSS, as mapped pages count in RSS.
+Makes a synthetic Llama checkpoint with `../shared/tools/mk_synth.py` (sizes tiny, 125m, 1b; 7b is made here, and takes 27 GB of
+disk), then runs each contender in turn in a process of its own, round after round, with `sync` before each run. The first round
+warms the caches and measures memory, by sampling, which slows a process down; its time does not count. Prints medians, ratios,
+and the peak memory of each process; anonymous memory apart from RSS, as mapped pages count in RSS.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -95,8 +97,8 @@ class Contender:
 
 def run(contender: Contender, counted: bool) -> None:
     """Run once, in a process of its own: for its time if the run counts, else for its memory, sampled every 10 ms."""
-    if contender.output and contender.output.exists():
-        shutil.rmtree(contender.output)
+    if contender.output:
+        shutil.rmtree(contender.output, ignore_errors=True)
     os.sync()
     start = time.perf_counter()
     process = subprocess.Popen(contender.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -113,6 +115,8 @@ def run(contender: Contender, counted: bool) -> None:
     else:
         watcher.join()
         contender.rss, contender.anonymous = peak["Rss"], peak["Anonymous"]
+    if contender.output:
+        shutil.rmtree(contender.output)
 
 
 def _watch(pid: int, peak: dict[str, int]) -> None:
@@ -179,10 +183,60 @@ def combination_alone(work: Path, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def make_7b(work: Path) -> None:
+    """A checkpoint of Llama 2 7B's shapes, a layer at a time, for machines that cannot hold it; the numbers repeat."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, inner, layers, vocabulary, rank = 4096, 11008, 32, 32000, 16
+    linear = {f"self_attn.{x}_proj": (hidden, hidden) for x in "qkvo"}
+    linear |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    numbers = torch.randn(vocabulary * hidden, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return numbers[: math.prod(shape)].view(shape).clone()
+
+    ends = {name: tensor(vocabulary, hidden) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    shards = [ends | {"model.norm.weight": torch.ones(hidden).bfloat16()}]
+    index = {}
+    (work / "base").mkdir(exist_ok=True)
+    for number in range(layers + 1):
+        at = f"model.layers.{number - 1}"
+        shard = shards[0] if number == 0 else {f"{at}.{m}.weight": tensor(*shape) for m, shape in linear.items()}
+        if number:
+            shard |= {f"{at}.{n}_layernorm.weight": torch.ones(hidden).bfloat16() for n in ("input", "post_attention")}
+        name = f"model-{number + 1:05d}-of-{layers + 1:05d}.safetensors"
+        save_file(shard, work / "base" / name, {"format": "pt"})
+        index |= dict.fromkeys(shard, name)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": vocabulary,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (work / "base" / "config.json").write_text(json.dumps(config))
+    (work / "base" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    for n in range(ADAPTERS):
+        folder = work / "adapters" / f"a{n}"
+        folder.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(n)
+        tensors = {}
+        for layer, (m, (out, cols)) in itertools.product(range(layers), linear.items()):
+            key = f"base_model.model.model.layers.{layer}.{m}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(rank, cols, generator=generator) / 64
+            tensors[f"{key}.lora_B.weight"] = torch.randn(out, rank, generator=generator) / 64
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        targets = sorted(m.partition(".")[2] for m in linear)
+        (folder / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets})
+        )
+
+
 def make_synthetic(work: Path, size: str) -> None:
     if (work / "mixture" / "mixture.json").is_file():
         return
-    if not TOOL.is_file():
+    if size == "7b" and not (work / "adapters" / "a3" / "adapter_config.json").is_file():
+        make_7b(work)
+    elif not TOOL.is_file():
         raise SystemExit(f"{TOOL} makes the synthetic checkpoint, and is not here.")
     if not (work / "adapters" / "a3").is_dir():
         subprocess.run([sys.executable, str(TOOL), str(work), "--size", size, "--adapters", str(ADAPTERS)], check=True)
@@ -219,7 +273,7 @@ def show(found: list[Contender], console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="1b", choices=["tiny", "125m", "1b"], help="of the synthetic Llama")
+    parser.add_argument("--size", default="1b", choices=["tiny", "125m", "1b", "7b"], help="of the synthetic Llama")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds")
     parser.add_argument(
         "--out", type=Path, default=Path("bench-out"), help="working folder; the checkpoint is kept there"

@@ -1,0 +1,133 @@
+"""How good a fit is on few shots, against everything simpler; and how fast a step of it is.
+
+    python recipes/bench_fit quality --jobs banking:g5,minilm:mr --shots 1,4 --seeds 5
+    python recipes/bench_fit speed
+
+`quality` trains every method on the same shots and judges all on the same test examples. Each result goes to a JSON Lines
+file as soon as it is there; a run that was stopped goes on where it stopped. `speed` compares a training step with the base
+model's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+REPORTED = (
+    "banking:g0,banking:g3,banking:g4,banking:g5,minilm:mr,minilm:subj,minilm:trec,smollm2:mr,bbh:sports_understanding"
+)
+
+
+def quality(options: argparse.Namespace) -> None:
+    from methods import METHODS, trial
+
+    results = options.out / "quality.jsonl"
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    known = {(r["job"], r["method"], r["shots"], r["seed"]) for r in done}
+    jobs, methods = options.jobs.split(","), options.methods.split(",") if options.methods else list(METHODS)
+    numbers = [int(n) for n in options.shots.split(",")]
+    wanted = [
+        (job, method, n, seed)
+        for seed, n, job, method in itertools.product(range(options.seeds), numbers, jobs, methods)
+    ]
+    os.environ["PROCESSES"] = str(options.processes)
+    with (
+        open(results, "a") as log,
+        ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool,
+    ):
+        running = [pool.submit(trial, *one, options.models) for one in wanted if one not in known]
+        for number, future in enumerate(as_completed(running), 1):
+            row = future.result()
+            done.append(row)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            print(f"{number}/{len(running)} {row}", file=sys.stderr)
+    chosen = set(wanted)
+    show([r for r in done if (r["job"], r["method"], r["shots"], r["seed"]) in chosen], methods, numbers, jobs, options)
+
+
+def show(
+    rows: list[dict[str, Any]], methods: list[str], numbers: list[int], jobs: list[str], options: argparse.Namespace
+) -> None:
+    """One table for each family of jobs: mean over jobs and seeds, and the standard error of the mean."""
+    console = Console(highlight=False, width=110)
+    console.print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; "
+        + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    )
+    for family in dict.fromkeys(job.partition(":")[0] for job in jobs):
+        part = [r for r in rows if r["job"].startswith(f"{family}:")]
+        names = ", ".join(job for job in jobs if job.startswith(f"{family}:"))
+        table = Table(title=f"{names}; {options.seeds} seeds", title_justify="left")
+        table.add_column("method")
+        for n in numbers:
+            table.add_column(f"{n} shot{'s' * (n > 1)}", justify="right")
+        table.add_column("seconds", justify="right")
+        table.add_column("parameters", justify="right")
+        for method in methods:
+            mine = [r for r in part if r["method"] == method]
+            if mine:
+                cells = [_mean([r["accuracy"] for r in mine if r["shots"] == n]) for n in numbers]
+                seconds = f"{statistics.median(r['seconds'] for r in mine):.1f}"
+                table.add_row(method, *cells, seconds, f"{round(statistics.median(r['parameters'] for r in mine)):,}")
+        console.print(table)
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return "–"
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f} ± {error:.1f}"
+
+
+def speed(options: argparse.Namespace) -> None:
+    from speed import speed_rows
+
+    console = Console(highlight=False)
+    table = Table(title="A training step: SmolLM2-135M, 4 × 128 tokens, all seven linear layers", title_justify="left")
+    for column in ("adapters", "what", "seconds", "× floor", "GB", "× floor"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for row in speed_rows(options.models / "smollm2", options.out, options.rounds):
+        table.add_row(*row)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="bench_fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["quality", "speed"])
+    parser.add_argument("--jobs", default=REPORTED, help="with commas between them")
+    parser.add_argument("--methods", help="with commas between them; default: all")
+    parser.add_argument("--shots", default="1,2,4,8,16", help="per class, with commas between them")
+    parser.add_argument("--seeds", type=int, default=5, help="draws of the shots")
+    parser.add_argument("--rounds", type=int, default=7, help="of the speed table")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=Path("bench-out/fit"), help="results; a stopped run goes on there")
+    parser.add_argument(
+        "--models",
+        type=Path,
+        default=Path(os.environ.get("WLORA_MERGE_REAL_MODELS", "~/.cache/wlora_merge/real-models")).expanduser(),
+        help="folder with minilm and smollm2, as ../shared/tools/get_real_models.py makes it",
+    )
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    {"quality": quality, "speed": speed}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()

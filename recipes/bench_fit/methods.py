@@ -1,0 +1,187 @@
+"""What is compared. Every method trains a new head, where the task has one, in the same way: the same initial values, AdamW
+with the same learning rate, the same number of steps and batch size.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jobs import Job, Row, get_job
+
+import wlora_merge
+
+STEPS = {"text-classification": 100, "causal-lm": 40}  # the fit's own defaults
+BATCH, HEAD_RATE, MAX_LENGTH = 8, 5e-3, 256
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model to judge, and how many parameters were trained."""
+
+    model: Any
+    parameters: int
+
+
+Method = Callable[[Job, list[Row], int], Trained]
+
+
+def _fitted(**options: Any) -> Method:
+    """The product: fit, export, and load what was exported."""
+
+    def run(job: Job, shots: list[Row], seed: int) -> Trained:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            adapters = list(job.adapters.items())
+            chosen = {k: v(len(adapters)) if callable(v) else v for k, v in options.items()}
+            data = job.write(shots, folder)
+            mixture = wlora_merge.fit(job.base, adapters, data, job.task, seed=seed, device="cpu", **chosen)
+            wlora_merge.export(mixture, "dense", folder / "dense")
+            model = _auto(job).from_pretrained(folder / "dense", dtype=torch.float32)
+            learned = (
+                0 if chosen.get("method") in ("fixed", "uniform", "best-single") else mixture.wlora_weights.numel()
+            )
+            return Trained(model, learned + sum(t.numel() for t in mixture.head.values()))
+
+    return run
+
+
+def _finetuned(job: Job, shots: list[Row], seed: int) -> Trained:
+    model = _new_model(job, seed)
+    return _train(job, model, shots, seed, rate=3e-5)
+
+
+def _lora(job: Job, shots: list[Row], seed: int) -> Trained:
+    """A new LoRA of rank 8 on the attention's query and value, as the adapters of the zoo have."""
+    from peft import LoraConfig, get_peft_model
+
+    kind, targets = ("SEQ_CLS", ["query", "value"]) if _has_head(job) else ("CAUSAL_LM", ["q_proj", "v_proj"])
+    model = _new_model(job, seed)
+    config = LoraConfig(task_type=kind, r=8, lora_alpha=16, target_modules=targets)
+    return _train(job, get_peft_model(model, config), shots, seed, rate=1e-3)
+
+
+METHODS: dict[str, Method] = {
+    "base, head only": _fitted(method="fixed", weights=lambda n: [0.0] * n, folds=0),
+    "full fine-tuning": _finetuned,
+    "LoRA from scratch": _lora,
+    "best single adapter on the shots": _fitted(method="best-single"),
+    "uniform composition": _fitted(method="uniform", folds=0),
+    "learned, plain (paper)": _fitted(granularity="module", pull=0.0, folds=0, max_steps=100, learning_rate=0.05),
+    "wlora-merge fit": _fitted(),
+    "wlora-merge fit --method auto": _fitted(method="auto"),
+}
+
+
+def _has_head(job: Job) -> bool:
+    return job.task == "text-classification"
+
+
+def _auto(job: Job) -> Any:
+    import transformers
+
+    return transformers.AutoModelForSequenceClassification if _has_head(job) else transformers.AutoModelForCausalLM
+
+
+def _new_model(job: Job, seed: int) -> Any:
+    torch.manual_seed(seed)
+    if not _has_head(job):
+        return _auto(job).from_pretrained(job.base, dtype=torch.float32)
+    table = dict(enumerate(job.labels))
+    return _auto(job).from_pretrained(
+        job.base, dtype=torch.float32, id2label=table, label2id={v: k for k, v in table.items()}
+    )
+
+
+def _train(job: Job, model: Any, shots: list[Row], seed: int, *, rate: float) -> Trained:
+    tokenizer = _tokenizer(job)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    head = [p for n, p in named if "classifier" in n]
+    body = [p for n, p in named if "classifier" not in n]
+    groups = [{"params": body, "lr": rate}, {"params": head, "lr": HEAD_RATE}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+    drawn, order = random.Random(seed), []
+    model.train()
+    for _ in range(STEPS[job.task]):
+        if not order:
+            order = drawn.sample(shots, len(shots))
+        rows, order = order[:BATCH], order[BATCH:]
+        model(**_batch(job, tokenizer, rows)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return Trained(model, sum(p.numel() for _, p in named))
+
+
+def _tokenizer(job: Job) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job.base)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _batch(job: Job, tokenizer: Any, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    if _has_head(job):
+        inputs = tokenizer(
+            [text for text, _ in rows], return_tensors="pt", padding=True, truncation=True, max_length=MAX_LENGTH
+        )
+        return {**inputs, "labels": torch.tensor([job.labels.index(label) for _, label in rows])}
+    pairs = [(tokenizer(p).input_ids[-MAX_LENGTH:], tokenizer(c).input_ids) for p, c in rows]
+    width = max(len(p) + len(c) for p, c in pairs)
+
+    def padded(parts: list[list[int]], fill: int) -> torch.Tensor:
+        return torch.tensor([part + [fill] * (width - len(part)) for part in parts])
+
+    return {
+        "input_ids": padded([p + c for p, c in pairs], tokenizer.pad_token_id),
+        "attention_mask": padded([[1] * (len(p) + len(c)) for p, c in pairs], 0),
+        "labels": padded([[-100] * len(p) + c for p, c in pairs], -100),
+    }
+
+
+@torch.no_grad()
+def accuracy(job: Job, model: Any) -> float:
+    """Percent right; a language model chooses the completion of the highest probability."""
+    model.eval()
+    tokenizer = _tokenizer(job)
+    right = 0
+    rows = sorted(job.judged, key=lambda row: len(row[0]))
+    for start in range(0, len(rows), 32 if _has_head(job) else 4):
+        part = rows[start : start + (32 if _has_head(job) else 4)]
+        truth = [job.labels.index(label) for _, label in part]
+        if _has_head(job):
+            batch = _batch(job, tokenizer, part)
+            batch.pop("labels")
+            chosen = model(**batch).logits.argmax(-1).tolist()
+        else:
+            batch = _batch(job, tokenizer, [(prompt, label) for prompt, _ in part for label in job.labels])
+            labels = batch.pop("labels")[:, 1:]
+            logits = model(**batch).logits[:, :-1].log_softmax(-1)
+            picked = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
+            chosen = picked.sum(-1).view(len(part), -1).argmax(-1).tolist()
+        right += sum(a == b for a, b in zip(chosen, truth, strict=True))
+    return 100 * right / len(rows)
+
+
+def trial(job_name: str, method: str, shots: int, seed: int, models: Path) -> dict[str, Any]:
+    """Train once, judge once."""
+    import transformers
+
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // int(os.environ["PROCESSES"]))))
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    job = get_job(job_name, models)
+    start = time.perf_counter()
+    trained = METHODS[method](job, job.shots(shots, seed), seed)
+    seconds = time.perf_counter() - start
+    row = {"job": job_name, "method": method, "shots": shots, "seed": seed, "accuracy": accuracy(job, trained.model)}
+    return row | {"seconds": round(seconds, 2), "parameters": trained.parameters}
