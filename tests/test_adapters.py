@@ -159,7 +159,6 @@ def test_another_kind_of_adapter_written_by_peft_is_refused_by_its_kind(tmp_path
 @pytest.mark.parametrize(
     ("feature", "config"),
     [
-        ("trainable_token_indices", {"trainable_token_indices": {"embed_tokens": [1, 2]}}),
         ("init_lora_weights", {"init_lora_weights": "pissa"}),
     ],
 )

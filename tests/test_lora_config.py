@@ -15,7 +15,6 @@ from wlora_merge.lora_config import FOLDED, INERT, KEEPS_BASE, MUTATES_BASE, REF
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
 SET: dict[str, Any] = {
-    "trainable_token_indices": [1, 2],
     "velora_config": {"a": 1},
     "alora_invocation_tokens": [3],
     "use_qalora": True,

@@ -72,7 +72,6 @@ def test_gpt2_keys_without_a_prefix_are_not_taken_for_diffusers() -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "base_model.model.embed.token_adapter.trainable_tokens_delta",
         "base_model.model.q.lora_A.weight.quant_state",
         "base_model.model.q.lora_C.weight",
         "base_model.model.q.hada_w1_a",

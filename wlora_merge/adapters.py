@@ -116,11 +116,20 @@ def _recent(entry: Entry, _: int) -> torch.Tensor:
     return read_tensor(entry)
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows of an embedding that an adapter trained: token ids [k], and the rows' new values [k, dim]."""
+
+    indices: tuple[int, ...]
+    values: torch.Tensor
+
+
 @dataclass
 class Adapter:
     """One PEFT folder, read: `modules` are its low-rank changes, `tensors` the whole tensors that it carries.
 
-    `biases` holds, by module name, the base's biases as this adapter trained them (`bias="all"` or `"lora_only"`).
+    `biases` holds, by module name, the base's biases as this adapter trained them (`bias="all"` or `"lora_only"`), `token_rows`
+    the rows of embeddings (`trainable_token_indices`).
     """
 
     name: str
@@ -130,6 +139,7 @@ class Adapter:
     modules: dict[str, Factors]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    token_rows: dict[str, TokenRows] = field(default_factory=dict)
 
     @property
     def is_zero(self) -> bool:
@@ -180,14 +190,14 @@ def _load(path_or_id: str | Path, name: str | None, is_residual: Callable[[str],
     file = _weights_file(source.folder, where)
     header = read_header(file)
     try:
-        modules, tensors = _sort_tensors(header, config, where)
+        modules, tensors, token_rows = _sort_tensors(header, config, where)
     except WloraMergeError as error:
         raise type(error)(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
     if not modules and not tensors:
         raise AdapterError(f"{file}: holds no LoRA tensor.")
     biases = _take_biases(tensors, config)
-    adapter = Adapter(name, source, config, sha256_file(file), modules, tensors, biases)
-    beside = biases or any(f.magnitude is not None or f.bias is not None for f in modules.values())
+    adapter = Adapter(name, source, config, sha256_file(file), modules, tensors, biases, token_rows)
+    beside = biases or token_rows or any(f.magnitude is not None or f.bias is not None for f in modules.values())
     if adapter.is_zero and not beside:  # what is beside can be judged only with the base
         raise AdapterError(f"{file}: every delta weight is zero: train this adapter, or leave it out.")
     return adapter
@@ -262,11 +272,12 @@ def _weights_file(folder: Path, where: str) -> Path:
 
 def _sort_tensors(
     header: Header, config: dict[str, Any], where: str
-) -> tuple[dict[str, Factors], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, Factors], dict[str, torch.Tensor], dict[str, TokenRows]]:
     import torch
 
     parts: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Any] = {}
+    token_rows: dict[str, TokenRows] = {}
     for key, entry in header.entries.items():
         if entry.dtype not in FLOATING:
             raise UnsupportedError(f"tensor {key!r} has dtype {entry.dtype}, expected one of {', '.join(FLOATING)}.")
@@ -276,6 +287,9 @@ def _sort_tensors(
         parsed = parse_adapter_key(key, wrapped=bool(config.get("target_parameters")))
         if parsed.part == "original":
             continue
+        if parsed.part == "token_rows":
+            token_rows[parsed.name] = TokenRows(_token_indices(parsed.name, tensor, config), tensor)
+            continue
         known = tensors if parsed.part == "tensor" else parts.setdefault(parsed.name, {})
         slot = parsed.name if parsed.part == "tensor" else parsed.part
         if slot in known and parsed.part == "tensor" and torch.equal(tensor, known[slot]):
@@ -284,7 +298,23 @@ def _sort_tensors(
             raise AdapterError(f"tensor {key!r} names the same thing as another tensor of the file.")
         known[slot] = tensor if parsed.part in WHOLE else entry
     deadline = time.monotonic() + PATTERN_SECONDS
-    return {module: _factors(module, found, config, deadline) for module, found in parts.items()}, tensors
+    return {module: _factors(module, found, config, deadline) for module, found in parts.items()}, tensors, token_rows
+
+
+def _token_indices(module: str, values: torch.Tensor, config: dict[str, Any]) -> tuple[int, ...]:
+    """Which rows of the embedding `values` [k, dim] are. Source: `peft.utils.other.set_additional_trainable_modules`."""
+    told = config.get("trainable_token_indices")
+    found = [told] if isinstance(told, list) else []
+    if isinstance(told, dict):
+        found = [indices for name, indices in told.items() if f".{module}".endswith(f".{name}")]
+    indices = found[0] if len(found) == 1 and isinstance(found[0], list) else []
+    if not all(type(i) is int and i >= 0 for i in indices) or len(set(indices)) != len(indices):
+        raise AdapterError(f"{module!r}: trainable_token_indices must be different whole numbers of 0 or more.")
+    if values.ndim != 2 or len(indices) != len(values):
+        raise AdapterError(
+            f"{module!r}: its token rows are {list(values.shape)}, and the config's trainable_token_indices name {len(indices)}."
+        )
+    return tuple(indices)
 
 
 def _factors(module: str, parts: dict[str, Any], config: dict[str, Any], deadline: float) -> Factors:

@@ -334,9 +334,19 @@ def live_modules(model: nn.Module) -> Find:
             return None
         layer = layers[found]
         tie = any(layer is other for other in tied)
-        return Target(found, _weight_shape(found, layer), tie, partial(_weight, layer))
+        return Target(
+            found, _weight_shape(found, layer), tie, partial(_weight, layer), twin=partial(_twin, model, layer)
+        )
 
     return find
+
+
+def _twin(model: nn.Module, layer: nn.Module) -> str | None:
+    """The output embedding's name, where this layer is the input embedding and they share one weight."""
+    pair = _tied_embeddings(model)
+    if not pair or layer is not pair[0]:
+        return None
+    return next((str(name) for name, other in model.named_modules() if other is pair[1]), None)
 
 
 def _renamed(model: nn.Module, module: str) -> str:

@@ -16,7 +16,7 @@ from .errors import AdapterError, UnsupportedError
 FOLDED: dict[str, Any] = {
     "peft_type": None, "r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
     "fan_in_fan_out": False, "modules_to_save": None, "init_lora_weights": True, "use_dora": False,
-    "bias": "none", "lora_bias": False, "target_parameters": None,
+    "bias": "none", "lora_bias": False, "trainable_token_indices": None, "target_parameters": None,
 }  # fmt: skip
 """Field -> default, for fields that this package reads. Some of their values are refused below."""
 
@@ -30,7 +30,7 @@ INERT: dict[str, Any] = {
 """Field -> default, for fields that steer training, or say which modules were chosen: the tensors already tell."""
 
 REFUSED: dict[str, Any] = {
-    "trainable_token_indices": None, "velora_config": None, "alora_invocation_tokens": None, "use_qalora": False,
+    "velora_config": None, "alora_invocation_tokens": None, "use_qalora": False,
     "monteclora_config": None, "layer_replication": None, "use_bdlora": None,
     "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
 }  # fmt: skip

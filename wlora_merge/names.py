@@ -40,6 +40,7 @@ _USER = re.compile(r"://[^/@\s]+@")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 PATTERN_SECONDS = 5.0
 _WRAPPED = re.compile(r"(?<![^.])_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+_TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 _SAVED_COPY = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
 _FOREIGN = {
     "kohya": re.compile(r"lora_(unet|te\d?|transformer|prior)_|.*\.lora_(down|up|mid)\.weight$|.*\.alpha$"),
@@ -59,7 +60,8 @@ class AdapterKey:
 
     `part` is `lora_A`, `lora_B`, `lora_B.bias`, `lora_embedding_A`, `lora_embedding_B` or `lora_magnitude_vector`, and
     `name` the target module; or `part` is `tensor` and `name` a whole tensor of the model (a saved head, say); or `part` is
-    `original`, the base's own copy of a saved module, which has no effect.
+    `original`, the base's own copy of a saved module, which has no effect; or `token_rows`, the new values of some rows of an
+    embedding.
     """
 
     name: str
@@ -87,6 +89,8 @@ def parse_adapter_key(key: str, *, wrapped: bool = False) -> AdapterKey:
     match = _LORA_KEY.match(name)
     if match is None:
         whole = _SAVED_COPY.sub("", name).replace(".base_layer.", ".")
+        if whole.endswith(_TOKEN_ROWS):
+            return AdapterKey(whole.removesuffix(_TOKEN_ROWS), "token_rows")
         if ".original_module." in whole:
             return AdapterKey(whole.replace(".original_module.", "."), "original")
         if _NOT_WHOLE.search(whole):

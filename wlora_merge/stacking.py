@@ -15,13 +15,15 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from .adapters import Adapter, Factors
-from .base_model import BaseModel
+from .base_model import OUTPUT_EMBEDDINGS, BaseModel
 from .checkpoint import FLOATING
 from .errors import AdapterError, UnsupportedError, WloraMergeWarning
 from .experts import WRAPPER, split_factors
 from .layouts import Layout, factors_from_file, layout_of, output_rows, row_norms
 from .names import natural_key
 from .quantized import WEIGHT_SUFFIXES
+from .token_rows import with_token_rows
+from .tying import twin_of
 
 if TYPE_CHECKING:
     import torch
@@ -181,15 +183,19 @@ class Target:
     """A target module as its owner knows it: its name there, and the shape of its weight.
 
     `tied` says that the model also uses the weight as another embedding, and cannot use two; `read` gives the weight, or the
-    whole tensor. `tree` is the module tree, where that knows the module and the files hold its rows in other tensors.
+    whole tensor; `twin` names the module that uses a tied weight too. `tree` is the module tree, where that knows the module and
+    the files hold its rows in other tensors.
     """
 
     module: str
     shape: tuple[int, ...]
     tied: bool = False
     read: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
+    twin: Callable[[], str | None] | None = field(default=None, compare=False)
     tree: ModuleTree | None = field(default=None, compare=False)
 
+
+INPUT_EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "shared", "tok_embeddings")
 
 Find = Callable[[str], "Target | None"]
 """The target of an adapter's module (or whole tensor) by the name that the adapter gives it; None when there is none."""
@@ -204,7 +210,9 @@ def modules_of(base: BaseModel) -> Find:
             return _packed(base, module)
         target = find_whole(f"{module}.weight")
         if target is not None:
-            return replace(target, module=target.module.removesuffix(".weight"))
+            tied = target.module in base.tied
+            twin = partial(twin_of, base, target.module) if tied else None
+            return replace(target, module=target.module.removesuffix(".weight"), twin=twin)
         known = base.tree is not None and base.tree.find_module(module.replace(WRAPPER, ""))
         return Target(module, (), tree=base.tree) if known else None
 
@@ -260,6 +268,7 @@ def stack(
             nothing.
         UnsupportedError: a trained lora_B.bias where the base has no bias.
     """
+    adapters = [with_token_rows(a, partial(_target, a, find=find)) if a.token_rows else a for a in adapters]
     rows: dict[tuple[str, int | None], list[Change]] = {}
     for n, adapter in enumerate(adapters):
         for name in adapter.modules:
@@ -519,9 +528,15 @@ def _is_base_copy(adapter: Adapter, name: str, find: Find) -> bool:
 
 
 def _check_taken(adapter: Adapter, name: str, find: Find) -> None:
-    target = find(name)
+    target, shape = find(name), tuple(adapter.tensors[name].shape)
     if target is None:
         return
+    embedding = name.split(".")[-2] in (*OUTPUT_EMBEDDINGS, *INPUT_EMBEDDINGS)
+    if embedding and len(target.shape) == 2 and target.shape[1:] == shape[1:] and target.shape != shape:
+        raise UnsupportedError(
+            f"{adapter.where}: its {name!r} has {shape[0]} tokens, and the base model's has {target.shape[0]}: a vocabulary is never "
+            "resized here: resize the base (model.resize_token_embeddings), save it with the adapter's tokenizer, and give that."
+        )
     _refuse_tied(adapter, name, target)
     if target.module != name:
         raise UnsupportedError(

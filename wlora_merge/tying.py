@@ -61,6 +61,15 @@ def _tied_names(base: BaseModel, config: Mapping[str, Any]) -> dict[str, str]:
     return dict(model.all_tied_weights_keys)
 
 
+def twin_of(base: BaseModel, tensor: str) -> str | None:
+    """The module that uses the base's tensor as its own weight too, by the name that the model gives it."""
+    for name, source in _tied_names(base, {}).items():
+        entry = base.find_tensor(source)
+        if entry is not None and entry.name == tensor and name.endswith(".weight"):
+            return name.removesuffix(".weight")
+    return None
+
+
 def untied_config(base: BaseModel) -> dict[str, Any]:
     """The config keys that say that embeddings are no longer tied: in each table that says something of it."""
     changes: dict[str, Any] = {KEY: False}

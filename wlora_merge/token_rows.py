@@ -1,0 +1,66 @@
+"""Rows of an embedding that adapters trained (`trainable_token_indices`), as factors.
+
+A change of k rows is a product of rank k: one factor picks the rows, the other holds their changes. So token rows fold, fit
+and export as any LoRA does, and nothing else needs to know of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .adapters import Adapter, Factors, TokenRows
+from .base_model import OUTPUT_EMBEDDINGS
+from .errors import AdapterError, UnsupportedError
+
+if TYPE_CHECKING:
+    from .stacking import Target
+
+
+def with_token_rows(adapter: Adapter, find: Callable[[str], Target]) -> Adapter:
+    """The adapter with its token rows among its modules, as factors of scaling 1.
+
+    Where the base ties the embedding, its twin changes in the same way, as PEFT has it.
+
+    Args:
+        find: the target of a module's name; it raises where there is none.
+
+    Raises:
+        UnsupportedError: a module that also has a LoRA, or a token that the base's vocabulary lacks.
+    """
+    modules = dict(adapter.modules)
+    for name, rows in adapter.token_rows.items():
+        target = find(name)
+        twin = target.twin() if target.twin is not None else None
+        for module in (name, *([twin] if twin else [])):
+            if module in modules:
+                raise UnsupportedError(
+                    f"{adapter.where}: it has a LoRA and trained tokens of {module!r}, which cannot both be: leave it out."
+                )
+            modules[module] = _factors(adapter, module, rows, find(module))
+    return replace(adapter, modules=modules)
+
+
+def _factors(adapter: Adapter, module: str, rows: TokenRows, target: Target) -> Factors:
+    """lora_A @ lora_B of the rows' changes [k, dim] float64 and of ones that pick them [vocab, k] float32."""
+    import torch
+
+    if target.read is None or len(target.shape) != 2 or target.shape[1] != rows.values.shape[1]:
+        raise AdapterError(
+            f"{adapter.where}: its token rows of {module!r} are {list(rows.values.shape)}, and the base weight is "
+            f"{list(target.shape)}: this adapter was trained on another base."
+        )
+    vocabulary = target.shape[0]
+    if beyond := [index for index in rows.indices if index >= vocabulary]:
+        raise UnsupportedError(
+            f"{adapter.where}: it trained token {beyond[0]} of {module!r}, and the base's vocabulary has {vocabulary}: a vocabulary "
+            "is never resized here: resize the base (model.resize_token_embeddings), save it with its tokenizer, and give that."
+        )
+    indices = torch.tensor(rows.indices)
+    change = rows.values.double() - target.read()[indices].cpu().double()
+    pick = torch.zeros(len(indices), vocabulary)
+    pick[torch.arange(len(indices)), indices] = 1
+    if module.rpartition(".")[2] in OUTPUT_EMBEDDINGS:
+        return Factors(change, pick.T.contiguous(), 1.0, embedding=False)
+    return Factors(pick, change.T.contiguous(), 1.0, embedding=True)
