@@ -9,9 +9,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from wlora_merge.card import AUTO_CLASSES, PIPELINE_TAGS, write_card
+from wlora_merge.card import write_card
 from wlora_merge.mixture import InputRef, Mixture
 from wlora_merge.names import TASKS
+from wlora_merge.serving import AUTO_CLASSES, PIPELINE_TAGS
 
 FORMATS = ("dense", "lora", "onnx")
 
@@ -174,3 +175,24 @@ def test_the_same_card_gives_the_same_bytes_wherever_the_adapters_lie(tmp_path: 
         card(tmp_path / name, mixture((f"/{name}/a", f"/{name}/b")), base_name="base")
         cards.append((tmp_path / name / "README.md").read_bytes())
     assert cards[0] == cards[1]
+
+
+def test_the_data_sets_of_the_adapters_stand_in_the_metadata_and_every_license_with_its_owner(tmp_path: Path) -> None:
+    fronts = (
+        "---\nlicense: mit\ndatasets: [base/pile]\n---\n",
+        "---\nlicense: apache-2.0\ndatasets: [org/one, squad]\n---\n",
+        "---\ndatasets: squad\n---\n",
+    )
+    found = card(tmp_path, mixture(), folders=inputs(tmp_path, *fronts))
+    assert found.data.datasets == ["org/one", "squad"]
+    assert "- org/base: mit\n- a: apache-2.0\n- 1 of 3 inputs name none" in found.text
+
+
+def test_a_metric_that_the_hub_knows_stands_in_the_metadata(tmp_path: Path) -> None:
+    assert card(tmp_path, mixture(metrics={"metric": "accuracy"})).data.metrics == ["accuracy"]
+    assert card(tmp_path, mixture(metrics={"metric": "token overlap"})).data.metrics is None
+
+
+def test_revisions_stand_in_the_commands(tmp_path: Path) -> None:
+    made = mixture(base=InputRef("org/base", "abc", {}))
+    assert "--base org/base@abc --adapter a=org/a" in card(tmp_path, made).text

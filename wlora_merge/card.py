@@ -3,45 +3,26 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .errors import WloraMergeError
+from .fit_options import FitOptions
 from .input_files import find_file, parse_yaml, read_bytes
 from .mixture import Mixture
 from .report import CAPTIONS, FIGURES
 from .report import FILE as REPORT
+from .serving import PIPELINE_TAGS, serving
 
-PIPELINE_TAGS = {
-    "causal-lm": "text-generation",
-    "seq2seq-lm": "text2text-generation",
-    "text-classification": "text-classification",
-    "token-classification": "token-classification",
-    "question-answering": "question-answering",
-    "image-classification": "image-classification",
-    "feature-extraction": "feature-extraction",
-}
-AUTO_CLASSES = {
-    "causal-lm": "CausalLM",
-    "seq2seq-lm": "Seq2SeqLM",
-    "text-classification": "SequenceClassification",
-    "token-classification": "TokenClassification",
-    "question-answering": "QuestionAnswering",
-    "image-classification": "ImageClassification",
-    "feature-extraction": "",
-}
-PEFT_AUTO = (
-    "causal-lm",
-    "seq2seq-lm",
-    "text-classification",
-    "token-classification",
-    "question-answering",
-    "feature-extraction",
-)
 LIBRARIES = {"dense": "transformers", "lora": "peft", "onnx": "transformers.js"}
+KNOWN_METRICS = ("accuracy", "f1", "exact_match", "rouge", "bleu", "perplexity", "squad", "seqeval")
+"""What the hub calls metrics that a fit may report."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LICENSE = re.compile(r"[\w .,()+/-]{1,100}")
 _FRONT_CHARACTERS = 1 << 20
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
@@ -70,37 +51,54 @@ def write_card(
         note: a paragraph on what is special about this export.
         figures: names of the report's figures, as in `report.CAPTIONS`.
     """
-    task = mixture.task
-    names = [
-        base_name,
-        *([] if kind == "lora" else [a.source for a in mixture.adapters if not Path(a.source).is_absolute()]),
-    ]
-    data = _metadata(kind, task, names, _licenses(folders))
+    fronts = [_front(folder) for folder in folders]
+    measured = measured or {}
     parts = [
-        f"---\n{data}\n---",
+        f"---\n{_metadata(mixture, kind, base_name, fronts)}\n---",
         _intro(mixture, kind, base_name),
         _weights(mixture),
         _metrics(mixture.metrics),
+        _measured(kind, measured),
         note,
         _figures(figures),
+        "## How to serve it",
+        serving(mixture, kind, base_name, measured.get("r")),
+        _commands(mixture, kind, base_name, options or {}),
+        _license_note([base_name, *mixture.adapter_names], fronts),
     ]
-    parts += ["## How to serve it", _serving(mixture, kind, base_name), _licence_note(folders)]
     (folder / "README.md").write_text("\n\n".join(p for p in parts if p) + "\n", encoding="utf-8")
 
 
-def _metadata(kind: str, task: str | None, base_models: list[str], licenses: list[str]) -> str:
+def _metadata(mixture: Mixture, kind: str, base_name: str, fronts: Sequence[Mapping[str, Any]]) -> str:
     from huggingface_hub import ModelCardData
 
-    on_hub = [name for name in base_models if _HUB_ID.fullmatch(name)]
+    sources = [] if kind == "lora" else [a.source for a in mixture.adapters if not Path(a.source).is_absolute()]
+    on_hub = list(dict.fromkeys(name for name in [base_name, *sources] if _HUB_ID.fullmatch(name)))
+    licenses = {name for front in fronts for name in _named(front, "license", _LICENSE)}
+    datasets = dict.fromkeys(name for front in fronts[1:] for name in _named(front, "datasets", _DATASET))
+    metric = mixture.metrics.get("metric")
     data = ModelCardData(
         base_model=on_hub or None,
         library_name=LIBRARIES[kind],
-        license=licenses[0] if len(set(licenses)) == 1 else None,
+        license=licenses.pop() if len(licenses) == 1 else None,
+        datasets=list(datasets) or None,
+        metrics=[metric] if metric in KNOWN_METRICS else None,
         tags=["merge", "lora", "wlora-merge"],
-        pipeline_tag=PIPELINE_TAGS.get(task or ""),
+        pipeline_tag=PIPELINE_TAGS.get(mixture.task or ""),
         base_model_relation=("adapter" if kind == "lora" else "merge") if on_hub else None,
     )
     return str(data.to_yaml()).strip()
+
+
+def _measured(kind: str, measured: Mapping[str, Any]) -> str:
+    if kind == "lora" and "r" in measured:
+        return (
+            f"One LoRA of r = lora_alpha = {measured['r']}: relative error {measured['relative_error']:.2e} against the mixture, "
+            f"{measured['energy_kept']:.4%} of its squared norm kept."
+        )
+    if kind == "onnx" and "largest_difference" in measured:
+        return f"ONNX Runtime's outputs are within {measured['largest_difference']:.2e} of PyTorch's, relative to the largest."
+    return ""
 
 
 def _intro(mixture: Mixture, kind: str, base_name: str) -> str:
@@ -152,71 +150,95 @@ def _figures(names: Sequence[str]) -> str:
     return f"## Report\n\n[{REPORT}]({REPORT}) has these and the provenance.\n\n" + "\n\n".join(shown)
 
 
-def _serving(mixture: Mixture, kind: str, base_name: str) -> str:
-    task = mixture.task or "feature-extraction"
-    auto = f"AutoModel{'For' if AUTO_CLASSES[task] else ''}{AUTO_CLASSES[task]}"
-    if kind == "dense":
-        text = _python(f"from transformers import {auto}", f'model = {auto}.from_pretrained("path/to/this/folder")')
-        if task == "causal-lm":
-            text += "\n\n```sh\nvllm serve path/to/this/folder\n```"
-        return text
-    if kind == "lora":
-        return _serving_lora(mixture, task, auto, base_name)
-    file = "onnx/model.onnx"
-    text = _python("import onnxruntime", f'session = onnxruntime.InferenceSession("path/to/this/folder/{file}")')
-    pipeline = PIPELINE_TAGS[task]
-    return text + (
-        f"\n\n```js\nimport {{ pipeline }} from '@huggingface/transformers';\n"
-        f"const run = await pipeline('{pipeline}', 'path/to/this/folder', {{ dtype: 'fp32' }});\n```"
+def _commands(mixture: Mixture, kind: str, base_name: str, options: Mapping[str, Any]) -> str:
+    """The commands that make this folder again; local inputs stand under their own names."""
+    data, fitted = mixture.data, "fit" in mixture.data
+    words = ["wlora-merge", "fit" if fitted else "mix", "--base", _at(base_name, mixture.base.revision)]
+    for ref in mixture.adapters:
+        words += ["--adapter", f"{ref.name}={_at(_public(ref.source), ref.revision)}"]
+    if mixture.task:
+        words += ["--task", mixture.task]
+    if fitted:
+        defaults = asdict(FitOptions())
+        changed = {key: value for key, value in data["fit"].items() if key in defaults and value != defaults[key]}
+        words += ["--data", str(data["data"]["name"]), *_flags(changed)]
+        judged = (mixture.metrics.get("held_out") or {}).get("from")
+        words += ["--eval-data", str(judged["name"])] if judged else []
+    else:
+        rows = mixture.mixture_weights.double()
+        if mixture.normalize == "none":
+            words += ["--weights", ",".join(f"{w:.9g}" for w in rows[0].tolist())]
+        words += _flags({"normalize": mixture.normalize} if mixture.normalize == "present" else {})
+        words += _flags({"delta_scale": mixture.delta_scale} if mixture.delta_scale != 1 else {})
+    words += _flags({"modules_to_save": mixture.modules_to_save})
+    export = ["wlora-merge", "export", "mixture", "--format", kind]
+    renamed = {"max_shard_bytes": "max_shard_size", "server": "for"}
+    export += _flags({renamed.get(key, key): value for key, value in options.items() if key != "format"})
+    lines = [[*words, "--out", "mixture"], [*export, "--out", "served"], ["wlora-merge", "verify", "served"]]
+    text = "\n".join(" ".join(map(shlex.quote, line)) for line in lines)
+    return (
+        "## How it was made\n\n```sh\n"
+        + text
+        + "\n```\n\nwith the inputs that `wlora_merge.json` lists and their sha256; "
+        "the versions stand there too."
     )
 
 
-def _serving_lora(mixture: Mixture, task: str, auto: str, base_name: str) -> str:
-    labels = f", num_labels={len(mixture.config['id2label'])}" if mixture.head and "id2label" in mixture.config else ""
-    lines = [
-        "from peft import PeftModel",
-        f"from transformers import {auto}",
-        f'base = {auto}.from_pretrained("{base_name}"{labels})',
-        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
-    ]
-    text = _python(*lines)
-    if task in PEFT_AUTO:
-        peft_auto = f"AutoPeftModel{'For' if AUTO_CLASSES[task] else ''}{AUTO_CLASSES[task] or 'ForFeatureExtraction'}"
-        text += (
-            f"\n\nor, where `{base_name}` (`base_model_name_or_path` of the config) can be found under that name,\n\n"
-        )
-        text += _python(
-            f"from peft import {peft_auto}", f'model = {peft_auto}.from_pretrained("path/to/this/folder"{labels})'
-        )
-    if task == "causal-lm" and not mixture.head:
-        text += f"\n\n```sh\nvllm serve {base_name} --enable-lora --lora-modules mixture=path/to/this/folder\n```"
-    return text
+def _flags(table: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for key, value in table.items():
+        flag = f"--{key.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list | tuple):
+            words += [flag, ",".join(f"{x:g}" for x in value)]
+        elif value is not None and value is not False:
+            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    return words
 
 
-def _python(*lines: str) -> str:
-    return "```python\n" + "\n".join(lines) + "\n```"
+def _at(name: str, revision: str | None) -> str:
+    return f"{name}@{revision}" if revision and _HUB_ID.fullmatch(name) else name
 
 
-def _licenses(folders: Sequence[Path]) -> list[str]:
-    """The license that each input's own card names, where it has one."""
-    found = []
-    for folder in folders:
-        try:
-            card = find_file(folder, "README.md", WloraMergeError)
-            text = read_bytes(card, WloraMergeError).decode("utf-8", errors="replace") if card else ""
-            match = _FRONT_MATTER.match(text[:_FRONT_CHARACTERS])
-            data = parse_yaml(match[1]) if match else None
-        except (WloraMergeError, ValueError):
-            data = None  # a card of another's that is broken says nothing
-        names = data.get("license") if isinstance(data, dict) else None
-        found += [
-            n for n in (names if isinstance(names, list) else [names]) if isinstance(n, str) and _LICENSE.fullmatch(n)
-        ]
-    return found
+def _public(source: str) -> str:
+    return Path(source).name if Path(source).is_absolute() else source
 
 
-def _licence_note(folders: Sequence[Path]) -> str:
-    licenses = sorted(set(_licenses(folders)))
-    if len(licenses) < 2:
+def _front(folder: Path) -> dict[str, Any]:
+    """The metadata of an input's own card; empty where it has none or where it is broken."""
+    try:
+        card = find_file(folder, "README.md", WloraMergeError)
+        text = read_bytes(card, WloraMergeError).decode("utf-8", errors="replace") if card else ""
+        match = _FRONT_MATTER.match(text[:_FRONT_CHARACTERS])
+        data = parse_yaml(match[1]) if match else None
+    except (WloraMergeError, ValueError):
+        return {}  # a card of another's that is broken says nothing
+    return data if isinstance(data, dict) else {}
+
+
+def _named(front: Mapping[str, Any], key: str, pattern: re.Pattern[str]) -> list[str]:
+    """The value or values of one key of an input's metadata."""
+    value = front.get(key)
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and pattern.fullmatch(v)]
+
+
+def _license_note(owners: Sequence[str], fronts: Sequence[Mapping[str, Any]]) -> str:
+    """The license of every input that names one, and a warning where they are not one."""
+    found = {
+        owner: names
+        for owner, front in zip(owners, fronts, strict=False)
+        if (names := _named(front, "license", _LICENSE))
+    }
+    licenses = sorted({name for names in found.values() for name in names})
+    if not licenses:
         return ""
-    return f"**Licenses disagree**: the inputs name {', '.join(licenses)}. Which of them holds for this model is for you to decide."
+    rows = "\n".join(f"- {owner}: {', '.join(names)}" for owner, names in found.items())
+    silent = len(fronts) - len(found)
+    text = f"## Licenses\n\n{rows}" + (f"\n- {silent} of {len(fronts)} inputs name none" if silent else "")
+    if len(licenses) > 1:
+        text += (
+            f"\n\n**Licenses disagree**: the inputs name {', '.join(licenses)}. Which of them holds for this model is for you "
+            "to decide."
+        )
+    return text

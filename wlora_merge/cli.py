@@ -177,6 +177,8 @@ def mix(
 @OUT
 @click.option("--rank", type=int, help="lora: the uniform r. Default: the smallest that is exact.")
 @click.option("--energy", type=float, help="lora: smallest r that keeps this share (0 to 1) of the squared norm.")
+@click.option("--for", "server", type=click.Choice(["vllm"]), help="lora: refuse what this server would not load.")
+@click.option("--max-rank", type=int, help="lora: refuse a larger r, as a server's --max-lora-rank does.")
 @click.option("--dtype", type=DTYPES, help="Of the weights. Default: dense the base's, lora and onnx float32.")
 @click.option("--max-shard-size", metavar="SIZE", help="dense: file size, as 5GB. Default: the base's own shards.")
 @click.option("--opset", type=int, help="onnx: opset version. Default: 20.")

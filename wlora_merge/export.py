@@ -25,6 +25,7 @@ from .manifest import PACKAGES, build_manifest, versions, write_manifest
 from .mixture import Mixture
 from .ranks import Team, team
 from .report import write_report
+from .serving import check_rank, check_server
 from .stacking import ModuleDelta
 from .staging import Staging, staged
 from .tying import untied_config
@@ -63,6 +64,8 @@ def export(
     opset: int | None = None,
     onnx_base: str | Path | None = None,
     any_digest: bool = False,
+    server: str | None = None,
+    max_rank: int | None = None,
     force: bool = False,
     report: bool = False,
     progress: Progress | None = None,
@@ -82,6 +85,8 @@ def export(
         opset: onnx only.
         onnx_base: onnx only: an ONNX export of the base, a file or a folder, whose weights are rewritten; nothing is traced.
         any_digest: accept inputs whose bytes differ from those that the mixture was made from.
+        server: lora only: `vllm` refuses what that server would not load, and says what to change.
+        max_rank: lora only: refuse a larger r (what the server was started with).
         force: replace what is in `out`.
         report: also write report.html, and its figures into the model card.
         progress: called with (bytes written, file name).
@@ -92,10 +97,14 @@ def export(
     if format not in FORMATS:
         raise UnsupportedError(f"format is {format!r}, expected one of {', '.join(FORMATS)}.")
     _check_options(format, rank, energy, dtype, max_shard_bytes)
+    if format != "lora" and (server is not None or max_rank is not None):
+        raise UnsupportedError(f"--for and --max-rank belong to --format lora, not {format}.")
     _check_onnx_options(format, dtype, opset, onnx_base)
     inputs = find_inputs(mixture, base=base, adapters=adapters, any_digest=any_digest)
     if format != "lora":
         refuse_quantized(inputs.base)
+    elif server is not None:
+        check_server(server, inputs.mixture, inputs.deltas)
     name = base_name or inputs.base.source.name
     options = {
         "format": format,
@@ -105,6 +114,8 @@ def export(
         "max_shard_bytes": max_shard_bytes,
         "opset": opset,
         "any_digest": any_digest,
+        "server": server,
+        "max_rank": max_rank,
         "report": report,
     }
     stored = dtype or ("float32" if format == "onnx" and onnx_base is None else "")
@@ -144,6 +155,8 @@ def export(
             known, measured = _write_refold(inputs, refold, staging.path, progress)
         else:
             known, measured = {}, _write_onnx(inputs, files, staging.path, dtype, opset, progress, split)
+        if format == "lora":
+            check_rank(measured["r"], server=server, max_rank=max_rank, exact=rank is None)
         drawn = _report(inputs, staging.path, format, name, options) if report else []
         write_card(
             staging.path,

@@ -87,6 +87,8 @@ class ExportRecipe:
     dtype: str | None = None
     max_shard_bytes: int | None = None
     base_name: str | None = None
+    server: str | None = None
+    max_rank: int | None = None
     opset: int | None = None
     onnx_base: str | None = None
 
