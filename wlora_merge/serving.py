@@ -152,7 +152,11 @@ def _lora(mixture: Mixture, task: str, auto: str, base_name: str, r: int | None)
 
 
 def _onnx(task: str) -> str:
-    graphs = {"encoder": "encoder_model", "decoder": "decoder_model_merged"} if task == "seq2seq-lm" else {"session": "model"}
+    graphs = (
+        {"encoder": "encoder_model", "decoder": "decoder_model_merged"}
+        if task == "seq2seq-lm"
+        else {"session": "model"}
+    )
     sessions = [f'{name} = onnxruntime.InferenceSession("{FOLDER}/onnx/{file}.onnx")' for name, file in graphs.items()]
     run = _code("python", "import onnxruntime", *sessions)
     js = (
