@@ -66,6 +66,29 @@ def llava_config() -> dict[str, Any]:
     }
 
 
+def gemma3_config() -> dict[str, Any]:
+    text = TEXT | GATED | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    return {
+        "text_config": transformers.Gemma3TextConfig(**text),
+        "vision_config": transformers.SiglipVisionConfig(**VISION, patch_size=4),
+        "mm_tokens_per_image": 4, "image_token_id": 39, "image_token_index": 39,
+    }  # fmt: skip
+
+
+def qwen_vl_config() -> dict[str, Any]:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = TEXT | GATED | {"rope_scaling": rope, "rope_parameters": rope}
+    vision = {
+        "hidden_size": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "intermediate_size": 24,
+        "out_hidden_size": 16,
+        "patch_size": 4,
+    }
+    return {"text_config": text, "vision_config": vision, "image_token_id": 39, "tie_word_embeddings": False}
+
+
 LM, BF16, FP16 = "AutoModelForCausalLM", torch.bfloat16, torch.float16
 ENCODER = TEXT | SHORT | {"intermediate_size": 24}
 EXPERTS = {"moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2}
@@ -110,6 +133,9 @@ CASES = {
                     ("q_proj", "fc1"), ("input_features", "decoder_input_ids")),
     "llava": Case("AutoModelForImageTextToText", "LlavaConfig", llava_config(), ("q_proj", "up_proj"),
                   ("image_ids", "pixel_values"), BF16),
+    "gemma3": Case("AutoModelForImageTextToText", "Gemma3Config", gemma3_config(), ("q_proj", "up_proj"),
+                   ("image_ids", "pixel_values")),
+    "qwen2_5_vl": Case("AutoModelForImageTextToText", "Qwen2_5_VLConfig", qwen_vl_config(), ("q_proj", "up_proj")),
 }  # fmt: skip
 
 
@@ -173,7 +199,7 @@ def test_exports_of_mixed_adapters_are_the_sum_of_pefts_merges(name: str, tmp_pa
 
     case, base = CASES[name], tmp_path / "base"
     model = case.make()
-    model.save_pretrained(base)
+    model.save_pretrained(base, max_shard_size="20KB" if case.dtype is BF16 else "5GB")
     adapters = make_adapters(case, model.float(), tmp_path)
     expected = expected_state(case, base, adapters)
     mixture = mix(base, adapters, weights=WEIGHTS)
@@ -237,3 +263,20 @@ def test_adapters_with_the_names_of_before_a_renaming_are_attached(tmp_path: Pat
         outputs.append(first_output(attached, case))
     assert torch.equal(*outputs)
     assert not torch.equal(outputs[0], first_output(model, case))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_that_spell_the_model_prefix_differently_give_one_lora(tmp_path: Path) -> None:
+    case, base = CASES["bert"], tmp_path / "base"
+    model = case.make()
+    model.save_pretrained(base)
+    adapters = [make_adapter(model, tmp_path / "whole", 1, r=2, target_modules=["query"])]
+    adapters.append(make_adapter(model.bert, tmp_path / "body", 2, r=2, target_modules=["key"]))
+    names = {k for folder in adapters for k in load_file(folder / "adapter_model.safetensors")}
+    assert {k.split(".")[2] for k in names} == {"bert", "encoder"}
+    mixture = mix(base, adapters)
+    export(mixture, "dense", tmp_path / "dense")
+    export(mixture, "lora", tmp_path / "lora")
+    expected = case.load(tmp_path / "dense", torch.float64).state_dict()
+    for k, tensor in merged(case, base, tmp_path / "lora").items():
+        torch.testing.assert_close(tensor, expected[k], rtol=1e-6, atol=1e-6)

@@ -162,6 +162,8 @@ def test_prefixes_take_one_spelling_to_the_other(in_file: str, in_model: str, ex
 
 def test_a_module_that_is_renamed_and_not_prefixed_keeps_the_name_that_the_adapters_give_it() -> None:
     assert prefixes([("a.b", "x.a.b"), ("v.l.query", "v.layer.q_proj")]) == ("", "")
+    assert prefixes([("model.layers.0", "model.language_model.layers.0"), ("visual.0", "model.visual.0")]) == ("", "")
+    assert prefixes([("model.layers.0", "model.language_model.layers.0")]) == ("", "")
     assert (
         made(prefixes=("", "")).live_name(replace(delta("v.l.query", [0]), name="v.layer.q_proj")) == "v.layer.q_proj"
     )

@@ -61,6 +61,13 @@ def test_a_tensor_that_transformers_renames_is_found_under_the_trees_name(saved:
     assert base.find_tensor("vit.layers.1.attention.other.weight") is None
 
 
+def test_an_output_embedding_that_the_files_call_otherwise_is_found(saved: Any) -> None:
+    _, base = saved("gpt_neox")
+    entry = base.find_tensor("lm_head.weight")
+    assert entry is not None
+    assert entry.name == "embed_out.weight"
+
+
 def test_a_fused_tensor_is_no_tensor_of_the_files(saved: Any) -> None:
     _, base = saved("mixtral")
     assert base.find_tensor("model.layers.0.mlp.experts.gate_up_proj") is None

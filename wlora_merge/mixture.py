@@ -263,21 +263,19 @@ def uniform(n: int) -> list[float]:
 
 
 def prefixes(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
-    """The leading parts in which the file's and the model's names of modules differ; empty where one differs in more.
+    """The leading parts in which the file's and the model's names of all modules differ; empty where no one pair does.
 
     >>> prefixes([("lm_head", "lm_head"), ("encoder.layer.0", "bert.encoder.layer.0")])
     ('', 'bert.')
     """
-    found = [_leading(in_file, in_model) for in_file, in_model in pairs]
-    if None in found:
-        return "", ""
-    return next((pair for pair in found if pair and any(pair)), ("", ""))
+    found = {_leading(in_file, in_model) for in_file, in_model in pairs}
+    return (found.pop() if len(found) == 1 else None) or ("", "")
 
 
 def _leading(in_file: str, in_model: str) -> tuple[str, str] | None:
-    if in_model.endswith(in_file):
+    if f".{in_model}".endswith(f".{in_file}"):
         return "", in_model.removesuffix(in_file)
-    return (in_file.removesuffix(in_model), "") if in_file.endswith(in_model) else None
+    return (in_file.removesuffix(in_model), "") if in_file.endswith(f".{in_model}") else None
 
 
 def make_groups(modules: Iterable[str], granularity: str) -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ from ..checkpoint import all_finite, one_torch_thread
 from ..errors import UnsupportedError, WloraMergeError
 from ..fold import lora_product, low_rank_svd, pad_rank, truncate
 from ..layouts import Layout, factors_to_file
-from ..mixture import Mixture
+from ..mixture import Mixture, prefixes
 from ..names import PEFT_PREFIX
 from ..stacking import ModuleDelta, TensorDelta
 
@@ -95,14 +95,15 @@ def write_lora(
 
     factors, report = combine(mixture, deltas, rank=rank, energy=energy)
     tensors = {}
-    for delta, (lora_A, lora_B) in factors:
-        name = PEFT_PREFIX + mixture.live_name(delta)
+    names = _live_names(mixture, base, [delta for delta, _ in factors])
+    for name, (delta, (lora_A, lora_B)) in zip(names, factors, strict=True):
         for suffix, tensor in factors_to_file(delta.layout, lora_A, lora_B, delta.shape).items():
-            tensors[f"{name}.{suffix}"] = _finite(tensor.to(getattr(torch, dtype)).contiguous(), f"{name}.{suffix}")
+            key = f"{PEFT_PREFIX}{name}.{suffix}"
+            tensors[key] = _finite(tensor.to(getattr(torch, dtype)).contiguous(), key)
     for name, tensor in mixture.head.items():
         tensors[PEFT_PREFIX + name] = tensor.detach().cpu().contiguous()
     save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
-    config = _config(mixture, base, [delta for delta, _ in factors], report.r, base_name)
+    config = _config(mixture, base, [delta for delta, _ in factors], names, report.r, base_name)
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return report
 
@@ -195,7 +196,9 @@ def _rank_for(values: list[torch.Tensor], energy: float) -> int:
     return int(enough[0]) + 1 if len(enough) else longest
 
 
-def _config(mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta], r: int, base_name: str) -> dict[str, Any]:
+def _config(
+    mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta], names: list[str], r: int, base_name: str
+) -> dict[str, Any]:
     task = mixture.task if mixture.head or mixture.task in HEADLESS else None
     heads = sorted({name.partition(".")[0] for name in mixture.head})
     return {
@@ -207,19 +210,26 @@ def _config(mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta], r: int
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(delta.layout is Layout.CONV1D for delta in deltas),
-        "target_modules": _target_modules(mixture, base, deltas),
+        "target_modules": _target_modules(base, [delta.module for delta in deltas], names),
         "modules_to_save": heads or None,
         "inference_mode": True,
         "init_lora_weights": True,
     }
 
 
-def _target_modules(mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta]) -> list[str]:
+def _live_names(mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta]) -> list[str]:
+    """The modules' names in the model; where adapters spell its prefix in several ways, as the module tree does."""
+    names = [mixture.live_name(delta) for delta in deltas]
+    if any(mixture.prefixes) or all(n == d.module for n, d in zip(names, deltas, strict=True)) or base.tree is None:
+        return names
+    tree = {name: found for name in names if (found := base.tree.find_module(name))}
+    return names if len({prefixes([pair]) for pair in tree.items()}) <= 1 else [tree.get(name, name) for name in names]
+
+
+def _target_modules(base: BaseModel, modules: list[str], names: list[str]) -> list[str]:
     """The short names (`q_proj`) where they select just these modules of the base, else the whole names."""
-    modules = {delta.module for delta in deltas}
     short = {module.rpartition(".")[2] for module in modules}
     known = {name.removesuffix(".weight") for name in base.entries if name.endswith(".weight")}
     matched = {name for name in known if name.rpartition(".")[2] in short}
-    names = [mixture.live_name(delta) for delta in deltas]
-    same = all(name.rpartition(".")[2] == d.module.rpartition(".")[2] for name, d in zip(names, deltas, strict=True))
-    return sorted(short) if matched == modules and same else names
+    same = all(name.rpartition(".")[2] == m.rpartition(".")[2] for name, m in zip(names, modules, strict=True))
+    return sorted(short) if matched == set(modules) and same else names
