@@ -8,7 +8,7 @@ REAL := $(or $(WLORA_MERGE_REAL_MODELS),$(HOME)/.cache/wlora_merge/real-models)
 # Threads that spin while they wait slow everything down many times where something else shares the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test format bench bench-fit clean
+.PHONY: quickstart test format bench bench-fit clean test-trust
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,11 @@ test: $(VENV)/.ready real-models
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	WLORA_MERGE_REAL_MODELS=$(REAL) $(BIN)/pytest
+
+# The long form of the tests of trust, with counts: CASES hostile files of each kind, ROUNDS kills of each command.
+test-trust: $(VENV)/.ready
+	WLORA_MERGE_FUZZ_CASES=$(or $(CASES),300) WLORA_MERGE_TRUST_ROUNDS=$(or $(ROUNDS),150) $(BIN)/pytest -s \
+		tests/test_fuzz.py tests/test_faults.py tests/test_staging.py tests/test_structure.py tests/test_input_files.py
 
 # The two real base models that some tests use; the tests skip, with a reason, where the tool that fetches them is absent.
 .PHONY: real-models

@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .errors import UnsupportedError, WloraMergeError
+from .errors import OutputError, UnsupportedError, WloraMergeError
 
 if TYPE_CHECKING:
     import torch
@@ -179,6 +179,21 @@ def safetensors_dtype(dtype: torch.dtype) -> str:
     """The safetensors name of a torch dtype (torch.bfloat16 -> `BF16`)."""
     name = str(dtype).removeprefix("torch.")
     return next(key for key, value in TORCH_NAMES.items() if value == name)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write a small safetensors file (an adapter, a mixture) at once.
+
+    Raises:
+        OutputError: the disk is full or refuses; the library has an error of its own for that.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file, {"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        raise OutputError(f"{file}: cannot be written ({error}); free some space or choose another --out.") from error
 
 
 def read_rows(fd: int, entry: Entry, buffer: memoryview, offset: int = 0) -> None:

@@ -7,6 +7,7 @@ no code in it is ever run. It goes when the fit is done.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import time
@@ -61,21 +62,28 @@ class FitState:
         """The fit is done."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
+            self._part(self.file).unlink(missing_ok=True)  # of a killed run
+
+    @staticmethod
+    def _part(file: Path) -> Path:
+        return file.with_name(f"{file.name}.part")
 
     def _write(self) -> None:
         import torch
 
         if self.file is None:
             return
-        part = self.file.with_name(f"{self.file.name}.part")
+        part, memory = self._part(self.file), io.BytesIO()
+        torch.save(self.table, memory)  # torch's own writer to a file does not survive a full disk
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as stream:
-                torch.save(self.table, stream)
+                stream.write(memory.getbuffer())
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(part, self.file)
         except OSError as error:
+            part.unlink(missing_ok=True)
             raise OutputError(f"{self.file}: the fit's state cannot be written ({error.strerror}).") from error
         self.last = time.monotonic()
 

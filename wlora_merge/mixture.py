@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import Adapter
 from .base_model import OUTPUT_EMBEDDINGS, BaseModel
-from .checkpoint import read_header, read_tensor
+from .checkpoint import read_header, read_tensor, write_tensors
 from .errors import AdapterError, MixtureError, WloraMergeError
 from .input_files import find_file, read_table
 from .names import GRANULARITIES, TASKS, check_adapter_name, group_of, natural_key
@@ -168,15 +168,9 @@ class Mixture:
 
     def write(self, folder: Path, final: Path) -> None:
         """Write the two files into an existing folder that will be renamed to `final`."""
-        from safetensors.torch import save_file
-
         tensors = {"mixture_weights": self.mixture_weights.float(), "wlora_weights": self.wlora_weights.float()}
         tensors |= {f"head.{name}": tensor for name, tensor in self.head.items()}
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-            folder / TENSOR_FILE,
-            {"format": "pt"},
-        )
+        write_tensors({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / TENSOR_FILE)
         text = json.dumps(self._json(final), indent=2, ensure_ascii=False, allow_nan=False)
         (folder / JSON_FILE).write_text(text + "\n", encoding="utf-8")
 

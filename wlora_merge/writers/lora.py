@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base_model import BaseModel
-from ..checkpoint import all_finite, one_torch_thread
+from ..checkpoint import all_finite, one_torch_thread, write_tensors
 from ..errors import UnsupportedError, WloraMergeError
 from ..fold import lora_product, low_rank_svd, pad_rank, truncate
 from ..layouts import Layout, factors_to_file
@@ -91,7 +91,6 @@ def write_lora(
         UnsupportedError: a change that is no product of two factors.
     """
     import torch
-    from safetensors.torch import save_file
 
     factors, report = combine(mixture, deltas, rank=rank, energy=energy)
     tensors = {}
@@ -102,7 +101,7 @@ def write_lora(
             tensors[key] = _finite(tensor.to(getattr(torch, dtype)).contiguous(), key)
     for name, tensor in mixture.head.items():
         tensors[PEFT_PREFIX + name] = tensor.detach().cpu().contiguous()
-    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    write_tensors(tensors, out / "adapter_model.safetensors")
     config = _config(mixture, base, [delta for delta, _ in factors], names, report.r, base_name)
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return report
