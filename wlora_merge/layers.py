@@ -393,8 +393,15 @@ def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def _weight_shape(name: str, layer: nn.Module) -> tuple[int, ...]:
-    if isinstance(layer, nn.MultiheadAttention) or not isinstance(getattr(layer, "weight", None), torch.Tensor):
-        raise UnsupportedError(f"target module {name!r} is a {type(layer).__name__}, which cannot be mixed.")
+    attention = (
+        nn.MultiheadAttention,
+        nn.modules.linear.NonDynamicallyQuantizableLinear,
+    )  # it never calls its out_proj
+    if isinstance(layer, attention) or not isinstance(getattr(layer, "weight", None), torch.Tensor):
+        raise UnsupportedError(
+            f"target module {name!r} is a {type(layer).__name__}, which a fit does not train through: `wlora-merge mix` and a dense "
+            "export fold a MultiheadAttention."
+        )
     if isinstance(layer, nn.Linear):
         return (layer.out_features, layer.in_features)  # a quantized linear packs its weight
     if isinstance(layer, nn.modules.conv._ConvNd):

@@ -195,6 +195,9 @@ class Target:
     tree: ModuleTree | None = field(default=None, compare=False)
 
 
+ATTENTION = "in_proj_weight"
+"""What torch's MultiheadAttention has for a weight: query, key and value in one [3 · embed_dim, embed_dim]."""
+OUT_PROJ = ".out_proj"
 INPUT_EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "shared", "tok_embeddings")
 
 Find = Callable[[str], "Target | None"]
@@ -213,6 +216,9 @@ def modules_of(base: BaseModel) -> Find:
             tied = target.module in base.tied
             twin = partial(twin_of, base, target.module) if tied else None
             return replace(target, module=target.module.removesuffix(".weight"), twin=twin)
+        target = find_whole(f"{module}.{ATTENTION}")
+        if target is not None:
+            return target
         known = base.tree is not None and base.tree.find_module(module.replace(WRAPPER, ""))
         return Target(module, (), tree=base.tree) if known else None
 
@@ -331,7 +337,10 @@ def _changes(n: int, adapter: Adapter, name: str, find: Find, model_type: str) -
 
 
 def _scaled(adapter: Adapter, name: str) -> Factors:
-    """One module's factors with their scaling; PEFT matches a wrapped parameter's own name with the patterns."""
+    """One module's factors with their scaling; PEFT matches a wrapped parameter's own name with the patterns, and adds the
+    product of a MultiheadAttention's out_proj twice, in its forward pass and in its merge (`peft.tuners.lora.layer`)."""
+    if name.endswith(OUT_PROJ) and name.removesuffix(OUT_PROJ) in adapter.modules:
+        return replace(adapter.modules[name], scaling=2 * adapter.modules[name].scaling)
     factors, targets = adapter.modules[name], adapter.config.get("target_parameters") or []
     wrapped = any(f".{name}.weight".endswith(f".{target}") for target in targets)
     if not targets:

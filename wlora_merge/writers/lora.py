@@ -22,7 +22,7 @@ from ..fold import lora_product, low_rank_svd, pad_rank, truncate
 from ..layouts import Layout, factors_to_file
 from ..mixture import Mixture, prefixes
 from ..names import PEFT_PREFIX
-from ..stacking import ModuleDelta, TensorDelta
+from ..stacking import ATTENTION, ModuleDelta, TensorDelta
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +120,10 @@ def _products(deltas: Sequence[ModuleDelta | TensorDelta]) -> list[ModuleDelta]:
         if isinstance(delta, TensorDelta):
             raise UnsupportedError(
                 f"tensor {delta.tensor!r}: the adapters change it as a whole, which no LoRA can express: export with --format dense."
+            )
+        if delta.module.endswith(ATTENTION):
+            raise UnsupportedError(
+                f"module {delta.name!r} is a MultiheadAttention, whose LoRA is not written: export with --format dense."
             )
         if delta.has_row_scale:
             raise UnsupportedError(
