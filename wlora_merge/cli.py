@@ -199,6 +199,7 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
     wlora-merge export mixture --format lora --rank 64 --out adapter
     """
     from .export import export as run
+    from .manifest import digest
     from .ranks import is_leader
 
     size = _bytes(max_shard_size)
@@ -207,7 +208,8 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
     if not is_leader():
         return
     if as_json:
-        click.echo(json.dumps({"folder": str(out), "format": format_, "bytes": result.bytes, "report": result.report}))
+        table = {"folder": str(out), "format": format_, "bytes": result.bytes, "digest": digest(result.folder)}
+        click.echo(json.dumps(table | {"report": result.report}))
         return
     report = result.report
     detail = ""
@@ -217,7 +219,7 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
         detail = f" {report['rewritten']} weights of {options['onnx_base']} rewritten."
     elif format_ == "onnx":
         detail = f" Largest difference from PyTorch {report['largest_difference']:.2e}."
-    click.echo(f"Wrote {out} ({format_}, {human(result.bytes)}).{detail}")
+    click.echo(f"Wrote {out} ({format_}, {human(result.bytes)}).{detail}\n{digest(result.folder)}")
 
 
 # -------------------------------------------------------------------------------------------------------- verify
@@ -226,21 +228,34 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
 @main.command()
 @click.argument("folder", metavar="EXPORT_DIR", type=click.Path())
 @click.option("--quick", is_flag=True, help="Digests and headers alone. Default: load the model and compare outputs.")
+@click.option("--digest", "pinned", metavar="sha256:...", help="Fail unless this is the digest that an export printed.")
 @MOVED
 @AS_JSON
-def verify(folder: str, quick: bool, base: str | None, adapters: tuple[str, ...], as_json: bool) -> None:
+def verify(
+    folder: str, quick: bool, pinned: str | None, base: str | None, adapters: tuple[str, ...], as_json: bool
+) -> None:
     """Check an export: every digest, its structure, and its outputs against the unmerged mixture.
 
     \b
     wlora-merge verify served
     """
+    from pathlib import Path
+
+    from .errors import VerifyError
+    from .manifest import digest
     from .verify import verify as run
 
     checked = run(folder, quick=quick, base=base, adapters=adapters)
+    found = digest(Path(folder))
+    if pinned is not None and pinned != found:
+        raise VerifyError(
+            f"{folder}: its digest is {found}, expected {pinned}: this is another export, or inputs have changed."
+        )
     if as_json:
-        click.echo(json.dumps({"folder": folder, **vars(checked)}))
+        click.echo(json.dumps({"folder": folder, "digest": found, **vars(checked)}))
         return
     click.echo(f"{folder}: {checked.files} files as they were written.")
+    click.echo(f"  {found}")
     for item in checked.done[2:]:
         click.echo(f"  {item}")
     if checked.largest_difference is not None:
@@ -268,17 +283,19 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
     """
     from pathlib import Path
 
+    from .manifest import digest
     from .recipe import read_recipe
     from .run import check_paths
     from .run import run as work
 
     job, where = read_recipe(recipe, overrides), Path(recipe).resolve().parent
     if check:
-        rows = check_paths(job, where)
+        rows, costs = check_paths(job, where)
         if as_json:
-            click.echo(json.dumps({"recipe": recipe, "inputs": rows}))
+            click.echo(json.dumps({"recipe": recipe, "inputs": rows, "predicted": costs}))
         else:
             show_table(f"{recipe} is sound", rows)
+            show_table("Predicted, roughly", [_readable(row) for row in costs])
         return
     with fit_progress() as progress:
         result = work(
@@ -290,7 +307,8 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
             fit_progress=progress,
         )
     if as_json:
-        exports = {n: {"bytes": e.bytes, "report": e.report} for n, e in result.exports.items()}
+        pins = {n: digest(result.folder / n) for n in result.exports}
+        exports = {n: {"bytes": e.bytes, "digest": pins[n], "report": e.report} for n, e in result.exports.items()}
         verified = {n: vars(c) for n, c in result.checked.items()}
         click.echo(json.dumps({"folder": str(result.folder), "exports": exports, "verified": verified}))
         return
@@ -350,6 +368,15 @@ def _show_mixture(mixture: Any, out: str, as_json: bool) -> None:
         click.echo(mixture.metrics["note"])
     show_table("Mixture weights over the groups", weight_rows(mixture))
     click.echo(f"Wrote {out}.")
+
+
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    known = row["seconds"] is not None
+    return row | {
+        "disk": human(row["disk"]),
+        "memory": human(row["memory"]),
+        "seconds": f"{row['seconds']:.0f}" if known else "on a GPU",
+    }
 
 
 def _pair(text: str) -> tuple[str, str]:

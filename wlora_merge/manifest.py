@@ -104,6 +104,11 @@ def write_manifest(manifest: dict[str, Any], folder: Path, known: Mapping[str, s
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
+def digest(folder: Path) -> str:
+    """`sha256:...` of an export's manifest, which has the sha256 of every other file: one line pins the export."""
+    return f"sha256:{sha256_file(folder / FILE)}"
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an export.
 

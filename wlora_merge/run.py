@@ -119,8 +119,8 @@ def _path(source: str, where: str | Path) -> str:
     return str(local) if local.exists() or source.startswith(".") else source
 
 
-def check_paths(recipe: Recipe, where: str | Path) -> list[dict[str, Any]]:
-    """What `run` would read, resolved and opened, as rows for a table; nothing is trained or written.
+def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What `run` would read, resolved and opened, and what it will cost, as rows for tables; nothing is trained or written.
 
     Raises:
         WloraMergeError: an input that is missing or does not fit.
@@ -129,7 +129,8 @@ def check_paths(recipe: Recipe, where: str | Path) -> list[dict[str, Any]]:
 
     base = _path(recipe.base, where)
     adapters = [(name, _path(source, where)) for name, source in recipe.adapters.items()]
-    mix(base, adapters, modules_to_save="drop")
+    inputs = find_inputs(mix(base, adapters, modules_to_save="drop"))
+    examples = None
     rows = [{"what": "base", "path": base}, *({"what": f"adapter {n}", "path": p} for n, p in adapters)]
     if recipe.fit is not None:
         from .data import read_examples
@@ -137,4 +138,7 @@ def check_paths(recipe: Recipe, where: str | Path) -> list[dict[str, Any]]:
         data = _path(recipe.fit.data, where)
         examples = read_examples(data, task=recipe.fit.task, columns=recipe.fit.columns)
         rows.append({"what": f"data ({len(examples)} examples)", "path": data})
-    return [*rows, *({"what": f"export {e.folder}", "path": e.format} for e in recipe.exports)]
+    from .predict import predict
+
+    rows += [{"what": f"export {e.folder}", "path": e.format} for e in recipe.exports]
+    return rows, predict(inputs, recipe.exports, recipe.fit, examples)

@@ -1,0 +1,166 @@
+"""The schemas that ship: a recipe's agrees with the recipe room, and every --json output with its own."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from jsonschema import Draft202012Validator, ValidationError
+
+from wlora_merge.cli import main
+from wlora_merge.errors import RecipeError
+from wlora_merge.recipe import read_recipe
+from wlora_merge.recipe_schema import recipe_schema
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def shipped(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(files("wlora_merge").joinpath("schemas", name).read_text())
+    Draft202012Validator.check_schema(found)
+    return found
+
+
+def valid(command: str, table: dict[str, Any]) -> None:
+    whole = shipped("results.schema.json")
+    Draft202012Validator({"$defs": whole["$defs"], "$ref": f"#/$defs/{command}"}).validate(table)
+
+
+def invoked(*words: object) -> dict[str, Any]:
+    done = CliRunner().invoke(main, [*(str(w) for w in words), "--json"])
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_the_shipped_recipe_schema_is_the_dataclasses_own() -> None:
+    assert shipped("recipe.schema.json") == recipe_schema()
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_recipe_that_ships_is_sound_by_the_room_and_by_the_schema(file: Path) -> None:
+    assert read_recipe(file).exports
+    Draft202012Validator(shipped("recipe.schema.json")).validate(yaml.safe_load(file.read_text()))
+
+
+def test_the_commands_of_the_distributed_recipe_parse() -> None:
+    lines = [
+        line for line in (RECIPES / "distributed.sh").read_text().splitlines() if "wlora" in line and line[0] != "#"
+    ]
+    assert len(lines) == 3
+    for line in lines:
+        words = shlex.split(line)
+        command, *rest = words[words.index("wlora_merge") + 1 :] if words[0] == "torchrun" else words[1:]
+        main.commands[command].make_context(command, rest)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bse": "x"},
+        {"fit": {"data": "x", "task": "causal-ml"}},
+        {"fit": {"data": "x", "task": "causal-lm", "max_steps": "many"}},
+        {"fit": {"task": "causal-lm"}},
+        {"mix": {}},
+        {"adapters": 7},
+        {"exports": [{"format": "gguf"}]},
+        {"exports": [{"rank": 3}]},
+        {"verify": "no"},
+    ],
+)
+def test_what_the_room_refuses_the_schema_refuses(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    sound = {
+        "base": "b",
+        "adapters": ["a", "c"],
+        "fit": {"data": "x", "task": "causal-lm"},
+        "exports": [{"format": "dense"}],
+    }
+    schema = Draft202012Validator(shipped("recipe.schema.json"))
+    schema.validate(sound)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(sound))
+    read_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(sound | wrong))
+    with pytest.raises(RecipeError):
+        read_recipe(tmp_path / "r.yaml")
+    with pytest.raises(ValidationError):
+        schema.validate(sound | wrong)
+
+
+def test_every_json_output_is_as_its_schema_says(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:
+    base, folders = llama_zoo()
+    adapters = [word for folder in folders for word in ("--adapter", folder)]
+    mixture = invoked("mix", "--base", base, *adapters, "--task", "causal-lm", "--out", tmp_path / "m")
+    valid("mix", mixture)
+    done = invoked("export", tmp_path / "m", "--format", "lora", "--rank", "3", "--out", tmp_path / "l")
+    valid("export", done)
+    checked = invoked("verify", tmp_path / "l", "--quick", "--digest", done["digest"])
+    valid("verify", checked)
+    assert checked["digest"] == done["digest"]
+    for paths in ([base, *folders], [tmp_path / "m"], [tmp_path / "l"]):
+        valid("inspect", invoked("inspect", *paths))
+    job = {
+        "base": str(base),
+        "adapters": list(map(str, folders)),
+        "mix": {"task": "causal-lm"},
+        "exports": [{"format": "dense"}],
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(job))
+    valid("check", invoked("run", tmp_path / "r.yaml", "--check"))
+    valid("run", invoked("run", tmp_path / "r.yaml", "--out", tmp_path / "tree"))
+
+
+def test_a_digest_that_is_not_the_pinned_one_fails(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:
+    base, folders = llama_zoo()
+    adapters = [word for folder in folders for word in ("--adapter", folder)]
+    invoked("mix", "--base", base, *adapters, "--out", tmp_path / "m")
+    done = CliRunner().invoke(main, ["export", str(tmp_path / "m"), "--format", "dense", "--out", str(tmp_path / "d")])
+    line = done.stdout.splitlines()[-1]
+    assert line.startswith("sha256:")
+    assert CliRunner().invoke(main, ["verify", str(tmp_path / "d"), "--quick", "--digest", line]).exit_code == 0
+    done = CliRunner().invoke(main, ["verify", str(tmp_path / "d"), "--quick", "--digest", "sha256:" + "0" * 64])
+    assert done.exit_code == 1
+    assert "expected sha256:000" in done.stderr
+
+
+def test_a_check_predicts_what_an_export_takes_on_disk(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:
+    base, folders = llama_zoo()
+    exports = [{"format": "dense"}, {"format": "lora"}, {"format": "lora", "name": "l3", "rank": 3}]
+    job = {"base": str(base), "adapters": list(map(str, folders)), "mix": {}, "exports": exports, "report": False}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(job | {"verify": False}))
+    predicted = invoked("run", tmp_path / "r.yaml", "--check")["predicted"]
+    done = invoked("run", tmp_path / "r.yaml", "--out", tmp_path / "tree")
+    for row in predicted:
+        folder = tmp_path / "tree" / row["step"].removeprefix("export ")
+        weights = sum(p.stat().st_size for p in folder.iterdir() if p.name not in ("README.md", "wlora_merge.json"))
+        assert row["disk"] == pytest.approx(weights, abs=4096), row  # headers and configs
+        assert row["memory"] > 0
+        assert row["seconds"] > 0
+    assert set(done["exports"]) == {"dense", "lora", "l3"}
+
+
+def test_a_check_predicts_a_fit(llama_zoo: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    base, folders = llama_zoo()
+    (tmp_path / "shots.jsonl").write_text("".join(json.dumps({"text": f"word {i} " * 8}) + "\n" for i in range(8)))
+    fit = {"data": "./shots.jsonl", "task": "causal-lm"}
+    job = {"base": str(base), "adapters": list(map(str, folders)), "fit": fit, "exports": [{"format": "dense"}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(job))
+
+    def row(**options: Any) -> dict[str, Any]:
+        words = [word for key, value in options.items() for word in ("--set", f"fit.{key}={value}")]
+        found: dict[str, Any] = invoked("run", tmp_path / "r.yaml", "--check", *words)["predicted"][0]
+        return found
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "13 trainings of at most 40 steps" in row()["step"]
+    assert "1 trainings of at most 7 steps" in row(folds=0, max_steps=7)["step"]
+    assert row(quantize="4bit")["memory"] < row()["memory"]
+    assert row(device="cuda")["seconds"] is None

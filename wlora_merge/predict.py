@@ -1,0 +1,122 @@
+"""What a recipe will cost, from headers and the size of the data: disk exactly or nearly so, memory and time roughly.
+
+Time is counted from floating-point operations and bytes, at the speed that a short matmul has on this machine's CPU; within a
+factor of three or so. Nothing is trained or written.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from .checkpoint import DTYPES
+from .data import Examples
+from .export import lora_bytes
+from .inputs import Inputs
+from .layouts import matrix_shape
+from .recipe import ExportRecipe, FitRecipe
+from .stacking import ModuleDelta
+from .writers.dense import folder_bytes, plan
+
+IMPORTS = 160 << 20  # bytes of a process that has imported torch
+TRAINER_IMPORTS = 600 << 20  # and transformers
+START = 2.0  # seconds until torch is imported
+DISK_SPEED = 500e6  # bytes a second, written and flushed
+EFFICIENCY = 0.4  # of a matmul's speed that a model's forward pass has
+CHARACTERS_PER_TOKEN = 4
+IMAGE_TOKENS = 200
+BYTES_PER_PARAMETER = {None: 4.0, "8bit": 1.1, "4bit": 0.65}
+
+
+def predict(
+    inputs: Inputs, exports: Sequence[ExportRecipe], fit: FitRecipe | None, examples: Examples | None
+) -> list[dict[str, Any]]:
+    """Rows of step, disk and memory in bytes, and seconds (None where a GPU would do it)."""
+    speed = _matmul_speed()
+    rows = []
+    if fit is not None and examples is not None:
+        rows.append(_fit_row(inputs, fit, examples, speed))
+    return rows + [_export_row(inputs, entry, speed) for entry in exports]
+
+
+def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -> dict[str, Any]:
+    import torch
+
+    from .fit_options import FitOptions
+
+    entries = inputs.base.entries.values()
+    embedding = max((math.prod(e.shape) for e in entries if len(e.shape) == 2), default=0)
+    parameters = sum(math.prod(e.shape) for e in entries)
+    tokens = _tokens(fit, examples)
+    folds, settings = (FitOptions.folds if fit.folds is None else fit.folds), fit.settings or FitOptions.settings
+    batch = (fit.batch_size or FitOptions.batch_size) * (fit.gradient_accumulation_steps or 1)
+    steps = fit.max_steps or (math.ceil((fit.epochs or 0) * len(examples) / batch) or 40)
+    trainings = 1 + (folds * settings if fit.method in (None, "learned", "auto") else 0)
+    judged = len(examples) * (len(inputs.adapters) + 2 + settings) * bool(folds)
+    work = 2 * max(1, parameters - embedding) * tokens * (2 * trainings * steps * batch + judged)
+    config = inputs.base.config
+    width, depth = int(config.get("hidden_size") or 1024), int(config.get("num_hidden_layers") or 24)
+    activations = 4 * batch * tokens * width * (20 if not fit.gradient_checkpointing else 2) * depth
+    seconds = 3 * START + work / (speed * EFFICIENCY)
+    on_gpu = fit.device in ("cuda", "mps") or (fit.device in (None, "auto") and torch.cuda.is_available())
+    return {
+        "step": f"fit ({trainings} trainings of at most {steps} steps)",
+        "disk": 40 * len(inputs.mixture.groups) * len(inputs.adapters),
+        "memory": int(TRAINER_IMPORTS + parameters * BYTES_PER_PARAMETER[fit.quantize] + activations),
+        "seconds": None
+        if on_gpu
+        else round(seconds if fit.max_minutes is None else min(seconds, 60 * fit.max_minutes), 1),
+    }
+
+
+def _tokens(fit: FitRecipe, examples: Examples) -> int:
+    """Tokens of an example on average."""
+    if fit.task == "image-classification":
+        return IMAGE_TOKENS
+    columns = [examples.column(name) for name in examples.columns]
+    characters = sum(len(value) for column in columns for value in column if isinstance(value, str))
+    tokens = max(1, characters // (CHARACTERS_PER_TOKEN * max(1, len(examples))))
+    return min(tokens, fit.max_length) if fit.max_length else tokens
+
+
+def _export_row(inputs: Inputs, entry: ExportRecipe, speed: float) -> dict[str, Any]:
+    stacks = [d for d in inputs.deltas if isinstance(d, ModuleDelta) and d.R]
+    folds = sum(2 * d.R * math.prod(matrix_shape(d.shape)) for d in stacks) / (speed / 2)  # in float64
+    carried = sum((inputs.base.folder / name).stat().st_size for name in inputs.base.carried_files())
+    if entry.format == "lora":
+        size = lora_bytes(inputs, entry.rank)
+        size = size // 2 if entry.dtype in ("float16", "bfloat16") else size
+        work = (
+            sum(20 * d.R**2 * sum(matrix_shape(d.shape)) for d in stacks) / (speed / 10)
+            if entry.rank or entry.energy
+            else 0
+        )
+        memory = IMPORTS + 3 * size
+    else:
+        dtype = entry.dtype or ("float32" if entry.format == "onnx" else "")
+        files = plan(inputs.base, inputs.deltas, inputs.mixture.head, dtype=DTYPES.get(dtype))
+        size, work = folder_bytes(files), folds
+        memory = IMPORTS + max(100 << 20, max((16 * d.R * sum(matrix_shape(d.shape)) for d in stacks), default=0))
+        if entry.format == "onnx":
+            memory, work = TRAINER_IMPORTS + 3 * size, folds + 10 + size / 100e6  # tracing and checking
+    return {
+        "step": f"export {entry.folder}",
+        "disk": size + carried,
+        "memory": int(memory),
+        "seconds": round(START + work + size / DISK_SPEED, 1),
+    }
+
+
+def _matmul_speed() -> float:
+    """Floating-point operations a second of this machine's CPU in float32."""
+    import torch
+
+    a = torch.ones(512, 512)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512**3 / best

@@ -1,0 +1,83 @@
+"""The JSON schema of a recipe, for editors, made from the recipe's dataclasses.
+
+python -m wlora_merge.recipe_schema > wlora_merge/schemas/recipe.schema.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from . import fit_options
+from .names import GRANULARITIES, TASKS
+from .recipe import ExportRecipe, FitRecipe, MixRecipe, Recipe
+from .serving import SERVERS
+
+KINDS: dict[str, dict[str, Any]] = {
+    "str": {"type": "string"},
+    "int": {"type": "integer"},
+    "float": {"type": "number"},
+    "bool": {"type": "boolean"},
+    "dict[str, str]": {"type": "object", "additionalProperties": {"type": "string"}},
+    "list[float]": {"type": "array", "items": {"type": "number"}},
+    "None": {"type": "null"},
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "task": TASKS,
+    "format": ("dense", "lora", "onnx"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "granularity": GRANULARITIES,
+    "normalize": fit_options.NORMALIZE,
+    "method": fit_options.METHODS,
+    "select": fit_options.SELECT,
+    "precision": fit_options.PRECISIONS,
+    "device": fit_options.DEVICES,
+    "quantize": fit_options.QUANTIZE,
+    "server": SERVERS,
+}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The schema, JSON Schema 2020-12."""
+    top = _table(Recipe)
+    texts = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+    table = {"type": "object", "additionalProperties": {"type": "string"}, "minProperties": 1}
+    top["properties"] |= {
+        "adapters": {"oneOf": [table, texts]},
+        "fit": _table(FitRecipe),
+        "mix": {"anyOf": [_table(MixRecipe), {"type": "null"}]},
+        "exports": {"type": "array", "items": _table(ExportRecipe)},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "wlora-merge recipe",
+        **top,
+        "oneOf": [{"required": ["fit"]}, {"required": ["mix"]}],
+    }
+
+
+def _table(cls: type[Any]) -> dict[str, Any]:
+    fields = dataclasses.fields(cls)
+    needed = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    known = {f.name: _value(f) for f in fields if str(f.type).partition(" | ")[0] in KINDS}
+    doc = (cls.__doc__ or "").strip().split("\n")[0]
+    return {
+        "type": "object",
+        "description": doc,
+        "properties": known,
+        "required": needed,
+        "additionalProperties": False,
+    }
+
+
+def _value(f: dataclasses.Field[Any]) -> dict[str, Any]:
+    kinds = [KINDS[kind] for kind in str(f.type).split(" | ")]
+    if f.name in CHOICES:
+        choices: list[str | None] = [*CHOICES[f.name]]
+        return {"enum": choices + ([None] if KINDS["None"] in kinds else [])}
+    return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+
+
+if __name__ == "__main__":
+    print(json.dumps(recipe_schema(), indent=2))
