@@ -87,7 +87,7 @@ def _quantization(base: BaseModel, task: Task, options: FitOptions) -> dict[str,
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise UnsupportedError("--quantize needs bitsandbytes: pip install 'wlora-merge[quantize]'.") from error
-    config = transformers.AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model = task.auto_class().from_config(config)
     kept = [name for name, _ in model.named_children() if name != model.base_model_prefix]
@@ -123,6 +123,8 @@ def _load(
             base.folder,
             dtype=torch.float32,
             local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **(_quantization(base, task, options) if options.quantize else {}),

@@ -154,7 +154,9 @@ def sentence_tokens(folder: Path) -> list[int] | None:
 
     with quiet():
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
             return [
                 token for row in tokenizer(list(SENTENCES), add_special_tokens=False).input_ids for token in row
             ] or None
