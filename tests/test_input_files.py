@@ -12,7 +12,7 @@ import pytest
 
 from wlora_merge.adapters import load_adapter
 from wlora_merge.base_model import open_base
-from wlora_merge.card import _licenses
+from wlora_merge.card import _LICENSE, _front, _named
 from wlora_merge.errors import AdapterError, RecipeError, WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.input_files import MAX_TABLE_BYTES, find_file, parse_yaml, read_bytes, read_table
@@ -115,7 +115,7 @@ def test_a_recipe_of_ten_lines_that_means_ten_billion_values_is_refused_at_once(
         read_recipe(recipe)
     assert len(str(caught.value)) < 500
     (tmp_path / "README.md").write_text(f"---\n{ALIASES}license: *j\n---\n")
-    assert _licenses([tmp_path]) == []
+    assert _named(_front(tmp_path), "license", _LICENSE) == []
 
 
 @pytest.mark.parametrize("text", ["weights: [[1]]", "weights: [true]", f"delta_scale: {10**400}", "weights: &a [*a]"])
