@@ -16,23 +16,25 @@ import click
 
 from . import names
 from .errors import WloraMergeError
+from .help import Group
 from .options import AS_JSON, FIT_OPTIONS, FORCE, INPUTS, MODULES_TO_SAVE, MOVED, OUT, REPORT_HELP, RESIDUAL
 from .staging import terminate_as_exit
-from .terminal import byte_progress, fit_progress, human, show_table, shown_log, shown_warnings
+from .terminal import byte_progress, fit_progress, human, human_time, say, show_table, shown_log, shown_warnings
 
 TASKS = click.Choice(names.TASKS)
 DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class Group(click.Group):
+class Main(Group):
     """Turns the library's errors into one sentence and exit 1; `--debug` keeps the traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command under the rules of this module's docstring."""
         # OpenMP threads that spin while they wait make a step 25 times slower where another process shares the cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        with terminate_as_exit(), shown_warnings(), shown_log():
+        quiet = bool(ctx.params.get("quiet"))
+        with terminate_as_exit(), shown_warnings(), shown_log(quiet):
             try:
                 return super().invoke(ctx)
             except WloraMergeError as error:
@@ -54,17 +56,21 @@ def _versions(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--quiet", is_flag=True, help="No progress and no log on stderr: results, warnings and errors alone.")
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions, help="Show versions and exit."
 )
-def main(debug: bool) -> None:
+def main(debug: bool, quiet: bool) -> None:
     """Learn a mixture of LoRA adapters on a few examples, and fold it into one model to serve.
 
     \b
     wlora-merge fit --base BASE --adapter A --adapter B --data shots.jsonl --task causal-lm --out mixture
     wlora-merge export mixture --format dense --out served
+    wlora-merge verify served
+
+    Completion for bash (or zsh, fish): eval "$(_WLORA_MERGE_COMPLETE=bash_source wlora-merge)"
     """
     gc.set_threshold(50_000, 20, 100)  # imports make a million objects that stay: walking them often costs 0.3 s
 
@@ -297,14 +303,15 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
             show_table(f"{recipe} is sound", rows)
             show_table("Predicted, roughly", [_readable(row) for row in costs])
         return
-    with fit_progress() as progress:
+    with fit_progress() as progress, byte_progress() as written:
         result = work(
             job,
             out or str(Path(recipe).with_suffix("")),
             where=where,
             force=force,
-            say=lambda step: click.echo(step, err=True),
+            say=say,
             fit_progress=progress,
+            export_progress=written,
         )
     if as_json:
         pins = {n: digest(result.folder / n) for n in result.exports}
@@ -372,10 +379,11 @@ def _show_mixture(mixture: Any, out: str, as_json: bool) -> None:
 
 def _readable(row: dict[str, Any]) -> dict[str, Any]:
     known = row["seconds"] is not None
-    return row | {
+    return {
+        "step": row["step"],
         "disk": human(row["disk"]),
         "memory": human(row["memory"]),
-        "seconds": f"{row['seconds']:.0f}" if known else "on a GPU",
+        "time": human_time(row["seconds"]) if known else "on a GPU",
     }
 
 

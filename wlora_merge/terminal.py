@@ -30,12 +30,12 @@ def shown_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def shown_log() -> Iterator[None]:
-    """What the package tells its logger, as lines on stderr."""
+def shown_log(quiet: bool) -> Iterator[None]:
+    """What the package tells its logger, as lines on stderr; warnings alone if `quiet`."""
     log, handler = logging.getLogger("wlora_merge"), _Echo()
     level = log.level
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         yield
     finally:
@@ -63,7 +63,7 @@ def fit_progress() -> Iterator[Callable[[str, int, int, float, dict[str, float]]
                 known[name] = bars.add_task(name, total=steps, loss=loss, weights=text)
             bars.update(known[name], completed=step, total=steps, loss=loss, weights=text)
             if _plain() and step == steps:
-                click.echo(f"{name}: {steps} steps, loss {loss:.4f}, {text}", err=True)
+                say(f"{name}: {steps} steps, loss {loss:.4f}, {text}")
 
         yield update
 
@@ -109,7 +109,19 @@ def _stderr() -> Any:
 
 
 def _plain() -> bool:
-    return not sys.stderr.isatty()
+    """No bars: stderr is no terminal, or --quiet."""
+    return _quiet() or not sys.stderr.isatty()
+
+
+def _quiet() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.find_root().params.get("quiet"))
+
+
+def say(line: str) -> None:
+    """A line of progress, on stderr."""
+    if not _quiet():
+        click.echo(line, err=True)
 
 
 def human(count: float) -> str:
@@ -118,3 +130,10 @@ def human(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return ""
+
+
+def human_time(seconds: float) -> str:
+    """`4 s`, `3 min`, `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
