@@ -200,3 +200,37 @@ def test_a_row_of_zeros_that_a_dora_would_divide_by_is_refused(tmp_path: Path) -
     save_file(found, folder / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"layers\.0\.self_attn\.q_proj.*norm of a row that is zero"):
         export(mix(tmp_path / "base", [folder]), "dense", tmp_path / "out")
+
+
+def test_nothing_but_the_product_and_the_base_output_is_kept_for_the_backward_pass_of_a_dora(tmp_path: Path) -> None:
+    _, _, folders = zoo("Linear with a bias", tmp_path)
+    model = attach(biased(tiny_bert()), folders)
+    layer = model.encoder.layer[0].intermediate.dense
+    kept: list[tuple[int, ...]] = []
+    x, output = torch.randn(11, 32, requires_grad=True), torch.randn(11, 48)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        layer.wlora(x, output, layer)
+    activations = sorted(shape for shape in kept if shape and shape[0] == 11)
+    assert activations == [(11, layer.wlora.lora_A.shape[0]), (11, 48)]
+
+
+def test_a_refold_of_doras_computes_what_the_dense_export_does(tmp_path: Path) -> None:
+    import numpy as np
+    import onnxruntime as ort
+
+    base, folder, folders = zoo("Linear", tmp_path)
+    mixture = mix(folder, folders, weights=WEIGHTS, task="causal-lm")
+    plain = mix(folder, [folders[1]], weights=[0.0], task="causal-lm")
+    export(plain, "onnx", tmp_path / "graph")  # with weight 0, the base itself
+    export(mixture, "dense", tmp_path / "dense")
+    export(mixture, "onnx", tmp_path / "out", onnx_base=tmp_path / "graph" / "onnx" / "model.onnx")
+    session = ort.InferenceSession(tmp_path / "out" / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    feed = {"input_ids": IDS.numpy(), "attention_mask": np.ones((2, 6), np.int64)}
+    feed["position_ids"] = np.tile(np.arange(6), (2, 1))
+    for value in session.get_inputs():
+        if value.name.startswith("past"):
+            feed[value.name] = np.zeros((2, value.shape[1], 0, value.shape[3]), np.float32)
+    got = session.run(["logits"], {value.name: feed[value.name] for value in session.get_inputs()})[0]
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert np.allclose(got, dense(IDS).logits.detach().numpy(), atol=2e-5)
+    assert not np.allclose(got, base(IDS).logits.detach().numpy(), atol=1e-3)
