@@ -23,6 +23,7 @@ from wlora_merge.errors import UnsupportedError
 from wlora_merge.export import export
 from wlora_merge.layers import attach
 from wlora_merge.mix import mix
+from wlora_merge.verify import verify
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
 SHORT = {"max_position_embeddings": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -280,3 +281,18 @@ def test_adapters_that_spell_the_model_prefix_differently_give_one_lora(tmp_path
     expected = case.load(tmp_path / "dense", torch.float64).state_dict()
     for k, tensor in merged(case, base, tmp_path / "lora").items():
         torch.testing.assert_close(tensor, expected[k], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "task"), [("whisper", None), ("bert", None), ("vit", "image-classification"), ("llava", "causal-lm")]
+)
+def test_exports_are_verified_as_the_class_that_they_are(name: str, task: str | None, tmp_path: Path) -> None:
+    case, base = CASES[name], tmp_path / "base"
+    model = case.make()
+    model.save_pretrained(base)
+    adapters = make_adapters(case, model.float(), tmp_path)
+    for kind in ("dense", "lora"):
+        export(mix(base, adapters, task=task), kind, tmp_path / kind)
+        done = verify(tmp_path / kind, base=base, adapters=[f"{a.name}={a}" for a in adapters]).done
+        assert ("outputs equal the unmerged mixture's" in done) is (name != "llava"), done  # no probe for its kind

@@ -90,6 +90,8 @@ def make_probe(config: Mapping[str, Any], task: str | None) -> dict[str, Any]:
         size = config["image_size"]
         height, width = size if isinstance(size, list) else (size, size)
         return {"pixel_values": {"shape": [2, config["num_channels"], height, width], "seed": 0}}
+    if config.get("num_mel_bins") and config.get("model_type") != "whisper":
+        return {}
     vocabulary = config.get("vocab_size")
     if not isinstance(vocabulary, int) or vocabulary < 2:
         return {}
@@ -97,6 +99,9 @@ def make_probe(config: Mapping[str, Any], task: str | None) -> dict[str, Any]:
     for _ in range(24):
         state = (1103515245 * state + 12345) % 2**31
         ids.append(state % vocabulary)
+    if config.get("model_type") == "whisper":
+        shape = [2, config["num_mel_bins"], 2 * config["max_source_positions"]]
+        return {"input_features": {"shape": shape, "seed": 0}, "decoder_input_ids": [ids[4:8], ids[16:20]]}
     probe: dict[str, Any] = {"input_ids": [ids[:12], ids[12:]]}
     if task == "seq2seq-lm":
         probe["decoder_input_ids"] = [ids[4:8], ids[16:20]]
@@ -161,20 +166,9 @@ def load_model(folder: Path, task: str | None, *, complete: bool = True, **optio
     """
     import torch
 
-    from .tasks import get_task
-
     with quiet_libraries(), _library_errors(f"{folder}: transformers cannot load it as {task}"), bounded(folder):
-        model, info = (
-            get_task(task or "feature-extraction")
-            .auto_class()
-            .from_pretrained(
-                folder,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=complete,
-                **SAFE,
-                **options,
-            )
+        model, info = _class_for(folder, task).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=complete, **SAFE, **options
         )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if complete else ():
         if info[kind]:
@@ -183,6 +177,19 @@ def load_model(folder: Path, task: str | None, *, complete: bool = True, **optio
             )
     result: nn.Module = model.eval()
     return result
+
+
+def _class_for(folder: Path, task: str | None) -> Any:
+    """The task's class; without a task, or where that class does not know the model (a vision-language one as causal-lm), the
+    one that its config names."""
+    import transformers
+
+    from .tasks import get_task
+
+    auto: Any = get_task(task or "feature-extraction").auto_class()
+    config = transformers.AutoConfig.from_pretrained(folder, **SAFE)
+    names = getattr(config, "architectures", None) or [""]
+    return auto if task and type(config) in auto._model_mapping else getattr(transformers, names[0], auto)
 
 
 def attach_mixture(
