@@ -412,3 +412,27 @@ def test_fuzzed_data_files(jail: Jail, seeds: Path, tmp_path: Path) -> None:
         outcome = count.jail.run("run", at / "recipe.yaml", "--check")
         count.case(number, outcome, left(at, before, outcome))
     count.close("data files")
+
+
+def test_fuzzed_onnx_files(jail: Jail, seeds: Path, tmp_path: Path) -> None:
+    """As the base of a refold, parsed by this package; what the sound one gives, ONNX's own checker takes."""
+    if CASES < 10:
+        pytest.skip("tracing the seed takes longer than a few cases are worth: make test-trust")
+    import onnx
+    from test_onnx_refold import onnx_of
+
+    file = onnx_of(seeds / "base", tmp_path / "traced")
+    count = Count(jail, tmp_path)
+    for number in range(FIRST, FIRST + CASES):
+        at, seed = tree(seeds, tmp_path / "case", "base", "a0", "a1", "mixture"), random.Random(number)
+        data = file.read_bytes()
+        (at / "base.onnx").write_bytes(data if number == FIRST else mutated_bytes(data, seed))
+        before = {p.name for p in at.iterdir()}
+        line = ["export", at / "mixture", "--format", "onnx", "--onnx-base", at / "base.onnx", "--out", at / "out"]
+        outcome = count.jail.run(*line)
+        why = left(at, before, outcome)
+        if outcome.code == 0 and number == FIRST:
+            onnx.checker.check_model(str(at / "out/onnx/model.onnx"))
+        count.case(number, outcome, why)
+    count.close("ONNX files")
+    assert count.kinds["done"]
