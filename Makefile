@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[onnx,report,quickstart,dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[onnx,quantize,report,quickstart,dev]'
 	touch $@
 
 quickstart: $(VENV)/.ready

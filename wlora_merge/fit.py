@@ -300,10 +300,10 @@ def _metrics(
     from . import candidates as c
 
     if not comparison.scores:
-        return {
-            "kept": kept,
-            "note": "Not estimated: nothing was held out. Give --eval-data, or two shots per class or more.",
-        }
+        why = "nothing was held out. Give --eval-data, or two shots per class or more."
+        if on_folds.skipped:
+            why = f"no time was left for {', '.join(on_folds.skipped)}."
+        return {"kept": kept, "note": f"Not estimated: {why}"}
     metric = job.learner.metric
     others = [c.BASE, c.UNIFORM, *job.learner.names]
     equal = c.as_good(kept, comparison, others)
@@ -315,7 +315,7 @@ def _metrics(
         how = "on the shots themselves, which flatters every candidate"
     said = [f"Loss, {metric.name} and its standard error {how}."]
     if kept == c.LEARNED and equal:
-        table = ", ".join(f"{name} ({-lead:+.3f} ± {error:.3f})" for name, (lead, error) in equal.items())
+        table = ", ".join(f"{name} ({0.0 - lead:+.3f} ± {error:.3f})" for name, (lead, error) in equal.items())
         said.append(f"Within one standard error of {kept}, or better: {table}; --select best keeps the best of them.")
     if comparison.skipped or on_folds.skipped:
         said.append(f"Not compared for want of time: {', '.join([*on_folds.skipped, *comparison.skipped])}.")

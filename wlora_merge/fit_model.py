@@ -34,6 +34,9 @@ def load_model(
 
     from .layers import attach
 
+    sharded = team.size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    if sharded:  # otherwise transformers loads nothing on ranks above 0
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     transformers.set_seed(options.seed)
     model, new, labels = _load(base, task, labels, processor, options)
     head = sorted({name.rpartition(".")[0] for name in new})
@@ -47,8 +50,8 @@ def load_model(
         head=head,
         modules_to_save=modules_to_save,
     )
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and team.size > 1:
-        _shard(model)
+    if sharded:
+        _shard(model, device_of(options), team.size)
     elif not options.quantize:
         model.to(device_of(options))
     return model, head, labels
@@ -66,16 +69,20 @@ def device_of(options: FitOptions) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
 
 
-def _shard(model: Any) -> None:
-    """FSDP: every process keeps a part of each layer; the few trained parameters stay whole."""
+def _shard(model: Any, device: str, size: int) -> None:
+    """FSDP: every process keeps a part of each block of the base; the few trained parameters stay whole on each."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     trained = {p for p in model.parameters() if p.requires_grad}
+    for parameter in trained:
+        parameter.data = parameter.data.to(device)
+    mesh = init_device_mesh(device.partition(":")[0], (size,))
     blocks = set(getattr(model, "_no_split_modules", None) or [])
     for module in model.modules():
         if type(module).__name__ in blocks:
-            fully_shard(module)
-    fully_shard(model, ignored_params=trained)
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, ignored_params=trained)
 
 
 def _quantization(base: BaseModel, task: Task, options: FitOptions) -> dict[str, Any]:

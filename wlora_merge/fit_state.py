@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +27,10 @@ class FitState:
         file: where it is kept; None keeps none.
         fingerprint: of all that decides the result; a state with another is not taken up.
         resume: take up what a killed run left; otherwise start anew.
-        every_s: seconds between two saves of the training under way.
     """
 
-    def __init__(self, file: Path | None, fingerprint: str, *, resume: bool, every_s: float = SAVE_EVERY_S) -> None:
-        self.file, self.every_s, self.last = file, every_s, time.monotonic()
+    def __init__(self, file: Path | None, fingerprint: str, *, resume: bool) -> None:
+        self.file, self.last = file, time.monotonic()
         self.table: dict[str, Any] = {"fingerprint": fingerprint, "done": {}, "current": None}
         if resume and file is not None and file.is_file():
             self.table = _read(file, fingerprint)
@@ -53,7 +51,7 @@ class FitState:
 
     def save_current(self, key: str, state: Callable[[], dict[str, Any]]) -> None:
         """Save the training under way, if the last save is long enough ago."""
-        if self.file is None or time.monotonic() - self.last < self.every_s:
+        if self.file is None or time.monotonic() - self.last < SAVE_EVERY_S:
             return
         self.table["current"] = {"key": key, "state": state()}
         self._write()
@@ -100,8 +98,10 @@ def _read(file: Path, fingerprint: str) -> dict[str, Any]:
     again = "delete it, or run without --resume."
     try:
         table = torch.load(file, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise MixtureError(f"{file}: is no state of a fit ({str(error).splitlines()[0]}): {again}") from error
+    except Exception as error:  # the reader of pickles raises all kinds; whatever it is, the file is at fault
+        raise MixtureError(
+            f"{file}: is no state of a fit ({type(error).__name__} while reading it): {again}"
+        ) from error
     if not isinstance(table, dict) or set(table) != {"fingerprint", "done", "current"}:
         raise MixtureError(f"{file}: is no state of a fit: {again}")
     if table["fingerprint"] != fingerprint:

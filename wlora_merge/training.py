@@ -368,11 +368,11 @@ class _Loop:
         loss_sum = torch.zeros(1, device=learner.device)
         for batch in batches:
             mine = batch[learner.team.rank :: learner.team.size]
-            if mine:
-                share = sum(learner.task.items(learner.rows[row]) for row in mine) / max(total, 1)
-                loss = learner.loss(mine, self.features) * share
-                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-                loss_sum += loss.detach()
+            share = sum(learner.task.items(learner.rows[row]) for row in mine) / max(total, 1)
+            # a rank without rows runs along for nothing: where layers are sharded, all must meet
+            loss = learner.loss(mine or batch[:1], self.features) * share
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            loss_sum += loss.detach()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.scaler.is_enabled():
             for gradient in gradients:

@@ -1,0 +1,93 @@
+"""A killed fit, taken up again: the same bytes as one that was never interrupted; and states that are not to be trusted."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_candidates import Zoo, fitted
+from test_candidates import zoo as zoo
+
+from wlora_merge.errors import MixtureError
+from wlora_merge.fit_state import FitState, state_file
+
+OPTIONS = {"max_steps": 6, "settings": 2, "method": "auto", "prune_below": 0.01}
+
+
+def killed(zoo: Zoo, out: Path, calls: int) -> None:
+    """Run the fit in a process that SIGKILLs itself after so many steps of all its trainings."""
+    base, folders, shots = zoo
+    code = (
+        "import os, signal, warnings; warnings.simplefilter('ignore')\n"
+        "import wlora_merge, wlora_merge.fit_state as state\n"
+        "state.SAVE_EVERY_S = 0.0\n"
+        "calls = 0\n"
+        "def progress(*_):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        f"    if calls == {calls}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"wlora_merge.fit({str(base)!r}, {[str(f) for f in folders]!r}, {str(shots)!r}, 'text-classification', {str(out)!r}, "
+        f"folds=2, resume=True, progress=progress, **{OPTIONS!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not out.exists()
+    assert state_file(out).is_file()
+
+
+def test_a_fit_killed_three_times_and_resumed_has_the_bytes_of_one_that_was_not(zoo: Zoo, tmp_path: Path) -> None:
+    fitted(zoo, tmp_path / "whole", **OPTIONS)
+    out = tmp_path / "killed"
+    total: list[int] = []
+    fitted(zoo, progress=lambda *_: total.append(1), **OPTIONS)
+    for calls in (
+        15,
+        40,
+        len(total) - 57,
+    ):  # within the folds of fixed candidates, of the search or the learned, at the end
+        killed(zoo, out, calls)
+    resumed: list[int] = []
+    fitted(zoo, out, resume=True, progress=lambda *_: resumed.append(1), **OPTIONS)
+    assert len(resumed) < 0.5 * len(total)
+    for name in ("mixture.json", "mixture.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert set(os.listdir(tmp_path)) == {"whole", "killed"}
+
+
+def test_the_state_holds_the_trained_tensors_and_nothing_of_the_model(zoo: Zoo, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    killed(zoo, out, 20)
+    table = torch.load(state_file(out), weights_only=True)
+    shapes = [tuple(t.shape) for t in table["current"]["state"]["tensors"]]
+    assert set(shapes) <= {(2, 32), (2,), (1, 3), (4, 3), (2, 3)}
+    with pytest.raises(MixtureError, match="other inputs, options or versions"):
+        fitted(zoo, out, resume=True, **(OPTIONS | {"seed": 5}))
+    fitted(zoo, out, **OPTIONS)  # without --resume it starts anew
+    assert not state_file(out).exists()
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return (open, (str(self.file), "w"))
+
+
+def test_a_state_that_holds_code_or_nonsense_is_refused_and_nothing_runs(tmp_path: Path) -> None:
+    file = tmp_path / "out.fit-state"
+    torch.save({"fingerprint": "f", "done": Evil(tmp_path / "ran"), "current": None}, file)
+    for content in (None, pickle.dumps(Evil(tmp_path / "ran")), b"", b"PK\x03\x04nonsense", bytes(range(256))):
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(MixtureError, match="no state of a fit"):
+            FitState(file, "f", resume=True)
+    assert not (tmp_path / "ran").exists()

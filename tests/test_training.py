@@ -1,0 +1,206 @@
+"""How a fit trains: heads on activations computed once, several processes, checkpointing, quantized bases, stopping."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from conftest import EVERY_LINEAR, make_adapter, tiny_llama
+from test_candidates import Zoo, fitted
+from test_candidates import zoo as zoo
+from test_fit import WORDS, save_tokenizer
+from test_ranks import free_port, launch
+
+import wlora_merge
+import wlora_merge.training as training
+from wlora_merge.errors import MixtureError, UnsupportedError
+from wlora_merge.export import export
+from wlora_merge.mixture import Mixture
+from wlora_merge.verify import verify
+
+ROWS = [{"prompt": f"w{i} w{i + 1}", "completion": " " + " ".join(["w7"] * (1 + i % 5))} for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """A tiny Llama, two adapters, and seven shots whose completions differ in length."""
+    root = tmp_path_factory.mktemp("llamas")
+    model = tiny_llama(vocab_size=len(WORDS), hidden_size=64, intermediate_size=128)
+    model.save_pretrained(root / "base")
+    save_tokenizer(root / "base")
+    folders = [
+        make_adapter(model, root / f"a{i}", i, scale=0.3, r=3, target_modules=EVERY_LINEAR[: 4 + i]) for i in range(2)
+    ]
+    (root / "shots.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    return root / "base", folders, root / "shots.jsonl"
+
+
+def fitted_lm(llamas: Zoo, out: Path | None = None, **options: Any) -> Mixture:
+    base, folders, shots = llamas
+    settings = {"folds": 0, "max_steps": 4, "batch_size": 3, "granularity": "module"}
+    return wlora_merge.fit(base, folders, shots, "causal-lm", out, **(settings | options))
+
+
+def test_a_head_trained_on_activations_computed_once_is_the_one_trained_through_the_model(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = fitted(zoo, method="uniform", max_steps=12)
+    monkeypatch.setattr(training.Learner, "features", lambda self, candidate: None)
+    slow = fitted(zoo, method="uniform", max_steps=12)
+    for name in fast.head:
+        assert torch.allclose(fast.head[name], slow.head[name], atol=1e-6)
+    for name, row in fast.metrics["candidates"].items():
+        assert row == pytest.approx(slow.metrics["candidates"][name], abs=1e-5)
+
+
+def test_adamw_on_the_levels_of_one_group_is_adamw_on_the_logits(llamas: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Global logits have one level, so the hierarchy must change nothing; a loop written by hand is the oracle."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, folders, _ = llamas
+    options = {"granularity": "global", "batch_size": 7, "max_steps": 5}
+    found = fitted_lm(llamas, **options)
+    model = wlora_merge.attach(AutoModelForCausalLM.from_pretrained(base).eval(), folders, granularity="global")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    optimizer = torch.optim.AdamW([model.wlora_weights], lr=0.05, weight_decay=0)
+    for _ in range(5):
+        losses, count = torch.zeros(()), 0
+        for row in ROWS:
+            prompt = tokenizer(row["prompt"], return_tensors="pt").input_ids
+            ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt").input_ids
+            labels = ids[0, prompt.shape[1] :]
+            logits = model(ids).logits[0, prompt.shape[1] - 1 : -1]
+            losses = losses + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            count += len(labels)
+        optimizer.zero_grad()
+        (losses / count).backward()
+        optimizer.step()
+    assert torch.allclose(found.wlora_weights, model.wlora_weights.detach(), atol=1e-4)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_give_the_result_of_one(llamas: Zoo, tmp_path: Path, sharded: bool) -> None:
+    base, folders, shots = llamas
+    one = fitted_lm(llamas)
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        f"import wlora_merge; wlora_merge.fit({str(base)!r}, {[str(f) for f in folders]!r}, {str(shots)!r}, 'causal-lm', "
+        f"{str(tmp_path / 'two')!r}, folds=0, max_steps=4, batch_size=3, granularity='module', device='cpu')\n"
+        "import os; from torch.distributed.fsdp import FSDPModule; print('done')"
+    )
+    environment = {"ACCELERATE_USE_FSDP": "true"} if sharded else {}
+    for rank in launch(code, free_port(), **environment):
+        _, errors = rank.communicate(timeout=240)
+        assert rank.returncode == 0, errors
+    two = Mixture.load(tmp_path / "two")
+    assert float(two.wlora_weights.abs().max()) > 0.05
+    assert torch.allclose(one.wlora_weights, two.wlora_weights, atol=1e-5)
+    assert not (tmp_path / "two.fit-state").exists()
+
+
+def test_gradient_checkpointing_and_accumulation_give_the_same_weights(llamas: Zoo) -> None:
+    plain = fitted_lm(llamas)
+    assert torch.allclose(fitted_lm(llamas, gradient_checkpointing=True).wlora_weights, plain.wlora_weights, atol=1e-6)
+    whole = fitted_lm(llamas, batch_size=7)
+    parts = fitted_lm(llamas, batch_size=4, gradient_accumulation_steps=2)
+    assert torch.allclose(whole.wlora_weights, parts.wlora_weights, atol=1e-4)
+
+
+def test_gradient_checkpointing_keeps_less_for_the_backward_pass(llamas: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[bool, int] = {}
+    loss = training.Learner.loss
+
+    def counted(self: Any, *args: Any) -> torch.Tensor:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            result = loss(self, *args)
+        kept[self.options.gradient_checkpointing] = sum(sizes)
+        return result
+
+    monkeypatch.setattr(training.Learner, "loss", counted)
+    for checkpointing in (False, True):
+        fitted_lm(llamas, gradient_checkpointing=checkpointing, max_steps=1)
+    assert kept[True] < 0.5 * kept[False]
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_fit_on_a_quantized_base_exports_over_the_whole_one(llamas: Zoo, tmp_path: Path, bits: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    base, folders, _ = llamas
+    exact = fitted_lm(llamas)
+    mixture = fitted_lm(llamas, tmp_path / "m", quantize=bits)
+    assert bool(mixture.wlora_weights.any())
+    assert not torch.equal(mixture.wlora_weights, exact.wlora_weights)
+    assert torch.allclose(mixture.wlora_weights, exact.wlora_weights, atol=0.15)
+    export(tmp_path / "m", "dense", tmp_path / "dense")
+    checked = verify(tmp_path / "dense", base=base, adapters=[f"{f.name}={f}" for f in folders])
+    assert checked.largest_difference is not None
+    assert checked.largest_difference < 1e-5
+
+
+def test_early_stopping_goes_back_to_the_best_step(llamas: Zoo) -> None:
+    _, _, shots = llamas
+    options = {"eval_data": shots, "learning_rate": 3.0, "max_steps": 30}
+    stopped = fitted_lm(llamas, early_stopping=2, **options)
+    steps = stopped.metrics["chosen"]["steps"]
+    assert steps < 30
+    again = fitted_lm(llamas, **(options | {"max_steps": steps}))
+    assert torch.allclose(stopped.wlora_weights, again.wlora_weights, atol=1e-6)
+    rows = [m.metrics["candidates"]["learned"]["loss"] for m in (stopped, again, fitted_lm(llamas, **options))]
+    assert rows[0] == pytest.approx(rows[1], abs=1e-6)
+    assert rows[0] <= rows[2]
+    with pytest.raises(MixtureError, match="needs eval_data"):
+        fitted_lm(llamas, early_stopping=2)
+
+
+def test_a_time_budget_drops_folds_first_and_then_stops(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(MixtureError, match="max_minutes"):
+        fitted(zoo, tmp_path / "out", max_minutes=1e-9)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(sys.modules["wlora_merge.fit"], "FOLD_SHARE", -1.0)
+    mixture = fitted(zoo, max_minutes=10)
+    assert mixture.metrics["note"].startswith("Not estimated: no time was left for base, uniform")
+
+
+def test_progress_has_the_loss_and_the_current_weights(llamas: Zoo) -> None:
+    seen: list[tuple[Any, ...]] = []
+    mixture = fitted_lm(llamas, progress=lambda *row: seen.append(row))
+    assert [row[:3] for row in seen] == [("learned", step, 4) for step in (1, 2, 3, 4)]
+    mean = dict(zip(("a0", "a1"), mixture.mixture_weights.mean(0).tolist(), strict=True))
+    assert seen[-1][4] == pytest.approx(mean)
+
+
+def test_report_to_logs_the_final_training_with_accelerates_trackers(
+    llamas: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import tracking
+
+    logged: list[tuple[int, dict[str, float]]] = []
+
+    class Memory(tracking.GeneralTracker):  # type: ignore[misc]
+        name = "memory"
+        requires_logging_directory = False
+        tracker: ClassVar[None] = None
+
+        def __init__(self, run_name: str) -> None:
+            super().__init__(_blank=True)
+
+        def log(self, values: dict[str, float], step: int, **_: Any) -> None:
+            logged.append((step, values))
+
+        def finish(self) -> None:
+            logged.append((-1, {}))
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "memory", Memory)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["memory"])
+    fitted_lm(llamas, report_to="memory", device="cpu")
+    assert [step for step, _ in logged] == [1, 2, 3, 4, -1]
+    assert set(logged[0][1]) == {"loss", "weight/a0", "weight/a1"}
+    with pytest.raises(UnsupportedError, match=r"finds no such tracker.*memory"):
+        fitted_lm(llamas, report_to="nothing", device="cpu")
