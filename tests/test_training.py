@@ -57,8 +57,7 @@ def test_a_head_trained_on_activations_computed_once_is_the_one_trained_through_
         assert row == pytest.approx(slow.metrics["candidates"][name], abs=1e-5)
 
 
-def test_adamw_on_the_levels_of_one_group_is_adamw_on_the_logits(llamas: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Global logits have one level, so the hierarchy must change nothing; a loop written by hand is the oracle."""
+def test_the_fit_is_adamw_on_the_mean_token_loss_as_a_loop_written_by_hand(llamas: Zoo) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base, folders, _ = llamas

@@ -347,6 +347,8 @@ def _mixture(learner: Learner, base: BaseModel, kept: Candidate) -> Mixture:
     if kept.scale == 0:
         return mixture
     used = [n for n in range(len(mixture.adapters)) if bool(mixture.mixture_weights[:, n].any())]
+    if not used:
+        return mixture
     mixture.adapters = [mixture.adapters[n] for n in used]
     mixture.mixture_weights, mixture.wlora_weights = mixture.mixture_weights[:, used], mixture.wlora_weights[:, used]
     return mixture

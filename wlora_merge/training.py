@@ -20,7 +20,6 @@ from torch import nn
 from .errors import MixtureError
 from .fit_options import FitOptions
 from .layers import PARAMETER, SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
-from .levels import Levels
 from .mixture import mixture_weights
 
 if TYPE_CHECKING:
@@ -205,7 +204,7 @@ class Learner:
         if patience is not None and best[1]:
             loop.load(best[2])
             result.steps = best[1]
-        result.tensors = [p.detach().clone() for p in parameters]
+        result.tensors = loop.tensors()
         return result
 
     def _check(self, candidate: Candidate, parameters: list[nn.Parameter]) -> None:
@@ -337,12 +336,9 @@ class _Loop:
         self.batches = learner.batches(rows, steps)
         self.done = 0
         model, options = learner.model, learner.options
-        self.levels = Levels(attachment_of(model)) if candidate.learned else None
         head = [model.get_parameter(name) for name in learner.start]
-        logits = self.levels.parameters if self.levels else []
-        scale = [p for p in parameters if p.ndim == 0]
         groups = [
-            {"params": [*logits, *scale], "lr": options.learning_rate},
+            {"params": parameters[: len(parameters) - len(head)], "lr": options.learning_rate},
             {"params": head, "lr": options.head_learning_rate},
         ]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
@@ -356,8 +352,6 @@ class _Loop:
         self.done = step
         loss = self._backward(next(self.batches))
         self.optimizer.step()
-        if self.levels:
-            self.levels.write()
         return loss
 
     def _backward(self, batches: list[list[int]]) -> float:
@@ -380,18 +374,15 @@ class _Loop:
         learner.team.sum([loss_sum, *gradients])
         if self.candidate.learned and self.candidate.pull:
             (self.candidate.pull * _distance(learner.model)).backward()  # type: ignore[no-untyped-call]
-        if self.levels:
-            self.levels.take_gradient()
         return float(loss_sum)
 
     def tensors(self) -> list[torch.Tensor]:
         """Copies of what is trained."""
-        own = self.levels.parameters if self.levels else []
-        return [p.detach().clone() for p in [*self.parameters, *own]]
+        return [p.detach().clone() for p in self.parameters]
 
     def load(self, tensors: Sequence[torch.Tensor]) -> None:
         """Put copies back."""
-        restore([*self.parameters, *(self.levels.parameters if self.levels else [])], tensors)
+        restore(self.parameters, tensors)
 
     def saved(self, result: Trained, best: tuple[float, int, list[torch.Tensor]]) -> dict[str, Any]:
         """All that `restore` needs, as plain containers and tensors."""
