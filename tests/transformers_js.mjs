@@ -1,0 +1,15 @@
+// Runs a local model folder in transformers.js and prints what it gives as JSON: node transformers_js.mjs LIBRARY KIND FOLDER IDS
+const [library, kind, folder, text] = process.argv.slice(2);
+const { env, Tensor, ...classes } = await import(library);
+env.allowRemoteModels = false;
+const rows = JSON.parse(text);
+const flat = BigInt64Array.from(rows.flat().map(BigInt));
+const input_ids = new Tensor('int64', flat, [rows.length, rows[0].length]);
+const attention_mask = new Tensor('int64', new BigInt64Array(flat.length).fill(1n), input_ids.dims);
+const model = await classes[`AutoModelFor${kind}`].from_pretrained(folder, { dtype: 'fp32' });
+if (kind === 'SequenceClassification') {
+  console.log(JSON.stringify((await model({ input_ids, attention_mask })).logits.tolist()));
+} else {
+  const tokens = await model.generate({ inputs: input_ids, attention_mask, max_new_tokens: 8, do_sample: false });
+  console.log(JSON.stringify(tokens.tolist().map((row) => row.map(Number))));
+}
