@@ -191,6 +191,11 @@ def mix(
 @click.option(
     "--onnx-base", metavar="PATH", help="onnx: an ONNX export of the base; rewrite its weights, trace nothing."
 )
+@click.option("--onnx-runtime", type=click.Choice(["genai"]), help="onnx: write an onnxruntime-genai folder instead.")
+@click.option(
+    "--ort-fusions", metavar="PROVIDER", help="onnx: ONNX Runtime's own operators for cpu, cuda, dml or webgpu."
+)
+@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="onnx: a quantized graph beside the float one.")
 @MOVED
 @click.option("--base-name", help="What the card and a lora's config call the base. Default: hub id or folder name.")
 @click.option("--any-digest", is_flag=True, help="Accept inputs that are not those the mixture was made from.")
@@ -223,8 +228,15 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
         detail = f" r = {report['r']}, relative error {report['relative_error']:.2e}, energy kept {report['energy_kept']:.4%}."
     if "rewritten" in report:
         detail = f" {report['rewritten']} weights of {options['onnx_base']} rewritten."
+    elif "same_tokens" in report:
+        detail = f" {report['same_tokens']:.1%} of the greedy tokens are PyTorch's."
     elif format_ == "onnx":
         detail = f" Largest difference from PyTorch {report['largest_difference']:.2e}."
+    if "quantized" in report:
+        error = report["quantized"]
+        detail += (
+            f" {error['file']}: off by {error['relative']:.2e} of the largest, same choice {error['same_choice']:.1%}."
+        )
     click.echo(f"Wrote {out} ({format_}, {human(result.bytes)}).{detail}\n{digest(result.folder)}")
 
 

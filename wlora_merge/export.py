@@ -63,6 +63,9 @@ def export(
     base_name: str | None = None,
     opset: int | None = None,
     onnx_base: str | Path | None = None,
+    onnx_runtime: str | None = None,
+    ort_fusions: str | None = None,
+    quantize: str | None = None,
     any_digest: bool = False,
     server: str | None = None,
     max_rank: int | None = None,
@@ -84,6 +87,9 @@ def export(
         base_name: what the card and an adapter's config call the base; None means its hub id or folder name.
         opset: onnx only.
         onnx_base: onnx only: an ONNX export of the base, a file or a folder, whose weights are rewritten; nothing is traced.
+        onnx_runtime: onnx only: `genai` writes an onnxruntime-genai folder.
+        ort_fusions: onnx only: the provider whose own operators of ONNX Runtime are used; None keeps to ONNX.
+        quantize: onnx only: `int8` or `int4`, a quantized graph beside the float one (with genai: instead of it).
         any_digest: accept inputs whose bytes differ from those that the mixture was made from.
         server: lora only: `vllm` refuses what that server would not load, and says what to change.
         max_rank: lora only: refuse a larger r (what the server was started with).
@@ -99,7 +105,8 @@ def export(
     _check_options(format, rank, energy, dtype, max_shard_bytes)
     if format != "lora" and (server is not None or max_rank is not None):
         raise UnsupportedError(f"--for and --max-rank belong to --format lora, not {format}.")
-    _check_onnx_options(format, dtype, opset, onnx_base)
+    extra = {"onnx_runtime": onnx_runtime, "ort_fusions": ort_fusions, "quantize": quantize}
+    _check_onnx_options(format, dtype, opset, onnx_base, extra)
     inputs = find_inputs(mixture, base=base, adapters=adapters, any_digest=any_digest)
     if format != "lora":
         refuse_quantized(inputs.base)
@@ -154,7 +161,7 @@ def export(
         elif refold is not None:
             known, measured = _write_refold(inputs, refold, staging.path, progress)
         else:
-            known, measured = {}, _write_onnx(inputs, files, staging.path, dtype, opset, progress, split)
+            known, measured = {}, _write_onnx(inputs, files, staging.path, dtype, opset, progress, split, extra)
         if format == "lora":
             check_rank(measured["r"], server=server, max_rank=max_rank, exact=rank is None)
         drawn = _report(inputs, staging.path, format, name, options) if report else []
@@ -230,9 +237,26 @@ def _check_options(kind: str, rank: int | None, energy: float | None, dtype: str
         raise UnsupportedError(f"--max-shard-size belongs to --format dense, not {kind}.")
 
 
-def _check_onnx_options(kind: str, dtype: str | None, opset: int | None, onnx_base: str | Path | None) -> None:
-    if kind != "onnx" and (opset is not None or onnx_base is not None):
-        raise UnsupportedError(f"--opset and --onnx-base belong to --format onnx, not {kind}.")
+def _check_onnx_options(
+    kind: str, dtype: str | None, opset: int | None, onnx_base: str | Path | None, extra: Mapping[str, str | None]
+) -> None:
+    asked = [f"--{key.replace('_', '-')}" for key, value in extra.items() if value is not None]
+    if kind != "onnx" and (opset is not None or onnx_base is not None or asked):
+        options = asked or ["--opset and --onnx-base"]
+        raise UnsupportedError(f"{', '.join(options)} belong to --format onnx, not {kind}.")
+    if kind == "onnx" and dtype == "bfloat16":
+        from .writers.onnx import refuse_dtype
+
+        refuse_dtype(dtype)
+    if onnx_base is not None and asked:
+        raise UnsupportedError(f"{asked[0]} needs a traced export: leave --onnx-base out.")
+    if extra["onnx_runtime"] is not None and (opset is not None or extra["ort_fusions"] is not None):
+        raise UnsupportedError(
+            "onnxruntime-genai's builder chooses opset and operators: leave --opset and --ort-fusions out."
+        )
+    for key, known in (("onnx_runtime", ("genai",)), ("quantize", ("int8", "int4"))):
+        if extra[key] is not None and extra[key] not in known:
+            raise UnsupportedError(f"--{key.replace('_', '-')} is {extra[key]!r}, expected one of {', '.join(known)}.")
     if onnx_base is not None and (dtype is not None or opset is not None):
         raise UnsupportedError("--onnx-base keeps the dtype and the opset of that file: leave --dtype and --opset out.")
 
@@ -364,10 +388,9 @@ def _write_onnx(
     opset: int | None,
     progress: Progress | None,
     split: Mapping[str, Entry],
+    extra: Mapping[str, str | None],
 ) -> dict[str, Any]:
     import shutil
-
-    from .writers.onnx import write_onnx
 
     task = inputs.mixture.task
     if task is None:
@@ -376,11 +399,23 @@ def _write_onnx(
     dense.mkdir()
     write_shards(inputs, files, dense, Team(), progress)
     write_beside(inputs, files, dense, dtype or "float32", split)
-    report = write_onnx(dense, out, task=task, dtype=dtype or "float32", opset=opset)
+    if extra["onnx_runtime"] == "genai":
+        from .writers.onnx_genai import write_genai
+
+        share = write_genai(dense, out, task=task, dtype=dtype or "float32", quantize=extra["quantize"])
+        shutil.rmtree(dense)
+        return {"same_tokens": share}
+    from .writers.onnx import write_onnx
+
+    report = write_onnx(
+        dense, out, task=task, dtype=dtype or "float32", opset=opset, ort_fusions=extra["ort_fusions"],
+        quantize=extra["quantize"],
+    )  # fmt: skip
     shutil.rmtree(dense)
     return {
         "inputs": list(report.input_names),
         "outputs": list(report.output_names),
         "opset": report.opset,
         "largest_difference": report.largest_difference,
+        **({"quantized": report.quantized} if report.quantized else {}),
     }

@@ -91,6 +91,9 @@ class ExportRecipe:
     max_rank: int | None = None
     opset: int | None = None
     onnx_base: str | None = None
+    onnx_runtime: str | None = None
+    ort_fusions: str | None = None
+    quantize: str | None = None
 
     @property
     def folder(self) -> str:

@@ -91,6 +91,9 @@ def _check_outputs(
         checked.skipped["outputs"] = f"the unmerged mixture does not run: {error}"
         return
     expected = outputs_of(model, manifest["probe"])
+    if "same_tokens" in (manifest.get("report") or {}):
+        _check_genai(folder, manifest, model, checked)
+        return
     if manifest["format"] == "onnx":
         from .writers.onnx_check import compare_with
 
@@ -109,6 +112,18 @@ def _check_outputs(
     tolerance = tolerance_of(folder, manifest, opened, effect)
     checked.largest_difference = compare(got, expected, tolerance, str(folder))
     checked.done.append("outputs equal the unmerged mixture's")
+
+
+def _check_genai(folder: Path, manifest: Mapping[str, Any], model: Any, checked: Checked) -> None:
+    from .writers.onnx_genai import compare_genai
+
+    share, expected = compare_genai(folder, model), manifest["report"]["same_tokens"]
+    if share < expected:
+        raise VerifyError(
+            f"{folder}: {share:.0%} of the greedy tokens are the unmerged mixture's, {expected:.0%} were when it was exported: "
+            "export again."
+        )
+    checked.done.append(f"{share:.1%} of the greedy tokens are the unmerged mixture's")
 
 
 def _find_inputs(

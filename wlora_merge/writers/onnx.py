@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wlora_merge.errors import OutputError, UnsupportedError
 from wlora_merge.writers.onnx_check import check_onnx, run_probe
@@ -40,6 +41,7 @@ class OnnxReport:
         dtype: of the weights.
         largest_difference: the largest absolute difference of an output from PyTorch's in float32.
         sizes: bytes of each file in `onnx/`, by name.
+        quantized: the quantized graph's file and error, where one was asked for.
     """
 
     input_names: tuple[str, ...]
@@ -48,6 +50,7 @@ class OnnxReport:
     dtype: str
     largest_difference: float
     sizes: dict[str, int]
+    quantized: dict[str, Any] | None = None
 
 
 def write_onnx(
@@ -57,6 +60,8 @@ def write_onnx(
     task: str,
     dtype: str = "float32",
     opset: int | None = None,
+    ort_fusions: str | None = None,
+    quantize: str | None = None,
     inline_limit: int = INLINE_LIMIT,
     progress: Callable[[str], None] | None = None,
 ) -> OnnxReport:
@@ -72,6 +77,8 @@ def write_onnx(
         task: one of DESIGN.md's tasks.
         dtype: of the weights: `float32` or `float16`.
         opset: of the graph; `DEFAULT_OPSET` when None.
+        ort_fusions: `cpu`, `cuda`, `webgpu` or `dml`: use ONNX Runtime's own operators for that provider; None keeps to ONNX.
+        quantize: `int8` or `int4`: a quantized graph beside the float one.
         inline_limit: bytes of weights up to which they stay inside `model.onnx`.
         progress: called with the name of each step as it begins.
 
@@ -85,8 +92,9 @@ def write_onnx(
         VerifyError: the graph does not compute what PyTorch does.
     """
     task_named(task)
-    _refuse_dtype(dtype)
+    refuse_dtype(dtype)
     _require_extra()
+    _refuse_provider(ort_fusions)
     say = progress or (lambda step: None)
     folder = out / "onnx"
     if folder.exists():
@@ -102,6 +110,8 @@ def write_onnx(
     with quiet():
         for graph in graphs.values():
             tidy(graph)
+            if ort_fusions is not None:
+                _fuse(graph, ort_fusions)
     if DECODER_BRANCHES[0] in graphs:
         graphs[DECODER] = merge(*(graphs.pop(name) for name in DECODER_BRANCHES))
     got = next(iter(graphs.values())).opset_imports.get("", 0)
@@ -119,8 +129,14 @@ def write_onnx(
     del graphs, graph
     say("checking against PyTorch")
     difference = check_onnx(out, dense, task=task)
+    quantized = None
+    if quantize is not None:
+        from wlora_merge.writers.onnx_quantize import quantize_onnx
+
+        say("quantizing")
+        quantized = quantize_onnx(out, load_model(dense, task, torch.float32), task=task, kind=quantize)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return OnnxReport(*names, opset=got, dtype=dtype, largest_difference=difference, sizes=sizes)
+    return OnnxReport(*names, opset=got, dtype=dtype, largest_difference=difference, sizes=sizes, quantized=quantized)
 
 
 def copy_side_files(dense: Path, out: Path, dtype: str) -> None:
@@ -141,7 +157,30 @@ def copy_side_files(dense: Path, out: Path, dtype: str) -> None:
     (out / "config.json").write_text(text, encoding="utf-8")
 
 
-def _refuse_dtype(dtype: str) -> None:
+def _fuse(graph: Any, provider: str) -> None:
+    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+
+    fuse_for_onnxruntime(graph, provider)
+
+
+def _refuse_provider(provider: str | None) -> None:
+    """Refuse fusions that ONNX Runtime cannot run here: the graph could not be checked."""
+    import onnxruntime
+
+    here = [name.removesuffix("ExecutionProvider").lower() for name in onnxruntime.get_available_providers()]
+    if provider is not None and provider not in here:
+        raise UnsupportedError(
+            f"--ort-fusions {provider}: ONNX Runtime has no such provider here ({', '.join(here)}), so the graph could not be "
+            "checked: export on a machine that has it."
+        )
+
+
+def refuse_dtype(dtype: str) -> None:
+    """Refuse a dtype that ONNX Runtime does not run.
+
+    Raises:
+        UnsupportedError: with the reason.
+    """
     if dtype == "bfloat16":
         raise UnsupportedError(
             "bfloat16 cannot be exported to ONNX: ONNX Runtime's CPU provider has no bfloat16 MatMul; use float32 or float16"

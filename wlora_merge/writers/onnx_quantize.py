@@ -1,0 +1,87 @@
+"""A checked ONNX export -> a quantized graph beside it, by ONNX Runtime's own tools, and what that costs.
+
+Knows those tools and the names under which transformers.js looks for the result. The float graph stays; the error is the
+difference from it, measured and reported, not judged.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wlora_merge.errors import UnsupportedError
+from wlora_merge.writers.onnx_check import differences
+from wlora_merge.writers.onnx_graph import INLINE_LIMIT, MODEL, data_file, graph_file
+from wlora_merge.writers.onnx_tasks import quiet
+
+if TYPE_CHECKING:
+    import torch
+
+SUFFIXES = {"int8": "_int8", "int4": "_q4"}
+BLOCK = 32  # weights that share one scale in int4, as in transformers.js's q4
+
+
+def quantize_onnx(out: Path, model: torch.nn.Module, *, task: str, kind: str) -> dict[str, Any]:
+    """Write `onnx/model_int8.onnx` or `onnx/model_q4.onnx` beside `onnx/model.onnx`, and measure its error.
+
+    int8: `onnxruntime.quantization.quantize_dynamic`, weights in int8, one scale for each output channel, activations
+    quantized as they come. int4: `MatMulNBitsQuantizer`, matrix products alone, symmetric blocks of 32 weights.
+
+    Args:
+        out: the root of an ONNX export.
+        model: the PyTorch model, which tells the inputs that it takes.
+        task: the task of both.
+        kind: `int8` or `int4`.
+
+    Returns:
+        `file`, `bytes`, `largest_difference` of an output from the float graph's, `relative` to the largest output, and
+        `same_choice`, the share (0 to 1) of positions whose largest score is the same.
+
+    Raises:
+        UnsupportedError: an encoder-decoder, whose merged decoder the tools do not enter.
+    """
+    folder, suffix = out / "onnx", SUFFIXES[kind]
+    if task == "seq2seq-lm":
+        raise UnsupportedError(
+            f"--quantize {kind}: ONNX Runtime's tools do not enter the branches of a merged decoder: export without it."
+        )
+    target = folder / graph_file(f"{MODEL}{suffix}")
+    with quiet():
+        (_int8 if kind == "int8" else _int4)(folder / graph_file(MODEL), target)
+    error = differences(out, model, task=task, suffix=suffix)
+    sizes = sum(p.stat().st_size for p in (target, folder / data_file(f"{MODEL}{suffix}")) if p.is_file())
+    return {"file": f"onnx/{target.name}", "bytes": sizes, **error}
+
+
+def _int8(source: Path, target: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    large = source.with_name(data_file(MODEL)).is_file()
+    quantize_dynamic(
+        source, target, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large,
+        extra_options={"DefaultTensorType": 1},
+    )  # fmt: skip
+    if large:  # the tool's own name for the data is `.onnx.data`
+        _save(_loaded(target), target)
+        target.with_name(f"{target.name}.data").unlink(missing_ok=True)
+
+
+def _int4(source: Path, target: Path) -> None:
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(_loaded(source), block_size=BLOCK, is_symmetric=True, accuracy_level=4)
+    quantizer.process()
+    _save(quantizer.model.model, target)
+
+
+def _loaded(path: Path) -> Any:
+    import onnx
+
+    return onnx.load(str(path))
+
+
+def _save(model: Any, target: Path) -> None:
+    import onnx
+
+    large = model.ByteSize() > INLINE_LIMIT
+    onnx.save(model, str(target), save_as_external_data=large, location=data_file(target.stem) if large else None)
