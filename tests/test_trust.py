@@ -115,6 +115,16 @@ def test_nothing_is_fetched_offline(
     assert not asked
 
 
+def test_a_ctrl_c_when_a_command_has_ended_exits_with_130_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wlora_merge.cli.Group.invoke", stop)
+    with pytest.raises(SystemExit) as caught:
+        main(["inspect", "x"])
+    assert caught.value.code == 130
+
+
 EXPORTS = """
 import sys
 from pathlib import Path

@@ -29,6 +29,15 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 class Main(Group):
     """Turns the library's errors into one sentence and exit 1; `--debug` keeps the traceback."""
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the program; a Ctrl-C that comes when a command has ended is not its failure (click's exit 1) but exit 130."""
+        try:
+            return super().main(*args, **extra)
+        except SystemExit as leave:
+            if isinstance(leave.__context__, click.Abort):
+                raise SystemExit(130) from leave
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command under the rules of this module's docstring."""
         # OpenMP threads that spin while they wait make a step 25 times slower where another process shares the cores
