@@ -29,6 +29,14 @@ BART = transformers.BartConfig(
     decoder_ffn_dim=64, vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=2,
     decoder_start_token_id=2, forced_eos_token_id=None,
 )  # fmt: skip
+DEBERTA = transformers.DebertaV2Config(
+    **TEXT, vocab_size=VOCABULARY, relative_attention=True, pos_att_type=["p2c", "c2p"], max_position_embeddings=64,
+    num_labels=3,
+)  # fmt: skip
+CLIP_TEXT = transformers.CLIPTextConfig(
+    **TEXT, vocab_size=VOCABULARY, max_position_embeddings=32, bos_token_id=0, pad_token_id=1, eos_token_id=2
+)
+CLIP_VISION = transformers.CLIPVisionConfig(**TEXT, image_size=16, patch_size=8)
 MODELS: dict[str, tuple[str, Any, str]] = {
     "bert": ("BertForSequenceClassification", BERT, "text-classification"),
     "answers": (
@@ -39,6 +47,9 @@ MODELS: dict[str, tuple[str, Any, str]] = {
     "features": ("BertModel", BERT, "feature-extraction"),
     "vit": ("ViTForImageClassification", VIT, "image-classification"),
     "llama": ("LlamaForCausalLM", LLAMA, "causal-lm"),
+    "deberta": ("DebertaV2ForSequenceClassification", DEBERTA, "text-classification"),
+    "clip text": ("CLIPTextModel", CLIP_TEXT, "feature-extraction"),
+    "clip vision": ("CLIPVisionModel", CLIP_VISION, "feature-extraction"),
     "t5": ("T5ForConditionalGeneration", T5, "seq2seq-lm"),
     "bart": ("BartForConditionalGeneration", BART, "seq2seq-lm"),
     "gpt2": ("GPT2LMHeadModel", GPT2, "causal-lm"),

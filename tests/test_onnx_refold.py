@@ -180,6 +180,13 @@ def test_fused_weights_under_any_name_are_found(made: tuple[Path, Path, Path], t
     assert np.abs(got - logits_of(base)).max() > 1e-2
 
 
+def test_a_traced_mixture_has_the_nodes_of_the_bases_own_export(made: tuple[Path, Path, Path]) -> None:
+    _, base, traced = made
+    kinds = [sorted(n.op_type for n in onnx.load(f).graph.node) for f in (base, traced / "onnx/model.onnx")]
+    assert kinds[0] == kinds[1]
+    assert kinds[0].count("MatMul") == 2 * 7 + 1 + 2 * 2
+
+
 def test_the_scan_of_a_file_agrees_with_the_onnx_library(made: tuple[Path, Path, Path]) -> None:
     _, base, _ = made
     found = {entry.name: entry for entry in read_onnx(base).tensors}

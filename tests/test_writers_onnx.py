@@ -48,7 +48,7 @@ def run(session: Any, feed: dict[str, Any]) -> dict[str, np.ndarray]:
     return dict(zip([value.name for value in session.get_outputs()], session.run(None, feed), strict=True))
 
 
-@pytest.mark.parametrize("name", ["bert", "answers", "features"])
+@pytest.mark.parametrize("name", ["bert", "answers", "features", "deberta", "clip text"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (4, 1), (3, 11)])
 def test_encoders_equal_pytorch_at_shapes_that_were_not_traced(
     exported: Callable[[str], Exported], name: str, shape: tuple[int, int]
@@ -57,7 +57,7 @@ def test_encoders_equal_pytorch_at_shapes_that_were_not_traced(
     session, ids = made.session(), tokens(*shape)
     got = run(session, feed_for(session, ids.numpy()))
     with torch.no_grad():
-        expected = made.model()(input_ids=ids)
+        expected = made.model()(input_ids=ids, attention_mask=torch.ones_like(ids))
     assert set(got) <= {"logits", "start_logits", "end_logits", "last_hidden_state"}
     for key, value in got.items():
         np.testing.assert_allclose(value, expected[key].numpy(), atol=2e-5)
@@ -72,12 +72,13 @@ def test_a_masked_token_does_not_change_an_encoder(exported: Callable[[str], Exp
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_image_classifiers_equal_pytorch(exported: Callable[[str], Exported], batch: int) -> None:
-    made = exported("vit")
+@pytest.mark.parametrize(("name", "output"), [("vit", "logits"), ("clip vision", "last_hidden_state")])
+def test_image_models_equal_pytorch(exported: Callable[[str], Exported], name: str, output: str, batch: int) -> None:
+    made = exported(name)
     pixels = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = made.model()(pixel_values=pixels).logits.numpy()
-    np.testing.assert_allclose(run(made.session(), {"pixel_values": pixels.numpy()})["logits"], expected, atol=2e-5)
+        expected = made.model()(pixel_values=pixels)[output].numpy()
+    np.testing.assert_allclose(run(made.session(), {"pixel_values": pixels.numpy()})[output], expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
