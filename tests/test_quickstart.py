@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,3 +147,39 @@ def test_the_table_fits_eighty_columns(recipe: Any) -> None:
     text = page.file.getvalue()
     assert "…" not in text
     assert text.count("50 ± 71") == 6 * len(compare.METHODS)
+
+
+@pytest.fixture
+def offline(recipe: Any, settings: Any, tmp_path: Path) -> Path:
+    """What `make quickstart` leaves: a zoo, here hardly trained, and shots."""
+    get_zoo(recipe, tmp_path / "quickstart-out", settings)
+    _, pool, _ = recipe.digits.read_digits()
+    recipe.digits.write_pictures(pool.shots(2, seed=0), tmp_path / "quickstart-out" / "shots")
+    return tmp_path
+
+
+@pytest.mark.skipif(not os.environ.get("WLORA_MERGE_LONG"), reason="takes half a minute: set WLORA_MERGE_LONG=1")
+def test_the_notebook_runs_offline_on_the_zoo(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("WLORA_MERGE_ZOO", str(offline / "quickstart-out"))
+    notebook = nbformat.read(RECIPE.parent / "opt-350m.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(offline)}}).execute()
+    assert (offline / "served" / "report.html").is_file()
+    assert "largest_difference" in notebook.cells[-1].outputs[-1]["data"]["text/plain"]
+
+
+def test_the_quickstart_recipe_runs_offline_on_the_zoo(offline: Path) -> None:
+    from click.testing import CliRunner
+
+    from wlora_merge.cli import main
+
+    (offline / "recipes").mkdir()
+    job = offline / "recipes" / "quickstart.yaml"
+    job.write_text((RECIPE.parent / "quickstart.yaml").read_text())
+    quick = ["--set", "fit.max_steps=2", "--set", "fit.folds=0"]
+    done = CliRunner().invoke(main, ["run", str(job), "--out", str(offline / "build"), *quick])
+    assert done.exit_code == 0, done.output
+    assert {p.name for p in (offline / "build").iterdir()} >= {"mixture", "dense", "lora-16", "onnx", "report.html"}
