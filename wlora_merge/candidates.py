@@ -158,9 +158,9 @@ def _one(
     key = f"{candidate} {tag}"
     if saved := learner.state.done(key):
         judged = {step: Judged(**row) for step, row in saved["judged"].items()}
-        return Trained(saved["steps"], saved["loss"], judged, tensors=saved["tensors"]), Judged(
-            **saved["pruned"]
-        ) if saved["pruned"] else None
+        return Trained(
+            saved["steps"], saved["loss"], judged, tensors=saved["tensors"], history=saved["history"]
+        ), Judged(**saved["pruned"]) if saved["pruned"] else None
     if deadline is not None and learner.team.share(time.monotonic() > deadline):
         return Trained(complete=False), None
     rows, held = part
@@ -179,6 +179,7 @@ def _one(
             "loss": trained.loss,
             "pruned": vars(pruned) if pruned else None,
             "tensors": trained.tensors,
+            "history": trained.history,
         }
         learner.state.finish(key, table | {"judged": {s: vars(j) for s, j in trained.judged.items()}})
     return trained, pruned

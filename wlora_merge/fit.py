@@ -162,28 +162,14 @@ def _prepare(
     judged = task.encode(held, processor, max_length=options.max_length, labels=labels) if held else []
     n = len(rows)
     initial = _initial(options, [a.name for a in adapters])
-    losses: dict[str, list[tuple[int, float]]] = {}
-    follow = _following(losses, progress)
-    learner = Learner(model, task, labels, processor, options, _Both(rows, judged), head, ranks, state, initial, follow)
+    learner = Learner(
+        model, task, labels, processor, options, _Both(rows, judged), head, ranks, state, initial, progress
+    )
     keys = shots.column("label") if "label" in shots.columns and len(shots) == n else []
     keys = keys if keys and isinstance(keys[0], str) else [""] * n
     folds = fold_indices(keys, options.folds, options.seed) if options.folds else []
     parts = [([i for i in range(n) if i not in set(fold)], fold) for fold in folds]
-    return _Job(learner, list(range(n)), list(range(n, n + len(judged))), parts, options, start, losses), labels
-
-
-def _following(losses: dict[str, list[tuple[int, float]]], progress: FitProgress | None) -> FitProgress:
-    """Keeps the loss of each step of a candidate's last training, and passes the call on."""
-
-    def follow(name: str, step: int, steps: int, loss: float, weights: dict[str, float]) -> None:
-        known = losses.setdefault(name, [])
-        if known and step <= known[-1][0]:
-            known.clear()
-        known.append((step, float(f"{loss:.5g}")))
-        if progress is not None:
-            progress(name, step, steps, loss, weights)
-
-    return follow
+    return _Job(learner, list(range(n)), list(range(n, n + len(judged))), parts, options, start), labels
 
 
 class _Both(Sequence[Any]):
@@ -243,7 +229,7 @@ def _work(job: _Job) -> tuple[dict[str, Any], Candidate]:
 
 def _history(losses: Mapping[str, list[tuple[int, float]]], kept: str) -> dict[str, list[tuple[int, float]]]:
     """(step, loss) of the last training of what is kept: at most 200 of them, evenly spread, the last among them."""
-    name = next((name for name in (f"{kept}, all shots", kept) if name in losses), None)
+    name = next((name for name in (f"{kept}, all shots", kept) if losses.get(name)), None)
     if name is None:
         return {}
     step = -(-len(losses[name]) // 200)
@@ -260,12 +246,14 @@ def _finish(job: _Job, candidate: Candidate, steps: int, comparison: Comparison)
         candidate = c.searched(learner, candidate, job.shots, key="all row")
     if (trained := comparison.trained.get(candidate.name)) is not None:
         restore(learner.place(candidate), trained.tensors)
+        job.losses = {candidate.name: trained.history}
         return candidate
     final = replace(candidate, name=f"{candidate.name}, all shots") if job.parts else candidate
     with _logging(job) as log:
         learner.log = log
         done = learner.train(final, job.shots, steps, key="final", deadline=job.deadline())
         learner.log = None
+    job.losses = {final.name: done.history}
     if not done.complete and not done.steps:
         raise MixtureError("max_minutes left no time for a single step on all shots: give more, or --folds 0.")
     return candidate

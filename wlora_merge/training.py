@@ -73,6 +73,7 @@ class Trained:
     judged: dict[int, Judged] = field(default_factory=dict)
     complete: bool = True
     tensors: list[torch.Tensor] = field(default_factory=list)
+    history: list[tuple[int, float]] = field(default_factory=list)
 
 
 class Learner:
@@ -188,6 +189,7 @@ class Learner:
                 result.complete = False
                 break
             result.loss, result.steps = loop.step(step), step
+            result.history.append((step, float(f"{result.loss:.5g}")))
             if self.progress:
                 self.progress(candidate.name, step, steps, result.loss, self.weights())
             if self.log:
@@ -389,6 +391,7 @@ class _Loop:
         return {
             "steps": result.steps,
             "loss": result.loss,
+            "history": list(result.history),
             "judged": {step: vars(judged) for step, judged in result.judged.items()},
             "tensors": self.tensors(),
             "optimizer": self.optimizer.state_dict(),
@@ -403,7 +406,7 @@ class _Loop:
         torch.set_rng_state(saved["rng"])
         judged = {step: Judged(**row) for step, row in saved["judged"].items()}
         best = saved["best"]
-        return Trained(saved["steps"], saved["loss"], judged), (best[0], best[1], best[2])
+        return Trained(saved["steps"], saved["loss"], judged, history=saved["history"]), (best[0], best[1], best[2])
 
 
 def restore(parameters: Sequence[nn.Parameter], tensors: Sequence[torch.Tensor]) -> None:
