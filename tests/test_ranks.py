@@ -105,12 +105,12 @@ def test_a_rank_that_fails_says_why_on_every_rank(mixture: Path, tmp_path: Path)
     out = tmp_path / "out"
     code = f"""
 import os, sys
-import wlora_merge.writers.dense as dense
+import wlora_merge.writers.stream as stream
 from wlora_merge.cli import main
 from wlora_merge.errors import WloraMergeError
 if os.environ["RANK"] == "1":
     def fail(*args): raise WloraMergeError("the shard is unreadable")
-    dense._read = fail
+    stream._read = fail
 sys.argv[1:] = ["export", {str(mixture)!r}, "--format", "dense", "--out", {str(out)!r}]
 main()
 """

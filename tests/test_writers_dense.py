@@ -19,7 +19,7 @@ from wlora_merge.errors import WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.inputs import find_inputs
 from wlora_merge.mix import mix
-from wlora_merge.writers import dense
+from wlora_merge.writers import stream
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -89,8 +89,8 @@ def test_a_tensor_larger_than_the_block_is_folded_the_same(
 ) -> None:
     base, folders = zoo
     export(mix(base, folders), "dense", tmp_path / "whole")
-    monkeypatch.setattr(dense, "BLOCK_ELEMENTS", block)
-    monkeypatch.setattr(dense, "BLOCK_BYTES", block)
+    monkeypatch.setattr(stream, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(stream, "BLOCK_BYTES", block)
     export(mix(base, folders), "dense", tmp_path / "blocks")
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "blocks" / file.name).read_bytes() == file.read_bytes()
@@ -221,7 +221,7 @@ def test_a_base_truncated_while_it_is_read_is_one_clear_error(
     copy = tmp_path / "base"
     shutil.copytree(base, copy)
     mixture = mix(copy, folders)
-    real = dense.write_files
+    real = stream.write_files
 
     def truncate_first(*args: Any, **options: Any) -> dict[str, str]:
         victim = sorted(copy.glob("*.safetensors"))[0]

@@ -29,7 +29,8 @@ from .serving import check_rank, check_server
 from .stacking import ModuleDelta
 from .staging import Staging, staged
 from .tying import untied_config
-from .writers.dense import OutputFile, Progress, changed_config, folder_bytes, index_bytes, plan, write_files
+from .writers.dense import OutputFile, changed_config, folder_bytes, index_bytes, plan
+from .writers.stream import Progress, write_files
 
 if TYPE_CHECKING:
     from .writers.onnx_refold import Refold

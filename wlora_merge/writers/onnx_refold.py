@@ -25,15 +25,15 @@ from wlora_merge.errors import BaseModelError, UnsupportedError, VerifyError, Wl
 from wlora_merge.layouts import matrix_shape
 from wlora_merge.mixture import Mixture
 from wlora_merge.names import NameResolver
-from wlora_merge.writers.dense import OutputFile, Piece, Progress, Workspace, folded, write_files
+from wlora_merge.writers.dense import OutputFile, Piece
 from wlora_merge.writers.onnx_file import OnnxFile, read_onnx
+from wlora_merge.writers.stream import Progress, Workspace, folded, write_files
 
 if TYPE_CHECKING:
     import torch
 
 CORNER = 4  # rows and columns that find a base tensor's candidates; each is then compared in full
 MODEL_FILE = "model.onnx"  # what the graph of a single file is called, whatever that file was
-IN_FLIGHT = 1  # rewritten weights beyond one for each thread
 TRACE_INSTEAD = "leave --onnx-base out to trace the mixture anew"
 
 
@@ -161,7 +161,7 @@ def write_refold(refold: Refold, out: Path, mixture: Mixture, progress: Progress
         BaseModelError: a weight of the graph is not the base's.
         VerifyError: a weight that was read back is not the one that was folded.
     """
-    written = write_files(refold.files, out, mixture, progress=progress, ahead=IN_FLIGHT)
+    written = write_files(refold.files, out, mixture, progress=progress)
     for graph in refold.graphs:
         for entry in read_onnx(out / refold.names[graph.path]).tensors:
             expected = refold.digests.get((entry.file.name, entry.start))

@@ -1,0 +1,401 @@
+"""The planned files of a dense export, streamed at the speed of the disk.
+
+One pass over the base's files. Untouched tensors move as byte ranges and never become tensors; target modules are folded in
+row blocks through reused buffers. Workers read and fold blocks; whoever finishes one hashes and writes what is next in the
+file, so that all cores are busy, and nothing is held but a few blocks and the adapters' factors.
+
+This room knows byte ranges and blocks, and asks `fold` for the numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..checkpoint import FLOATING, Entry, all_finite, byte_length, one_torch_thread, read_rows, torch_dtype
+from ..direct import DirectFile
+from ..errors import BaseModelError, OutputError, WloraMergeError
+from ..fold import fold_bias, fold_factor, fold_factors, fold_rows, fold_tensor
+from ..layouts import matrix_shape
+from ..mixture import Mixture
+from ..stacking import ModuleDelta, TensorDelta
+from .dense import OutputFile, Piece
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_BYTES = 4 << 20  # an untouched range moves in pieces of this size, through buffers of this size
+BLOCK_ELEMENTS = 1 << 20  # a fold's row block: 8 MiB of float64, 2 MiB of bf16
+AHEAD = 4  # blocks in memory for each output file, beyond one for each thread
+Progress = Callable[[int, str], None]
+"""Called with a number of bytes written since the last call, and the name of the file."""
+
+
+class Workspace:
+    """Memory that is used again and again: fresh memory costs a page fault for every 4 KiB."""
+
+    def __init__(self) -> None:
+        self._spare: deque[bytearray] = deque()
+        self._local = threading.local()
+
+    def take(self, length: int) -> memoryview:
+        """`length` bytes with anything in them."""
+        try:
+            buffer = self._spare.pop() if length <= BLOCK_BYTES else bytearray(length)
+        except IndexError:
+            buffer = bytearray(BLOCK_BYTES)
+        return memoryview(buffer)[:length]
+
+    def give_back(self, block: memoryview) -> None:
+        """Take back what `take` gave, once it is written."""
+        if isinstance(block.obj, bytearray) and len(block.obj) == BLOCK_BYTES:
+            self._spare.append(block.obj)
+
+    def own(self, name: str, length: int) -> memoryview:
+        """This thread's buffer of that name, with anything in it."""
+        buffer: bytearray | None = getattr(self._local, name, None)
+        if buffer is None or len(buffer) < length:
+            buffer = bytearray(length)
+            setattr(self._local, name, buffer)
+        return memoryview(buffer)[:length]
+
+    def sum(self, elements: int) -> torch.Tensor:
+        """This thread's float64 buffer."""
+        import torch
+
+        buffer: torch.Tensor | None = getattr(self._local, "sum", None)
+        if buffer is None or buffer.numel() < elements:
+            buffer = self._local.sum = torch.empty(max(elements, BLOCK_ELEMENTS), dtype=torch.float64)
+        return buffer[:elements]
+
+
+def write_files(
+    files: Sequence[OutputFile],
+    out: Path,
+    mixture: Mixture,
+    *,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> dict[str, str]:
+    """Stream the planned files into the folder `out`, with a few blocks for each in memory.
+
+    Returns:
+        File name -> sha256, hashed as the bytes passed.
+
+    Raises:
+        WloraMergeError: an input that cannot be read or changed meanwhile, or a NaN or infinity in a folded tensor.
+        OutputError: the disk is full or refuses.
+    """
+    workers = workers or os.cpu_count() or 1
+    side_by_side = max(1, min(len(files), workers // 2))  # a file's bytes are hashed one after another
+    stop = threading.Event()
+    with (
+        one_torch_thread(),
+        ThreadPoolExecutor(side_by_side) as disk,
+        ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(side_by_side) as writers,
+    ):
+        crew = Crew(pool, max(1, workers // side_by_side), disk, progress, stop)
+        jobs = [writers.submit(_write_file, file, out, mixture, crew) for file in files]
+        try:
+            return {file.name: job.result() for file, job in zip(files, jobs, strict=True)}
+        except BaseException:
+            stop.set()
+            for job in jobs:
+                job.cancel()
+            raise
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who works on all files: threads that fold and hash, so many of them on each file, and threads that wait for the disk."""
+
+    pool: ThreadPoolExecutor
+    each: int
+    disk: ThreadPoolExecutor
+    progress: Progress | None
+    stop: threading.Event
+
+
+def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew) -> str:
+    """Stream one file; its digest."""
+    digest, space = hashlib.sha256(), Workspace()
+    inputs: dict[Path, int] = {}
+
+    def put(block: memoryview) -> None:
+        if crew.stop.is_set():
+            raise OutputError(f"{out / file.name}: stopped, as another file failed.")
+        digest.update(block)
+        stream.write(block)
+        if crew.progress:
+            crew.progress(len(block), file.name)
+        space.give_back(block)
+
+    try:
+        with DirectFile(out / file.name, crew.disk) as stream:
+            _in_order(_jobs(space, file, mixture, inputs), put, crew.pool, crew.each)
+    except OSError as error:
+        raise OutputError(f"{out / file.name}: cannot be written ({error.strerror or error}).") from error
+    finally:
+        for fd in inputs.values():
+            os.close(fd)
+    return digest.hexdigest()
+
+
+def _in_order(
+    jobs: Iterator[Callable[[], memoryview]], put: Callable[[memoryview], None], pool: ThreadPoolExecutor, threads: int
+) -> None:
+    """Run jobs on several threads, and give their results to `put` one at a time and in order.
+
+    Whoever finishes a job also puts what is ready, unless another thread is at it; nobody waits but for room.
+    """
+    numbered, taking, putting = enumerate(jobs), threading.Lock(), threading.Lock()
+    room, ready = threading.Semaphore(threads + AHEAD), dict[int, memoryview]()
+    done, failed = 0, False
+
+    def work() -> None:
+        nonlocal failed
+        try:
+            while True:
+                room.acquire()
+                with taking:
+                    number, job = next(numbered, (-1, None))
+                if job is None or failed:
+                    room.release()
+                    return
+                ready[number] = job()
+                put_ready()
+        except BaseException:
+            failed = True
+            room.release(threads)
+            raise
+
+    def put_ready() -> None:
+        nonlocal done
+        while done in ready and not failed and putting.acquire(blocking=False):
+            try:
+                while done in ready and not failed:
+                    put(ready.pop(done))
+                    done += 1
+                    room.release()
+            finally:
+                putting.release()
+
+    running = [pool.submit(work) for _ in range(threads)]
+    wait(running)  # all of them: they read from files that are closed next
+    for future in running:
+        future.result()
+
+
+def _jobs(
+    space: Workspace, file: OutputFile, mixture: Mixture, inputs: dict[Path, int]
+) -> Iterator[Callable[[], memoryview]]:
+    header = file.header
+    yield lambda: memoryview(header)
+    pieces = deque(file.pieces)
+    while pieces:
+        piece = pieces.popleft()
+        if piece.untouched and piece.source is not None:
+            run = [piece.source]
+            while pieces and (after := _continues(run[-1], pieces[0])):
+                run.append(after)
+                pieces.popleft()
+            yield from _copy_jobs(space, _opened(inputs, run[0]), run)
+        else:
+            yield from _piece_jobs(space, piece, mixture, inputs)
+
+
+def _piece_jobs(
+    space: Workspace, piece: Piece, mixture: Mixture, inputs: dict[Path, int]
+) -> Iterator[Callable[[], memoryview]]:
+    """The blocks of a tensor that is not the base's own bytes."""
+    if piece.make is not None:
+        yield piece.make
+    elif piece.tensor is not None:
+        yield partial(_tensor_bytes, piece)
+    elif piece.source is not None:
+        yield from _fold_jobs(space, _opened(inputs, piece.source), piece, piece.source, mixture)
+
+
+def folded(piece: Piece, mixture: Mixture, space: Workspace) -> torch.Tensor:
+    """One tensor of the output as a whole, in the piece's dtype and shape; this thread's, until it asks for the next."""
+    import torch
+
+    inputs, data = dict[Path, int](), space.own("folded", piece.nbytes)
+    at = 0
+    try:
+        for job in _piece_jobs(space, piece, mixture, inputs):
+            block = job()
+            data[at : at + len(block)] = block
+            at += len(block)
+            space.give_back(block)
+    finally:
+        for fd in inputs.values():
+            os.close(fd)
+    return torch.frombuffer(data, dtype=torch_dtype(piece.dtype)).view(piece.shape)
+
+
+def _opened(inputs: dict[Path, int], entry: Entry) -> int:
+    if entry.file not in inputs:
+        inputs[entry.file] = _open_input(entry.file)
+    return inputs[entry.file]
+
+
+def _open_input(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise BaseModelError(f"{file}: cannot be read ({error.strerror}).") from error
+
+
+def _continues(last: Entry, piece: Piece) -> Entry | None:
+    """The piece's source, if its bytes follow those of `last` and are numbers of the same kind."""
+    source = piece.source
+    follows = source is not None and (source.file, source.start, source.dtype) == (last.file, last.end, last.dtype)
+    return source if follows and piece.untouched else None
+
+
+def _copy_jobs(space: Workspace, fd: int, run: Sequence[Entry]) -> Iterator[Callable[[], memoryview]]:
+    whole = replace(run[0], end=run[-1].end)
+    width = max(1, byte_length(whole.dtype, (1,)))
+    step = max(1, BLOCK_BYTES // width) * width
+    for offset in range(0, whole.nbytes, step):
+        length = min(step, whole.nbytes - offset)
+        yield partial(_copy_block, space, fd, run, whole, offset, length)
+
+
+def _copy_block(space: Workspace, fd: int, run: Sequence[Entry], whole: Entry, offset: int, length: int) -> memoryview:
+    import torch
+
+    data = _read(space, fd, whole, offset, length)
+    if whole.dtype in FLOATING and not all_finite(torch.frombuffer(data, dtype=torch_dtype(whole.dtype))):
+        for entry in run:
+            low, high = (min(max(at - whole.start - offset, 0), length) for at in (entry.start, entry.end))
+            if low < high and not all_finite(torch.frombuffer(data[low:high], dtype=torch_dtype(entry.dtype))):
+                raise WloraMergeError(
+                    f"{entry.file}: tensor {entry.name!r} holds a NaN or an infinity: the base is broken; "
+                    "fetch it again."
+                )
+    return data
+
+
+def _read(space: Workspace, fd: int, entry: Entry, offset: int, length: int) -> memoryview:
+    buffer = space.take(length)
+    read_rows(fd, entry, buffer, offset)
+    return buffer
+
+
+def _fold_jobs(
+    space: Workspace, fd: int, piece: Piece, source: Entry, mixture: Mixture
+) -> Iterator[Callable[[], memoryview]]:
+    change = piece.deltas[0] if piece.deltas else None
+    if isinstance(change, TensorDelta) or (change is not None and source.name == change.bias_name):
+        yield partial(_fold_whole, space, fd, piece, source, change, mixture)
+        return
+    rows, cols = matrix_shape(source.shape) if source.shape else (1, 1)
+    spans: list[tuple[int, int, ModuleDelta | None]] = [(0, rows, None)]
+    if piece.deltas:
+        rows, cols, spans = _spans(source, [d for d in piece.deltas if isinstance(d, ModuleDelta)])
+    step = max(1, BLOCK_ELEMENTS // max(1, cols))
+    for first, end, delta in spans:
+        terms = (
+            None
+            if delta is None
+            else (*fold_factors(delta, mixture.gains_of(delta)), fold_factor(delta, mixture.whole_gains_of(delta)))
+        )
+        for row in range(0, end - first, step):
+            count = min(step, end - first - row)
+            yield partial(_fold_block, space, fd, piece, source, terms, first, row, count, cols)
+
+
+def _spans(source: Entry, deltas: Sequence[ModuleDelta]) -> tuple[int, int, list[tuple[int, int, ModuleDelta | None]]]:
+    """Rows and columns of a tensor, and (first row, end, delta) for all its rows in order: None where nothing changes."""
+    rows, cols = matrix_shape(source.shape)
+    if deltas[0].start is None:
+        return rows, cols, [(0, rows, deltas[0])]
+    rows, cols = rows * cols // source.shape[-1], source.shape[-1]
+    spans: list[tuple[int, int, ModuleDelta | None]] = []
+    at = 0
+    for delta in sorted(deltas, key=lambda d: d.start or 0):
+        start = delta.start or 0
+        spans += [(at, start, None), (start, start + delta.shape[0], delta)]
+        at = start + delta.shape[0]
+    return rows, cols, [*spans, (at, rows, None)]
+
+
+def _fold_block(
+    space: Workspace,
+    fd: int,
+    piece: Piece,
+    source: Entry,
+    terms: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
+    first: int,
+    row: int,
+    count: int,
+    cols: int,
+) -> memoryview:
+    """Rows `first + row` and on of the base's tensor, which are rows `row` and on of the terms."""
+    import torch
+
+    width = byte_length(source.dtype, (cols,))
+    data = _read(space, fd, source, (first + row) * width, count * width)
+    block = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(count, cols)
+    if terms is None:
+        return _rounded(space, block, piece)
+    left, right, factor = terms
+    if factor is not None and factor.shape[0] > 1:
+        factor = factor[row : row + count]
+    total = fold_rows(block, left[row : row + count], right, space.sum(count * cols).view(count, cols), factor)
+    return _rounded(space, total, piece, data)
+
+
+def _fold_whole(
+    space: Workspace, fd: int, piece: Piece, source: Entry, delta: ModuleDelta | TensorDelta, mixture: Mixture
+) -> memoryview:
+    import torch
+
+    data = _read(space, fd, source, 0, source.nbytes)
+    base = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(source.shape)
+    gains = mixture.whole_gains_of(delta)
+    total = fold_tensor(base, delta, gains) if isinstance(delta, TensorDelta) else fold_bias(base, delta, gains)
+    return _rounded(space, total, piece, data)
+
+
+def _rounded(space: Workspace, block: torch.Tensor, piece: Piece, spare: memoryview | None = None) -> memoryview:
+    """Round once to the output dtype, into `spare` where that has the size: the bytes that the base's block came in."""
+    import torch
+
+    dtype = torch_dtype(piece.dtype)
+    nbytes = block.numel() * dtype.itemsize
+    data = spare if spare is not None and len(spare) == nbytes else space.take(nbytes)
+    result = torch.frombuffer(data, dtype=dtype)
+    result.copy_(block.reshape(-1))
+    _check_finite(result, piece)
+    return data
+
+
+def _check_finite(block: torch.Tensor, piece: Piece) -> None:
+    if all_finite(block):
+        return
+    file = piece.source.file if piece.source else "the head"
+    raise WloraMergeError(
+        f"{file}: folding gives tensor {piece.name!r} a NaN or an infinity in {block.dtype}: the base holds one, or the sum "
+        "overflows; look at the base, or export with a wider --dtype (bfloat16, float32)."
+    )
+
+
+def _tensor_bytes(piece: Piece) -> memoryview:
+    import torch
+
+    tensor = piece.tensor if piece.tensor is not None else torch.empty(0)
+    result = tensor.detach().cpu().to(torch_dtype(piece.dtype)).contiguous()
+    _check_finite(result, piece)
+    return memoryview(result.reshape(-1).view(torch.uint8).numpy().data)
