@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from wlora_merge.mixture import Mixture
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -166,3 +168,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
         return done[name]
 
     return get
+
+
+def inputs_of(mixture: Path) -> dict[str, Any]:
+    """For `verify`, where a mixture's inputs lie; digests of files this young are not remembered."""
+    made = Mixture.load(mixture)
+    return {"base": made.base.source, "adapters": [f"{a.name}={a.source}" for a in made.adapters]}

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import make_adapter, tiny_llama
+from conftest import inputs_of, make_adapter, tiny_llama
 
 from wlora_merge import export, mix, verify
 from wlora_merge.cli import main
@@ -62,7 +62,10 @@ def test_onnxruntime_genai_generates_what_generate_does(mixture: Path, tmp_path:
     while not generator.is_done():
         generator.generate_next_token()
     assert list(generator.get_sequence(0)) == expected[0].tolist()
-    assert verify(tmp_path / "out").done[-1] == "100.0% of the greedy tokens are the unmerged mixture's"
+    assert (
+        verify(tmp_path / "out", **inputs_of(mixture)).done[-1]
+        == "100.0% of the greedy tokens are the unmerged mixture's"
+    )
 
 
 def test_quantized_graphs_stand_beside_the_float_one_and_their_error_is_reported(mixture: Path, tmp_path: Path) -> None:
@@ -81,7 +84,7 @@ def test_quantized_graphs_stand_beside_the_float_one_and_their_error_is_reported
         graph = onnx.load(tmp_path / kind / "onnx" / name).graph
         assert sum(operator in node.op_type for node in graph.node) >= 14
         assert operator not in {n.op_type for n in onnx.load(tmp_path / kind / "onnx" / "model.onnx").graph.node}
-        assert verify(tmp_path / kind).done[-1] == "outputs equal the unmerged mixture's"
+        assert verify(tmp_path / kind, **inputs_of(mixture)).done[-1] == "outputs equal the unmerged mixture's"
 
 
 def test_fusions_use_onnx_runtimes_own_operators_and_are_checked(mixture: Path, tmp_path: Path) -> None:

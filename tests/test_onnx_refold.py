@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 import transformers
-from conftest import make_adapter, tiny_llama
+from conftest import inputs_of, make_adapter, tiny_llama
 from safetensors import safe_open
 
 from wlora_merge import Mixture, export, mix, verify
@@ -79,7 +79,7 @@ def test_a_refold_equals_a_traced_export_bit_for_bit(made: tuple[Path, Path, Pat
     np.testing.assert_array_equal(
         logits_of(tmp_path / "out/onnx/model.onnx"), logits_of(traced / "onnx" / "model.onnx")
     )
-    assert verify(tmp_path / "out").done[-1] == "outputs equal the unmerged mixture's"
+    assert verify(tmp_path / "out", **inputs_of(mixture)).done[-1] == "outputs equal the unmerged mixture's"
     manifest = json.loads((tmp_path / "out/wlora_merge.json").read_text())
     assert set(manifest["report"]["onnx_base"]) == {"model.onnx"}
 
@@ -313,7 +313,7 @@ def test_a_head_is_replaced_where_the_graph_has_the_bases(tmp_path: Path) -> Non
     np.testing.assert_array_equal(
         logits_of(tmp_path / "out/onnx/model.onnx"), logits_of(tmp_path / "traced/onnx/model.onnx")
     )
-    assert verify(tmp_path / "out").largest_difference is not None
+    assert verify(tmp_path / "out", **inputs_of(tmp_path / "mixture")).largest_difference is not None
     transformers.BertModel(config).save_pretrained(tmp_path / "body")
     bare = mix(tmp_path / "body", [
         make_adapter(transformers.BertModel(config), tmp_path / f"b{i}", i, r=2, target_modules=["query"]) for i in (0, 1)

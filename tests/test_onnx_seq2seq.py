@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import make_adapter
+from conftest import inputs_of, make_adapter
 from onnx_models import MODELS, VOCABULARY, Exported, make_dense
 
 from wlora_merge import export, mix, verify
@@ -129,4 +129,4 @@ def test_a_mixture_of_an_encoder_decoder_is_exported_refolded_and_verified(
         for key, array in tensors[0].items():
             np.testing.assert_array_equal(tensors[1][key], array, err_msg=key)
     for way in ("traced", "refolded"):
-        assert verify(tmp_path / way).largest_difference is not None
+        assert verify(tmp_path / way, **inputs_of(tmp_path / "mixture")).largest_difference is not None

@@ -24,7 +24,10 @@ OPTIONS = {
         "gradient_accumulation_steps", "gradient_checkpointing", "max_length", "seed", "device", "precision", "quantize",
         "resume",
     ),
-    "Format": ("format_", "dtype", "rank", "energy", "server", "max_rank", "max_shard_size", "opset", "base_name"),
+    "Format": (
+        "format_", "dtype", "rank", "energy", "server", "max_rank", "max_shard_size", "opset", "onnx_runtime", "ort_fusions",
+        "base_name",
+    ),
     "What is checked": ("quick", "pinned", "check", "overrides"),
     "Output": ("out", "force", "report", "report_to", "as_json"),
 }  # fmt: skip
