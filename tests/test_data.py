@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from wlora_merge.columns import choose_columns
-from wlora_merge.data import Examples, read_examples, split_held_out, stratified_folds
+from wlora_merge.data import Examples, read_examples
 from wlora_merge.errors import DataError, UnsupportedError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -240,46 +240,6 @@ def test_conversations_tags_and_answers_are_checked(tmp_path: Path) -> None:
     assert "2 tokens but 1 tags" in refusal(lines(tmp_path / "c.jsonl", tags), "token-classification")
     answer = [{"question": "q", "context": "a cat", "answers": {"text": ["cat"], "answer_start": [1]}}]
     assert "not at character 1" in refusal(lines(tmp_path / "d.jsonl", answer), "question-answering")
-
-
-@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
-def test_held_out_examples_are_stratified_and_leave_one_of_each_class(tmp_path: Path, fraction: float) -> None:
-    examples = classes(tmp_path, ["a"] * 8 + ["b"] * 4 + ["c"] * 2 + ["d"])
-    fit, held = split_held_out(examples, fraction=fraction, seed=3)
-    assert sorted(fit.column("text") + held.column("text")) == sorted(examples.column("text"))
-    assert set(fit.column("label")) == set("abcd")
-    assert len(held) == round(fraction * 15)
-    assert "d" not in held.column("label")
-    counts = [held.column("label").count(name) for name in "abc"]
-    assert counts == sorted(counts, reverse=True)
-    again = split_held_out(examples, fraction=fraction, seed=3)
-    assert held.column("text") == again[1].column("text")
-    assert any(
-        split_held_out(examples, fraction=fraction, seed=s)[1].column("text") != held.column("text") for s in (4, 5)
-    )
-
-
-def test_with_one_example_of_each_class_nothing_is_held_out(tmp_path: Path) -> None:
-    fit, held = split_held_out(classes(tmp_path, ["a", "b"]), fraction=0.5, seed=0)
-    assert (len(fit), len(held)) == (2, 0)
-    with pytest.raises(DataError, match="0 of 2 examples can be held out"):
-        stratified_folds(classes(tmp_path, ["a", "b"]), 2, 0)
-
-
-def test_folds_hold_each_example_out_once_and_spread_the_classes(tmp_path: Path) -> None:
-    examples = classes(tmp_path, ["a"] * 6 + ["b"] * 3 + ["c"])
-    folds = stratified_folds(examples, 3, seed=1)
-    held = [text for _, part in folds for text in part.column("text")]
-    assert sorted(held) == sorted(examples.column("text")[:9])
-    for fit, part in folds:
-        assert sorted(part.column("label")) == ["a", "a", "b"]
-        assert set(fit.column("label")) == set("abc")
-        assert not set(fit.column("text")) & set(part.column("text"))
-
-
-def test_numbers_are_split_at_random(tmp_path: Path) -> None:
-    fit, held = split_held_out(classes(tmp_path, [0.5, 1.5, 2.5, 3.5]), fraction=0.5, seed=0)
-    assert (len(fit), len(held)) == (2, 2)
 
 
 def test_a_hub_data_set_of_an_unusual_kind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
 
-from wlora_merge.errors import MixtureError
+from wlora_merge.errors import MixtureError, OutputError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
 from wlora_merge.mixture import Mixture
@@ -116,6 +116,19 @@ def test_eval_data_is_judged_on_and_nothing_is_held_out(bert_zoo: tuple[Path, li
     mixture = fit(base, folders, shots, "text-classification", eval_data=shots, max_steps=3)
     assert mixture.metrics["held_out"]["examples"] == 16
     assert mixture.metrics["held_out"]["from"]["name"] == "shots.csv"
+
+
+def test_an_output_folder_that_is_taken_is_refused_before_anything_is_loaded(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, folders, shots = bert_zoo
+    monkeypatch.setattr("wlora_merge.fit_model.load_model", lambda *args: pytest.fail("the model was loaded"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(OutputError, match="is not empty"):
+        fit(base, folders, shots, "text-classification", tmp_path / "out")
+    with pytest.raises(OutputError, match="input"):
+        fit(base, folders, shots, "text-classification", base / "out")
 
 
 def test_one_shot_per_class_leaves_the_metrics_not_estimated(
@@ -223,7 +236,8 @@ def test_smollm2_on_movie_reviews(shared: Path, real_models: Path, tmp_path: Pat
     (tmp_path / "shots.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     adapters = [shared / "zoo/smollm2-tasks" / name for name in ("sst2", "subj", "trec", "mpqa")]
     base = real_models / "smollm2"
-    mixture = fit(base, adapters, tmp_path / "shots.jsonl", "causal-lm", tmp_path / "m", max_steps=3, batch_size=3)
+    settings: dict[str, Any] = {"granularity": "module", "pull": 0.0, "folds": 2, "max_steps": 3, "batch_size": 3}
+    mixture = fit(base, adapters, tmp_path / "shots.jsonl", "causal-lm", tmp_path / "m", **settings)
     assert len(mixture.groups) == 210
     export(tmp_path / "m", "dense", tmp_path / "dense")
     names = [f"{a.name}={a}" for a in adapters]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,68 +250,3 @@ def _check_lengths(table: Table, checked: Mapping[str, list[Any]]) -> None:
 def _kind(value: Any) -> str:
     names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
-
-
-def split_held_out(examples: Examples, *, fraction: float, seed: int) -> tuple[Examples, Examples]:
-    """Hold out about `fraction` of the examples, deterministic in `seed`, each part in the order of the file.
-
-    With classes, each is held out in proportion, and at least one example of each stays in the first part: a class with
-    one example is not held out, so with one example for each class the second part is empty.
-
-    Args:
-        examples: [E] rows.
-        fraction: between 0 and 1, of E.
-        seed: of the choice.
-
-    Returns:
-        the part to fit on, and the part held out (at least one example where that is possible and `fraction` > 0).
-    """
-    if not 0 <= fraction < 1:
-        raise DataError(f"the fraction held out must be at least 0 and less than 1, got {fraction}.")
-    groups, generator = _shuffled_groups(examples, seed)
-    wanted = min(max(1, round(fraction * len(examples))), len(examples) - 1) if fraction else 0
-    shares = [min(len(group) - 1, int(fraction * len(group))) for group in groups]
-    order = list(range(len(groups)))
-    generator.shuffle(order)
-    # what rounding left over goes to the groups furthest below their share, at random among equals
-    while sum(shares) < wanted and any(len(group) - 1 > n for group, n in zip(groups, shares, strict=True)):
-        open_groups = [g for g in order if len(groups[g]) - 1 > shares[g]]
-        shares[max(open_groups, key=lambda g: fraction * len(groups[g]) - shares[g])] += 1
-    held = {index for group, n in zip(groups, shares, strict=True) for index in group[:n]}
-    return _parted(examples, held)
-
-
-def stratified_folds(examples: Examples, k: int, seed: int) -> list[tuple[Examples, Examples]]:
-    """Part the examples k times into (fit, held out), so that each is held out once, deterministic in `seed`.
-
-    With classes, each is spread evenly over the folds; the only example of a class is never held out.
-
-    Raises:
-        DataError: fewer than two folds, or so few examples that a fold would hold out nothing.
-    """
-    groups, _ = _shuffled_groups(examples, seed)
-    usable = [index for group in groups if len(group) > 1 for index in group]
-    if not 2 <= k <= len(usable):
-        raise DataError(
-            f"cannot make {k} folds: {len(usable)} of {len(examples)} examples can be held out (the only one of a "
-            f"class cannot); use at least 2 and at most that many folds."
-        )
-    return [_parted(examples, set(usable[fold::k])) for fold in range(k)]
-
-
-def _shuffled_groups(examples: Examples, seed: int) -> tuple[list[list[int]], random.Random]:
-    """The indices of each class, or of all examples where there are no classes, in random order."""
-    labels = examples.column("label") if "label" in examples.columns else []
-    keys = labels if labels and isinstance(labels[0], str) else [""] * len(examples)
-    groups: dict[str, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    generator = random.Random(seed)
-    ordered = [groups[key] for key in sorted(groups)]
-    for group in ordered:
-        generator.shuffle(group)
-    return ordered, generator
-
-
-def _parted(examples: Examples, held: set[int]) -> tuple[Examples, Examples]:
-    return examples.select([i for i in range(len(examples)) if i not in held]), examples.select(sorted(held))

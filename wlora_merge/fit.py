@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 from .adapters import Adapter, load_adapters
 from .base_model import BaseModel, open_base, refuse_quantized
 from .data import Examples, read_examples
-from .errors import DataError, MixtureError
+from .errors import MixtureError
 from .fit_options import FitOptions, fit_options
 from .mixture import Mixture
 from .report import write_report
 from .stacking import modules_of, stack, tensors_of
+from .staging import refuse_out
 from .tasks import Task, get_task
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ def fit(
     chosen = fit_options(options)
     job = get_task(task)
     opened, loaded = open_base(base), load_adapters(adapters, residual=residual)
+    folders = [opened.folder, *(a.source.folder for a in loaded)]
+    if out is not None:
+        refuse_out(Path(out), force=force, inputs=folders)
     _check_count(loaded, chosen)
     refuse_quantized(opened)
     shots = read_examples(data, task=task, columns=columns)
@@ -123,7 +127,7 @@ def fit(
         if out is not None and ranks.leads:
             title = f"A mixture on {opened.source.name}"
             beside = partial(write_report, mixture=mixture, deltas=deltas, title=title) if report else None
-            mixture.save(out, force=force, inputs=[opened.folder, *(a.source.folder for a in loaded)], beside=beside)
+            mixture.save(out, force=force, inputs=folders, beside=beside)
             state.remove()
     return mixture
 
@@ -430,6 +434,3 @@ def _config(learner: Learner, task: Task, labels: LabelSet | None) -> dict[str, 
 
 def _recorded(options: FitOptions) -> dict[str, Any]:
     return {key: value for key, value in asdict(options).items() if key not in ("device", "report_to")}
-
-
-__all__ = ["DataError", "fit"]

@@ -147,6 +147,18 @@ def _resolved(out: Path) -> Path:
         raise OutputError(f"{out}: cannot be resolved to a folder ({error}); choose another --out") from error
 
 
+def refuse_out(out: Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output folder as `staged` would; for work that takes long before it writes.
+
+    Raises:
+        OutputError: `out` is not empty and not to be replaced, lies in an input, or is a mount point.
+    """
+    target = _resolved(out)
+    with _output_errors(out, target):
+        _refuse_unsafe(out, target, inputs)
+        _refuse_occupied(out, target, force)
+
+
 def _refuse_unsafe(out: Path, target: Path, inputs: Iterable[Path]) -> None:
     if target.exists() and not target.is_dir():
         raise OutputError(f"{out}: is a file, expected a folder that is empty or does not exist; choose another --out")
