@@ -70,12 +70,12 @@ def _lora(job: Job, shots: list[Row], seed: int) -> Trained:
 
 
 METHODS: dict[str, Method] = {
-    "base, head only": _fitted(method="fixed", weights=lambda n: [0.0] * n, folds=0),
+    "base with a new head": _fitted(method="fixed", weights=lambda n: [0.0] * n, folds=0),
     "full fine-tuning": _finetuned,
     "LoRA from scratch": _lora,
     "best single adapter on the shots": _fitted(method="best-single"),
     "uniform composition": _fitted(method="uniform", folds=0),
-    "learned, plain (paper)": _fitted(granularity="module", pull=0.0, folds=0, max_steps=100, learning_rate=0.05),
+    "plain learned composition": _fitted(granularity="module", pull=0.0, folds=0, max_steps=100, learning_rate=0.05),
     "wlora-merge fit": _fitted(),
     "wlora-merge fit --method auto": _fitted(method="auto"),
 }
