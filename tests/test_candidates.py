@@ -12,7 +12,7 @@ import torch
 from conftest import make_adapter, tiny_bert
 from test_fit import WORDS, save_tokenizer
 
-from wlora_merge.candidates import Comparison, chosen, fold_indices
+from wlora_merge.candidates import Comparison, chosen, fold_indices, rivals
 from wlora_merge.errors import MixtureError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
@@ -223,6 +223,33 @@ def test_a_score_has_the_jackknife_error_which_for_a_mean_is_the_usual_one() -> 
     assert found.value == pytest.approx(right.mean())
     assert found.standard_error == pytest.approx(right.std(ddof=1) / np.sqrt(40))
     assert found.ahead_of(found) == (0.0, 0.0)
+
+
+def test_rivals_are_better_in_the_metric_or_within_an_error_and_never_with_a_far_larger_loss() -> None:
+    def of(value: float, loss: float) -> Score:  # the error of a difference: 0.05 where one is under 0.9
+        return made_score(value, loss, (value, value + (0.1 if value < 0.9 else 0.0)))
+
+    scores = {"learned": of(0.9, 0.07), "a": of(0.95, 0.06), "b": of(0.9, 0.09), "c": of(0.9, 2.34), "d": of(0.88, 0.1)}
+    scores |= {"e": of(0.5, 0.05)}
+    better, good = rivals("learned", Comparison(scores), ["e", "d", "c", "b", "a", "learned", "gone"])
+    assert better == {"a": (pytest.approx(0.05), pytest.approx(0.0))}
+    assert list(good) == ["b", "d"]
+    assert good["d"] == (pytest.approx(-0.02), pytest.approx(0.05))
+    assert rivals("gone", Comparison(scores), ["a"]) == ({}, {})
+
+
+def test_the_note_says_first_what_did_better_and_what_was_kept(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wlora_merge import candidates
+
+    monkeypatch.setattr(candidates, "rivals", lambda *_: ({"a1": (0.1, 0.05)}, {"uniform": (-0.01, 0.02)}))
+    learned = fitted(zoo).metrics
+    assert (learned["better"], learned["as_good"]) == (["a1"], ["uniform"])
+    better, good, kept = (
+        learned["note"].index(w) for w in ("a1 alone (+0.100 ±", "uniform (-0.010 ±", "Kept: learned;")
+    )
+    assert better < good < kept
+    single = fitted(zoo, method="best-single").metrics
+    assert f"Kept: {single['kept']} alone." in single["note"]
 
 
 def test_cma_es_finds_the_minimum_of_a_rotated_ellipsoid() -> None:

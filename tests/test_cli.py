@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.cli import main
+from wlora_merge.terminal import shown_log
 
 
 def run(*args: object) -> Result:
@@ -98,6 +100,25 @@ def test_wrong_usage_exits_2(zoo: tuple[Path, list[Path]], tmp_path: Path) -> No
     assert run("mix", *inputs(base, folders), "--out", tmp_path / "m", "--weights", "a,b").exit_code == 2
     fit = ["fit", *inputs(base, folders[:1]), "--data", "x.csv", "--task", "causal-lm", "--out", tmp_path / "m"]
     assert run(*fit).exit_code == 2
+
+
+def test_a_ctrl_c_during_the_imports_exits_130_without_a_traceback() -> None:
+    code = (
+        "import sys\nfrom wlora_merge.__main__ import main\n"
+        "assert not {'click', 'wlora_merge.cli', 'importlib.metadata'} & set(sys.modules)\n"
+        "class Stop:\n    def find_spec(self, name, *_):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "Stopped.\n")
+
+
+def test_bitsandbytes_is_quiet_at_the_command_line() -> None:
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    with shown_log(quiet=False):
+        assert not log.isEnabledFor(logging.WARNING)
+    assert log.isEnabledFor(logging.WARNING)
 
 
 def test_debug_keeps_the_traceback(tmp_path: Path) -> None:

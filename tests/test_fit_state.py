@@ -7,13 +7,17 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from test_candidates import Zoo, fitted
 from test_candidates import zoo as zoo
 
+from wlora_merge.cli import main
 from wlora_merge.errors import MixtureError
 from wlora_merge.fit_state import FitState, state_file
 
@@ -70,6 +74,39 @@ def test_the_state_holds_the_trained_tensors_and_nothing_of_the_model(zoo: Zoo, 
         fitted(zoo, out, resume=True, **(OPTIONS | {"seed": 5}))
     fitted(zoo, out, **OPTIONS)  # without --resume it starts anew
     assert not state_file(out).exists()
+
+
+def test_a_stopped_fit_names_its_state_and_the_next_one_says_that_it_starts_over(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, folders, shots = zoo
+    out = tmp_path / "out"
+    words = ["fit", "--base", base, *(w for f in folders for w in ("--adapter", f)), "--data", shots, "--out", out]
+    words += ["--task", "text-classification", "--max-steps", "2", "--folds", "2", "--settings", "1", "--no-report"]
+
+    @contextmanager
+    def stopping() -> Iterator[Callable[..., None]]:
+        calls: list[None] = []
+
+        def progress(*_: object) -> None:
+            calls.append(None)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+        yield progress
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wlora_merge.cli.fit_progress", stopping)
+        stopped = CliRunner().invoke(main, [str(w) for w in words])
+    assert stopped.exit_code == 130, stopped.output
+    assert f"{state_file(out)} holds what has been trained: the same command with --resume goes on." in stopped.stderr
+    resumed = CliRunner().invoke(main, [str(w) for w in [*words, "--resume"]])
+    assert resumed.exit_code == 0, resumed.output
+    assert "starts over" not in resumed.stderr
+    state_file(out).write_bytes(b"")
+    again = CliRunner().invoke(main, [str(w) for w in [*words, "--force"]])
+    assert again.exit_code == 0, again.output
+    assert again.stderr.count("starts over") == 1
 
 
 class Evil:

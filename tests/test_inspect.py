@@ -71,7 +71,7 @@ def test_an_adapter_that_does_not_fit_is_a_row_with_the_reason(llama_zoo: Callab
     )
     fits = {row["adapter"]: row["mixes"] for row in tables["Adapters"]}
     assert fits == {"a0": "yes", "wide": "no", "dora": "yes", "alora": "no", "broken": "no"}
-    reasons = {row["adapter"]: row["reason"] for row in tables["Adapters that cannot be mixed, or not as they are"]}
+    reasons = {row["adapter"]: row["reason"] for row in tables["Adapters that cannot be mixed"]}
     assert set(reasons) == {"wide", "alora", "broken"}
     assert reasons["wide"].startswith("adapter 'wide'")
     assert "do not fit the base weight [32, 32]" in reasons["wide"]
@@ -92,10 +92,15 @@ def test_adapters_that_mix_given_an_option_are_told_which(llama_zoo: Callable[..
     base, folders = llama_zoo()
     head = make_adapter(tiny_llama(), tmp_path / "head", 1, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     shutil.copytree(folders[1], tmp_path / "a0")
-    tables = inspect_paths([base, folders[0], head, tmp_path / "a0"])
-    assert [row["mixes"] for row in tables["Adapters"]] == ["yes", "option", "option"]
-    reasons = [row["reason"] for row in tables["Adapters that cannot be mixed, or not as they are"]]
-    assert "say --modules-to-save NAME" in reasons[0]
+    shutil.copytree(head, tmp_path / "other")
+    tables = inspect_paths([base, folders[0], head, tmp_path / "a0", tmp_path / "other"])
+    needs = "yes, with --modules-to-save or a fit that trains a head"
+    assert [row["mixes"] for row in tables["Adapters"]] == ["yes", needs, "yes, named apart", needs]
+    assert "Adapters that cannot be mixed" not in tables
+    rows = tables["What adapters need to be mixed"]
+    assert [row["adapter"] for row in rows] == ["head other", "a0"]
+    reasons = [row["reason"] for row in rows]
+    assert "carries whole tensors (lm_head): say --modules-to-save NAME" in reasons[0]
     assert "another adapter is called 'a0' too" in reasons[1]
     assert tables["Targets and features"][1]["features"] == "modules_to_save"
 
@@ -110,7 +115,7 @@ def test_an_adapter_that_mixes_alone_but_not_with_the_others_is_told_so(tmp_path
         assert inspect_paths([tmp_path / "base", folder])["Adapters"][0]["mixes"] == "yes"
     tables = inspect_paths([tmp_path / "base", *folders])
     assert [row["mixes"] for row in tables["Adapters"]] == ["yes", "no"]
-    (row,) = tables["Adapters that cannot be mixed, or not as they are"]
+    (row,) = tables["Adapters that cannot be mixed"]
     assert row["adapter"] == "a1"
     assert "is Conv1D here and Linear in another" in row["reason"]
 

@@ -202,4 +202,6 @@ def test_report_to_logs_the_final_training_with_accelerates_trackers(
     assert [step for step, _ in logged] == [1, 2, 3, 4, -1]
     assert set(logged[0][1]) == {"loss", "weight/a0", "weight/a1"}
     with pytest.raises(UnsupportedError, match=r"finds no such tracker.*memory"):
-        fitted_lm(llamas, report_to="nothing", device="cpu")
+        fitted_lm(
+            llamas, report_to="nothing", device="cpu", progress=lambda *_: pytest.fail("trained before it refused")
+        )

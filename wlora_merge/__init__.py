@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +59,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib.metadata import version
+
         return version("wlora-merge")
     if name not in _HOMES:
         raise AttributeError(f"module 'wlora_merge' has no attribute {name!r}")

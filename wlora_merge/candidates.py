@@ -250,13 +250,30 @@ def chosen(method: str, select: str, comparison: Comparison, names: Sequence[str
     return method
 
 
-def as_good(kept: str, comparison: Comparison, others: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """The simpler candidates that the kept one is not ahead of by more than a standard error: name -> (lead, its error)."""
+Leads = dict[str, tuple[float, float]]
+
+
+def rivals(kept: str, comparison: Comparison, others: Sequence[str]) -> tuple[Leads, Leads]:
+    """The simpler candidates that did better than the kept one in the metric, and those that are as good, the best first.
+
+    As good: behind by at most a standard error of the difference, and the loss at most twice the kept one's, or 0.1 above it.
+
+    Returns:
+        for both: name -> (how much better than the kept one, negative where worse; its standard error).
+    """
     scores = comparison.scores
     if kept not in scores:
-        return {}
-    leads = {name: scores[kept].ahead_of(scores[name]) for name in others if name in scores and name != kept}
-    return {name: lead for name, lead in leads.items() if lead[0] <= lead[1]}
+        return {}, {}
+    present = [name for name in others if name in scores and name != kept]
+    leads = {name: scores[name].ahead_of(scores[kept]) for name in sorted(present, key=lambda n: scores[n].key())[::-1]}
+    loss = scores[kept].loss
+    better = {name: lead for name, lead in leads.items() if lead[0] > 0}
+    good = {
+        name: (lead, error)
+        for name, (lead, error) in leads.items()
+        if -error <= lead <= 0 and scores[name].loss <= max(2 * loss, loss + 0.1)
+    }
+    return better, good
 
 
 def tables(comparison: Comparison) -> dict[str, Any]:

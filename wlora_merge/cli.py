@@ -11,6 +11,8 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -54,6 +56,21 @@ class Main(Group):
             except KeyboardInterrupt:
                 click.echo("Stopped.", err=True)
                 sys.exit(130)
+
+
+@contextmanager
+def _naming_state(out: str) -> Iterator[None]:
+    """Say, where a fit is stopped, what was kept of it."""
+    from .fit_state import state_file
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        from .ranks import is_leader
+
+        if (kept := state_file(out)).is_file() and is_leader():
+            say(f"{kept} holds what has been trained: the same command with --resume goes on.")
+        raise
 
 
 def _versions(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -128,7 +145,7 @@ def fit(
         raise click.UsageError("a fit needs --adapter twice or more; for one adapter, see wlora-merge mix.")
     from .fit import fit as run
 
-    with fit_progress() as progress:
+    with fit_progress() as progress, _naming_state(out):
         mixture = run(
             base,
             adapters,

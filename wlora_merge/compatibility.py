@@ -28,10 +28,20 @@ NAMED = (
 """Fields of the config that are a feature where they are set."""
 
 
+NO, YES, WITH_HEADS, NAMED_APART = (
+    "no",
+    "yes",
+    "yes, with --modules-to-save or a fit that trains a head",
+    "yes, named apart",
+)
+"""Whether an adapter mixes."""
+REASONS = {"Adapters that cannot be mixed": (NO,), "What adapters need to be mixed": (WITH_HEADS, NAMED_APART)}
+
+
 def adapter_tables(paths: Sequence[str | Path], base: BaseModel | None) -> dict[str, Rows]:
     """Tables with a row for each adapter: what it is; why it cannot be mixed; what it changes and how.
 
-    Why an adapter cannot be mixed stands in a table of its own: a sentence in a narrow column reads badly.
+    What an adapter needs, and why one cannot be mixed, stands in tables of its own: a sentence in a narrow column reads badly.
     """
     adapters = [_loaded(path) for path in paths]
     rows: Rows = []
@@ -43,15 +53,24 @@ def adapter_tables(paths: Sequence[str | Path], base: BaseModel | None) -> dict[
         row = _on_base(adapter, base, fitting) if base is not None else {}
         deltas = row.pop("deltas", None)
         rows.append(_what(adapter, deltas) | row)
-        if row.get("mixes") != "no":
+        if row.get("mixes") != NO:
             fitting.append(adapter)
-    reasons = [{"adapter": row["adapter"], "reason": row.pop("reason")} for row in rows if "reason" in row]
     tables = {"Adapters": rows}
-    if reasons:
-        tables["Adapters that cannot be mixed, or not as they are"] = reasons
+    reasons = [(row, row.pop("reason")) for row in rows if "reason" in row]
+    for title, answers in REASONS.items():
+        if found := [(row["adapter"], reason) for row, reason in reasons if row["mixes"] in answers]:
+            tables[title] = _grouped(found)
     if features := [feature_row(a) for a in adapters if isinstance(a, Adapter)]:
         tables["Targets and features"] = features
     return tables
+
+
+def _grouped(found: Iterable[tuple[str, str]]) -> Rows:
+    """One row for each reason, with the adapters that it holds for."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in found:
+        groups.setdefault(reason, []).append(name)
+    return [{"adapter": " ".join(names), "reason": reason} for reason, names in groups.items()]
 
 
 def _loaded(path: str | Path) -> Adapter | WloraMergeError:
@@ -80,8 +99,8 @@ def _pattern(adapter: Adapter, field: str) -> Iterable[float]:
 
 
 def _on_base(adapter: Adapter, base: BaseModel, others: Sequence[Adapter]) -> dict[str, Any]:
-    """The deltas, their norm over the base's, and whether the adapter mixes with the others: yes, no, or given an option."""
-    row: dict[str, Any] = {"delta / base norm": None, "mixes": "no"}
+    """The deltas, their norm over the base's, and whether the adapter mixes with the others, by the words above."""
+    row: dict[str, Any] = {"delta / base norm": None, "mixes": NO}
     find = tensors_of(base)
     try:
         deltas = stack([adapter], modules_of(base), find, model_type=base.model_type)
@@ -92,15 +111,23 @@ def _on_base(adapter: Adapter, base: BaseModel, others: Sequence[Adapter]) -> di
         refuse_overlap(together, [], head, find)
     except WloraMergeError as error:
         return row | {"reason": str(error)}
-    row |= {"deltas": deltas, "delta / base norm": _relative_norm(deltas), "mixes": "yes"}
+    row |= {"deltas": deltas, "delta / base norm": _relative_norm(deltas), "mixes": YES}
     if adapter.name in [other.name for other in others]:
         reason = f"another adapter is called {adapter.name!r} too: name them, as in --adapter first=PATH --adapter second=PATH."
-        return row | {"mixes": "option", "reason": reason}
+        return row | {"mixes": NAMED_APART, "reason": reason}
     try:
         stack_tensors([adapter], None, (), find)
-    except WloraMergeError as error:
-        return row | {"mixes": "option", "reason": str(error)}
+    except WloraMergeError:
+        return row | {"mixes": WITH_HEADS, "reason": _carries(adapter)}
     return row
+
+
+def _carries(adapter: Adapter) -> str:
+    names = sorted({name.rpartition(".")[0] or name for name in adapter.tensors})
+    return (
+        f"carries whole tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): say --modules-to-save NAME to take one "
+        "adapter's, drop to leave them out, or (not in a fit) mix; a fit that trains a new head in their place needs no option."
+    )
 
 
 def _relative_norm(deltas: Sequence[ModuleDelta]) -> float | None:

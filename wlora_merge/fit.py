@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,9 +27,10 @@ from .report import write_report
 from .stacking import modules_of, stack, tensors_of
 from .staging import refuse_out
 from .tasks import Task, get_task
+from .trackers import tracker_names, tracking
 
 if TYPE_CHECKING:
-    from .candidates import Comparison
+    from .candidates import Comparison, Leads
     from .labels import LabelSet
     from .ranks import Team
     from .training import Candidate, FitProgress, Learner
@@ -99,6 +101,9 @@ def fit(
 
     chosen = fit_options(options)
     job = get_task(task)
+    tracker_names(chosen)  # refuses before anything is trained
+    if chosen.quantize:
+        logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)  # which the command line keeps quiet
     opened, loaded = open_base(base), load_adapters(adapters, residual=residual)
     folders = [opened.folder, *(a.source.folder for a in loaded)]
     if out is not None:
@@ -253,7 +258,7 @@ def _finish(job: _Job, candidate: Candidate, steps: int, comparison: Comparison)
         job.losses = {candidate.name: trained.history}
         return candidate
     final = replace(candidate, name=f"{candidate.name}, all shots") if job.parts else candidate
-    with _logging(job) as log:
+    with tracking(job.options, learner.team.leads) as log:
         learner.log = log
         done = learner.train(final, job.shots, steps, key="final", deadline=job.deadline())
         learner.log = None
@@ -261,12 +266,6 @@ def _finish(job: _Job, candidate: Candidate, steps: int, comparison: Comparison)
     if not done.complete and not done.steps:
         raise MixtureError("max_minutes left no time for a single step on all shots: give more, or --folds 0.")
     return candidate
-
-
-def _logging(job: _Job) -> Any:
-    from .trackers import tracking
-
-    return tracking(job.options, job.learner.team.leads)
 
 
 def _prune(job: _Job, candidate: Candidate, on_folds: Comparison) -> dict[str, Any]:
@@ -286,6 +285,24 @@ def _prune(job: _Job, candidate: Candidate, on_folds: Comparison) -> dict[str, A
 # ---------------------------------------------------------------------------------------------------- the record
 
 
+def _called(name: str, adapters: Sequence[str]) -> str:
+    return f"{name} alone" if name in adapters else name
+
+
+def _said_of_rivals(better: Leads, equal: Leads, adapters: Sequence[str], metric: str) -> list[str]:
+    """What did better than the learned mixture and what as well, for the note; the hint where there is a choice."""
+
+    def listed(leads: Leads) -> str:
+        return ", ".join(f"{_called(n, adapters)} ({lead:+.3f} ± {error:.3f})" for n, (lead, error) in leads.items())
+
+    said = [f"Better than learned in {metric}: {listed(better)}."] if better else []
+    if equal:
+        said.append(f"As good as learned, within one standard error and with no far larger loss: {listed(equal)}.")
+    if {*better, *equal} - {"base"}:
+        said.append(f"Kept: learned; --select best keeps what is best in {metric}, then in the loss.")
+    return said
+
+
 def _metrics(
     job: _Job, comparison: Comparison, on_folds: Comparison, kept: str, candidate: Candidate
 ) -> dict[str, Any]:
@@ -298,7 +315,7 @@ def _metrics(
         return {"kept": kept, "note": f"Not estimated: {why}"}
     metric = job.learner.metric
     others = [c.BASE, c.UNIFORM, *job.learner.names]
-    equal = c.as_good(kept, comparison, others)
+    better, equal = c.rivals(kept, comparison, others)
     if job.held:
         how = f"on {len(job.held)} evaluation examples, every candidate trained on all {len(job.shots)} shots"
     elif job.parts:
@@ -306,9 +323,10 @@ def _metrics(
     else:
         how = "on the shots themselves, which flatters every candidate"
     said = [f"Loss, {metric.name} and its standard error {how}."]
-    if kept == c.LEARNED and equal:
-        table = ", ".join(f"{name} ({0.0 - lead:+.3f} ± {error:.3f})" for name, (lead, error) in equal.items())
-        said.append(f"Within one standard error of {kept}, or better: {table}; --select best keeps the best of them.")
+    if kept == c.LEARNED:
+        said += _said_of_rivals(better, equal, job.learner.names, metric.name)
+    else:
+        said.append(f"Kept: {_called(kept, job.learner.names)}.")
     if comparison.skipped or on_folds.skipped:
         said.append(f"Not compared for want of time: {', '.join([*on_folds.skipped, *comparison.skipped])}.")
     result: dict[str, Any] = {
@@ -316,6 +334,7 @@ def _metrics(
         "higher_is_better": metric.higher_is_better,
         "candidates": c.tables(comparison),
         "kept": kept,
+        "better": list(better),
         "as_good": list(equal),
         "note": " ".join(said),
     }

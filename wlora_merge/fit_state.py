@@ -8,6 +8,7 @@ no code in it is ever run. It goes when the fit is done.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from .errors import MixtureError, OutputError
 
 SUFFIX = ".fit-state"
 SAVE_EVERY_S = 5.0
+
+_LOG = logging.getLogger("wlora_merge")
 
 
 class FitState:
@@ -34,6 +37,8 @@ class FitState:
         self.table: dict[str, Any] = {"fingerprint": fingerprint, "done": {}, "current": None}
         if resume and file is not None and file.is_file():
             self.table = _read(file, fingerprint)
+        elif file is not None and file.is_file():
+            _LOG.info("%s: a fit to this folder was stopped; it starts over, as --resume is not given.", file)
 
     def done(self, key: str) -> Any:
         """What a finished training left; None if it has not finished."""

@@ -31,9 +31,13 @@ def shown_warnings() -> Iterator[None]:
 
 @contextmanager
 def shown_log(quiet: bool) -> Iterator[None]:
-    """What the package tells its logger, as lines on stderr; warnings alone if `quiet`."""
-    log, handler = logging.getLogger("wlora_merge"), _Echo()
-    level = log.level
+    """What the package tells its logger, as lines on stderr; warnings alone if `quiet`.
+
+    bitsandbytes, which transformers imports where it is installed, is kept quiet: a fit that is to use it lets it speak.
+    """
+    log, handler, unused = logging.getLogger("wlora_merge"), _Echo(), logging.getLogger("bitsandbytes")
+    level, unused_level = log.level, unused.level
+    unused.setLevel(logging.ERROR)
     log.addHandler(handler)
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     try:
@@ -41,6 +45,7 @@ def shown_log(quiet: bool) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+        unused.setLevel(unused_level)
 
 
 class _Echo(logging.Handler):

@@ -65,7 +65,7 @@ def quiet() -> Iterator[None]:
 
     torch.onnx and transformers' exporter warn about their own internals (deprecated pytree checks, operators of packages
     that are not installed, "experimental"): nothing there is for the user to act on, and what matters is checked by
-    running the graph. Failures still raise.
+    running the graph. Failures still raise. ONNX Runtime's quantizer warns through the root logger itself.
     """
     import io
     import logging
@@ -74,8 +74,11 @@ def quiet() -> Iterator[None]:
 
     bars: Any = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
+    root, silent = logging.getLogger(), logging.NullHandler()
+    root.addHandler(silent)  # without one, logging.warning() leaves a handler on stderr for good
     loggers = [
-        logging.getLogger(name) for name in ("transformers", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+        root,
+        *map(logging.getLogger, ("transformers", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")),
     ]
     levels = [logger.level for logger in loggers]
     bars.disable_progress_bar()
@@ -89,6 +92,7 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        root.removeHandler(silent)
         if shown:
             bars.enable_progress_bar()
 
