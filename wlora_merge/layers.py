@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .adapters import Adapter, load_adapters
@@ -141,6 +142,12 @@ class StackedLora(nn.Module):
             parts.append(self.mixed(self.bias, output, layer))
         return sum(parts[1:], parts[0])
 
+    def adds_in_place(self, x: torch.Tensor, output: torch.Tensor) -> bool:
+        """Whether the product is all there is, in one dtype, and can be added in the memory of a linear layer's output."""
+        plain = self.lora_A is not None and self.row_scale is None and self.bias is None
+        same = plain and x.dtype == output.dtype == self.lora_A.dtype and output.is_contiguous()
+        return same and not torch.is_autocast_enabled(x.device.type)
+
     def mixed(self, rows: torch.Tensor, output: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         """Σ gains_n·rows_n of [N, out], in a shape that broadcasts with the module's output."""
         weights = self.weights()
@@ -171,6 +178,33 @@ class StackedLora(nn.Module):
         )
 
 
+class AddProduct(torch.autograd.Function):
+    """output + ((x @ lora_A.T) * gains) @ lora_B.T in the memory of `output`, which a linear layer does not need again.
+
+    Only the [tokens, R] product is kept for the backward pass; lora_A and lora_B get no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: torch.Tensor, x: torch.Tensor, gains: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor
+    ) -> torch.Tensor:
+        """output [..., out], x [..., in], gains [R], lora_A [R, in], lora_B [out, R], all of one dtype."""
+        hidden = x.reshape(-1, x.shape[-1]) @ lora_A.T
+        output.view(-1, output.shape[-1]).addmm_(hidden * gains, lora_B.T)
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(hidden, gains, lora_A, lora_B)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of output, x and gains."""
+        hidden, gains, lora_A, lora_B = ctx.saved_tensors
+        back = grad.reshape(-1, grad.shape[-1]) @ lora_B
+        to_x = ((back * gains) @ lora_A).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[1] else None
+        return grad, to_x, (back * hidden).sum(0) if ctx.needs_input_grad[2] else None, None, None
+
+
 def _along_rows(values: torch.Tensor, layer: nn.Module, output: torch.Tensor) -> torch.Tensor:
     """[out] in the shape that broadcasts over an output, whose rows are its last dimension, or a convolution's channels."""
     if isinstance(layer, CHANNELS):
@@ -181,7 +215,11 @@ def _along_rows(values: torch.Tensor, layer: nn.Module, output: torch.Tensor) ->
 def _add_delta(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
     """The forward hook of a target module; a function of the module alone, so that copies of a model stay whole."""
     x = args[0] if args else next(iter(kwargs.values()))
-    change: torch.Tensor = layer.wlora(x, output, layer)  # type: ignore[operator]
+    lora: StackedLora = layer.wlora  # type: ignore[assignment]
+    if type(layer) is nn.Linear and lora.adds_in_place(x, output):
+        added: torch.Tensor = AddProduct.apply(output, x, lora.gains().to(x.dtype), lora.lora_A, lora.lora_B)  # type: ignore[no-untyped-call]
+        return added
+    change: torch.Tensor = lora(x, output, layer)
     return output + change.to(output.dtype)
 
 
