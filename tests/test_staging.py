@@ -622,3 +622,24 @@ def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
 def test_sizes_are_written_as_a_person_reads_them() -> None:
     sizes = [0, 1023, 1536, 3 << 20, 5 << 30, 7 << 40]
     assert [human_bytes(n) for n in sizes] == ["0 bytes", "1023 bytes", "1.5 KiB", "3.0 MiB", "5.0 GiB", "7.0 TiB"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_every_file_has_the_ordinary_permissions_whatever_wrote_it(tmp_path: Path, umask: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    before = os.umask(umask)
+    try:
+        with staged(tmp_path / "out") as staging:
+            (staging.path / "inner").mkdir()
+            save_file(
+                {"x": torch.ones(1)}, staging.path / "inner" / "x.safetensors"
+            )  # which makes files for their owner alone
+            (staging.path / "plain").write_text("x")
+            (staging.path / "program").touch(0o777)
+    finally:
+        os.umask(before)
+    files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert len(files) == 3
+    assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {0o666 & ~umask}

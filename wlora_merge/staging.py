@@ -79,7 +79,8 @@ def staged(
 
     Returns:
         A context manager that gives a ``Staging``: write into its ``path``; its ``swap`` is set on a clean exit. A new
-        folder gets the ordinary permissions (0o777 less the umask); one that takes another's place keeps that one's.
+        folder gets the ordinary permissions (0o777 less the umask); one that takes another's place keeps that one's. Every
+        file gets 0o666 less the umask, whatever library wrote it.
 
     Raises:
         OutputError: ``out`` cannot be written safely, another run is writing it, the disk is full or fails.
@@ -93,10 +94,11 @@ def staged(
             _refuse_occupied(out, target, force)
             _require_space(out, target, needed_bytes)
             os.mkdir(staging.path)
+            mode = stat.S_IMODE(os.stat(staging.path).st_mode) & 0o666
             yield staging
             if check is not None:
                 check(staging.path)
-            _sync_tree(staging.path)
+            _sync_tree(staging.path, mode)
             staging.swap = _place(staging, force, _beside(target, f"old-{token}"))
             _sync(target.parent)
             if staging.swap != "rename":
@@ -356,14 +358,18 @@ def _clear(target: Path, token: str | None) -> None:
             warnings.warn(f"{path}: leftover of {target}, not removed ({error}); remove it", WloraMergeWarning, 4)
 
 
-def _sync_tree(folder: Path) -> None:
+def _sync_tree(folder: Path, mode: int) -> None:
     def fail(error: OSError) -> None:
         raise error
 
     for place, _, names in os.walk(folder, topdown=False, onerror=fail):
         for name in names:
             path = Path(place, name)
-            if stat.S_ISREG(os.lstat(path).st_mode):
+            found = os.lstat(path).st_mode
+            if stat.S_ISREG(found):
+                if stat.S_IMODE(found) != mode:
+                    with suppress(PermissionError):  # a file system that has one mode for all its files
+                        os.chmod(path, mode)
                 _sync(path)
         _sync(Path(place))
 
