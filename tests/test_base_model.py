@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,16 @@ def test_what_a_server_reads_is_carried_and_weights_and_cards_are_not(single: Pa
         (single / name).write_text("x")
     found = [p.as_posix() for p in open_base(single).carried_files()]
     assert sorted(found) == sorted([*kept, "config.json", "generation_config.json"])
+
+
+def test_the_state_of_a_fit_is_never_carried(tmp_path: Path, llama_zoo: Callable[..., Any]) -> None:
+    import shutil
+
+    base, _ = llama_zoo()
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    before = open_base(tmp_path / "base").carried_files()
+    for name in ("mixture.fit-state", "mixture.fit-state.partial", "mixture.fit-state-1"):
+        (tmp_path / "base" / name).write_bytes(b"state")
+    assert open_base(tmp_path / "base").carried_files() == before
+    assert Path("tokenizer.json") in before

@@ -16,7 +16,7 @@ from .checkpoint import Entry, Header, read_header, read_tensor
 from .digests import sha256_files
 from .errors import BaseModelError, UnsupportedError
 from .input_files import find_file, read_table
-from .names import NameResolver, is_plain_file_name
+from .names import FIT_STATE, NameResolver, is_plain_file_name
 from .quantized import quantized_format
 from .sources import BASE_PATTERNS, Source, resolve_source
 
@@ -235,6 +235,8 @@ def _carried(folder: Path) -> Iterable[Path]:
 def _candidates(folder: Path) -> Iterable[Path]:
     for path in folder.iterdir():
         if path.name.startswith(".") or path.name in NOT_CARRIED or path.name.endswith(WEIGHT_SUFFIXES):
+            continue
+        if FIT_STATE in path.name:
             continue
         if path.is_file():
             yield path.relative_to(folder)

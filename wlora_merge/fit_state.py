@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MixtureError, OutputError
+from .names import FIT_STATE
 
-SUFFIX = ".fit-state"
 SAVE_EVERY_S = 5.0
 
 _LOG = logging.getLogger("wlora_merge")
@@ -94,7 +94,7 @@ class FitState:
 def state_file(out: str | Path) -> Path:
     """Where the state of a fit to `out` lies."""
     folder = Path(os.path.abspath(out))
-    return folder.with_name(folder.name + SUFFIX)
+    return folder.with_name(folder.name + FIT_STATE)
 
 
 def _read(file: Path, fingerprint: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .errors import AdapterError, UnsupportedError, WloraMergeError
 PEFT_PREFIX = "base_model.model."
 GRANULARITIES = ("module", "layer", "global")
 GLOBAL_GROUP = "all"
+FIT_STATE = ".fit-state"
 TASKS = (
     "causal-lm",
     "seq2seq-lm",
