@@ -180,7 +180,8 @@ def test_a_nan_in_the_base_or_an_overflow_names_the_tensor_and_leaves_nothing(
     name = "model.layers.1.mlp.down_proj.weight"
     tensors[name][3, 5] = value * (1.1 if dtype == "float16" else 1)
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(WloraMergeError, match=name.replace(".", r"\.")):
+    said = name.replace(".", r"\.") + (".*this base is broken" if dtype == "bfloat16" else ".*overflows.*wider --dtype")
+    with pytest.raises(WloraMergeError, match=said):
         export(mix(broken, folders), "dense", tmp_path / "out", dtype=dtype)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
 
@@ -210,6 +211,17 @@ def test_a_lora_that_overflows_in_half_precision_names_its_tensor_and_leaves_not
     with pytest.raises(WloraMergeError, match=r"lora_B\.weight' of the LoRA overflows in torch\.float16"):
         export(mixture, "lora", tmp_path / "out", dtype="float16")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["dense", "lora"])
+def test_a_sum_that_overflows_in_float32_is_not_told_to_widen_its_dtype(
+    zoo: tuple[Path, list[Path]], tmp_path: Path, kind: str
+) -> None:
+    base, folders = zoo
+    mixture = mix(base, folders, delta_scale=1e45)
+    with pytest.raises(WloraMergeError, match=r"overflows.*delta_scale") as error:
+        export(mixture, kind, tmp_path / "out", dtype="float32")
+    assert "--dtype" not in str(error.value)
 
 
 def test_a_base_truncated_while_it_is_read_is_one_clear_error(

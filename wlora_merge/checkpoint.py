@@ -247,6 +247,13 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
+def overflow_advice(dtype: torch.dtype) -> str:
+    """What to do about a sum that overflows in `dtype`."""
+    if safetensors_dtype(dtype) == "F16":
+        return "export with a wider --dtype (bfloat16, float32)"
+    return "look at the adapters' numbers, the mixture weights and the delta_scale"
+
+
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Small tensors, or many blocks side by side: threads inside an operation would only wait for each other."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base_model import BaseModel
-from ..checkpoint import all_finite, one_torch_thread, write_tensors
+from ..checkpoint import all_finite, one_torch_thread, overflow_advice, write_tensors
 from ..errors import UnsupportedError, WloraMergeError
 from ..fold import lora_product, low_rank_svd, pad_rank, truncate
 from ..layouts import Layout, factors_to_file
@@ -110,7 +110,7 @@ def write_lora(
 def _finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if not all_finite(tensor):
         raise WloraMergeError(
-            f"tensor {name!r} of the LoRA overflows in {tensor.dtype}: export with a wider --dtype (bfloat16, float32)."
+            f"tensor {name!r} of the LoRA overflows in {tensor.dtype}: {overflow_advice(tensor.dtype)}."
         )
     return tensor
 

@@ -20,7 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint import FLOATING, Entry, all_finite, byte_length, one_torch_thread, read_rows, torch_dtype
+from ..checkpoint import (
+    FLOATING,
+    Entry,
+    all_finite,
+    byte_length,
+    one_torch_thread,
+    overflow_advice,
+    read_rows,
+    read_tensor,
+    torch_dtype,
+)
 from ..direct import DirectFile
 from ..errors import BaseModelError, OutputError, WloraMergeError
 from ..fold import fold_bias, fold_factor, fold_factors, fold_rows, fold_tensor
@@ -386,9 +396,14 @@ def _check_finite(block: torch.Tensor, piece: Piece) -> None:
     if all_finite(block):
         return
     file = piece.source.file if piece.source else "the head"
+    if piece.source is not None and not all_finite(read_tensor(piece.source)):
+        raise WloraMergeError(
+            f"{file}: tensor {piece.source.name!r} of the base holds a NaN or an infinity: this base is broken; fetch or train it "
+            "again."
+        )
     raise WloraMergeError(
-        f"{file}: folding gives tensor {piece.name!r} a NaN or an infinity in {block.dtype}: the base holds one, or the sum "
-        "overflows; look at the base, or export with a wider --dtype (bfloat16, float32)."
+        f"{file}: folding gives tensor {piece.name!r} a NaN or an infinity in {block.dtype}: the sum overflows; "
+        f"{overflow_advice(block.dtype)}."
     )
 
 
