@@ -34,9 +34,14 @@ def mixture(sources: tuple[str, ...] = ("org/a", "org/b"), **changes: Any) -> Mi
 
 
 def card(
-    folder: Path, made: Mixture, kind: str = "dense", base_name: str = "org/base", folders: tuple[Path, ...] = ()
+    folder: Path,
+    made: Mixture,
+    kind: str = "dense",
+    base_name: str = "org/base",
+    folders: tuple[Path, ...] = (),
+    **more: Any,
 ) -> ModelCard:
-    write_card(folder, made, kind=kind, base_name=base_name, folders=folders)
+    write_card(folder, made, kind=kind, base_name=base_name, folders=folders, **more)
     return ModelCard.load(folder / "README.md")
 
 
@@ -196,3 +201,33 @@ def test_a_metric_that_the_hub_knows_stands_in_the_metadata(tmp_path: Path) -> N
 def test_revisions_stand_in_the_commands(tmp_path: Path) -> None:
     made = mixture(base=InputRef("org/base", "abc", {}))
     assert "--base org/base@abc --adapter a=org/a" in card(tmp_path, made).text
+
+
+def test_the_card_says_how_the_mixture_weights_came_about(tmp_path: Path) -> None:
+    one = {"groups": {"all": ["q", "k"]}, "granularity": "global", "mixture_weights": torch.tensor([[0.5, 0.5]])}
+    for data, metrics, said in (
+        ({"method": "uniform"}, {}, "uniform composition, [Asadi"),
+        ({"method": "given"}, {}, "with mixture weights that were given"),
+        ({"method": "training loop"}, {}, "learned in a training loop"),
+        ({"method": "learned"}, {"kept": "learned"}, "learned composition, [Asadi"),
+        ({"method": "learned"}, {"kept": "a"}, "what its fit kept: a;"),
+    ):
+        text = card(tmp_path, mixture(data=data, metrics=metrics, **one)).text
+        assert said in text
+        assert "learned and uniform" not in text
+        assert "(1 group)," in text
+
+
+def test_a_mixture_of_a_training_loop_has_no_command_that_does_not_make_it(tmp_path: Path) -> None:
+    looped = card(tmp_path, mixture(data={"method": "training loop"})).text
+    assert "wlora-merge mix" not in looped
+    assert "wlora-merge fit" not in looped
+    assert "wlora-merge export mixture --format dense" in looped
+    assert "Mixture.from_model(model).save" in looped
+    assert "wlora-merge mix" in card(tmp_path, mixture(data={"method": "uniform"})).text
+
+
+def test_a_local_base_is_said_to_work_beside_its_folder_alone(tmp_path: Path) -> None:
+    local, hub = (card(tmp_path, mixture(), "lora", name).text for name in ("base", "org/base"))
+    assert "# a local base" in local
+    assert "# a local base" not in hub

@@ -175,7 +175,7 @@ def test_a_mixture_shows_its_inputs_and_weights(llama_zoo: Callable[..., Any], t
     tables = inspect_paths([tmp_path / "m"])
     what, weights = tables.values()
     values = {row["what"]: row["value"] for row in what}
-    assert (values["adapters"], values["task"], values["granularity"]) == ("a0 a1 a2", "causal-lm", "global (1 groups)")
+    assert (values["adapters"], values["task"], values["granularity"]) == ("a0 a1 a2", "causal-lm", "global (1 group)")
     assert weights[2] == {"adapter": "a2", "mean": -3, "lowest": -3, "highest": -3}
     json.dumps(tables, allow_nan=False)
 

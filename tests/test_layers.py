@@ -190,7 +190,13 @@ def test_trainer_fits_an_attached_model_and_the_mixture_comes_off_it(
     Trainer(model=model, args=arguments, train_dataset=rows).train()
     assert bool(model.wlora_weights.any())
     assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in frozen.items())
-    read_mixture(model).save(tmp_path / "mixture")
+    mixture = read_mixture(model)
+    assert (mixture.task, mixture.data) == ("causal-lm", {"method": "training loop"})
+    mixture.save(tmp_path / "mixture")
+    export(tmp_path / "mixture", "dense", tmp_path / "dense")
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card
+    assert "wlora-merge mix " not in card
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(llama_zoo: Callable[..., Any]) -> None:

@@ -82,6 +82,7 @@ def test_a_refold_equals_a_traced_export_bit_for_bit(made: tuple[Path, Path, Pat
     assert verify(tmp_path / "out", **inputs_of(mixture)).done[-1] == "outputs equal the unmerged mixture's"
     manifest = json.loads((tmp_path / "out/wlora_merge.json").read_text())
     assert set(manifest["report"]["onnx_base"]) == {"model.onnx"}
+    assert f"--format onnx --onnx-base {base.name} " in (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize("one_file", [True, False])

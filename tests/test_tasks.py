@@ -20,7 +20,7 @@ from wlora_merge.encoding import leading_ids
 from wlora_merge.errors import BaseModelError, DataError, UnsupportedError, WloraMergeError, WloraMergeWarning
 from wlora_merge.labels import MULTI, REGRESSION, SINGLE, LabelSet, label_set
 from wlora_merge.metrics import best_span, token_sums
-from wlora_merge.tasks import TASK_NAMES, get_task
+from wlora_merge.tasks import TASK_NAMES, get_task, task_of
 
 WORDS = [
     "[pad]",
@@ -422,3 +422,23 @@ def test_a_folder_without_its_processor_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(BaseModelError, match="does not exist"):
         get_task("causal-lm").load_processor(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("LlamaForCausalLM", "causal-lm"), ("GPT2LMHeadModel", "causal-lm"), ("T5ForConditionalGeneration", "seq2seq-lm"),
+        ("BertForSequenceClassification", "text-classification"), ("BertForTokenClassification", "token-classification"),
+        ("BertForQuestionAnswering", "question-answering"), ("ViTForImageClassification", "image-classification"),
+        ("BertModel", "feature-extraction"), ("BertForMaskedLM", None),
+    ],
+)  # fmt: skip
+def test_the_task_is_told_by_the_class_of_the_model(name: str, task: str | None) -> None:
+    import transformers
+
+    cls = getattr(transformers, name)
+    with torch.device("meta"):
+        model = cls(cls.config_class())
+    assert task_of(model) == task
+    assert task_of(type("Wrapped", (cls,), {})(model.config) if name == "GPT2LMHeadModel" else model) == task
+    assert task_of(torch.nn.Linear(2, 2)) is None

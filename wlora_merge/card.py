@@ -12,7 +12,7 @@ from typing import Any
 from .errors import WloraMergeError
 from .fit_options import FitOptions
 from .input_files import find_file, parse_yaml, read_bytes
-from .mixture import Mixture
+from .mixture import TRAINING_LOOP, Mixture
 from .report import CAPTIONS, FIGURES
 from .report import FILE as REPORT
 from .serving import PIPELINE_TAGS, serving
@@ -111,9 +111,23 @@ def _intro(mixture: Mixture, kind: str, base_name: str) -> str:
     return (
         f"# A mixture of {len(mixture.adapters)} LoRA adapters on {base_name}\n\n"
         f"The adapters {adapters}, {what} by [wlora-merge](https://pypi.org/project/wlora-merge/) "
-        f"(learned and uniform composition, [Asadi et al. 2024](https://arxiv.org/abs/2402.15414)). "
+        f"({_composition(mixture)}). "
         "`wlora_merge.json` lists every input and output with its sha256; `wlora-merge verify` checks them."
     )
+
+
+def _composition(mixture: Mixture) -> str:
+    """How the mixture weights came about."""
+    paper = "[Asadi et al. 2024](https://arxiv.org/abs/2402.15414)"
+    method = mixture.data.get("method")
+    if method == "given":
+        return "with mixture weights that were given"
+    if method == "uniform":
+        return f"uniform composition, {paper}"
+    if method == TRAINING_LOOP:
+        return f"with mixture weights learned in a training loop; learned composition, {paper}"
+    kept = mixture.metrics.get("kept", "learned")
+    return f"learned composition, {paper}" if kept == "learned" else f"what its fit kept: {kept}; {paper}"
 
 
 def _weights(mixture: Mixture) -> str:
@@ -124,7 +138,7 @@ def _weights(mixture: Mixture) -> str:
         for name, m, a, b in zip(mixture.adapter_names, mean, low, high, strict=True)
     ]
     return (
-        f"## Mixture weights\n\nGranularity `{mixture.granularity}` ({len(mixture.groups)} groups), normalize "
+        f"## Mixture weights\n\nGranularity `{mixture.granularity}` ({mixture.group_count}), normalize "
         f"`{mixture.normalize}`, delta_scale {mixture.delta_scale:g}.\n\n"
         "| adapter | mean over groups | lowest | highest |\n|---|---|---|---|\n" + "\n".join(rows)
     )
@@ -152,7 +166,7 @@ def _figures(names: Sequence[str]) -> str:
 
 def _commands(mixture: Mixture, kind: str, base_name: str, options: Mapping[str, Any]) -> str:
     """The commands that make this folder again; local inputs stand under their own names."""
-    data, fitted = mixture.data, "fit" in mixture.data
+    data, fitted, looped = mixture.data, "fit" in mixture.data, mixture.data.get("method") == TRAINING_LOOP
     words = ["wlora-merge", "fit" if fitted else "mix", "--base", _at(base_name, mixture.base.revision)]
     for ref in mixture.adapters:
         words += ["--adapter", f"{ref.name}={_at(_public(ref.source), ref.revision)}"]
@@ -174,10 +188,15 @@ def _commands(mixture: Mixture, kind: str, base_name: str, options: Mapping[str,
     export = ["wlora-merge", "export", "mixture", "--format", kind]
     renamed = {"max_shard_bytes": "max_shard_size", "server": "for"}
     export += _flags({renamed.get(key, key): value for key, value in options.items() if key != "format"})
-    lines = [[*words, "--out", "mixture"], [*export, "--out", "served"], ["wlora-merge", "verify", "served"]]
+    lines = [[*export, "--out", "served"], ["wlora-merge", "verify", "served"]]
+    lines = lines if looped else [[*words, "--out", "mixture"], *lines]
+    loop = "Its mixture weights were learned in a training loop of its maker's own (`wlora_merge.attach`); no command makes "
+    loop += (
+        "the mixture folder again, which that loop saved with `Mixture.from_model(model).save`. From that folder:\n\n"
+    )
     text = "\n".join(" ".join(map(shlex.quote, line)) for line in lines)
     return (
-        "## How it was made\n\n```sh\n"
+        f"## How it was made\n\n{loop if looped else ''}```sh\n"
         + text
         + "\n```\n\nwith the inputs that `wlora_merge.json` lists and their sha256; "
         "the versions stand there too."

@@ -7,6 +7,7 @@ card and the manifest.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,6 +122,8 @@ def export(
         "dtype": dtype,
         "max_shard_bytes": max_shard_bytes,
         "opset": opset,
+        "onnx_base": Path(os.path.abspath(onnx_base)).name if onnx_base is not None else None,
+        **extra,
         "any_digest": any_digest,
         "server": server,
         "max_rank": max_rank,

@@ -66,7 +66,7 @@ def mixture_rows(mixture: Mixture) -> Rows:
         {"what": "base model", "value": mixture.base.source},
         {"what": "adapters", "value": " ".join(mixture.adapter_names)},
         {"what": "task", "value": mixture.task or "not set"},
-        {"what": "granularity", "value": f"{mixture.granularity} ({len(mixture.groups)} groups)"},
+        {"what": "granularity", "value": f"{mixture.granularity} ({mixture.group_count})"},
         {"what": "normalize", "value": mixture.normalize},
         {"what": "delta_scale", "value": f"{mixture.delta_scale:g}"},
         {"what": "head", "value": " ".join(mixture.head) or "none"},

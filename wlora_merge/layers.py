@@ -30,6 +30,7 @@ from .errors import AdapterError, MixtureError, UnsupportedError
 from .layouts import Layout
 from .mixture import (
     NORMALIZE,
+    TRAINING_LOOP,
     Mixture,
     adapter_ref,
     at_module,
@@ -519,12 +520,14 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
         base: the folder or hub id that the model was loaded from; None takes `model.config._name_or_path`.
 
     Returns:
-        A mixture whose modules have the base files' names; the trained head, if any, under its parameter names.
+        A mixture whose modules have the base files' names; the trained head, if any, under its parameter names; the task
+        that the model's class tells, where it tells one.
 
     Raises:
         MixtureError: the model has no adapters attached, or its base is not known.
     """
     from .base_model import BaseModel, open_base
+    from .tasks import task_of
 
     attachment = attachment_of(model)
     source = base or getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -547,6 +550,8 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
         groups=groups,
         mixture_weights=mixture_weights(logits, attachment.normalize, attachment.temperature),
         wlora_weights=logits,
+        task=task_of(model),
+        data={"method": TRAINING_LOOP},
         prefixes=prefixes((in_file, live) for live, in_file in names.items()),
         head={name: model.get_parameter(name).detach().cpu().clone() for name in (*attachment.head, *attachment.taken)},
     )

@@ -32,6 +32,8 @@ FORMAT_VERSION = 1
 NORMALIZE = ("all", "present", "none")
 JSON_FILE = "mixture.json"
 TENSOR_FILE = "mixture.safetensors"
+TRAINING_LOOP = "training loop"
+"""`data["method"]` of a mixture that was read off a model which somebody's own loop has trained."""
 
 
 # ------------------------------------------------------------------------------------------------ mixture weights
@@ -108,6 +110,11 @@ class Mixture:
     def adapter_names(self) -> list[str]:
         """The adapters' names, in the order of the weights' columns."""
         return [a.name for a in self.adapters]
+
+    @property
+    def group_count(self) -> str:
+        """How many groups there are, in words: `1 group`, `24 groups`."""
+        return f"{len(self.groups)} group{'' if len(self.groups) == 1 else 's'}"
 
     def weights_of(self, delta: ModuleDelta | TensorDelta) -> torch.Tensor:
         """Mixture weights [N] float64 of one module, renormalized over those present where the mixture says so.

@@ -195,7 +195,7 @@ def _provenance(mixture: Mixture, facts: Mapping[str, Any]) -> str:
     rows += [[f"adapter {a.name}", _public(a.source), _digests(a.sha256)] for a in mixture.adapters]
     settled = {
         "task": mixture.task or "not set",
-        "granularity": f"{mixture.granularity} ({len(mixture.groups)} groups)",
+        "granularity": f"{mixture.granularity} ({mixture.group_count})",
         "normalize": mixture.normalize,
         "delta_scale": f"{mixture.delta_scale:g}",
         **{f"data: {k}": v for k, v in mixture.data.items() if not isinstance(v, dict)},

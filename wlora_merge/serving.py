@@ -130,6 +130,11 @@ def _lora(mixture: Mixture, task: str, auto: str, base_name: str, r: int | None)
     lines = (
         "from peft import PeftModel",
         f"from transformers import {auto}",
+        *(
+            []
+            if "/" in base_name
+            else ["# a local base: its name works where its folder lies beside you, else say its path"]
+        ),
         f'base = {auto}.from_pretrained("{base_name}"{labels})',
         f'model = PeftModel.from_pretrained(base, "{FOLDER}")',
     )

@@ -297,6 +297,26 @@ def get_task(name: str, *, append_eos: bool = False) -> Task:
     raise WloraMergeError(f"no task {name!r}; tasks are {', '.join(TASK_NAMES)}.{nearest(name, TASK_NAMES)}")
 
 
+def task_of(model: Any) -> str | None:
+    """The task of which the model's class is, by transformers' own tables; None where they have it for none or for several.
+
+    Args:
+        model: a transformers model (`LlamaForCausalLM`, `BertForSequenceClassification`, ...), or any other object.
+    """
+    if not hasattr(model, "config"):
+        return None
+    classes = type(model).__mro__  # FSDP and the like make subclasses
+    name = next((c.__name__ for c in classes if c.__module__.startswith("transformers.models.")), "")
+    found = [task.name for task in _TASKS if name in _class_names(task.auto_class())]
+    return found[0] if len(found) == 1 else None
+
+
+def _class_names(auto: Any) -> set[str]:
+    """Names of the model classes that an auto class gives."""
+    rows = auto._model_mapping._model_mapping.values()
+    return {name for row in rows for name in ([row] if isinstance(row, str) else row)}
+
+
 def targets(examples: Examples, labels: LabelSet | None) -> list[Any]:
     """What the head is to give for each example: a class number, a number, or a 0/1 vector (float) over the classes."""
     known, task = _needed(labels, examples.task), examples.task
