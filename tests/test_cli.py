@@ -102,6 +102,68 @@ def test_wrong_usage_exits_2(zoo: tuple[Path, list[Path]], tmp_path: Path) -> No
     assert run(*fit).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["export", "m", "--format", "lora", "--rank", "0"], "x>=1"),
+        (["export", "m", "--format", "lora", "--rank", "-3"], "x>=1"),
+        (["export", "m", "--format", "lora", "--energy", "2"], "0<x<=1"),
+        (["export", "m", "--format", "lora", "--rank", "2", "--energy", "0.5"], "exclude each other"),
+        (["export", "m", "--format", "dense", "--rank", "2"], "belong to --format lora"),
+        (["mix", "--base", "b", "--adapter", "a", "--adapter", "c", "--adapter", "d", "--weights", "1,2"], "2 numbers"),
+        (
+            [
+                "fit",
+                "--base",
+                "b",
+                "--adapter",
+                "a",
+                "--adapter",
+                "c",
+                "--data",
+                "x",
+                "--task",
+                "causal-lm",
+                "--folds",
+                "1",
+            ],
+            "folds",
+        ),
+    ],
+)
+def test_options_that_cannot_be_are_wrong_usage(words: list[str], message: str, tmp_path: Path) -> None:
+    done = run(*words, "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert "Usage: " in done.stderr
+
+
+def test_a_wrong_override_is_wrong_usage_and_a_wrong_recipe_failed_work(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("base: b\nadapters: {a: a}\nmix: {}\n")
+    for override in ("mix.wieghts=[1]", "mix", "fit.task=causal-lm"):
+        assert run("run", file, "--check", "--set", override).exit_code == 2
+    file.write_text("base: b\nadapters: {a: a}\nmix: {}\nexprots: []\n")
+    for override in ([], ["--set", "mix.weights=[1]"]):
+        done = run("run", file, "--check", *override)
+        assert (done.exit_code, "exprots" in done.stderr) == (1, True)
+
+
+def test_a_tree_of_a_run_names_what_is_below_it(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, folders = zoo
+    tree = tmp_path / "build"
+    tree.mkdir()
+    assert run("mix", *inputs(base, folders), "--out", tree / "mixture", "--task", "causal-lm").exit_code == 0
+    assert run("export", tree / "mixture", "--format", "lora", "--out", tree / "lora").exit_code == 0
+    done = run("verify", tree)
+    assert done.exit_code == 1
+    assert f"below it are {tree / 'lora'}, {tree / 'mixture'}: give one of the exports." in done.stderr
+    (rows,) = json.loads(run("inspect", tree, "--json").stdout).values()
+    assert rows == [{"what": "export", "path": str(tree / "lora")}, {"what": "mixture", "path": str(tree / "mixture")}]
+    done = run("verify", tmp_path / "nope")
+    assert (done.exit_code, done.stderr) == (1, f"Error: {tmp_path / 'nope'}: does not exist.\n")
+
+
 def test_a_ctrl_c_during_the_imports_exits_130_without_a_traceback() -> None:
     code = (
         "import sys\nfrom wlora_merge.__main__ import main\n"

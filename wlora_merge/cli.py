@@ -13,14 +13,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import click
 
 from . import names
-from .errors import WloraMergeError
+from .errors import MixtureError, RecipeError, WloraMergeError
+from .fit_options import FitOptions, fit_options
 from .help import Group
-from .options import AS_JSON, FIT_OPTIONS, FORCE, INPUTS, MODULES_TO_SAVE, MOVED, OUT, REPORT_HELP, RESIDUAL
+from .options import AS_JSON, COUNT, FIT_OPTIONS, FORCE, INPUTS, MODULES_TO_SAVE, MOVED, OUT, REPORT_HELP, RESIDUAL
 from .staging import terminate_as_exit
 from .terminal import byte_progress, fit_progress, human, human_time, say, show_table, shown_log, shown_warnings
 
@@ -143,6 +145,16 @@ def fit(
     """
     if len(adapters) < 2:
         raise click.UsageError("a fit needs --adapter twice or more; for one adapter, see wlora-merge mix.")
+    options |= {
+        "weights": _numbers(weights, len(adapters)),
+        "delta_scale": delta_scale if delta_scale == "learned" else _number("--delta-scale", delta_scale),
+        "initial_logits": _numbers_or_path(initial_logits),
+    }
+    own = {f.name for f in fields(FitOptions)}
+    try:
+        fit_options({name: value for name, value in options.items() if name in own})
+    except MixtureError as error:
+        raise click.UsageError(str(error)) from error
     from .fit import fit as run
 
     with fit_progress() as progress, _naming_state(out):
@@ -158,9 +170,6 @@ def fit(
             residual=base_is_residual,
             force=force,
             progress=progress,
-            weights=_numbers(weights),
-            delta_scale=delta_scale if delta_scale == "learned" else _number("--delta-scale", delta_scale),
-            initial_logits=_numbers_or_path(initial_logits),
             **options,
         )
     from .ranks import is_leader
@@ -199,7 +208,7 @@ def mix(
     """
     from .mix import mix as run
 
-    mixture = run(base, adapters, out, weights=_numbers(weights), residual=base_is_residual, **rest)
+    mixture = run(base, adapters, out, weights=_numbers(weights, len(adapters)), residual=base_is_residual, **rest)
     _show_mixture(mixture, out, as_json)
 
 
@@ -210,10 +219,14 @@ def mix(
 @click.argument("mixture", metavar="MIXTURE_DIR", type=click.Path())
 @click.option("--format", "format_", required=True, type=click.Choice(["dense", "lora", "onnx"]), help="What to write.")
 @OUT
-@click.option("--rank", type=int, help="lora: the uniform r. Default: the smallest that is exact.")
-@click.option("--energy", type=float, help="lora: smallest r that keeps this share (0 to 1) of the squared norm.")
+@click.option("--rank", type=COUNT, help="lora: the uniform r. Default: the smallest that is exact.")
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="lora: smallest r that keeps this share (0 to 1) of the squared norm.",
+)
 @click.option("--for", "server", type=click.Choice(["vllm"]), help="lora: refuse what this server would not load.")
-@click.option("--max-rank", type=int, help="lora: refuse a larger r, as a server's --max-lora-rank does.")
+@click.option("--max-rank", type=COUNT, help="lora: refuse a larger r, as a server's --max-lora-rank does.")
 @click.option("--dtype", type=DTYPES, help="Of the weights. Default: dense the base's, lora and onnx float32.")
 @click.option("--max-shard-size", metavar="SIZE", help="dense: file size, as 5GB. Default: the base's own shards.")
 @click.option("--opset", type=int, help="onnx: opset version. Default: 20.")
@@ -242,6 +255,11 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
     from .manifest import digest
     from .ranks import is_leader
 
+    rank, energy = options["rank"] is not None, options["energy"] is not None
+    if rank and energy:
+        raise click.UsageError("--rank and --energy exclude each other: give one.")
+    if (rank or energy) and format_ != "lora":
+        raise click.UsageError(f"--rank and --energy belong to --format lora, not {format_}.")
     size = _bytes(max_shard_size)
     with byte_progress() as progress:
         result = run(mixture, format_, out, max_shard_bytes=size, progress=progress, **options)
@@ -335,7 +353,13 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
     from .run import check_paths
     from .run import run as work
 
-    job, where = read_recipe(recipe, overrides), Path(recipe).resolve().parent
+    try:
+        job = read_recipe(recipe, overrides)
+    except RecipeError as error:
+        if overrides and _is_sound(recipe):
+            raise click.UsageError(f"--set: {error}") from error
+        raise
+    where = Path(recipe).resolve().parent
     if check:
         rows, costs = check_paths(job, where)
         if as_json:
@@ -418,6 +442,16 @@ def _show_mixture(mixture: Any, out: str, as_json: bool) -> None:
     click.echo(f"Wrote {out}.")
 
 
+def _is_sound(recipe: str) -> bool:
+    from .recipe import read_recipe
+
+    try:
+        read_recipe(recipe)
+    except RecipeError:
+        return False
+    return True
+
+
 def _readable(row: dict[str, Any]) -> dict[str, Any]:
     known = row["seconds"] is not None
     return {
@@ -435,13 +469,18 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _numbers(text: str | None) -> list[float] | None:
+def _numbers(text: str | None, count: int) -> list[float] | None:
     if text is None:
         return None
     try:
-        return [float(part) for part in text.split(",")]
+        numbers = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise click.UsageError(f"--weights {text!r}: expected numbers with commas between them, as 0.5,0.5.") from error
+    if len(numbers) != count:
+        raise click.UsageError(
+            f"--weights {text!r}: has {len(numbers)} numbers, expected one for each of {count} adapters."
+        )
+    return numbers
 
 
 def _number(option: str, text: str) -> float:

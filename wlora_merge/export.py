@@ -231,10 +231,10 @@ def _check_options(kind: str, rank: int | None, energy: float | None, dtype: str
         raise UnsupportedError(f"--rank and --energy belong to --format lora, not {kind}.")
     if rank is not None and energy is not None:
         raise UnsupportedError("--rank and --energy exclude each other: give one.")
-    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
-        raise UnsupportedError(
-            f"--rank must be at least 1 and --energy above 0 and at most 1, got {rank} and {energy}."
-        )
+    if rank is not None and rank < 1:
+        raise UnsupportedError(f"--rank is {rank}, expected 1 or more.")
+    if energy is not None and not 0 < energy <= 1:
+        raise UnsupportedError(f"--energy is {energy}, expected a share above 0 and at most 1.")
     if dtype is not None and dtype not in DTYPES:
         raise UnsupportedError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
     if max_shard is not None and kind != "dense":

@@ -13,7 +13,7 @@ from typing import Any
 from .adapters import CONFIG_FILE
 from .base_model import BaseModel, open_base
 from .compatibility import Rows, adapter_tables
-from .manifest import FILE, read_manifest
+from .manifest import FILE, below, read_manifest
 from .mixture import JSON_FILE, Mixture
 
 
@@ -38,6 +38,8 @@ def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:
                 tables[f"Held out, {path}"] = candidates
         elif (folder / CONFIG_FILE).exists():
             adapters.append(path)
+        elif not (folder / "config.json").exists() and (found := below(folder)):
+            tables[f"Output of a run {path}"] = [{"what": kind, "path": below_it} for below_it, kind in found.items()]
         else:
             bases.append(open_base(path))
             tables[f"Base model {path}"] = base_rows(bases[-1])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -109,6 +110,17 @@ def digest(folder: Path) -> str:
     return f"sha256:{sha256_file(folder / FILE)}"
 
 
+def below(folder: Path) -> dict[str, str]:
+    """The exports and mixtures in a folder that `run` wrote: path -> `export` or `mixture`."""
+    kinds = {FILE: "export", "mixture.json": "mixture"}
+    return {
+        str(folder / child.name): kind
+        for child in (sorted(folder.iterdir()) if folder.is_dir() else ())
+        for file, kind in kinds.items()
+        if (child / file).is_file()
+    }
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an export.
 
@@ -117,7 +129,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     file = find_file(folder, FILE, VerifyError)
     if file is None:
-        raise VerifyError(f"{folder}: has no {FILE}: this is not an export of wlora-merge.")
+        if not os.path.exists(folder):  # of a name too long too
+            raise VerifyError(f"{folder}: does not exist.")
+        inside = f"; below it are {', '.join(found)}: give one of the exports" if (found := below(folder)) else ""
+        raise VerifyError(f"{folder}: has no {FILE}: this is not an export of wlora-merge{inside}.")
     table = read_table(file, VerifyError)
     if table.get("format_version") != FORMAT_VERSION:
         raise VerifyError(

@@ -9,6 +9,8 @@ import click
 
 from . import fit_options, names
 
+COUNT, ABOVE_0 = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
+
 
 def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def apply(command: Any) -> Any:
@@ -90,48 +92,54 @@ FIT_OPTIONS = together(
         metavar="V,V,...|PATH",
         help="Start: a logit (free weight) for each adapter, a mixture folder, or a JSON file. Default: uniform composition.",
     ),
-    click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the softmax over the logits."),
+    click.option("--temperature", type=ABOVE_0, default=1.0, show_default=True, help="Of the softmax over the logits."),
     click.option(
-        "--pull", type=float, help="Strength of the pull towards uniform. Default: chosen on the folds, else 0."
+        "--pull",
+        type=click.FloatRange(min=0),
+        help="Strength of the pull towards uniform. Default: chosen on the folds, else 0.",
     ),
     click.option(
         "--prune-below",
-        type=float,
+        type=click.FloatRange(min=0),
         default=0.0,
         show_default=True,
         help="Set weights under this to zero after the fit, 0 to 1.",
     ),
     click.option(
-        "--folds", type=int, default=3, show_default=True, help="Parts of the shots, each held out once; 0: none."
+        "--folds",
+        type=click.IntRange(min=0),
+        default=3,
+        show_default=True,
+        help="Parts of the shots, each held out once; 0: none.",
     ),
     click.option(
-        "--settings", type=int, default=4, show_default=True, help="Learned settings that the folds compare at most."
+        "--settings", type=COUNT, default=4, show_default=True, help="Learned settings that the folds compare at most."
     ),
-    click.option("--epochs", type=float, help="Passes over the shots. Default: --max-steps decides."),
+    click.option("--epochs", type=ABOVE_0, help="Passes over the shots. Default: --max-steps decides."),
     click.option(
         "--max-steps",
-        type=int,
+        type=COUNT,
         help="Optimizer steps. Default: chosen on the folds, at most 100 if a head is trained, else 40.",
     ),
     click.option(
-        "--max-minutes", type=float, help="Wall-clock budget in minutes, half of it for the folds. Default: none."
+        "--max-minutes", type=ABOVE_0, help="Wall-clock budget in minutes, half of it for the folds. Default: none."
     ),
     click.option(
         "--early-stopping",
-        type=int,
+        type=COUNT,
         metavar="N",
         help="Stop after N evaluations on --eval-data without a lower loss. Default: no.",
     ),
-    click.option("--learning-rate", type=float, default=0.05, show_default=True, help="Of the logits (AdamW)."),
-    click.option("--head-learning-rate", type=float, default=5e-3, show_default=True, help="Of a new head (AdamW)."),
+    click.option("--learning-rate", type=ABOVE_0, default=0.05, show_default=True, help="Of the logits (AdamW)."),
+    click.option("--head-learning-rate", type=ABOVE_0, default=5e-3, show_default=True, help="Of a new head (AdamW)."),
     click.option(
-        "--batch-size", type=int, default=8, show_default=True, help="Examples in a batch, over all processes."
+        "--batch-size", type=COUNT, default=8, show_default=True, help="Examples in a batch, over all processes."
     ),
     click.option(
-        "--gradient-accumulation-steps", type=int, default=1, show_default=True, help="Batches in an optimizer step."
+        "--gradient-accumulation-steps", type=COUNT, default=1, show_default=True, help="Batches in an optimizer step."
     ),
     click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time."),
-    click.option("--max-length", type=int, help="Tokens kept of an example. Default: what the tokenizer says."),
+    click.option("--max-length", type=COUNT, help="Tokens kept of an example. Default: what the tokenizer says."),
     click.option("--seed", type=int, default=0, show_default=True, help="Of the head, the order and the folds."),
     click.option("--eval-data", metavar="FILE_OR_ID", help="Judge the candidates on these. Default: on the folds."),
     click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="Which column of --data is NAME."),
