@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.cli import main
+from wlora_merge.columns import FORMS
 from wlora_merge.terminal import shown_log
 
 
@@ -69,6 +71,29 @@ def test_every_option_of_every_command_has_help(command: str) -> None:
             assert getattr(parameter, "help", None), parameter.name
     assert main.commands[command].help
     assert run(command, "--help").exit_code == 0
+
+
+def test_help_describes_arguments_and_columns_under_fitting_headings() -> None:
+    def sections(command: str) -> dict[str, str]:
+        parts = re.split(r"^(\w[\w ]+):\n", run(command, "--help").output, flags=re.M)
+        return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+    for command, metavar in {
+        "export": "MIXTURE_DIR",
+        "verify": "EXPORT_DIR",
+        "run": "RECIPE",
+        "inspect": "PATH...",
+    }.items():
+        assert re.search(rf"^  {re.escape(metavar)}\S*\s+\w+", sections(command)["Inputs"], flags=re.M)
+    assert "--quantize" in sections("export")["Format"]
+    assert "--quantize" in sections("fit")["How it is trained"]
+    assert "--weights" in sections("mix")["How they are mixed"]
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for task, forms in FORMS.items():
+        text = ", or ".join(map(str, forms))
+        assert re.search(rf"^ +{task} +{re.escape(text)}$", run("fit", "--help").output, flags=re.M)
+        assert f"| `{task}` | {text} |" in readme
+    assert "..." not in run("--help").output.partition("Options:")[2]
 
 
 def test_mix_export_inspect_verify_from_end_to_end(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import click
 from . import names
 from .errors import MixtureError, RecipeError, WloraMergeError
 from .fit_options import FitOptions, fit_options
-from .help import Group
+from .help import COLUMNS, Group
 from .options import AS_JSON, COUNT, FIT_OPTIONS, FORCE, INPUTS, MODULES_TO_SAVE, MOVED, OUT, REPORT_HELP, RESIDUAL
 from .staging import terminate_as_exit
 from .terminal import byte_progress, fit_progress, human, human_time, say, show_table, shown_log, shown_warnings
@@ -109,7 +109,7 @@ def main(debug: bool, quiet: bool) -> None:
 # ----------------------------------------------------------------------------------------------------------- fit
 
 
-@main.command()
+@main.command(epilog=COLUMNS)
 @INPUTS
 @click.option("--data", required=True, metavar="FILE_OR_ID", help="The shots: JSONL, CSV, Parquet, a folder, a hub id.")
 @click.option("--task", required=True, type=TASKS, help="What the model is for.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from .columns import FORMS
+
 COMMANDS = {
     "Make a mixture": ("fit", "mix"),
     "Write a model": ("export", "run"),
@@ -11,10 +13,11 @@ COMMANDS = {
 }
 OPTIONS = {
     "Inputs": (
-        "base", "adapters", "data", "eval_data", "columns", "task", "modules_to_save", "base_is_residual", "any_digest",
+        "mixture", "folder", "recipe", "paths", "base", "adapters", "data", "eval_data", "columns", "task",
+        "modules_to_save", "base_is_residual", "any_digest",
         "onnx_base",
     ),
-    "What is fitted": (
+    "How they are mixed": (
         "method", "select", "weights", "granularity", "normalize", "delta_scale", "initial_logits", "temperature", "pull",
         "prune_below",
     ),
@@ -31,6 +34,18 @@ OPTIONS = {
     "What is checked": ("quick", "pinned", "check", "overrides"),
     "Output": ("out", "force", "report", "report_to", "as_json"),
 }  # fmt: skip
+COLUMNS = "\b\nColumns of --data by task; --column NAME=COLUMN where the file calls one otherwise:\n" + "\n".join(
+    f"  {task:<22}{', or '.join(map(str, forms))}" for task, forms in FORMS.items()
+)
+"""What stands under the help of `fit`."""
+OF_EXPORT = {"quantize": "Format"}
+"""Options that mean another thing in `export`."""
+ARGUMENTS = {
+    "mixture": "What fit or mix wrote.",
+    "folder": "What export wrote, or one export below what run wrote.",
+    "recipe": "YAML: base, adapters, fit or mix, exports; its paths are relative to it.",
+    "paths": "Folders (or a base's hub id); with a base among them, adapters are tried on the first.",
+}
 
 
 class Command(click.Command):
@@ -38,14 +53,20 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section for each topic that has options here; what no topic names stands under the last."""
-        known = {name for names in OPTIONS.values() for name in names}
-        for topic, names in OPTIONS.items():
-            last = topic == list(OPTIONS)[-1]
-            chosen = [p for p in self.get_params(ctx) if p.name in names or (last and p.name not in known)]
-            rows = [row for p in chosen if (row := p.get_help_record(ctx)) is not None]
+        topics = {name: topic for topic, names in OPTIONS.items() for name in names}
+        topics |= OF_EXPORT if self.name == "export" else {}
+        for topic in OPTIONS:
+            chosen = [p for p in self.get_params(ctx) if topics.get(p.name or "", list(OPTIONS)[-1]) == topic]
+            rows = [row for p in chosen if (row := _row(p, ctx)) is not None]
             if rows:
                 with formatter.section(topic):
                     formatter.write_dl(rows)
+
+
+def _row(parameter: click.Parameter, ctx: click.Context) -> tuple[str, str] | None:
+    if isinstance(parameter, click.Argument):
+        return parameter.metavar or "", ARGUMENTS[parameter.name or ""]
+    return parameter.get_help_record(ctx)
 
 
 class Group(click.Group):
@@ -56,6 +77,6 @@ class Group(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section for each topic."""
         for topic, names in COMMANDS.items():
-            rows = [(name, self.commands[name].get_short_help_str(80)) for name in names]
+            rows = [(name, self.commands[name].get_short_help_str(120)) for name in names]
             with formatter.section(topic):
                 formatter.write_dl(rows)

@@ -142,7 +142,13 @@ FIT_OPTIONS = together(
     click.option("--max-length", type=COUNT, help="Tokens kept of an example. Default: what the tokenizer says."),
     click.option("--seed", type=int, default=0, show_default=True, help="Of the head, the order and the folds."),
     click.option("--eval-data", metavar="FILE_OR_ID", help="Judge the candidates on these. Default: on the folds."),
-    click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="Which column of --data is NAME."),
+    click.option(
+        "--column",
+        "columns",
+        multiple=True,
+        metavar="NAME=COLUMN",
+        help="Which column of --data is NAME, a name of the table below.",
+    ),
     click.option(
         "--device",
         type=click.Choice(fit_options.DEVICES),
