@@ -295,4 +295,6 @@ def test_exports_are_verified_as_the_class_that_they_are(name: str, task: str | 
     for kind in ("dense", "lora"):
         export(mix(base, adapters, task=task), kind, tmp_path / kind)
         done = verify(tmp_path / kind, base=base, adapters=[f"{a.name}={a}" for a in adapters]).done
-        assert ("outputs equal the unmerged mixture's" in done) is (name != "llava"), done  # no probe for its kind
+        assert any(item.startswith("outputs equal the unmerged mixture's") for item in done) is (name != "llava"), (
+            done
+        )  # no probe for its kind

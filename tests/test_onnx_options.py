@@ -87,7 +87,11 @@ def test_quantized_graphs_stand_beside_the_float_one_and_their_error_is_reported
         graph = onnx.load(tmp_path / kind / "onnx" / name).graph
         assert sum(operator in node.op_type for node in graph.node) >= 14
         assert operator not in {n.op_type for n in onnx.load(tmp_path / kind / "onnx" / "model.onnx").graph.node}
-        assert verify(tmp_path / kind, **inputs_of(mixture)).done[-1] == "outputs equal the unmerged mixture's"
+        assert (
+            verify(tmp_path / kind, **inputs_of(mixture))
+            .done[-1]
+            .startswith("outputs equal the unmerged mixture's: off by ")
+        )
 
 
 def test_fusions_use_onnx_runtimes_own_operators_and_are_checked(mixture: Path, tmp_path: Path) -> None:

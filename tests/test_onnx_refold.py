@@ -79,7 +79,9 @@ def test_a_refold_equals_a_traced_export_bit_for_bit(made: tuple[Path, Path, Pat
     np.testing.assert_array_equal(
         logits_of(tmp_path / "out/onnx/model.onnx"), logits_of(traced / "onnx" / "model.onnx")
     )
-    assert verify(tmp_path / "out", **inputs_of(mixture)).done[-1] == "outputs equal the unmerged mixture's"
+    done = verify(tmp_path / "out", **inputs_of(mixture)).done
+    assert done[-1].startswith("outputs equal the unmerged mixture's: off by ")
+    assert done[-2].endswith("at several shapes, and in a greedy generation")
     manifest = json.loads((tmp_path / "out/wlora_merge.json").read_text())
     assert set(manifest["report"]["onnx_base"]) == {"model.onnx"}
     assert f"--format onnx --onnx-base {base.name} " in (tmp_path / "out/README.md").read_text()
@@ -314,7 +316,11 @@ def test_a_head_is_replaced_where_the_graph_has_the_bases(tmp_path: Path) -> Non
     np.testing.assert_array_equal(
         logits_of(tmp_path / "out/onnx/model.onnx"), logits_of(tmp_path / "traced/onnx/model.onnx")
     )
-    assert verify(tmp_path / "out", **inputs_of(tmp_path / "mixture")).largest_difference is not None
+    checked = verify(tmp_path / "out", **inputs_of(tmp_path / "mixture"))
+    assert checked.largest_difference is not None
+    assert (
+        "ONNX Runtime agrees with the unmerged mixture at several shapes" in checked.done
+    )  # a classifier generates nothing
     transformers.BertModel(config).save_pretrained(tmp_path / "body")
     bare = mix(tmp_path / "body", [
         make_adapter(transformers.BertModel(config), tmp_path / f"b{i}", i, r=2, target_modules=["query"]) for i in (0, 1)

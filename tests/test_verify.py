@@ -24,9 +24,9 @@ def dense(llama_zoo: Callable[..., Any], tmp_path: Path) -> tuple[Path, dict[str
     return tmp_path / "out", {"base": base, "adapters": [f"{f.name}={f}" for f in folders]}
 
 
-def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def forge(folder: Path, change: Callable[[dict[str, Any]], None], name: str = "model.safetensors") -> None:
     """Change tensors and make the manifest agree: what a broken writer would leave."""
-    file = folder / "model.safetensors"
+    file = folder / name
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, {"format": "pt"})
@@ -40,6 +40,10 @@ def test_a_sound_export_passes_every_check(dense: tuple[Path, dict[str, Any]]) -
     assert checked.largest_difference is not None
     assert checked.largest_difference < 1e-6
     assert not checked.skipped
+    assert checked.tolerance is not None
+    assert checked.largest_difference < checked.tolerance <= 1e-4
+    assert checked.done[-1].startswith("outputs equal the unmerged mixture's: off by ")
+    assert checked.done[-1].endswith(" expected (float32)")
 
 
 def test_an_export_that_is_just_the_base_is_found_out(dense: tuple[Path, dict[str, Any]]) -> None:
@@ -90,3 +94,40 @@ def test_inputs_are_found_by_content_when_this_machine_remembers_them(
     checked = verify(tmp_path / "out")
     assert checked.largest_difference is not None
     assert not checked.skipped
+
+
+def lora(root: Path, zoo: tuple[Path, list[Path]], rank: int) -> tuple[Path, dict[str, Any]]:
+    base, folders = zoo
+    export(mix(base, folders, task="causal-lm"), "lora", root / "out", rank=rank)
+    return root / "out", {"base": base, "adapters": [f"{f.name}={f}" for f in folders]}
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8])
+def test_a_lora_of_a_low_rank_agrees_within_what_its_recorded_error_allows(
+    llama_zoo: Callable[..., Any], tmp_path: Path, rank: int
+) -> None:
+    folder, inputs = lora(tmp_path, llama_zoo(), rank)
+    checked = verify(folder, **inputs)
+    kept = json.loads((folder / "wlora_merge.json").read_text())["report"]["energy_kept"]
+    assert checked.largest_difference is not None
+    assert checked.tolerance is not None
+    assert 1e-4 < checked.largest_difference <= checked.tolerance < 10
+    assert checked.done[-1].startswith("outputs agree with the unmerged mixture's: off by ")
+    assert checked.done[-1].endswith(f"(rank {rank} keeps {kept:.2%} of the energy)")
+
+
+def test_a_lora_of_a_low_rank_that_differs_more_than_its_recorded_error_allows_fails(
+    llama_zoo: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder, inputs = lora(tmp_path, llama_zoo(), 8)
+    forge(folder, lambda t: t.update({k: v * 0 for k, v in t.items() if "lora_B" in k}), "adapter_model.safetensors")
+    with pytest.raises(VerifyError, match="differ from the unmerged mixture"):
+        verify(folder, **inputs)
+
+
+def test_rounding_to_16_bits_is_named(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:
+    base, folders = llama_zoo()
+    export(mix(base, folders, task="causal-lm"), "dense", tmp_path / "out", dtype="bfloat16")
+    checked = verify(tmp_path / "out", base=base, adapters=[f"{f.name}={f}" for f in folders])
+    assert checked.done[-1].startswith("outputs agree with the unmerged mixture's: off by ")
+    assert checked.done[-1].endswith("at most 1.0e-01 expected (rounding to bfloat16)")

@@ -323,8 +323,6 @@ def verify(
     click.echo(f"  {found}")
     for item in checked.done[2:]:
         click.echo(f"  {item}")
-    if checked.largest_difference is not None:
-        click.echo(f"  largest difference, relative to the largest output: {checked.largest_difference:.2e}")
     for item, reason in checked.skipped.items():
         click.echo(f"  skipped: {item} ({reason})")
 
