@@ -252,6 +252,26 @@ def test_the_note_says_first_what_did_better_and_what_was_kept(zoo: Zoo, monkeyp
     assert f"Kept: {single['kept']} alone." in single["note"]
 
 
+def test_a_check_predicts_as_many_trainings_as_a_fit_makes(zoo: Zoo) -> None:
+    from wlora_merge.data import read_examples
+    from wlora_merge.predict import _trainings
+    from wlora_merge.recipe import FitRecipe
+
+    examples = read_examples(zoo[2], task="text-classification")
+    for given in (
+        {"settings": 1},
+        {"settings": 3, "method": "auto"},
+        {"method": "best-single", "folds": 0},
+        {"folds": 0},
+    ):
+        trained: list[str] = []
+        fitted(zoo, progress=lambda n, step, *_, to=trained: to.append(n) if step == 1 else None, **given)
+        options = fit_options({"folds": 2} | given)
+        fit_recipe = FitRecipe("shots.csv", "text-classification")
+        learned, heads, _ = _trainings(options, fit_recipe, examples, ["a0", "a1", "a2"], True)
+        assert abs(learned + heads - len(trained)) <= (1 if options.method == "auto" else 0), (given, trained)
+
+
 def test_cma_es_finds_the_minimum_of_a_rotated_ellipsoid() -> None:
     rng = np.random.default_rng(1)
     Q, _ = np.linalg.qr(rng.standard_normal((4, 4)))

@@ -6,10 +6,11 @@ factor of three or so. Nothing is trained or written.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import DTYPES
 from .data import Examples
@@ -19,6 +20,9 @@ from .layouts import matrix_shape
 from .recipe import ExportRecipe, FitRecipe
 from .stacking import ModuleDelta
 from .writers.dense import folder_bytes, plan
+
+if TYPE_CHECKING:
+    from .fit_options import FitOptions
 
 IMPORTS = 160 << 20  # bytes of a process that has imported torch
 TRAINER_IMPORTS = 600 << 20  # and transformers
@@ -44,31 +48,59 @@ def predict(
 def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -> dict[str, Any]:
     import torch
 
-    from .fit_options import FitOptions
+    from .fit_options import FitOptions, fit_options
 
     entries = inputs.base.entries.values()
     embedding = max((math.prod(e.shape) for e in entries if len(e.shape) == 2), default=0)
     parameters = sum(math.prod(e.shape) for e in entries)
     tokens = _tokens(fit, examples)
-    folds, settings = (FitOptions.folds if fit.folds is None else fit.folds), fit.settings or FitOptions.settings
-    batch = (fit.batch_size or FitOptions.batch_size) * (fit.gradient_accumulation_steps or 1)
-    steps = fit.max_steps or (math.ceil((fit.epochs or 0) * len(examples) / batch) or 40)
-    trainings = 1 + (folds * settings if fit.method in (None, "learned", "auto") else 0)
-    judged = len(examples) * (len(inputs.adapters) + 2 + settings) * bool(folds)
-    work = 2 * max(1, parameters - embedding) * tokens * (2 * trainings * steps * batch + judged)
+    known = {f.name for f in dataclasses.fields(FitOptions)}
+    options = fit_options({name: value for name, value in dataclasses.asdict(fit).items() if name in known})
+    head = fit.task not in ("causal-lm", "seq2seq-lm")
+    learned, heads, judgings = _trainings(options, fit, examples, [a.name for a in inputs.adapters], head)
+    batch = options.batch_size * options.gradient_accumulation_steps
+    steps = options.max_steps or math.ceil((options.epochs or 0) * len(examples) / batch) or (100 if head else 40)
+    judged = len(examples) * judgings
+    work = 2 * max(1, parameters - embedding) * tokens * (2 * learned * steps * batch + judged)
     config = inputs.base.config
     width, depth = int(config.get("hidden_size") or 1024), int(config.get("num_hidden_layers") or 24)
     activations = 4 * batch * tokens * width * (20 if not fit.gradient_checkpointing else 2) * depth
     seconds = 3 * START + work / (speed * EFFICIENCY)
     on_gpu = fit.device in ("cuda", "mps") or (fit.device in (None, "auto") and torch.cuda.is_available())
     return {
-        "step": f"fit ({trainings} trainings of at most {steps} steps)",
+        "step": f"fit (about {learned + heads} trainings of at most {steps} steps)",
         "disk": 40 * len(inputs.mixture.groups) * len(inputs.adapters),
         "memory": int(TRAINER_IMPORTS + parameters * BYTES_PER_PARAMETER[fit.quantize] + activations),
         "seconds": None
         if on_gpu
         else round(seconds if fit.max_minutes is None else min(seconds, 60 * fit.max_minutes), 1),
     }
+
+
+def _trainings(
+    options: FitOptions, fit: FitRecipe, examples: Examples, names: list[str], head: bool
+) -> tuple[int, int, int]:
+    """Trainings of learned mixtures, trainings of a head alone (on activations computed once), passes over the examples to judge.
+
+    Args:
+        head: whether the task brings a new one, without which candidates with fixed weights have nothing to train.
+    """
+    from .candidates import fixed_candidates, fold_indices, learned_settings
+
+    settings, search = len(learned_settings(options)), options.method in ("search", "auto")
+    fixed = len(fixed_candidates(names, options)) + 2 * search
+    labels = examples.column("label") if "label" in examples.columns else []
+    keys = labels if labels and isinstance(labels[0], str) else [""] * len(examples)
+    folds = len(fold_indices(keys, options.folds, options.seed)) if options.folds else 0
+    held = bool(fit.eval_data)
+    learned, heads = folds * settings + held, (folds + held) * fixed
+    if not held and not folds and options.method == "best-single":
+        heads += len(names)
+    elif not held and options.method in ("learned", "auto"):
+        learned += 1
+    elif not held:
+        heads += 1 + search
+    return learned, heads * head, bool(folds) * (fixed + settings) + held * (fixed + 1)
 
 
 def _tokens(fit: FitRecipe, examples: Examples) -> int:
