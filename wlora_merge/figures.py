@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+    from numpy.typing import ArrayLike, NDArray
 
 INK = "#010203"  # becomes currentColor
 CYCLE = ("#3b7dd8", "#d9822b", "#2e9e6b", "#b4519e", "#7a6fd0", "#c2554d")
@@ -35,7 +36,7 @@ def heatmap(values: ArrayLike, rows: Sequence[str], columns: Sequence[str], labe
     with rc_context(RC):
         figure = Figure(figsize=(6.4, max(1.6, min(9.0, 1.1 + 0.26 * len(rows)))), layout="constrained")
         axes = figure.subplots()
-        low, high = (-1.0, 1.0) if signed else (min(0.0, float(np.nanmin(table))), max(1e-9, float(np.nanmax(table))))
+        low, high = (-1.0, 1.0) if signed else _range(table)
         cells = axes.pcolormesh(table, cmap="RdBu_r" if signed else "viridis", vmin=low, vmax=high)
         axes.invert_yaxis()
         step = -(-len(rows) // 32)
@@ -68,6 +69,7 @@ def lines(
             axes.axvline(mark, color=INK, linewidth=0.8, linestyle="--")
         if log:
             axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps, ranks and indexes
         axes.set(xlabel=x_label, ylabel=y_label)
         if len(series) > 1:
             axes.legend(frameon=False)
@@ -77,12 +79,12 @@ def lines(
 def bars(names: Sequence[str], series: Mapping[str, Sequence[float]], x_label: str) -> Any:
     """A pair of lying bars for each name, on a logarithmic axis."""
     with rc_context(RC):
-        figure = Figure(figsize=(6.4, max(1.8, min(11.0, 0.8 + 0.3 * len(names)))), layout="constrained")
+        figure = Figure(figsize=(8.0, max(1.8, min(11.0, 0.8 + 0.3 * len(names)))), layout="constrained")
         axes = figure.subplots()
         height = 0.8 / len(series)
         for i, (name, values) in enumerate(series.items()):
             axes.barh(np.arange(len(names)) + i * height, values, height, color=CYCLE[i], label=name)
-        axes.set_yticks(np.arange(len(names)) + 0.4 - height / 2, [_short(n) for n in names])
+        axes.set_yticks(np.arange(len(names)) + 0.4 - height / 2, [_short(n, 64) for n in names])
         if any(value > 0 for values in series.values() for value in values):
             axes.set_xscale("log")
         axes.set(xlabel=x_label)
@@ -112,6 +114,12 @@ def png(figure: Any) -> bytes:
     with rc_context(RC):
         figure.savefig(stream, format="png", dpi=120, facecolor="white", metadata={"Software": None})
     return stream.getvalue()
+
+
+def _range(table: NDArray[np.float64]) -> tuple[float, float]:
+    """The range of the values, widened where they are all but equal."""
+    low, high = float(np.nanmin(table)), float(np.nanmax(table))
+    return (low, high) if high - low > 1e-6 else (low - 0.5, high + 0.5)
 
 
 def _short(text: str, limit: int = 34) -> str:
