@@ -16,6 +16,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from wlora_merge.cli import main
 from wlora_merge.errors import RecipeError
+from wlora_merge.predict import REPORT
 from wlora_merge.recipe import read_recipe
 from wlora_merge.recipe_schema import recipe_schema
 
@@ -135,6 +136,8 @@ def test_a_check_predicts_what_an_export_takes_on_disk(llama_zoo: Callable[..., 
     job = {"base": str(base), "adapters": list(map(str, folders)), "mix": {}, "exports": exports, "report": False}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(job | {"verify": False}))
     predicted = invoked("run", tmp_path / "r.yaml", "--check")["predicted"]
+    reported = invoked("run", tmp_path / "r.yaml", "--check", "--set", "report=true")["predicted"]
+    assert [a["disk"] - b["disk"] for a, b in zip(reported, predicted, strict=True)] == [REPORT] * 3
     done = invoked("run", tmp_path / "r.yaml", "--out", tmp_path / "tree")
     for row in predicted:
         folder = tmp_path / "tree" / row["step"].removeprefix("export ")

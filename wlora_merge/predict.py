@@ -31,18 +31,22 @@ DISK_SPEED = 500e6  # bytes a second, written and flushed
 EFFICIENCY = 0.4  # of a matmul's speed that a model's forward pass has
 CHARACTERS_PER_TOKEN = 4
 IMAGE_TOKENS = 200
+REPORT = 250_000  # bytes of an export's report.html and its figures, roughly
 BYTES_PER_PARAMETER = {None: 4.0, "8bit": 1.1, "4bit": 0.65}
 
 
 def predict(
-    inputs: Inputs, exports: Sequence[ExportRecipe], fit: FitRecipe | None, examples: Examples | None
+    inputs: Inputs, exports: Sequence[ExportRecipe], fit: FitRecipe | None, examples: Examples | None, report: bool
 ) -> list[dict[str, Any]]:
     """Rows of step, disk and memory in bytes, and seconds (None where a GPU would do it)."""
     speed = _matmul_speed()
     rows = []
     if fit is not None and examples is not None:
         rows.append(_fit_row(inputs, fit, examples, speed))
-    return rows + [_export_row(inputs, entry, speed) for entry in exports]
+    rows += [_export_row(inputs, entry, speed) for entry in exports]
+    for row in rows[len(rows) - len(exports) :]:
+        row["disk"] += REPORT * report
+    return rows
 
 
 def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -> dict[str, Any]:

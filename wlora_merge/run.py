@@ -141,4 +141,4 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
     from .predict import predict
 
     rows += [{"what": f"export {e.folder}", "path": e.format} for e in recipe.exports]
-    return rows, predict(inputs, recipe.exports, recipe.fit, examples)
+    return rows, predict(inputs, recipe.exports, recipe.fit, examples, recipe.report)
