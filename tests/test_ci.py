@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from wlora_merge.cli import main
-from wlora_merge.help import COMMANDS, OPTIONS
+from wlora_merge.help import ARGUMENTS, COMMANDS, OPTIONS
 
 CI = Path(__file__).parents[1] / "recipes" / "ci"
 
@@ -66,8 +66,9 @@ def test_every_command_and_option_stands_under_one_topic() -> None:
     assert sorted(name for names in COMMANDS.values() for name in names) == sorted(main.commands)
     named = [name for names in OPTIONS.values() for name in names]
     assert len(named) == len(set(named))
-    options = {p.name for c in main.commands.values() for p in c.params if p.param_type_name == "option"}
-    assert options == set(named)
+    parameters = [p for c in main.commands.values() for p in c.params]
+    assert {p.name for p in parameters} == set(named)
+    assert {p.name for p in parameters if p.param_type_name == "argument"} == set(ARGUMENTS)
 
 
 def test_help_has_topics_and_a_worked_example_for_every_command() -> None:
