@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import inputs_of, make_adapter, tiny_bert
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.digests import sha256_file
@@ -131,3 +132,17 @@ def test_rounding_to_16_bits_is_named(llama_zoo: Callable[..., Any], tmp_path: P
     checked = verify(tmp_path / "out", base=base, adapters=[f"{f.name}={f}" for f in folders])
     assert checked.done[-1].startswith("outputs agree with the unmerged mixture's: off by ")
     assert checked.done[-1].endswith("at most 1.0e-01 expected (rounding to bfloat16)")
+
+
+def test_a_lora_for_features_of_adapters_that_were_trained_under_a_head_loads_on_the_bare_model(tmp_path: Path) -> None:
+    from transformers import BertForSequenceClassification
+
+    bare = tiny_bert()
+    bare.save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification(bare.config)
+    folders = [make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=["query", "value"]) for i in range(2)]
+    mix(tmp_path / "base", folders, tmp_path / "mixture", task="feature-extraction", modules_to_save="drop")
+    export(tmp_path / "mixture", "lora", tmp_path / "out")
+    checked = verify(tmp_path / "out", **inputs_of(tmp_path / "mixture"))
+    assert checked.largest_difference is not None
+    assert checked.largest_difference < 1e-5

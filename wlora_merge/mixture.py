@@ -102,6 +102,8 @@ class Mixture:
         if delta.module in OUTPUT_EMBEDDINGS:
             return delta.name or delta.module  # it stands beside the model that has the prefix
         in_file, in_model = self.prefixes
+        if self.task == "feature-extraction" and not in_file:
+            return delta.module  # the bare model has no prefix, whatever head the adapters were trained under
         if in_file or in_model:
             return in_model + delta.module.removeprefix(in_file)
         return delta.name or delta.module
