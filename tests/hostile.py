@@ -94,10 +94,10 @@ def _serve() -> None:
     import torch  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
+    import wlora_merge.attachment
     import wlora_merge.export
     import wlora_merge.fit
     import wlora_merge.inspect
-    import wlora_merge.layers
     import wlora_merge.run  # noqa: F401
     from wlora_merge.cli import main
 

@@ -19,9 +19,9 @@ import transformers
 from conftest import make_adapter
 from safetensors.torch import load_file, save_file
 
+from wlora_merge.attachment import attach
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.export import export
-from wlora_merge.layers import attach
 from wlora_merge.mix import mix
 from wlora_merge.verify import verify
 

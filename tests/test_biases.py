@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from wlora_merge.adapters import load_adapter
+from wlora_merge.attachment import attach, read_mixture
 from wlora_merge.errors import AdapterError, UnsupportedError
 from wlora_merge.export import export
 from wlora_merge.inputs import find_inputs
-from wlora_merge.layers import attach, read_mixture
 from wlora_merge.mix import mix
 from wlora_merge.verify import verify
 

@@ -14,9 +14,9 @@ from conftest import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from wlora_merge.attachment import attach, detach, read_mixture, regroup
 from wlora_merge.errors import MixtureError, WloraMergeError
 from wlora_merge.export import export
-from wlora_merge.layers import attach, detach, read_mixture, regroup
 
 IDS = torch.tensor([[5, 17, 3, 80, 41, 2], [9, 9, 60, 1, 7, 33]])
 

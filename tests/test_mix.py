@@ -11,12 +11,12 @@ import torch
 from conftest import make_adapter, tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
 
+from wlora_merge.deltas import TensorDelta
 from wlora_merge.errors import AdapterError, MixtureError, UnsupportedError, WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.inputs import find_inputs
 from wlora_merge.mix import mix
 from wlora_merge.mixture import Mixture
-from wlora_merge.stacking import TensorDelta
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wlora_merge.adapters import Factors
+from wlora_merge.deltas import ModuleDelta, TensorDelta
 from wlora_merge.errors import MixtureError, OutputError
+from wlora_merge.factors import Factors
 from wlora_merge.layouts import Layout
 from wlora_merge.mix import mix
 from wlora_merge.mixture import (
@@ -28,7 +29,6 @@ from wlora_merge.mixture import (
     prefixes,
     uniform,
 )
-from wlora_merge.stacking import ModuleDelta, TensorDelta
 
 GROUPS = {"model.layers.0": ["model.layers.0.q", "model.layers.0.k"], "lm_head": ["lm_head"]}
 

@@ -12,12 +12,16 @@ import torch
 from conftest import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from wlora_merge.adapters import Adapter, Factors, load_adapter, load_adapters
+from wlora_merge.adapters import Adapter, load_adapter, load_adapters
 from wlora_merge.base_model import open_base
+from wlora_merge.deltas import ModuleDelta
 from wlora_merge.errors import AdapterError, UnsupportedError, WloraMergeWarning
+from wlora_merge.factors import Factors
 from wlora_merge.layouts import Layout
+from wlora_merge.saved_tensors import refuse_overlap, stack_tensors
 from wlora_merge.sources import Source
-from wlora_merge.stacking import ModuleDelta, Target, modules_of, refuse_overlap, stack, stack_tensors, tensors_of
+from wlora_merge.stacking import stack
+from wlora_merge.targets import Target, modules_of, tensors_of
 
 EMBED = "model.embed_tokens"
 

@@ -13,9 +13,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from wlora_merge.attachment import attach, read_mixture
 from wlora_merge.errors import AdapterError, UnsupportedError
 from wlora_merge.export import export
-from wlora_merge.layers import attach, read_mixture
 from wlora_merge.mix import mix
 from wlora_merge.verify import verify
 

@@ -23,9 +23,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from wlora_merge.attachment import attach, read_mixture
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.export import export
-from wlora_merge.layers import attach, read_mixture
 from wlora_merge.mix import mix
 from wlora_merge.verify import verify
 

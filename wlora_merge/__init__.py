@@ -23,10 +23,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attachment import attach, detach
     from .errors import WloraMergeError, WloraMergeWarning
     from .export import export
     from .fit import fit
-    from .layers import attach, detach
     from .mix import mix
     from .mixture import Mixture
     from .verify import verify
@@ -35,8 +35,8 @@ _HOMES = {
     "Mixture": "mixture",
     "WloraMergeError": "errors",
     "WloraMergeWarning": "errors",
-    "attach": "layers",
-    "detach": "layers",
+    "attach": "attachment",
+    "detach": "attachment",
     "export": "export",
     "fit": "fit",
     "mix": "mix",

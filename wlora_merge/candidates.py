@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from .attachment import attachment_of
 from .fit_options import FitOptions
 from .judging import Score, pool, score
-from .layers import attachment_of
 from .mixture import mixture_weights, uniform
 from .search import minimize
 from .training import Candidate, Judged, Learner, Trained

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from .adapters import Adapter
     from .base_model import BaseModel
+    from .deltas import TensorDelta
     from .mixture import Mixture
-    from .stacking import TensorDelta
 
 SAFE = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
 """For `from_pretrained`: nothing is fetched, no code of the folder is run, no pickle is loaded."""
@@ -205,9 +205,10 @@ def attach_mixture(
     """The unmerged mixture: adapters attached with the mixture's own weights, its head and mixed whole tensors put in place."""
     import torch
 
+    from .attachment import PARAMETER, attach, attachment_of
     from .fold import fold_tensor
-    from .layers import PARAMETER, attach, attachment_of, live_tensors, set_parameter
-    from .stacking import tensors_of
+    from .live_model import live_tensors, set_parameter
+    from .targets import tensors_of
 
     with torch.no_grad():
         attach(

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import Adapter, load_adapter
 from .base_model import BaseModel
+from .deltas import ModuleDelta
 from .errors import WloraMergeError
 from .fold import fold_factor, fold_factors
-from .stacking import ModuleDelta, modules_of, refuse_overlap, stack, stack_tensors, tensors_of
+from .saved_tensors import refuse_overlap, stack_tensors
+from .stacking import stack
+from .targets import modules_of, tensors_of
 
 if TYPE_CHECKING:
     import torch

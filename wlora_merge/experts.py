@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .adapters import Adapter, Factors, Slice
+from .adapters import Adapter
 from .checkpoint import Entry, read_tensor
 from .errors import AdapterError, UnsupportedError
+from .factors import Factors, Slice
 from .layouts import Layout
 from .module_tree import ModuleTree, Part
 

@@ -18,6 +18,7 @@ from .base_model import INDEX, BaseModel, refuse_quantized
 from .card import write_card
 from .check import make_probe
 from .checkpoint import DTYPES, Entry
+from .deltas import ModuleDelta
 from .digests import sha256_files
 from .errors import BaseModelError, UnsupportedError
 from .inputs import Inputs, find_inputs
@@ -27,7 +28,6 @@ from .mixture import Mixture
 from .ranks import Team, team
 from .report import write_report
 from .serving import check_rank, check_server
-from .stacking import ModuleDelta
 from .staging import Staging, staged
 from .tying import untied_config
 from .writers.dense import OutputFile, changed_config, folder_bytes, index_bytes, plan

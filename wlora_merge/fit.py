@@ -24,8 +24,9 @@ from .errors import MixtureError
 from .fit_options import FitOptions, fit_options
 from .mixture import Mixture
 from .report import write_report
-from .stacking import modules_of, stack, tensors_of
+from .stacking import stack
 from .staging import refuse_out
+from .targets import modules_of, tensors_of
 from .tasks import Task, get_task
 from .trackers import tracker_names, tracking
 

@@ -32,7 +32,7 @@ def load_model(
     """The model with its adapters attached; the names of the head's modules, where it is new; the labels in the head's order."""
     import transformers
 
-    from .layers import attach
+    from .attachment import attach
 
     sharded = team.size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     if sharded:  # otherwise transformers loads nothing on ranks above 0

@@ -14,7 +14,7 @@ from .layouts import row_factor, stored_factors
 if TYPE_CHECKING:
     import torch
 
-    from .stacking import ModuleDelta, TensorDelta
+    from .deltas import ModuleDelta, TensorDelta
 
 
 def fold_factors(delta: ModuleDelta, gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

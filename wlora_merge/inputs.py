@@ -10,9 +10,12 @@ from pathlib import Path
 from .adapters import Adapter, load_adapter, split_adapter_spec
 from .base_model import BaseModel, open_base
 from .checkpoint import Entry, one_torch_thread
+from .deltas import ModuleDelta, TensorDelta
 from .errors import MixtureError
 from .mixture import InputRef, Mixture
-from .stacking import ModuleDelta, TensorDelta, modules_of, refuse_overlap, stack, stack_tensors, tensors_of
+from .saved_tensors import refuse_overlap, stack_tensors
+from .stacking import stack
+from .targets import modules_of, tensors_of
 from .tying import untied
 
 

@@ -14,7 +14,8 @@ from .adapters import CONFIG_FILE
 from .base_model import BaseModel, open_base
 from .compatibility import Rows, adapter_tables
 from .manifest import FILE, below, read_manifest
-from .mixture import JSON_FILE, Mixture
+from .mixture import Mixture
+from .mixture_file import JSON_FILE
 
 
 def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from .base_model import BaseModel
 from .checkpoint import Entry, byte_length, one_torch_thread, read_header, read_rows, torch_dtype
+from .deltas import ModuleDelta, TensorDelta
 from .errors import BaseModelError
 from .fold import fold_factor, fold_factors, fold_rows
 from .layouts import matrix_shape
 from .mixture import Mixture
-from .stacking import ModuleDelta, TensorDelta
 
 if TYPE_CHECKING:
     import torch

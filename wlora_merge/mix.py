@@ -12,7 +12,9 @@ from .base_model import BaseModel, open_base
 from .errors import AdapterError, MixtureError, UnsupportedError
 from .mixture import NORMALIZE, Mixture, adapter_ref, base_ref, make_groups, mixture_weights, prefixes, uniform
 from .names import TASKS, nearest
-from .stacking import modules_of, refuse_overlap, stack, stack_tensors, tensors_of
+from .saved_tensors import refuse_overlap, stack_tensors
+from .stacking import stack
+from .targets import modules_of, tensors_of
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""Mixture: how much of each adapter, group by group; its maths and its files.
+"""Mixture: how much of each adapter, group by group; its maths, and what its files hold.
 
 A Mixture is the small part that a fit learns, one weight per group and adapter, with enough provenance to find its inputs
 again. The maths of mixture weights (softmax, presence, gains) stand here once, for the fit and for the export.
@@ -18,20 +18,24 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import Adapter
 from .base_model import OUTPUT_EMBEDDINGS, BaseModel
-from .checkpoint import read_header, read_tensor, write_tensors
-from .errors import AdapterError, MixtureError, WloraMergeError
-from .input_files import find_file, read_table
-from .names import GRANULARITIES, TASKS, check_adapter_name, group_of, natural_key
-from .stacking import ModuleDelta, TensorDelta
+from .checkpoint import write_tensors
+from .deltas import ModuleDelta, TensorDelta
+from .errors import AdapterError, MixtureError
+from .mixture_file import (
+    FORMAT_VERSION,
+    JSON_FILE,
+    TENSOR_FILE,
+    check_mixture_table,
+    read_mixture_table,
+    read_mixture_tensors,
+)
+from .names import GRANULARITIES, group_of, natural_key
 from .staging import staged
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT_VERSION = 1
 NORMALIZE = ("all", "present", "none")
-JSON_FILE = "mixture.json"
-TENSOR_FILE = "mixture.safetensors"
 TRAINING_LOOP = "training loop"
 """`data["method"]` of a mixture that was read off a model which somebody's own loop has trained."""
 
@@ -144,8 +148,8 @@ class Mixture:
 
     @classmethod
     def from_model(cls, model: torch.nn.Module, base: str | Path | BaseModel | None = None) -> Mixture:
-        """Read the mixture off a model that `attach` has changed; see `wlora_merge.layers.read_mixture`."""
-        from .layers import read_mixture
+        """Read the mixture off a model that `attach` has changed; see `wlora_merge.attachment.read_mixture`."""
+        from .attachment import read_mixture
 
         return read_mixture(model, base)
 
@@ -221,7 +225,7 @@ class Mixture:
             MixtureError: a missing or broken file, or weights that are not finite or of another shape.
         """
         folder = Path(folder)
-        return cls.from_table(_read_table(folder), _read_tensors(folder), folder)
+        return cls.from_table(read_mixture_table(folder), read_mixture_tensors(folder), folder)
 
     @classmethod
     def from_table(
@@ -236,7 +240,7 @@ class Mixture:
             MixtureError: as for `load`.
         """
         try:
-            _check_table(table)
+            check_mixture_table(table)
             mixture = cls(
                 base=_read_ref(table["base_model"], folder),
                 adapters=[_read_ref(row, folder) for row in table["adapters"]],
@@ -319,91 +323,6 @@ def _read_ref(row: Mapping[str, Any], folder: Path) -> InputRef:
     if source.startswith("."):
         source = os.path.normpath(folder.resolve() / source)
     return InputRef(source, row.get("revision"), dict(row["sha256"]), row.get("name", ""))
-
-
-def _read_table(folder: Path) -> dict[str, Any]:
-    file = find_file(folder, JSON_FILE, MixtureError)
-    if file is None:
-        raise MixtureError(f"{folder}: has no {JSON_FILE}: give the folder that `wlora-merge fit` or `mix` wrote.")
-    table = read_table(file, MixtureError)
-    version = table.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise MixtureError(
-            f"{file}: format_version is {version!r}, this version of wlora-merge reads {FORMAT_VERSION}: make the mixture again."
-        )
-    return table
-
-
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    file = find_file(folder, TENSOR_FILE, MixtureError)
-    if file is None:
-        raise MixtureError(f"{folder}: has no {TENSOR_FILE}: the mixture is not whole.")
-    try:
-        tensors = {name: read_tensor(entry) for name, entry in read_header(file).entries.items()}
-    except WloraMergeError as error:
-        raise MixtureError(str(error)) from error
-    for name in ("mixture_weights", "wlora_weights"):
-        if name not in tensors:
-            raise MixtureError(f"{file}: lacks tensor {name!r}: make the mixture again.")
-    return tensors
-
-
-def _check_table(table: Mapping[str, Any]) -> None:
-    """Raise TypeError or ValueError, saying which key, for what has another type than `_json` gives it; KeyError lacks one."""
-    for key in ("groups", "prefixes", "base_model"):
-        _expect(table[key], dict, key)
-    for key in ("config", "metrics", "data", "weights"):
-        _expect(table.get(key) or {}, dict, key)
-    _expect(table["adapters"], list, "adapters")
-    _expect(table["prefixes"]["in_file"], str, "prefixes.in_file")
-    _expect(table["prefixes"]["in_model"], str, "prefixes.in_model")
-    _check_ref(table["base_model"], "base_model")
-    for row in table["adapters"]:
-        _expect(row, dict, "each of adapters")
-        _check_ref(row, "each of adapters")
-        check_adapter_name(_expect(row["name"], str, "an adapter's name"))
-    for key in ("task", "modules_to_save"):
-        _expect(table.get(key), str | None, key)
-    if table.get("task") not in (None, *TASKS):
-        raise ValueError(f"task is {table['task']!r}, expected one of {', '.join(TASKS)}")
-    if isinstance(table["delta_scale"], bool):
-        raise TypeError("delta_scale must be a number")
-    _expect(table["delta_scale"], int | float, "delta_scale")
-    _check_groups(table["groups"])
-    _check_candidates((table.get("metrics") or {}).get("candidates") or {})
-
-
-def _check_ref(row: Mapping[str, Any], key: str) -> None:
-    if not _expect(row["source"], str, f"{key}: source") or "\0" in row["source"]:
-        raise ValueError(f"{key}: source must be a folder or a hub id")
-    _expect(row.get("revision"), str | None, f"{key}: revision")
-    for digest in _expect(row["sha256"], dict, f"{key}: sha256").values():
-        _expect(digest, str, f"{key}: sha256 of a file")
-
-
-def _check_groups(groups: Mapping[str, Any]) -> None:
-    seen: set[str] = set()
-    for group, modules in groups.items():
-        for module in _expect(modules, list, f"group {group!r}") or [None]:
-            if _expect(module, str, f"each module of group {group!r}") in seen:
-                raise ValueError(f"module {module!r} stands twice in groups")
-            seen.add(module)
-    if not seen:
-        raise ValueError("groups is empty")
-
-
-def _check_candidates(candidates: Any) -> None:
-    for name, row in _expect(candidates, dict, "metrics.candidates").items():
-        for value in _expect(row, dict, f"metrics.candidates.{name}").values():
-            if isinstance(value, bool) or not math.isfinite(_expect(value, int | float, f"metrics.candidates.{name}")):
-                raise ValueError(f"metrics.candidates.{name} holds {value}, expected finite numbers")
-
-
-def _expect(value: Any, kind: Any, key: str) -> Any:
-    if not isinstance(value, kind):
-        expected = getattr(kind, "__name__", str(kind))
-        raise TypeError(f"{key} is a {type(value).__name__}, expected {expected}")
-    return value
 
 
 def _check(mixture: Mixture, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:

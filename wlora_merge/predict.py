@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import DTYPES
 from .data import Examples
+from .deltas import ModuleDelta
 from .export import lora_bytes
 from .inputs import Inputs
 from .layouts import matrix_shape
 from .recipe import ExportRecipe, FitRecipe
-from .stacking import ModuleDelta
 from .writers.dense import folder_bytes, plan
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base_model import BaseModel
+from .deltas import ModuleDelta, TensorDelta
 from .errors import WloraMergeWarning
 from .measures import Change, adapter_similarity, changes, error_by_rank, spectra
 from .mixture import Mixture
 from .names import group_of, natural_key
-from .stacking import ModuleDelta, TensorDelta
 
 if TYPE_CHECKING:
     import torch

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .deltas import ModuleDelta, TensorDelta
 from .errors import UnsupportedError
 from .layouts import Layout
 from .mixture import Mixture
-from .stacking import ModuleDelta, TensorDelta
 
 PIPELINE_TAGS = {
     "causal-lm": "text-generation",

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .adapters import Adapter, Factors, TokenRows
+from .adapters import Adapter
 from .base_model import OUTPUT_EMBEDDINGS
 from .errors import AdapterError, UnsupportedError
+from .factors import Factors, TokenRows
 
 if TYPE_CHECKING:
-    from .stacking import Target
+    from .targets import Target
 
 
 def with_token_rows(adapter: Adapter, find: Callable[[str], Target]) -> Adapter:

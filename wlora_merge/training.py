@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .attachment import PARAMETER, SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
 from .errors import MixtureError
 from .fit_options import FitOptions
-from .layers import PARAMETER, SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
 from .mixture import mixture_weights
 
 if TYPE_CHECKING:

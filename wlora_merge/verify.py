@@ -62,7 +62,7 @@ def verify(
 def _check_outputs(
     folder: Path, manifest: Mapping[str, Any], inputs: tuple[Path | None, dict[str, Path]], checked: Checked
 ) -> None:
-    from .layers import set_delta_scale
+    from .attachment import set_delta_scale
     from .writers.dense import plan
 
     base_folder, adapters = inputs

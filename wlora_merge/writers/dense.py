@@ -19,8 +19,8 @@ from ..checkpoint import (
     byte_length,
     safetensors_dtype,
 )
+from ..deltas import ModuleDelta, TensorDelta
 from ..errors import BaseModelError
-from ..stacking import ModuleDelta, TensorDelta
 
 if TYPE_CHECKING:
     import torch

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..base_model import BaseModel
 from ..checkpoint import all_finite, one_torch_thread, overflow_advice, write_tensors
+from ..deltas import ModuleDelta, TensorDelta
 from ..errors import UnsupportedError, WloraMergeError
 from ..fold import lora_product, low_rank_svd, pad_rank, truncate
 from ..layouts import Layout, factors_to_file
 from ..mixture import Mixture, prefixes
 from ..names import PEFT_PREFIX
-from ..stacking import ATTENTION, ModuleDelta, TensorDelta
+from ..targets import ATTENTION
 
 if TYPE_CHECKING:
     import torch

@@ -31,12 +31,12 @@ from ..checkpoint import (
     read_tensor,
     torch_dtype,
 )
+from ..deltas import ModuleDelta, TensorDelta
 from ..direct import DirectFile
 from ..errors import BaseModelError, OutputError, WloraMergeError
 from ..fold import fold_bias, fold_factor, fold_factors, fold_rows, fold_tensor
 from ..layouts import matrix_shape
 from ..mixture import Mixture
-from ..stacking import ModuleDelta, TensorDelta
 from .dense import OutputFile, Piece
 
 if TYPE_CHECKING:

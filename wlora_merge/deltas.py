@@ -1,0 +1,167 @@
+"""ModuleDelta and TensorDelta: the changes of all adapters to one module, or to one tensor, of the base.
+
+This is the one structure between reading and writing. This room knows shapes and factors, no names of an adapter and no
+weights of a mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from .errors import AdapterError
+from .factors import Factors
+from .layouts import Layout, factors_from_file, output_rows, row_norms
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ModuleDelta:
+    """All adapters' low-rank changes of one module, stacked.
+
+    lora_A [R, in] and lora_B [out, R] hold the rows and columns of all adapters that target the module, R = Σ r_n;
+    scaling [R] and adapter_index [R] say for each row its adapter's scaling and which adapter it came from.
+    `module` is the base tensor's name without `.weight`; `shape` the base tensor's shape, or with `start` that of the rows from
+    there on which alone change (rows of a matrix with its last dimension as columns). `name` is what an adapter calls the
+    module; empty where it knows it as rows of another. `read` gives the base weight.
+
+    DoRA's merged weight is c_n·(W + s_n B_n A_n) with c_n = magnitude_n / ||W + s_n B_n A_n|| of each output row. It is
+    W + (c_n - 1)·W + s_n (c_n·B_n) A_n: lora_B holds c_n·B_n, and `row_scale` [N, out] holds c_n - 1.
+
+    `biases` holds, by adapter, the delta [out] float64 of a trained bias. A module of which only the bias changes (a norm,
+    say) has no factors, R = 0, and the bias's shape.
+    """
+
+    module: str
+    layout: Layout
+    shape: tuple[int, ...]
+    factors: tuple[Factors, ...]
+    scaling: torch.Tensor
+    adapter_index: torch.Tensor
+    n_adapters: int
+    read: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
+    name: str = ""
+    start: int | None = None
+    biases: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """Deltas of the bias [N, out] float64, zero for an adapter that leaves it alone; None where all do."""
+        import torch
+
+        if not self.biases:
+            return None
+        zero = torch.zeros_like(next(iter(self.biases.values())))
+        return torch.stack([self.biases.get(n, zero) for n in range(self.n_adapters)])
+
+    @property
+    def changes(self) -> list[str]:
+        """Names of the base's tensors that change."""
+        return [*([f"{self.module}.weight"] if self.factors else []), *([self.bias_name] if self.biases else [])]
+
+    @property
+    def bias_name(self) -> str:
+        """The name of the module's bias in the base's files."""
+        return f"{self.module}.bias"
+
+    @property
+    def present(self) -> torch.Tensor:
+        """[N] bool: which adapters change this module."""
+        import torch
+
+        mask = torch.zeros(self.n_adapters, dtype=torch.bool)
+        mask[[*self.adapter_index.tolist(), *self.biases]] = True
+        return mask
+
+    @property
+    def R(self) -> int:
+        """Rank of the stack: the sum of the adapters' ranks."""
+        return sum(f.r for f in self.factors)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, or wider where an adapter is, or where DoRA's factor is in lora_B."""
+        import torch
+
+        if self.has_row_scale:
+            return torch.float64
+        return max((f.dtype for f in self.factors), key=lambda dtype: dtype.itemsize)
+
+    @property
+    def lora_A(self) -> torch.Tensor:
+        """[R, in], joined from the adapters when it is asked for: a stack holds no tensors of its own."""
+        import torch
+
+        return torch.cat([factors_from_file(self.layout, f.lora_A).to(self.dtype) for f in self.factors])
+
+    @property
+    def lora_B(self) -> torch.Tensor:
+        """[out, R], joined when it is asked for; DoRA's factor of each output row is in it."""
+        import torch
+
+        parts = [factors_from_file(self.layout, f.lora_B).to(self.dtype) for f in self.factors]
+        if self.row_scale is not None:
+            parts = [(1 + self.row_scale[n])[:, None] * part for n, part in zip(self._owners, parts, strict=True)]
+        return torch.cat(parts, dim=1)
+
+    @property
+    def has_row_scale(self) -> bool:
+        """True where an adapter is a DoRA."""
+        return any(f.magnitude is not None for f in self.factors)
+
+    @cached_property
+    def row_scale(self) -> torch.Tensor | None:
+        """c_n - 1 [N, out] float64, zero for an adapter that is no DoRA here; None where none is. It reads the base weight.
+
+        Raises:
+            AdapterError: a row that DoRA divides by is zero.
+        """
+        import torch
+
+        if not self.has_row_scale:
+            return None
+        if self.read is None:
+            raise AdapterError(f"module {self.module!r}: an adapter is a DoRA, and the base weight cannot be read.")
+        base = self.read()
+        scale = torch.zeros(self.n_adapters, output_rows(self.layout, self.shape), dtype=torch.float64)
+        for n, f in zip(self._owners, self.factors, strict=True):
+            if f.magnitude is not None:
+                lora_A, lora_B = (factors_from_file(self.layout, t).double() for t in (f.lora_A, f.lora_B))
+                norms = row_norms(self.layout, base, lora_A, f.scaling * lora_B)
+                scale[n] = f.magnitude.double().flatten() / norms - 1
+        if not bool(scale.isfinite().all()):
+            raise AdapterError(f"module {self.module!r}: DoRA divides by the norm of a row that is zero: leave it out.")
+        return scale
+
+    @property
+    def _owners(self) -> list[int]:
+        """The adapter that each of `factors` came from."""
+        ends = list(accumulate(f.r for f in self.factors))
+        return [int(self.adapter_index[end - 1]) for end in ends]
+
+
+@dataclass(frozen=True)
+class TensorDelta:
+    """A whole tensor of the base that adapters carry their own copy of; `saved[n]` is adapter n's."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    saved: dict[int, torch.Tensor]
+    n_adapters: int
+
+    @property
+    def present(self) -> torch.Tensor:
+        """[N] bool: which adapters carry this tensor."""
+        import torch
+
+        return torch.tensor([n in self.saved for n in range(self.n_adapters)])
+
+    @property
+    def module(self) -> str:
+        """The name by which it belongs to a group."""
+        return self.tensor.removesuffix(".weight")

@@ -1,0 +1,106 @@
+"""One adapter's change of one target module: its factors, read from the file where they lie when they are used."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
+
+from .checkpoint import Entry, read_tensor, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which part of stored factors belongs to one expert, and which rows of that expert's delta weight are meant.
+
+    lora_A holds the experts one after another, lora_B has them innermost. `rows` [n] counts rows of the delta weight
+    [out, in], or where `transposed` rows of its transpose.
+    """
+
+    expert: int
+    experts: int
+    rows: torch.Tensor
+    transposed: bool = False
+
+
+@dataclass
+class Factors:
+    """One adapter's change of one target module, as its file has it.
+
+    lora_A is [r, in] (a convolution's has its kernel behind), lora_B [out, r]; scaling is alpha / r, or alpha / sqrt(r) for
+    rsLoRA. `stored_A` and `stored_B` are the tensors, or where they lie in the file: then each use reads them anew, and many
+    large adapters need no memory. `bias` [out] is a trained lora_B.bias, `magnitude` [out] DoRA's vector.
+    """
+
+    stored_A: torch.Tensor | Entry
+    stored_B: torch.Tensor | Entry
+    scaling: float
+    embedding: bool
+    bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+    slice: Slice | None = None
+
+    @property
+    def lora_A(self) -> torch.Tensor:
+        """[r, in], in the file's dtype."""
+        if self.slice is None:
+            return read_tensor(self.stored_A) if isinstance(self.stored_A, Entry) else self.stored_A
+        part, first = self.slice, self.slice.expert * self.r
+        rows = _held(self.stored_A)[first : first + self.r]
+        return rows[:, part.rows] if part.transposed else rows
+
+    @property
+    def lora_B(self) -> torch.Tensor:
+        """[out, r], in the file's dtype."""
+        if self.slice is None:
+            return read_tensor(self.stored_B) if isinstance(self.stored_B, Entry) else self.stored_B
+        part, stored = self.slice, _held(self.stored_B)
+        columns = stored.reshape(stored.shape[0], self.r, part.experts)[:, :, part.expert]
+        return columns if part.transposed else columns[part.rows]
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.stored_A.shape[0] // (self.slice.experts if self.slice else 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that holds both factors, float32 or wider."""
+        import torch
+
+        dtypes = [torch_dtype(s.dtype) if isinstance(s, Entry) else s.dtype for s in (self.stored_A, self.stored_B)]
+        return torch.promote_types(torch.promote_types(torch.float32, dtypes[0]), dtypes[1])
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers this change holds."""
+        beside = sum(t.numel() for t in (self.bias, self.magnitude) if t is not None)
+        return math.prod(self.stored_A.shape) + math.prod(self.stored_B.shape) + beside
+
+    @cached_property
+    def is_zero(self) -> bool:
+        """True where the product is zero: no rank has both its row of lora_A and its column of lora_B."""
+        rows, columns = self.lora_A.flatten(1).any(1), self.lora_B.transpose(0, 1).flatten(1).any(1)
+        return self.scaling == 0 or not bool((rows & columns).any())
+
+
+def _held(stored: torch.Tensor | Entry) -> torch.Tensor:
+    """A stored tensor that many slices are taken from, read once for a while."""
+    return _recent(stored, stored.file.stat().st_mtime_ns) if isinstance(stored, Entry) else stored
+
+
+@lru_cache(maxsize=16)
+def _recent(entry: Entry, _: int) -> torch.Tensor:
+    return read_tensor(entry)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows of an embedding that an adapter trained: token ids [k], and the rows' new values [k, dim]."""
+
+    indices: tuple[int, ...]
+    values: torch.Tensor

@@ -1,0 +1,148 @@
+"""A model in memory, as a fit finds its target modules in it: their names, shapes and weights.
+
+Which layers a fit cannot train through is said here too.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from .errors import UnsupportedError
+from .module_tree import ModuleTree
+from .names import NameResolver
+from .targets import Find, Target
+
+CHANNELS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+"""Layers whose output has its rows in dimension 1."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def live_modules(model: nn.Module) -> Find:
+    """Finds target modules in a live model."""
+    layers = dict(model.named_modules())
+    names = NameResolver(name for name in layers if name)
+    tied = _tied_embeddings(model) if _is_encoder_decoder(model) else []
+
+    def find(name: str) -> Target | None:
+        found = names.find(name) or names.find(_renamed(model, name))
+        if found is None and ".experts." in name:
+            raise UnsupportedError(
+                f"target module {name!r}: the model has its experts in one tensor, and a fit does not train through that yet: "
+                "`wlora-merge mix` and an export fold it."
+            )
+        if found is None:
+            return None
+        layer = layers[found]
+        tie = any(layer is other for other in tied)
+        return Target(
+            found, _weight_shape(found, layer), tie, partial(_weight, layer), twin=partial(_twin, model, layer)
+        )
+
+    return find
+
+
+def _twin(model: nn.Module, layer: nn.Module) -> str | None:
+    """The output embedding's name, where this layer is the input embedding and they share one weight."""
+    pair = _tied_embeddings(model)
+    if not pair or layer is not pair[0]:
+        return None
+    return next((str(name) for name, other in model.named_modules() if other is pair[1]), None)
+
+
+def _renamed(model: nn.Module, module: str) -> str:
+    """What transformers makes of a module's name from before a renaming, as older adapters have it."""
+    if not hasattr(model, "config"):
+        return module
+    return ModuleTree(model, {}).rename(f"{module}.weight")[0].removesuffix(".weight")
+
+
+def live_tensors(model: nn.Module) -> Find:
+    """Finds whole tensors in a live model."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = NameResolver(parameters)
+    tied = [layer.weight for layer in _tied_embeddings(model)] if _is_encoder_decoder(model) else []
+
+    def find(name: str) -> Target | None:
+        found = names.find(name)
+        if found is None:
+            return None
+        tie = any(parameters[found] is other for other in tied)
+        return Target(found, tuple(parameters[found].shape), tie, parameters[found].detach)
+
+    return find
+
+
+def _tied_embeddings(model: nn.Module) -> list[nn.Module]:
+    """Input and output embedding where they share one weight."""
+    if not hasattr(model, "get_input_embeddings"):
+        return []
+    pair = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    return pair if None not in pair and pair[0].weight is pair[1].weight else []
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Give one parameter a value of its own: where it was tied to another, that one keeps the old value."""
+    module, _, leaf = name.rpartition(".")
+    old = model.get_parameter(name)
+    value = torch.empty_like(old).copy_(tensor.detach())
+    setattr(model.get_submodule(module), leaf, nn.Parameter(value.detach(), requires_grad=old.requires_grad))
+
+
+def _weight_shape(name: str, layer: nn.Module) -> tuple[int, ...]:
+    attention = (
+        nn.MultiheadAttention,
+        nn.modules.linear.NonDynamicallyQuantizableLinear,
+    )  # it never calls its out_proj
+    if isinstance(layer, attention) or not isinstance(getattr(layer, "weight", None), torch.Tensor):
+        raise UnsupportedError(
+            f"target module {name!r} is a {type(layer).__name__}, which a fit does not train through: `wlora-merge mix` and a dense "
+            "export fold a MultiheadAttention."
+        )
+    if isinstance(layer, nn.Linear):
+        return (layer.out_features, layer.in_features)  # a quantized linear packs its weight
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        _check_convolution(name, layer)
+    weight = layer.weight
+    return tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
+
+
+def _check_convolution(name: str, layer: nn.modules.conv._ConvNd) -> None:
+    """Refuse a convolution whose LoRA PEFT trains as another function than its merge: its lora_A has kernel, stride and
+    padding of the layer, and neither its groups nor its dilation nor its padding mode."""
+    spread = layer.dilation != (1,) * len(layer.kernel_size) and layer.kernel_size != (1,) * len(layer.kernel_size)
+    padded = layer.padding_mode != "zeros" and layer.kernel_size != (1,) * len(layer.kernel_size)
+    if not isinstance(layer, CONVOLUTIONS) or layer.groups > 1 or spread or padded:
+        raise UnsupportedError(
+            f"target module {name!r} is {layer}, and a LoRA of it cannot be folded: PEFT's has no groups, dilation or padding mode, "
+            "so leave this adapter out."
+        )
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    """The weight that a layer computes with; a quantized one dequantized."""
+    weight = layer.weight
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+        return weight.detach()
+    from peft.utils.integrations import dequantize_module_weight
+
+    dequantized: torch.Tensor = dequantize_module_weight(layer).detach()
+    return dequantized
+
+
+def check_bias(name: str, layer: nn.Module) -> None:
+    """Refuse a trained bias of a layer that does more with its bias than add it to its output."""
+    from transformers.pytorch_utils import Conv1D
+
+    adds = isinstance(layer, (nn.Linear, Conv1D, nn.LayerNorm, *CHANNELS)) or type(layer).__name__.endswith("Norm")
+    if not adds or isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise UnsupportedError(
+            f"module {name!r} is a {type(layer).__name__}, whose trained bias a fit cannot mix: leave that adapter out, or use "
+            "`wlora-merge mix`."
+        )
