@@ -18,7 +18,7 @@ from test_candidates import Zoo, fitted
 from test_candidates import zoo as zoo
 
 from wlora_merge.cli import main
-from wlora_merge.errors import MixtureError
+from wlora_merge.errors import MixtureError, OutputError
 from wlora_merge.fit_state import FitState, state_file
 
 OPTIONS = {"max_steps": 6, "settings": 2, "method": "auto", "prune_below": 0.01}
@@ -107,6 +107,25 @@ def test_a_stopped_fit_names_its_state_and_the_next_one_says_that_it_starts_over
     again = CliRunner().invoke(main, [str(w) for w in [*words, "--force"]])
     assert again.exit_code == 0, again.output
     assert again.stderr.count("starts over") == 1
+
+
+def test_of_two_fits_to_one_out_one_wins_and_the_other_says_so_before_it_trains(zoo: Zoo, tmp_path: Path) -> None:
+    out, said = tmp_path / "deep" / "out", []
+
+    def second(*_: object) -> None:
+        if not said:
+            with pytest.raises(OutputError) as caught:
+                fitted(zoo, out, progress=lambda *_: said.append("trained"), **OPTIONS)
+            said.append(str(caught.value))
+
+    fitted(zoo, out, progress=second, max_steps=2, settings=1)
+    assert said == [
+        f"{out}: another run (process {os.getpid()}) is writing to it; wait until it has ended or choose another --out"
+    ]
+    assert os.listdir(out.parent) == ["out"]
+    killed(zoo, tmp_path / "next", 5)
+    fitted(zoo, tmp_path / "next", **OPTIONS)  # the lock of a killed fit holds nobody up
+    assert sorted(os.listdir(tmp_path)) == ["deep", "next"]
 
 
 class Evil:

@@ -19,7 +19,8 @@ import pytest
 
 from wlora_merge import staging as room
 from wlora_merge.errors import OutputError, WloraMergeWarning
-from wlora_merge.staging import human_bytes, staged, terminate_as_exit
+from wlora_merge.signals import terminate_as_exit
+from wlora_merge.staging import staged
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = int(os.environ.get("WLORA_MERGE_TRUST_ROUNDS", "12"))
@@ -29,7 +30,8 @@ import os, sys, time
 from pathlib import Path
 from wlora_merge import staging as room
 from wlora_merge.errors import OutputError
-from wlora_merge.staging import staged, terminate_as_exit
+from wlora_merge.signals import terminate_as_exit
+from wlora_merge.staging import staged
 out = Path(sys.argv[1])
 """
 # replaces out by generation after generation, each in five files that must agree
@@ -285,7 +287,7 @@ def test_a_file_size_limit_is_one_sentence_and_leaves_nothing(tmp_path: Path) ->
 
 
 def test_too_little_space_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"free, expected 1024\.0 TiB and 16\.0 MiB to spare"):
+    with pytest.raises(OutputError, match=r"free, expected 1125\.9 TB and 16\.8 MB to spare"):
         staged(tmp_path / "deep" / "out", needed_bytes=1 << 50).__enter__()
     assert names(tmp_path) == []
 
@@ -617,11 +619,6 @@ def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="out"), staged(tmp_path / "out"):
         pass
     assert names(tmp_path) == ["out"]
-
-
-def test_sizes_are_written_as_a_person_reads_them() -> None:
-    sizes = [0, 1023, 1536, 3 << 20, 5 << 30, 7 << 40]
-    assert [human_bytes(n) for n in sizes] == ["0 bytes", "1023 bytes", "1.5 KiB", "3.0 MiB", "5.0 GiB", "7.0 TiB"]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])

@@ -23,8 +23,8 @@ from .errors import MixtureError, RecipeError, WloraMergeError
 from .fit_options import FitOptions, fit_options
 from .help import COLUMNS, Group
 from .options import AS_JSON, COUNT, FIT_OPTIONS, FORCE, INPUTS, MODULES_TO_SAVE, MOVED, OUT, REPORT_HELP, RESIDUAL
-from .staging import terminate_as_exit
-from .terminal import byte_progress, fit_progress, human, human_time, say, show_table, shown_log, shown_warnings
+from .signals import terminate_as_exit
+from .terminal import byte_progress, fit_progress, human_time, say, show_table, shown_log, shown_warnings
 
 TASKS = click.Choice(names.TASKS)
 DTYPES = click.Choice(["float32", "bfloat16", "float16"])
@@ -284,7 +284,7 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
         detail += (
             f" {error['file']}: off by {error['relative']:.2e} of the largest, same choice {error['same_choice']:.1%}."
         )
-    click.echo(f"Wrote {out} ({format_}, {human(result.bytes)}).{detail}\n{digest(result.folder)}")
+    click.echo(f"Wrote {out} ({format_}, {names.human_bytes(result.bytes)}).{detail}\n{digest(result.folder)}")
 
 
 # -------------------------------------------------------------------------------------------------------- verify
@@ -388,7 +388,7 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
             {
                 "export": name,
                 "format": done.format,
-                "size": human(done.bytes),
+                "size": names.human_bytes(done.bytes),
                 "difference": f"{c.largest_difference:.1e}"
                 if (c := result.checked.get(name)) and c.largest_difference is not None
                 else "not checked",
@@ -454,8 +454,8 @@ def _readable(row: dict[str, Any]) -> dict[str, Any]:
     known = row["seconds"] is not None
     return {
         "step": row["step"],
-        "disk": human(row["disk"]),
-        "memory": human(row["memory"]),
+        "disk": names.human_bytes(row["disk"]),
+        "memory": names.human_bytes(row["memory"]),
         "time": human_time(row["seconds"]) if known else "on a GPU",
     }
 

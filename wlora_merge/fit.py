@@ -22,6 +22,7 @@ from .base_model import BaseModel, open_base, refuse_quantized
 from .data import Examples, read_examples
 from .errors import MixtureError
 from .fit_options import FitOptions, fit_options
+from .fit_state import FitState, only_fit, state_file
 from .mixture import Mixture
 from .report import write_report
 from .stacking import stack
@@ -120,7 +121,7 @@ def fit(
     deltas = stack(
         loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type
     )  # refuses what no export could write
-    with team() as ranks:
+    with team() as ranks, only_fit(out if ranks.leads else None):
         state = _state(out if ranks.leads else None, opened, loaded, shots, held, chosen, task, resume)
         work, labels = _prepare(opened, loaded, job, shots, held, chosen, modules_to_save, ranks, state, progress)
         metrics, kept = _work(work)
@@ -418,7 +419,6 @@ def _state(
     task: str,
     resume: bool,
 ) -> Any:
-    from .fit_state import FitState, state_file
     from .manifest import versions
 
     table = {

@@ -11,12 +11,14 @@ import io
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import MixtureError, OutputError
 from .names import FIT_STATE
+from .staging import reserved
 
 SAVE_EVERY_S = 5.0
 
@@ -95,6 +97,20 @@ def state_file(out: str | Path) -> Path:
     """Where the state of a fit to `out` lies."""
     folder = Path(os.path.abspath(out))
     return folder.with_name(folder.name + FIT_STATE)
+
+
+@contextmanager
+def only_fit(out: str | Path | None) -> Iterator[None]:
+    """Keep other fits to `out`, which would share the state, from running until the block ends; None keeps no state.
+
+    Raises:
+        OutputError: another fit to `out` runs.
+    """
+    if out is None:
+        yield
+        return
+    with reserved(Path(out), state_file(out)):
+        yield
 
 
 def _read(file: Path, fingerprint: str) -> dict[str, Any]:

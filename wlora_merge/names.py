@@ -210,3 +210,14 @@ def nearest(word: str, known: Collection[str]) -> str:
     """`; did you mean 'x'?` for the known word nearest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes as a person reads it: `900 bytes`, `1.5 GB` (10^9 bytes)."""
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    for unit in ("kB", "MB", "GB", "TB"):
+        count /= 1000
+        if count < 999.95 or unit == "TB":
+            break
+    return f"{count:.1f} {unit}"

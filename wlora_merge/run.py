@@ -11,8 +11,9 @@ from .check import Checked
 from .export import ExportResult, export
 from .inputs import find_inputs
 from .mixture import Mixture
+from .names import human_bytes
 from .recipe import Recipe
-from .staging import human_bytes, staged
+from .staging import staged
 from .verify import verify
 
 Say = Callable[[str], None]

@@ -1,6 +1,6 @@
 """All-or-nothing output folders: build beside, check, flush to disk, rename into place.
 
-This room knows folders, locks, signals and full disks. It must not know what is written into a folder, or by whom.
+This room knows folders and full disks. It must not know what is written into a folder, or by whom.
 
 The promise: whatever happens while a folder is built (an exception, SIGKILL, a full disk, a power cut), ``out`` is
 either what it was before (absent, empty, or the old content untouched) or the complete new folder. Everything temporary
@@ -22,32 +22,30 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import re
 import secrets
 import shutil
-import signal
 import stat
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
-from wlora_merge.errors import OutputError, WloraMergeWarning
+from .errors import OutputError, WloraMergeWarning
+from .locks import beside, locked
+from .names import human_bytes
+from .signals import signals_held
 
 _LOG = logging.getLogger("wlora_merge")
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux and RENAME_SWAP of macOS happen to be the same number
 _AT_FDCWD = -100
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SPACE_MARGIN = 16 << 20  # bytes: directory blocks, the journal, and what other programs write meanwhile
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -87,10 +85,10 @@ def staged(
     """
     target = _resolved(out)
     token = f"{os.getpid()}-{secrets.token_hex(4)}"
-    staging = Staging(target, _beside(target, f"staging-{token}"))
+    staging = Staging(target, beside(target, f"staging-{token}"))
     with _output_errors(out, target):
         _refuse_unsafe(out, target, inputs)
-        with _parents(target), _lock(out, target) as locked, _cleared(target, None if locked else token):
+        with _parents(target), locked(out, target) as sure, _cleared(target, None if sure else token):
             _refuse_occupied(out, target, force)
             _require_space(out, target, needed_bytes)
             os.mkdir(staging.path)
@@ -99,7 +97,7 @@ def staged(
             if check is not None:
                 check(staging.path)
             _sync_tree(staging.path, mode)
-            staging.swap = _place(staging, force, _beside(target, f"old-{token}"))
+            staging.swap = _place(staging, force, beside(target, f"old-{token}"))
             _sync(target.parent)
             if staging.swap != "rename":
                 how = (
@@ -108,35 +106,6 @@ def staged(
                     else "in two renames, as this system cannot exchange folders"
                 )
                 _LOG.info("%s: the old folder was replaced %s.", out, how)
-
-
-@contextmanager
-def terminate_as_exit() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the program as ``SystemExit(128 + signal)``, so that what was staged is removed.
-
-    Outside the main thread, where Python does not allow handlers, it does nothing. A SIGHUP that is ignored (nohup)
-    stays ignored.
-
-    Raises:
-        SystemExit: 143 on SIGTERM, 129 on SIGHUP.
-    """
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    mine = [signal.SIGTERM] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)
-    with _handled(mine, leave):
-        yield
-
-
-def human_bytes(count: int) -> str:
-    """Write a number of bytes as a person reads it, for example ``1.5 GiB``."""
-    size = float(count)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 # What may not be written to
@@ -159,6 +128,18 @@ def refuse_out(out: Path, *, force: bool = False, inputs: Iterable[Path] = ()) -
     with _output_errors(out, target):
         _refuse_unsafe(out, target, inputs)
         _refuse_occupied(out, target, force)
+
+
+@contextmanager
+def reserved(out: Path, file: Path) -> Iterator[None]:
+    """Keep a file that lies beside `out`, and outlives a run, to this run until the block ends.
+
+    Raises:
+        OutputError: another run has it, or the folder that it lies in cannot be written to.
+    """
+    target = _resolved(file)
+    with _output_errors(out, target), _parents(target), locked(out, target):
+        yield
 
 
 def _refuse_unsafe(out: Path, target: Path, inputs: Iterable[Path]) -> None:
@@ -238,14 +219,7 @@ def _require_space(out: Path, target: Path, needed_bytes: int) -> None:
         )
 
 
-# Names, parents and the lock
-
-
-def _beside(target: Path, what: str) -> Path:
-    name = target.name
-    if len(os.fsencode(name)) > 180:  # a file name holds 255 bytes
-        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-    return target.parent / f".{name}.wlora-{what}"
+# Parents
 
 
 @contextmanager
@@ -261,42 +235,6 @@ def _parents(target: Path) -> Iterator[None]:
             for folder in missing:
                 os.rmdir(folder)
         raise
-
-
-@contextmanager
-def _lock(out: Path, target: Path) -> Iterator[bool]:
-    """Hold the lock of target; gives whether the file system has locks at all."""
-    path = _beside(target, "lock")
-    descriptor, locked = _acquire(path, out)
-    owner = os.getpid()
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(owner).encode(), 0)  # for the other run's message; nothing depends on it
-        yield locked
-    finally:
-        if os.getpid() == owner:
-            path.unlink(missing_ok=True)  # still locked: who opened this file before finds it gone, and tries again
-        os.close(descriptor)
-
-
-def _acquire(path: Path, out: Path) -> tuple[int, bool]:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
-                    return descriptor, True
-        except BlockingIOError as error:
-            pid = os.pread(descriptor, 20, 0).decode("ascii", "replace") or "unknown"
-            os.close(descriptor)
-            raise OutputError(
-                f"{out}: another run (process {pid}) is writing to it; wait until it has ended or choose another --out"
-            ) from error
-        except OSError as error:
-            warnings.warn(f"{path.parent}: no file locks ({error.strerror}); start no second run", WloraMergeWarning, 4)
-            return descriptor, False
-        os.close(descriptor)  # locked a file that its last owner had just removed
 
 
 # Into place, and away
@@ -336,13 +274,13 @@ def _cleared(target: Path, token: str | None) -> Iterator[None]:
         yield
     finally:
         if os.getpid() == owner:  # a forked worker that leaves through here must not tidy up after its parent
-            with _signals_held():
+            with signals_held():
                 _clear(target, token)
 
 
 def _clear(target: Path, token: str | None) -> None:
     """Under the lock, put back an old folder whose successor never came, and remove every other leftover of target."""
-    prefix = _beside(target, "").name
+    prefix = beside(target, "").name
     pattern = re.compile(re.escape(prefix) + rf"(staging|old)-({re.escape(token) if token else '[0-9]+-[0-9a-f]{8}'})")
     for name in sorted(os.listdir(target.parent)):  # "old" before "staging"
         path = target.parent / name
@@ -407,7 +345,7 @@ def _about(target: Path, error: OSError) -> bool:
     if not isinstance(error.filename, (str, bytes)):
         return error.errno in _FULL | {errno.EROFS}
     path = os.path.abspath(os.fsdecode(error.filename))
-    return path.startswith(str(_beside(target, ""))) or Path(path) in (target, *target.parents)
+    return path.startswith(str(beside(target, ""))) or Path(path) in (target, *target.parents)
 
 
 def _sentence(out: Path, target: Path, error: OSError) -> str:
@@ -421,27 +359,3 @@ def _sentence(out: Path, target: Path, error: OSError) -> str:
     if error.errno == errno.EBUSY:
         return f"{out}: {why}, as for a mount point; use a folder inside it, as {Path(out) / 'export'}"
     return f"{out}: {why} ({error.filename or 'a file in it'}); choose an --out whose parent folder can be written to"
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Put off signals until the block has ended: a second Ctrl-C must not stop the tidying up after the first."""
-    held: list[int] = []
-    with _handled(_SIGNALS, lambda number, frame: held.append(number)):
-        yield
-    for number in held[:1]:
-        signal.raise_signal(number)
-
-
-@contextmanager
-def _handled(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    main = threading.current_thread() is threading.main_thread()
-    # one that C code installed reads as None and could not be put back
-    before = {n: old for n in numbers if main and (old := signal.getsignal(n)) is not None}
-    try:
-        for number in before:
-            signal.signal(number, handler)
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

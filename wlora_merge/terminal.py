@@ -129,14 +129,6 @@ def say(line: str) -> None:
         click.echo(line, err=True)
 
 
-def human(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return ""
-
-
 def human_time(seconds: float) -> str:
     """`4 s`, `3 min`, `2.5 h`."""
     if seconds < 90:
