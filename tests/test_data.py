@@ -71,6 +71,68 @@ def test_parquet_keeps_class_names(tmp_path: Path) -> None:
     assert examples.column("label") == ["yes", "no"]
 
 
+def test_a_small_parquet_file_that_means_a_large_table_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("wlora_merge.formats.MAX_DATA_BYTES", 16_000_000)
+
+    long, zeros = "x" * 1_000_000, pa.array([0] * 2000, pa.int32())
+    repeated = pa.DictionaryArray.from_arrays(zeros, [long])
+    bombs = {
+        "a string that is repeated": pa.table({"text": repeated, "label": ["a"] * 2000}),
+        "the same in lists": pa.table({"text": pa.ListArray.from_arrays([0, 1500, 2000], repeated)}),
+        "and in structs": pa.table({"text": pa.StructArray.from_arrays([repeated], names=["inner"])}),
+        "a page of zeros": pa.table({"text": ["\0" * 17_000_000]}),
+        "numbers": pa.table({"text": pa.nulls(2_100_000, pa.int8())}),
+        "wide ones": pa.table({"text": pa.array([b"0" * 1_000_000] * 1, pa.binary(1_000_000)).take(zeros[:17])}),
+    }
+    for name, table in bombs.items():
+        file = tmp_path / "x.parquet"
+        pq.write_table(table, file, compression="zstd", use_dictionary=name != "a page of zeros")
+        del table
+        assert file.stat().st_size < 60_000, name
+        with pytest.raises(DataError, match=r"x.parquet: expands to more than 16\.0 MB, the most that is read"):
+            read_examples(file, task="text-classification")
+
+
+def test_parquet_of_every_kind_is_measured_as_it_is_read(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = [
+        pa.string(), pa.large_string(), pa.string_view(), pa.json_(), pa.dictionary(pa.int32(), pa.string()),
+    ]  # fmt: skip
+    for kind in kinds:
+        storage = pa.array(["one", "two", "one"] if kind != pa.json_() else ['"one"', '"two"', '"one"'])
+        text = pa.ExtensionArray.from_storage(kind, storage) if kind == pa.json_() else storage.cast(kind)
+        extra = pa.array([[{"a": "b"}]] * 3)
+        pairs = pa.array([["a", None]] * 3, pa.list_(pa.string(), 2))
+        table = pa.table({"text": text, "label": ["a", "b", "a"], "extra": extra, "pairs": pairs, "none": pa.nulls(3)})
+        pq.write_table(table, tmp_path / "x.parquet")
+        assert read_examples(tmp_path / "x.parquet", task="text-classification").column("text") == ["one", "two", "one"]
+
+
+def test_a_value_that_its_own_type_does_not_decode_is_one_sentence(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = pa.ExtensionArray.from_storage(pa.json_(), pa.array(["not JSON"]))
+    pq.write_table(pa.table({"text": text, "label": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet: column 'text' cannot be decoded"):
+        read_examples(tmp_path / "x.parquet", task="text-classification")
+
+
+def test_a_data_file_beyond_the_bound_is_refused_unread(tmp_path: Path) -> None:
+    for name in ("x.jsonl", "x.parquet"):
+        with open(tmp_path / name, "wb") as stream:
+            stream.truncate(1 << 40)
+        with pytest.raises(DataError, match=r"is longer than 1\.1 GB, the most that is read of such a file"):
+            read_examples(tmp_path / name, task="text-classification")
+
+
 def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "text,label\nx,1\n")
     first = read_examples(path, task="text-classification")

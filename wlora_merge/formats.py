@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import DataError, UnsupportedError
+from .input_files import read_bytes
+from .names import human_bytes
 
 if TYPE_CHECKING:
     import datasets
@@ -27,6 +29,8 @@ Rows: TypeAlias = "list[dict[str, Any]] | datasets.Dataset"
 
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = (".txt",)
+MAX_DATA_BYTES = 1 << 30
+"""Of one data file, and of what a Parquet file expands to: its values as they would lie in memory, 8 bytes each beside them."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,17 @@ class Table:
     folder: Path | None
 
     def values(self, column: str) -> list[Any]:
-        """All values of one column; class numbers come as their class names, images as {path, bytes}."""
+        """All values of one column; class numbers come as their class names, images as {path, bytes}.
+
+        Raises:
+            DataError: a value that its own type does not decode.
+        """
         if isinstance(self.rows, list):
             return [row.get(column) for row in self.rows]
-        return _plain(self.rows, column)
+        try:
+            return _plain(self.rows, column)
+        except Exception as error:  # decoders of sound, video, JSON and others, which a file may name, raise all kinds
+            raise DataError(f"{self.name}: column {column!r} cannot be decoded ({first_line(error)}).") from error
 
 
 def read_file(path: Path) -> Table:
@@ -77,11 +88,8 @@ def read_file(path: Path) -> Table:
 
 
 def read_bytes_of(path: Path) -> bytes:
-    """All bytes of a file, or a `DataError` that says why not."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    """All bytes of a file of at most `MAX_DATA_BYTES`, or a `DataError` that says why not."""
+    return read_bytes(path, DataError, MAX_DATA_BYTES)
 
 
 def decode(path: Path, data: bytes) -> str:
@@ -187,11 +195,59 @@ def _parquet(path: Path, data: bytes) -> Table:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
+        if _expands_beyond(data, MAX_DATA_BYTES):
+            raise DataError(
+                f"{path}: expands to more than {human_bytes(MAX_DATA_BYTES)}, the most that is read: keep fewer rows or columns."
+            )
         rows = datasets.Dataset(pyarrow.parquet.read_table(pyarrow.BufferReader(data)))
     except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}.") from error
     table = _table(path, data, [])
     return replace(table, columns=tuple(rows.column_names), rows=rows)
+
+
+def _expands_beyond(data: bytes, limit: int) -> bool:
+    """Whether the values of a Parquet file take more than `limit` bytes; found out within about that many.
+
+    A page is compressed, and a value that is repeated is written once: 2 kB may mean 200 GB. What the footer says of pages and
+    numbers of values is looked at first; then the strings are read as numbers into their dictionaries, and their lengths summed.
+    """
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    footer = ParquetFile(pyarrow.BufferReader(data))
+    leaves, groups = [], [footer.metadata.row_group(i) for i in range(footer.metadata.num_row_groups)]
+    chunks = [group.column(i) for group in groups for i in range(footer.metadata.num_columns)]
+    total, largest = sum(chunk.total_uncompressed_size for chunk in chunks), 0
+    for i in range(footer.metadata.num_columns):
+        leaf = footer.schema.column(i)
+        values = sum(group.column(i).num_values for group in groups)
+        largest += values * max(8, leaf.length or 0)
+        leaves += [leaf.path] if leaf.physical_type == "BYTE_ARRAY" else []
+    if max(total, largest, footer.metadata.num_rows) > limit:
+        return True
+    file = ParquetFile(pyarrow.BufferReader(data), read_dictionary=leaves, arrow_extensions_enabled=False)
+    size = 0
+    for batch in file.iter_batches():
+        size += sum(_expanded(column) for column in batch.columns)
+        if size > limit:
+            return True
+    return False
+
+
+def _expanded(array: Any) -> int:
+    """Bytes of an Arrow array if each value of a dictionary were written out where it stands."""
+    import pyarrow
+    import pyarrow.compute as compute  # type: ignore[import-untyped]
+
+    if isinstance(array, pyarrow.DictionaryArray):
+        lengths = compute.take(compute.binary_length(array.dictionary), array.indices)
+        return 8 * len(array) + int(compute.sum(lengths).as_py() or 0)
+    if isinstance(array, pyarrow.StructArray):
+        return sum(_expanded(part) for part in array.flatten())
+    if pyarrow.types.is_nested(array.type):
+        return 8 * len(array) + _expanded(array.flatten())
+    return int(array.nbytes)
 
 
 def _plain(rows: datasets.Dataset, column: str) -> list[Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import WloraMergeError
+from .names import human_bytes
 
 MAX_TABLE_BYTES = 32 << 20
 """Of a JSON or YAML file, or a card; the largest index on the hub has 9 MB. Parsed, it takes at most some 30 times as much."""
@@ -58,13 +59,14 @@ def read_bytes(path: Path, error: type[WloraMergeError], limit: int = MAX_TABLE_
             path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
         )  # a pipe nobody writes to would wait for ever
         with open(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
                 raise error(f"{path}: is not a regular file.")
-            data = stream.read(limit + 1)
+            data = stream.read(limit + 1) if found.st_size <= limit else b""
     except OSError as failure:
         raise error(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
-    if len(data) > limit:
-        raise error(f"{path}: is longer than {limit} bytes, more than any such file needs.")
+    if max(len(data), found.st_size) > limit:
+        raise error(f"{path}: is longer than {human_bytes(limit)}, the most that is read of such a file.")
     return data
 
 
