@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapter, tiny_bert, tiny_llama
+from conftest import assert_equal_but_for_rounding, make_adapter, peft_sum, tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.deltas import TensorDelta
@@ -199,10 +199,23 @@ def test_a_head_changed_by_a_lora_and_replaced_by_anothers_is_refused(
     base, folders = classifiers
     model = BertForSequenceClassification.from_pretrained(base)
     lora = make_adapter(model, tmp_path / "lora", 1, r=2, target_modules=["query", "classifier"])
-    for choice in ("a0", "mix"):
-        with pytest.raises(UnsupportedError, match=r"tensor 'classifier\.weight'"):
-            mix(base, [folders[0], lora], modules_to_save=choice)
+    with pytest.raises(UnsupportedError, match=r"tensor 'classifier\.weight'"):
+        mix(base, [folders[0], lora], modules_to_save="a0")
     assert len(mix(base, [folders[0], lora], modules_to_save="drop").groups["all"]) == 3
+
+
+def test_a_head_changed_by_a_lora_and_carried_whole_by_another_is_the_sum(
+    classifiers: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    from transformers import BertForSequenceClassification
+
+    base, folders = classifiers
+    model = BertForSequenceClassification.from_pretrained(base)
+    lora = make_adapter(model, tmp_path / "lora", 1, r=2, target_modules=["query", "classifier"])
+    pair = [folders[0], lora]
+    export(mix(base, pair, weights=[0.75, -0.5], modules_to_save="mix"), "dense", tmp_path / "out")
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert_equal_but_for_rounding(got, peft_sum(model, pair, [0.75, -0.5]))
 
 
 # --------------------------------------------------------------------------- a head that the base has no place for

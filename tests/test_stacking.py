@@ -18,7 +18,7 @@ from wlora_merge.deltas import ModuleDelta
 from wlora_merge.errors import AdapterError, UnsupportedError, WloraMergeWarning
 from wlora_merge.factors import Factors
 from wlora_merge.layouts import Layout
-from wlora_merge.saved_tensors import refuse_overlap, stack_tensors
+from wlora_merge.saved_tensors import joined, stack_tensors
 from wlora_merge.sources import Source
 from wlora_merge.stacking import stack
 from wlora_merge.targets import Target, modules_of, tensors_of
@@ -148,18 +148,20 @@ def test_the_copy_of_the_base_embedding_that_peft_saves_is_accepted_where_it_is_
 
 
 @pytest.mark.parametrize("choice", [None, "a", "mix", "drop"])
-@pytest.mark.parametrize("change", ["one bit", "one row more"])
 @pytest.mark.filterwarnings("ignore:.*embedding.*")
-def test_a_copy_of_the_base_embedding_that_differs_is_refused(tmp_path: Path, choice: str | None, change: str) -> None:
+def test_a_copy_of_the_base_embedding_that_differs_is_a_delta_whatever_the_choice(
+    choice: str | None, tmp_path: Path
+) -> None:
     base, folder = embedding_zoo(tmp_path, ["embed_tokens"])
     found = load_adapter(folder)
+    find = tensors_of(open_base(base))
     copy = found.tensors[f"{EMBED}.weight"]
-    if change == "one bit":
-        copy.view(torch.int32)[3, 3] ^= 1
-    else:
-        found.tensors[f"{EMBED}.weight"] = torch.cat([copy, copy[:1]])
-    with pytest.raises(UnsupportedError, match=f"its copy of tensor '{EMBED}.weight' .*is not equal"):
-        stack_tensors([found], choice, (), tensors_of(open_base(base)))
+    copy.view(torch.int32)[3, 3] ^= 1
+    ((delta,), taken) = stack_tensors([found], choice, (), find)
+    assert (delta.tensor, taken) == (f"{EMBED}.weight", {})
+    found.tensors[f"{EMBED}.weight"] = torch.cat([copy, copy[:1]])
+    with pytest.raises(UnsupportedError, match=f"its copy of tensor '{EMBED}.weight' .*resized"):
+        stack_tensors([found], choice, (), find)
 
 
 # ------------------------------------------------------------------------------------------------- whole tensors
@@ -218,14 +220,20 @@ def test_a_tensor_that_the_base_calls_otherwise_is_not_taken_under_a_second_name
         stack_tensors(heads(), "a", (), lambda name: Target("score.weight", (3, 4)))
 
 
-def test_a_tensor_that_changes_by_a_lora_and_as_a_whole_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_that_changes_and_is_replaced_is_refused() -> None:
     deltas: list[ModuleDelta] = stack([adapter(q=(4, 2, 4))], square, model_type="")
     with pytest.raises(UnsupportedError, match=r"tensor 'q\.weight'"):
-        refuse_overlap(deltas, [], ["model.q.weight"], lambda name: Target("q.weight", (4, 4)))
-    tensors, _ = stack_tensors([adapter("b", {"q.weight": torch.ones(4, 4)})], "mix", (), square)
-    with pytest.raises(UnsupportedError, match=r"tensor 'q\.weight'"):
-        refuse_overlap(deltas, tensors, [], square)
-    refuse_overlap(deltas, [], ["classifier.weight"], lambda name: None)
+        joined(deltas, [], ["model.q.weight"], lambda name: Target("q.weight", (4, 4)))
+    assert joined(deltas, [], ["classifier.weight"], lambda name: None) == deltas
+
+
+def test_a_weight_that_changes_by_a_lora_and_as_a_whole_belongs_to_all_those_adapters() -> None:
+    both = [adapter(q=(4, 2, 4)), adapter("b", {"q.weight": torch.ones(4, 4)}), adapter("c", k=(4, 2, 4))]
+    tensors, _ = stack_tensors(both, "mix", (), square)
+    changes = {(type(d).__name__, d.module): d for d in joined(stack(both, square, model_type=""), tensors, [], square)}
+    for kind in ("ModuleDelta", "TensorDelta"):
+        assert changes[kind, "q"].present.tolist() == [True, True, False]
+    assert changes["ModuleDelta", "k"].present.tolist() == [False, False, True]
 
 
 def test_a_base_finds_its_modules_and_tensors_under_either_spelling(tmp_path: Path) -> None:

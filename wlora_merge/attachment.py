@@ -31,7 +31,7 @@ from .mixture import (
     prefixes,
     uniform,
 )
-from .saved_tensors import refuse_overlap, stack_tensors
+from .saved_tensors import joined, stack_tensors
 from .stacking import stack
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def attach(
         if delta.biases:
             check_bias(delta.module, layers[delta.module])
     trained = _head_parameters(model, head)
-    refuse_overlap(deltas, [], trained, live_tensors(model))
+    joined(deltas, [], trained, live_tensors(model))
     taken = _take_saved(model, loaded, modules_to_save, trained)
     groups = make_groups([d.module for d in deltas], granularity)
     device = next(model.parameters()).device
@@ -190,7 +190,12 @@ def _take_saved(model: nn.Module, adapters: list[Adapter], choice: str | None, t
     """Put one adapter's saved tensors into the model where the user chose them; their names."""
     if choice == "mix":
         raise UnsupportedError("--modules-to-save mix: a fit does not mix whole tensors yet; `wlora-merge mix` does.")
-    _, taken = stack_tensors(adapters, choice, trained, live_tensors(model))
+    tensors, taken = stack_tensors(adapters, choice, trained, live_tensors(model))
+    if tensors:
+        raise UnsupportedError(
+            f"tensor {tensors[0].tensor!r}: an adapter carries a copy that is not equal to the base model's beside its LoRA, and a "
+            "fit does not mix whole tensors yet; `wlora-merge mix` does."
+        )
     for name, tensor in taken.items():
         parameter = dict(model.named_parameters(remove_duplicate=False)).get(name)
         if parameter is None or parameter.shape != tensor.shape:

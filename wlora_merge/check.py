@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from .checkpoint import DTYPES, TORCH_NAMES, read_header
 from .digests import sha256_files
 from .errors import UnsupportedError, VerifyError, WloraMergeError
 from .input_files import find_file
+from .layouts import matrix_shape
 from .manifest import FILE
 from .structure import bounded, check_structure
 
@@ -206,14 +207,14 @@ def attach_mixture(
     import torch
 
     from .attachment import PARAMETER, attach, attachment_of
-    from .fold import fold_tensor
+    from .fold import fold_saved
     from .live_model import live_tensors, set_parameter
     from .targets import tensors_of
 
     with torch.no_grad():
         attach(
-            model, adapters, granularity=mixture.granularity, normalize=mixture.normalize, delta_scale=mixture.delta_scale,
-            modules_to_save="drop",
+            model, [replace(a, tensors={}) for a in adapters], granularity=mixture.granularity, normalize=mixture.normalize,
+            delta_scale=mixture.delta_scale,
         )  # fmt: skip
         weights = mixture.mixture_weights
         logits = weights if mixture.normalize == "none" else weights.log()
@@ -235,7 +236,10 @@ def attach_mixture(
                 raise VerifyError(
                     f"{base.folder}: its model has no tensor {delta.tensor!r}, which the mixture changes."
                 )
-            set_parameter(model, live.module, fold_tensor(own.read(), delta, mixture.whole_gains_of(delta)))
+            weight = own.read()
+            block = weight.reshape(*(matrix_shape(own.shape) if own.shape else (1, 1)))
+            total = fold_saved(block, delta, mixture.whole_gains_of(delta), block.double())
+            set_parameter(model, live.module, total.reshape(own.shape))
     return model
 
 

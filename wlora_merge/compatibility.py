@@ -17,7 +17,7 @@ from .base_model import BaseModel
 from .deltas import ModuleDelta
 from .errors import WloraMergeError
 from .fold import fold_factor, fold_factors
-from .saved_tensors import refuse_overlap, stack_tensors
+from .saved_tensors import joined, stack_tensors
 from .stacking import stack
 from .targets import modules_of, tensors_of
 
@@ -110,8 +110,8 @@ def _on_base(adapter: Adapter, base: BaseModel, others: Sequence[Adapter]) -> di
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the line above has said it
             together = stack([*others, adapter], modules_of(base), find, model_type=base.model_type)
-        _, head = stack_tensors([*others, adapter], "drop", (), find)
-        refuse_overlap(together, [], head, find)
+        tensors, head = stack_tensors([*others, adapter], "drop", (), find)
+        joined(together, tensors, head, find)
     except WloraMergeError as error:
         return row | {"reason": str(error)}
     row |= {"deltas": deltas, "delta / base norm": _relative_norm(deltas), "mixes": YES}

@@ -34,7 +34,7 @@ class ModuleDelta:
     W + (c_n - 1)·W + s_n (c_n·B_n) A_n: lora_B holds c_n·B_n, and `row_scale` [N, out] holds c_n - 1.
 
     `biases` holds, by adapter, the delta [out] float64 of a trained bias. A module of which only the bias changes (a norm,
-    say) has no factors, R = 0, and the bias's shape.
+    say) has no factors, R = 0, and the bias's shape. `others` are the adapters that change the weight as a whole.
     """
 
     module: str
@@ -48,6 +48,7 @@ class ModuleDelta:
     name: str = ""
     start: int | None = None
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
+    others: frozenset[int] = frozenset()
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -75,7 +76,7 @@ class ModuleDelta:
         import torch
 
         mask = torch.zeros(self.n_adapters, dtype=torch.bool)
-        mask[[*self.adapter_index.tolist(), *self.biases]] = True
+        mask[[*self.adapter_index.tolist(), *self.biases, *self.others]] = True
         return mask
 
     @property
@@ -147,19 +148,23 @@ class ModuleDelta:
 
 @dataclass(frozen=True)
 class TensorDelta:
-    """A whole tensor of the base that adapters carry their own copy of; `saved[n]` is adapter n's."""
+    """A whole tensor of the base that adapters carry their own copy of; `saved[n]` is adapter n's.
+
+    `others` are the adapters that change its module by a LoRA.
+    """
 
     tensor: str
     shape: tuple[int, ...]
     saved: dict[int, torch.Tensor]
     n_adapters: int
+    others: frozenset[int] = frozenset()
 
     @property
     def present(self) -> torch.Tensor:
-        """[N] bool: which adapters carry this tensor."""
+        """[N] bool: which adapters change this tensor."""
         import torch
 
-        return torch.tensor([n in self.saved for n in range(self.n_adapters)])
+        return torch.tensor([n in self.saved or n in self.others for n in range(self.n_adapters)])
 
     @property
     def module(self) -> str:

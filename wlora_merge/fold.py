@@ -56,17 +56,28 @@ def fold_rows(
     return work.addmm_(left, right)
 
 
-def fold_tensor(base: torch.Tensor, delta: TensorDelta, gains: torch.Tensor) -> torch.Tensor:
-    """W + Σ gains_n (T_n - W) in float64, for whole tensors T_n that adapters carry; gains [N] as for `fold_factor`."""
-    total = base.double()
+def fold_saved(
+    block: torch.Tensor, delta: TensorDelta, gains: torch.Tensor, total: torch.Tensor, first: int = 0
+) -> torch.Tensor:
+    """Add Σ gains_n (T_n - W) to `total`, for whole tensors T_n that adapters carry.
+
+    Args:
+        block: [rows, cols] of the base's tensor from row `first` on, any floating dtype.
+        gains: [N], as for `fold_factor`.
+        total: [rows, cols] float64, changed and returned.
+    """
+    rows, cols = block.shape
     for n, saved in delta.saved.items():
-        total = total + gains[n] * (saved.double() - base.double())
+        change = saved.reshape(-1, cols)[first : first + rows].double() - block.double()
+        total.add_(change, alpha=float(gains[n]))
     return total
 
 
-def fold_bias(base: torch.Tensor, delta: ModuleDelta, gains: torch.Tensor) -> torch.Tensor:
-    """b + Σ gains_n·Δb_n in float64, for biases that adapters trained; gains [N] as for `fold_factor`."""
-    return base.double() if delta.bias is None else base.double() + gains.double() @ delta.bias
+def bias_factors(delta: ModuleDelta, gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`left [out, N]`, `right [N, 1]` float64 with left @ right = Σ gains_n·Δb_n; gains [N] as for `fold_factor`."""
+    if delta.bias is None:
+        raise ValueError(f"{delta.module} has no trained bias")
+    return delta.bias.T.contiguous(), gains.double()[:, None]
 
 
 def lora_product(delta: ModuleDelta, gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

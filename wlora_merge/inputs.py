@@ -13,7 +13,7 @@ from .checkpoint import Entry, one_torch_thread
 from .deltas import ModuleDelta, TensorDelta
 from .errors import MixtureError
 from .mixture import InputRef, Mixture
-from .saved_tensors import refuse_overlap, stack_tensors
+from .saved_tensors import joined, stack_tensors
 from .stacking import stack
 from .targets import modules_of, tensors_of
 from .tying import untied
@@ -76,8 +76,7 @@ def _deltas(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter]) -> l
         mixture.modules_to_save if mixture.modules_to_save == "mix" else "drop"
     )  # the rest was settled when it was made
     tensors, _ = stack_tensors(adapters, choice, mixture.head, tensors_of(base))
-    refuse_overlap(modules, tensors, mixture.head, tensors_of(base))
-    return [*modules, *tensors]
+    return joined(modules, tensors, mixture.head, tensors_of(base))
 
 
 def _located(ref: InputRef, option: str) -> str:

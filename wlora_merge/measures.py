@@ -116,7 +116,7 @@ def _change(
     before, after = _sampled(entry), _sampled(written[name])
     rows = _rows(matrix_shape(entry.shape)[0])
     relative = float((after - before).norm() / before.norm()) if bool(before.any()) else 0.0
-    if isinstance(delta, TensorDelta) or delta.start is not None:
+    if isinstance(delta, TensorDelta) or delta.start is not None or delta.others:
         return Change(name, relative, None)
     left, right = fold_factors(delta, mixture.gains_of(delta))
     factor = fold_factor(delta, mixture.whole_gains_of(delta))

@@ -12,7 +12,7 @@ from .base_model import BaseModel, open_base
 from .errors import AdapterError, MixtureError, UnsupportedError
 from .mixture import NORMALIZE, Mixture, adapter_ref, base_ref, make_groups, mixture_weights, prefixes, uniform
 from .names import TASKS, nearest
-from .saved_tensors import refuse_overlap, stack_tensors
+from .saved_tensors import joined, stack_tensors
 from .stacking import stack
 from .targets import modules_of, tensors_of
 
@@ -61,8 +61,7 @@ def mix(
     row = uniform(len(loaded)) if weights is None else _checked(weights, len(loaded))
     deltas = stack(loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type)
     tensors, head = stack_tensors(loaded, modules_to_save, (), tensors_of(opened))
-    refuse_overlap(deltas, tensors, head, tensors_of(opened))
-    groups = make_groups([*(d.module for d in deltas), *(t.module for t in tensors)], "global")
+    groups = make_groups([d.module for d in joined(deltas, tensors, head, tensors_of(opened))], "global")
     values = torch.tensor([row], dtype=torch.float32)
     logits = torch.zeros_like(values) if weights is None else values
     mixture = Mixture(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .adapters import Adapter
@@ -22,7 +23,10 @@ INPUT_EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "share
 def stack_tensors(
     adapters: Sequence[Adapter], choice: str | None, replaced: Iterable[str], find: Find
 ) -> tuple[list[TensorDelta], dict[str, torch.Tensor]]:
-    """What becomes of the whole tensors (`modules_to_save`) that adapters carry.
+    """What becomes of the whole tensors that adapters carry: `modules_to_save`, and copies of base embeddings.
+
+    PEFT saves an embedding's weight beside a LoRA of it, and loads it into the base: one that is equal to the base's has no
+    effect, one that differs is a delta like any other, whatever the choice.
 
     Args:
         choice: an adapter's name takes that one's, `drop` leaves all out, `mix` mixes them as deltas against the base's; None
@@ -34,8 +38,10 @@ def stack_tensors(
         The deltas, and the tensors taken as they are, under the names that the adapter gives them.
 
     Raises:
-        UnsupportedError: tensors that nobody said what to do with, or that cannot be mixed; a copy of the weight of one of
-            the adapter's own target modules (PEFT saves that of an embedding) which is not equal to the base's.
+        UnsupportedError: tensors that nobody said what to do with, or that cannot be mixed; a copy of another shape, or one
+            that differs beside a DoRA.
+
+    Source: `peft.utils.save_and_load.get_peft_model_state_dict`.
     """
     taken: dict[str, torch.Tensor] = {}
     saved: dict[str, dict[int, torch.Tensor]] = {}
@@ -46,7 +52,11 @@ def stack_tensors(
         )
     for n, adapter in enumerate(adapters):
         for name in sorted(set(adapter.tensors) - set(replaced)):
-            if _is_base_copy(adapter, name, find):
+            copied = _changed_copy(adapter, name, find)
+            for tensor in copied or []:
+                saved.setdefault(tensor, {})[n] = adapter.tensors[name]
+                shapes[tensor] = tuple(adapter.tensors[name].shape)
+            if copied is not None:
                 continue
             if choice is None:
                 raise UnsupportedError(
@@ -76,20 +86,39 @@ def _whole_target(adapter: Adapter, name: str, find: Find) -> Target:
     return target
 
 
-def _is_base_copy(adapter: Adapter, name: str, find: Find) -> bool:
-    """True for the copy of a target module's base weight that PEFT saves beside an embedding's LoRA, which changes nothing."""
-    if name.removesuffix(".weight") not in adapter.modules:
-        return False
+def _changed_copy(adapter: Adapter, name: str, find: Find) -> list[str] | None:
+    """The base's tensors that a copy of a base weight changes, none where it is equal; None where `name` is no such copy.
+
+    A tied weight has two names, and PEFT loads the copy into both.
+    """
     target = find(name)
-    if target is None or target.read is None:
-        return False
+    beside_lora = name.removesuffix(".weight") in adapter.modules
+    if target is None or target.read is None or not (beside_lora or _is_unasked_copy(adapter, name)):
+        return None
     saved, base = adapter.tensors[name], target.read()
-    if saved.shape != base.shape or not bool((saved.double() == base.double()).all()):
+    if saved.shape == base.shape and bool((saved.double() == base.double()).all()):
+        return []
+    if not beside_lora:
+        return None
+    if saved.shape != base.shape:
         raise UnsupportedError(
-            f"{adapter.where}: its copy of tensor {name!r} {list(saved.shape)} is not equal to the base model's {list(base.shape)}, "
-            "so its LoRA belongs to another or a resized embedding: leave this adapter out."
+            f"{adapter.where}: its copy of tensor {name!r} is {list(saved.shape)}, the base model's is {list(base.shape)}, so its "
+            "LoRA belongs to another or a resized embedding: leave this adapter out."
         )
-    return True
+    if adapter.modules[name.removesuffix(".weight")].magnitude is not None:
+        raise UnsupportedError(
+            f"{adapter.where}: its copy of tensor {name!r} is not equal to the base model's, and its LoRA there is a DoRA, which "
+            "would scale the copy: leave this adapter out."
+        )
+    refuse_tied(adapter, name, target)
+    twin = target.twin() if target.twin is not None else None
+    return [target.module, *([f"{twin}.weight"] if twin else [])]
+
+
+def _is_unasked_copy(adapter: Adapter, name: str) -> bool:
+    """True for an embedding that PEFT saved though the config does not ask for it."""
+    asked = adapter.config.get("modules_to_save") or []
+    return name.split(".")[-2] in (*OUTPUT_EMBEDDINGS, *INPUT_EMBEDDINGS) and name.split(".")[-2] not in asked
 
 
 def _check_taken(adapter: Adapter, name: str, find: Find) -> None:
@@ -110,24 +139,29 @@ def _check_taken(adapter: Adapter, name: str, find: Find) -> None:
         )
 
 
-def refuse_overlap(
+def joined(
     deltas: Sequence[ModuleDelta], tensors: Sequence[TensorDelta], head: Iterable[str], find: Find
-) -> None:
-    """Refuse a tensor that changes in two ways: by a LoRA or as a trained bias, and as a whole.
+) -> list[ModuleDelta | TensorDelta]:
+    """All changes in one list; where a weight changes by a LoRA and as a whole, each knows the other's adapters.
 
     Args:
         head: names of tensors that replace the base's.
         find: as for `stack_tensors`.
 
     Raises:
-        UnsupportedError: names the tensor.
+        UnsupportedError: a tensor that changes and is replaced, or a bias that is trained and mixed as a whole.
     """
-    low_rank = {name for delta in deltas for name in delta.changes}
-    found = [(name, find(name)) for name in head]
-    whole = [*(t.tensor for t in tensors), *(target.module if target else name for name, target in found)]
-    for name in whole:
-        if name in low_rank:
-            raise UnsupportedError(
-                f"tensor {name!r}: one adapter changes it by a LoRA, or trains it as a bias, and another or the head replaces it as "
-                "a whole, which cannot both be: leave one adapter out, or say --modules-to-save drop."
-            )
+    changed = {name for delta in deltas for name in delta.changes}
+    biases = {delta.bias_name for delta in deltas if delta.biases}
+    replaced = [target.module if (target := find(name)) else name for name in head]
+    for name in [*(t.tensor for t in tensors if t.tensor in biases), *(name for name in replaced if name in changed)]:
+        raise UnsupportedError(
+            f"tensor {name!r}: one adapter changes it by a LoRA, or trains it as a bias, and another or the head replaces it as "
+            "a whole, which cannot both be: leave one adapter out, or say --modules-to-save drop."
+        )
+    whole = {t.module: frozenset(t.saved) for t in tensors}
+    low_rank = {d.module: frozenset(d.adapter_index.tolist()) for d in deltas if d.factors}
+    return [
+        *(replace(d, others=whole[d.module]) if d.factors and d.module in whole else d for d in deltas),
+        *(replace(t, others=low_rank[t.module]) if t.module in low_rank else t for t in tensors),
+    ]

@@ -57,9 +57,7 @@ def modules_of(base: BaseModel) -> Find:
             return _packed(base, module)
         target = find_whole(f"{module}.weight")
         if target is not None:
-            tied = target.module in base.tied
-            twin = partial(twin_of, base, target.module) if tied else None
-            return replace(target, module=target.module.removesuffix(".weight"), twin=twin)
+            return replace(target, module=target.module.removesuffix(".weight"))
         target = find_whole(f"{module}.{ATTENTION}")
         if target is not None:
             return target
@@ -94,7 +92,8 @@ def tensors_of(base: BaseModel) -> Find:
         if entry is None:
             return None
         tied = entry.name in base.tied and bool(base.config.get("is_encoder_decoder"))
-        return Target(own.name if own else name, entry.shape, tied, partial(base.read, entry.name))
+        twin = partial(twin_of, base, entry.name) if own and entry.name in base.tied else None
+        return Target(own.name if own else name, entry.shape, tied, partial(base.read, entry.name), twin)
 
     return find
 

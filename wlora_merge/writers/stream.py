@@ -34,7 +34,7 @@ from ..checkpoint import (
 from ..deltas import ModuleDelta, TensorDelta
 from ..direct import DirectFile
 from ..errors import BaseModelError, OutputError, WloraMergeError
-from ..fold import fold_bias, fold_factor, fold_factors, fold_rows, fold_tensor
+from ..fold import bias_factors, fold_factor, fold_factors, fold_rows, fold_saved
 from ..layouts import matrix_shape
 from ..mixture import Mixture
 from .dense import OutputFile, Piece
@@ -306,31 +306,31 @@ def _read(space: Workspace, fd: int, entry: Entry, offset: int, length: int) -> 
 def _fold_jobs(
     space: Workspace, fd: int, piece: Piece, source: Entry, mixture: Mixture
 ) -> Iterator[Callable[[], memoryview]]:
-    change = piece.deltas[0] if piece.deltas else None
-    if isinstance(change, TensorDelta) or (change is not None and source.name == change.bias_name):
-        yield partial(_fold_whole, space, fd, piece, source, change, mixture)
-        return
-    rows, cols = matrix_shape(source.shape) if source.shape else (1, 1)
-    spans: list[tuple[int, int, ModuleDelta | None]] = [(0, rows, None)]
-    if piece.deltas:
-        rows, cols, spans = _spans(source, [d for d in piece.deltas if isinstance(d, ModuleDelta)])
+    cols, spans = _spans(source, [d for d in piece.deltas if isinstance(d, ModuleDelta)])
+    whole = [(d, mixture.whole_gains_of(d)) for d in piece.deltas if isinstance(d, TensorDelta)]
     step = max(1, BLOCK_ELEMENTS // max(1, cols))
     for first, end, delta in spans:
-        terms = (
-            None
-            if delta is None
-            else (*fold_factors(delta, mixture.gains_of(delta)), fold_factor(delta, mixture.whole_gains_of(delta)))
-        )
+        terms = None if delta is None else _terms(source, delta, mixture)
         for row in range(0, end - first, step):
             count = min(step, end - first - row)
-            yield partial(_fold_block, space, fd, piece, source, terms, first, row, count, cols)
+            yield partial(_fold_block, space, fd, piece, source, terms, whole, first, row, count, cols)
 
 
-def _spans(source: Entry, deltas: Sequence[ModuleDelta]) -> tuple[int, int, list[tuple[int, int, ModuleDelta | None]]]:
-    """Rows and columns of a tensor, and (first row, end, delta) for all its rows in order: None where nothing changes."""
-    rows, cols = matrix_shape(source.shape)
-    if deltas[0].start is None:
-        return rows, cols, [(0, rows, deltas[0])]
+Terms = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]
+"""What `fold_rows` takes beside the base: left, right, factor."""
+
+
+def _terms(source: Entry, delta: ModuleDelta, mixture: Mixture) -> Terms:
+    if source.name == delta.bias_name:
+        return (*bias_factors(delta, mixture.whole_gains_of(delta)), None)
+    return (*fold_factors(delta, mixture.gains_of(delta)), fold_factor(delta, mixture.whole_gains_of(delta)))
+
+
+def _spans(source: Entry, deltas: Sequence[ModuleDelta]) -> tuple[int, list[tuple[int, int, ModuleDelta | None]]]:
+    """Columns of a tensor, and (first row, end, delta) for all its rows in order: None where no low-rank delta is."""
+    rows, cols = matrix_shape(source.shape) if source.shape else (1, 1)
+    if not deltas or deltas[0].start is None:
+        return cols, [(0, rows, deltas[0] if deltas else None)]
     rows, cols = rows * cols // source.shape[-1], source.shape[-1]
     spans: list[tuple[int, int, ModuleDelta | None]] = []
     at = 0
@@ -338,7 +338,7 @@ def _spans(source: Entry, deltas: Sequence[ModuleDelta]) -> tuple[int, int, list
         start = delta.start or 0
         spans += [(at, start, None), (start, start + delta.shape[0], delta)]
         at = start + delta.shape[0]
-    return rows, cols, [*spans, (at, rows, None)]
+    return cols, [*spans, (at, rows, None)]
 
 
 def _fold_block(
@@ -346,36 +346,31 @@ def _fold_block(
     fd: int,
     piece: Piece,
     source: Entry,
-    terms: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
+    terms: Terms | None,
+    whole: Sequence[tuple[TensorDelta, torch.Tensor]],
     first: int,
     row: int,
     count: int,
     cols: int,
 ) -> memoryview:
-    """Rows `first + row` and on of the base's tensor, which are rows `row` and on of the terms."""
+    """Rows `first + row` and on of the base's tensor, which are rows `row` and on of the terms; `whole` with its gains [N]."""
     import torch
 
     width = byte_length(source.dtype, (cols,))
     data = _read(space, fd, source, (first + row) * width, count * width)
     block = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(count, cols)
-    if terms is None:
+    if terms is None and not whole:
         return _rounded(space, block, piece)
-    left, right, factor = terms
-    if factor is not None and factor.shape[0] > 1:
-        factor = factor[row : row + count]
-    total = fold_rows(block, left[row : row + count], right, space.sum(count * cols).view(count, cols), factor)
-    return _rounded(space, total, piece, data)
-
-
-def _fold_whole(
-    space: Workspace, fd: int, piece: Piece, source: Entry, delta: ModuleDelta | TensorDelta, mixture: Mixture
-) -> memoryview:
-    import torch
-
-    data = _read(space, fd, source, 0, source.nbytes)
-    base = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(source.shape)
-    gains = mixture.whole_gains_of(delta)
-    total = fold_tensor(base, delta, gains) if isinstance(delta, TensorDelta) else fold_bias(base, delta, gains)
+    total = space.sum(count * cols).view(count, cols)
+    if terms is None:
+        total.copy_(block)
+    else:
+        left, right, factor = terms
+        if factor is not None and factor.shape[0] > 1:
+            factor = factor[row : row + count]
+        fold_rows(block, left[row : row + count], right, total, factor)
+    for delta, gains in whole:
+        fold_saved(block, delta, gains, total, first + row)
     return _rounded(space, total, piece, data)
 
 
