@@ -19,7 +19,7 @@ import transformers
 from conftest import inputs_of, make_adapter, tiny_llama
 from safetensors import safe_open
 
-from wlora_merge import Mixture, export, mix, verify
+from wlora_merge import Mixture, direct, export, mix, verify
 from wlora_merge.errors import BaseModelError, OutputError, UnsupportedError, WloraMergeError
 from wlora_merge.writers.onnx import write_onnx
 from wlora_merge.writers.onnx_file import read_onnx
@@ -328,6 +328,15 @@ def test_a_head_is_replaced_where_the_graph_has_the_bases(tmp_path: Path) -> Non
     bare.head, bare.task = head, "text-classification"
     with pytest.raises(UnsupportedError, match=r"brings a tensor 'classifier\.\w+' that the base lacks"):
         export(bare, "onnx", tmp_path / "never", onnx_base=file)
+
+
+def test_a_disk_that_keeps_other_bytes_puts_nothing_in_place(
+    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "_holds", lambda *arguments: False)
+    with pytest.raises(OutputError, match=r"model\.onnx: .*gives back other bytes than it was given"):
+        export(made[0], "onnx", tmp_path / "out", onnx_base=made[1])
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_that_a_refold_cannot_follow_are_refused(made: tuple[Path, Path, Path], tmp_path: Path) -> None:

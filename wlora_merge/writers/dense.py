@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Piece:
     """One tensor of the output: its dtype and shape there, and where its numbers come from.
 
-    `make` gives the bytes of a tensor that another writer puts together.
+    `make` gives the bytes of a tensor that another writer puts together, in memory that it is handed: length -> bytes.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Piece:
     source: Entry | None = None
     deltas: tuple[ModuleDelta | TensorDelta, ...] = ()
     tensor: torch.Tensor | None = None
-    make: Callable[[], memoryview] | None = None
+    make: Callable[[Callable[[int], memoryview]], memoryview] | None = None
 
     @property
     def nbytes(self) -> int:

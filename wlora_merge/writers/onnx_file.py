@@ -55,6 +55,7 @@ def read_onnx(path: Path) -> OnnxFile:
     try:
         with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             view = memoryview(data)
+            data.madvise(mmap.MADV_RANDOM)  # the weights between the fields are not read
             try:
                 graphs = [(start, end) for key, start, end in _fields(view, 0, len(view)) if key == (7, _LENGTH)]
                 for graph in graphs:

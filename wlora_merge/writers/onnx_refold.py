@@ -10,9 +10,8 @@ This room matches; it asks `dense` for folded tensors and `onnx_file` for byte r
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -20,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wlora_merge.base_model import BaseModel
-from wlora_merge.checkpoint import FLOATING, Entry, byte_length, read_rows, read_tensor, torch_dtype
+from wlora_merge.checkpoint import FLOATING, Entry, byte_length, read_rows, torch_dtype
 from wlora_merge.errors import BaseModelError, UnsupportedError, VerifyError, WloraMergeError
 from wlora_merge.layouts import matrix_shape
 from wlora_merge.mixture import Mixture
 from wlora_merge.names import NameResolver
 from wlora_merge.writers.dense import OutputFile, Piece
 from wlora_merge.writers.onnx_file import OnnxFile, read_onnx
-from wlora_merge.writers.stream import Progress, Workspace, folded, write_files
+from wlora_merge.writers.stream import BLOCK_ELEMENTS, Progress, Workspace, fold_into, write_files
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +58,6 @@ class Refold:
     files: list[OutputFile]
     tiles: dict[tuple[Path, int], list[Tile]]
     names: dict[Path, str] = field(default_factory=dict)
-    digests: dict[tuple[str, int], str] = field(default_factory=dict)
 
     @property
     def dtypes(self) -> set[str]:
@@ -152,23 +150,21 @@ def _place(
 
 
 def write_refold(refold: Refold, out: Path, mixture: Mixture, progress: Progress | None = None) -> dict[str, str]:
-    """Stream the files into the folder `out`, then read every rewritten weight back.
+    """Stream the files into the folder `out`; what is on the disk is what was folded, at the place where the base's weight was.
 
     Returns:
         File name -> sha256, hashed as the bytes passed.
 
     Raises:
         BaseModelError: a weight of the graph is not the base's.
-        VerifyError: a weight that was read back is not the one that was folded.
+        OutputError: the disk is full or refuses, or gives back other bytes than it was given.
+        VerifyError: the new graph's weights do not lie where the base's do.
     """
-    written = write_files(refold.files, out, mixture, progress=progress)
+    written = write_files(refold.files, out, mixture, progress=progress, read_back=True)
     for graph in refold.graphs:
-        for entry in read_onnx(out / refold.names[graph.path]).tensors:
-            expected = refold.digests.get((entry.file.name, entry.start))
-            if expected is not None and _digest(_bytes(read_tensor(entry))) != expected:
-                raise VerifyError(
-                    f"{entry.file}: weight {entry.name!r} is not the one that was folded: the disk is at fault."
-                )
+        new = read_onnx(out / refold.names[graph.path])
+        if [replace(e, file=out / refold.names.get(e.file, e.file.name)) for e in graph.tensors] != new.tensors:
+            raise VerifyError(f"{new.path}: its weights do not lie where those of {graph.path} do: report this.")
     return written
 
 
@@ -257,31 +253,44 @@ class Matcher:
         """The first number of the tile that is not the base tensor's; None where all are."""
         import torch
 
-        matrix = self._read(stored, "stored") if matrix is None else matrix
-        own = self._read(self.base.entries[tile.tensor], "base")
-        buffer = self.space.own("expected", own.numel() * matrix.itemsize)
-        expected = torch.frombuffer(buffer, dtype=matrix.dtype).view(own.shape).copy_(own)
-        expected = expected.T if tile.transposed else expected
-        got = self.part(matrix, tile)
-        if torch.equal(got, expected):
-            return None
-        at = (got != expected).nonzero()[0].tolist()
-        return (
-            f"weight {stored.name!r} differs from the base tensor {tile.tensor!r}: at {at} it holds {float(got[tuple(at)]):.6g}, "
-            f"expected {float(expected[tuple(at)]):.6g}"
-        )
+        matrix = self._read("stored", stored) if matrix is None else matrix
+        part = self.part(matrix, tile)
+        part = part.T if tile.transposed else part
+        own = self.base.entries[tile.tensor]
+        rows, cols = _matrix(own.shape)
+        step = max(1, BLOCK_ELEMENTS // max(1, cols))
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            expected = self.space.own("expected", count * cols * matrix.itemsize)
+            block = torch.frombuffer(expected, dtype=matrix.dtype).view(count, cols)
+            block.copy_(self._read("base", own, row, count))
+            if not torch.equal(part[row : row + count], block):
+                i, j = (part[row : row + count] != block).nonzero()[0].tolist()
+                got, wanted, at = part[row + i, j], block[i, j], [row + i, j]
+                return (
+                    f"weight {stored.name!r} differs from the base tensor {tile.tensor!r}: at "
+                    f"{at[::-1] if tile.transposed else at} it holds {float(got):.6g}, expected {float(wanted):.6g}"
+                )
+        return None
 
-    def _read(self, entry: Entry, buffer: str) -> torch.Tensor:
-        """A tensor as a matrix, in this thread's buffer of that name."""
+    def _read(self, buffer: str, entry: Entry, row: int = 0, rows: int | None = None) -> torch.Tensor:
+        """Rows of a tensor as a matrix, or all of them, in this thread's buffer of that name."""
         import torch
 
-        data = self.space.own(buffer, entry.nbytes)
-        fd = os.open(entry.file, os.O_RDONLY)
-        try:
-            read_rows(fd, entry, data)
-        finally:
-            os.close(fd)
-        return torch.frombuffer(data, dtype=torch_dtype(entry.dtype)).view(_matrix(entry.shape))
+        height, cols = _matrix(entry.shape)
+        rows, width = height if rows is None else rows, byte_length(entry.dtype, (cols,))
+        data = self.space.own(buffer, rows * width)
+        _fill(entry, data, row * width)
+        return torch.frombuffer(data, dtype=torch_dtype(entry.dtype)).view(rows, cols)
+
+
+def _fill(entry: Entry, data: memoryview, offset: int = 0) -> None:
+    """Read a tensor's bytes from `offset` on."""
+    fd = os.open(entry.file, os.O_RDONLY)
+    try:
+        read_rows(fd, entry, data, offset)
+    finally:
+        os.close(fd)
 
 
 def _corner(entry: Entry, row: int, col: int, height: int, width: int) -> torch.Tensor:
@@ -368,11 +377,19 @@ def _copied(path: Path, start: int, end: int) -> Piece:
 
 
 def _rewritten(
-    refold: Refold, matcher: Matcher, stored: Entry, changed: Mapping[str, Piece], mixture: Mixture
+    refold: Refold,
+    matcher: Matcher,
+    stored: Entry,
+    changed: Mapping[str, Piece],
+    mixture: Mixture,
+    take: Callable[[int], memoryview],
 ) -> memoryview:
     """A weight of the graph with its base tensors replaced by the folded ones, after each was found to be the base's."""
-    tensor = read_tensor(stored)
-    matrix = tensor.view(_matrix(stored.shape))
+    import torch
+
+    data = take(stored.nbytes)
+    _fill(stored, data)
+    matrix = torch.frombuffer(data, dtype=torch_dtype(stored.dtype)).view(_matrix(stored.shape))
     for tile in refold.tiles[stored.file, stored.start]:
         if difference := matcher.difference(stored, tile, matrix):
             raise BaseModelError(_foreign(refold.graphs[0], difference))
@@ -383,11 +400,8 @@ def _rewritten(
                     f"{stored.file}: the mixture's {piece.name!r} is {list(piece.shape)}, the graph's "
                     f"{list(matcher.base.entries[tile.tensor].shape)}: another number of labels needs a new graph: {TRACE_INSTEAD}."
                 )
-            now = folded(piece, mixture, matcher.space).view(_matrix(piece.shape))
-            matcher.part(matrix, tile).copy_(now.T if tile.transposed else now)
-    data = _bytes(tensor)
-    name = refold.names.get(stored.file, stored.file.name)
-    refold.digests[name, stored.start] = _digest(data)
+            part = matcher.part(matrix, tile)
+            fold_into(piece, mixture, matcher.space, part.T if tile.transposed else part)
     return data
 
 
@@ -395,7 +409,3 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _digest(data: memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()

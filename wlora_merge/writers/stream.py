@@ -94,8 +94,12 @@ def write_files(
     *,
     progress: Progress | None = None,
     workers: int | None = None,
+    read_back: bool = False,
 ) -> dict[str, str]:
     """Stream the planned files into the folder `out`, with a few blocks for each in memory.
+
+    Args:
+        read_back: read what was written back from the disk at once, and compare.
 
     Returns:
         File name -> sha256, hashed as the bytes passed.
@@ -113,7 +117,7 @@ def write_files(
         ThreadPoolExecutor(workers) as pool,
         ThreadPoolExecutor(side_by_side) as writers,
     ):
-        crew = Crew(pool, max(1, workers // side_by_side), disk, progress, stop)
+        crew = Crew(pool, max(1, workers // side_by_side), disk, progress, stop, read_back)
         jobs = [writers.submit(_write_file, file, out, mixture, crew) for file in files]
         try:
             return {file.name: job.result() for file, job in zip(files, jobs, strict=True)}
@@ -133,6 +137,7 @@ class Crew:
     disk: ThreadPoolExecutor
     progress: Progress | None
     stop: threading.Event
+    read_back: bool
 
 
 def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew) -> str:
@@ -150,7 +155,7 @@ def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew) -> st
         space.give_back(block)
 
     try:
-        with DirectFile(out / file.name, crew.disk) as stream:
+        with DirectFile(out / file.name, crew.disk, read_back=crew.read_back) as stream:
             _in_order(_jobs(space, file, mixture, inputs), put, crew.pool, crew.each)
     except OSError as error:
         raise OutputError(f"{out / file.name}: cannot be written ({error.strerror or error}).") from error
@@ -228,29 +233,33 @@ def _piece_jobs(
 ) -> Iterator[Callable[[], memoryview]]:
     """The blocks of a tensor that is not the base's own bytes."""
     if piece.make is not None:
-        yield piece.make
+        yield partial(piece.make, space.take)
     elif piece.tensor is not None:
         yield partial(_tensor_bytes, piece)
     elif piece.source is not None:
         yield from _fold_jobs(space, _opened(inputs, piece.source), piece, piece.source, mixture)
 
 
-def folded(piece: Piece, mixture: Mixture, space: Workspace) -> torch.Tensor:
-    """One tensor of the output as a whole, in the piece's dtype and shape; this thread's, until it asks for the next."""
+def fold_into(piece: Piece, mixture: Mixture, space: Workspace, out: torch.Tensor) -> None:
+    """Put one tensor of the output where another writer wants it, rounded once to the piece's dtype.
+
+    Args:
+        piece: what `plan` laid out.
+        out: [rows, cols] of the piece's dtype, any strides: the tensor as a matrix.
+    """
     import torch
 
-    inputs, data = dict[Path, int](), space.own("folded", piece.nbytes)
-    at = 0
+    inputs, row = dict[Path, int](), 0
     try:
         for job in _piece_jobs(space, piece, mixture, inputs):
-            block = job()
-            data[at : at + len(block)] = block
-            at += len(block)
-            space.give_back(block)
+            data = job()
+            block = torch.frombuffer(data, dtype=torch_dtype(piece.dtype)).view(-1, out.shape[1])
+            out[row : row + len(block)] = block
+            row += len(block)
+            space.give_back(data)
     finally:
         for fd in inputs.values():
             os.close(fd)
-    return torch.frombuffer(data, dtype=torch_dtype(piece.dtype)).view(piece.shape)
 
 
 def _opened(inputs: dict[Path, int], entry: Entry) -> int:
@@ -383,6 +392,8 @@ def _rounded(space: Workspace, block: torch.Tensor, piece: Piece, spare: memoryv
     data = spare if spare is not None and len(spare) == nbytes else space.take(nbytes)
     result = torch.frombuffer(data, dtype=dtype)
     result.copy_(block.reshape(-1))
+    if spare is not None and data is not spare:
+        space.give_back(spare)
     _check_finite(result, piece)
     return data
 
