@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_adapter, peft_changes, tiny_llama
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from wlora_merge.errors import WloraMergeError
 from wlora_merge.export import export
@@ -108,16 +108,18 @@ def test_adapters_that_mix_given_an_option_are_told_which(llama_zoo: Callable[..
 def test_an_adapter_that_mixes_alone_but_not_with_the_others_is_told_so(tmp_path: Path) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path / "base")
-    folders = [make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=["q_proj"]) for i in range(2)]
-    file = folders[1] / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"fan_in_fan_out": True}))
+    targets = [["embed_tokens"], ["lm_head"]]
+    folders = [make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=t) for i, t in enumerate(targets)]
+    file = folders[1] / "adapter_model.safetensors"
+    factors = {k.replace("lm_head", "model.embed_tokens"): v for k, v in load_file(file).items() if "lora_" in k}
+    save_file(factors, file)
     for folder in folders:
         assert inspect_paths([tmp_path / "base", folder])["Adapters"][0]["mixes"] == "yes"
     tables = inspect_paths([tmp_path / "base", *folders])
     assert [row["mixes"] for row in tables["Adapters"]] == ["yes", "no"]
     (row,) = tables["Adapters that cannot be mixed"]
     assert row["adapter"] == "a1"
-    assert "is Conv1D here and Linear in another" in row["reason"]
+    assert "is Linear here and Embedding in another" in row["reason"]
 
 
 @pytest.mark.filterwarnings("ignore")

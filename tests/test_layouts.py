@@ -60,7 +60,15 @@ def test_a_square_conv1d_is_told_by_its_name(model_type: str) -> None:
     assert kind(*shapes, model_type=model_type) is Layout.CONV1D
     assert kind(*shapes, module="decoder.q_proj", model_type=model_type, fan_in_fan_out=True) is Layout.LINEAR
     assert kind(*shapes, model_type="gpt_bigcode") is Layout.LINEAR  # its c_proj is a Linear
-    assert kind(*shapes, model_type="of-another", fan_in_fan_out=True) is Layout.CONV1D
+
+
+def test_a_square_matrix_that_the_config_alone_calls_conv1d_is_refused() -> None:
+    """PEFT looks at the layer, and takes fan_in_fan_out of a Linear for false."""
+    for model_type in ("llama", "of-another"):
+        with pytest.raises(UnsupportedError, match=rf"'h\.0\.attn\.c_proj'.*square.* {model_type} model"):
+            kind((8, 8), (2, 8), (8, 2), model_type=model_type, fan_in_fan_out=True)
+        assert kind((8, 24), (2, 8), (24, 2), model_type=model_type, fan_in_fan_out=True) is Layout.CONV1D
+        assert kind((24, 8), (2, 8), (24, 2), model_type=model_type, fan_in_fan_out=True) is Layout.LINEAR
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
@@ -170,3 +172,14 @@ def test_the_embeddings_of_an_encoder_decoder_are_refused_by_name(tmp_path: Path
     for call in (lambda: mix(tmp_path / "base", [folder]), lambda: attach(base, [folder, f"b={folder}"])):
         with pytest.raises(UnsupportedError, match=r"'shared'.*encoder-decoder.*tie_word_embeddings"):
             call()
+
+
+def test_an_embedding_of_an_encoder_decoder_that_the_files_lack_is_refused_for_being_tied(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {f"{side}_{part}": n for side in ("encoder", "decoder") for part, n in (("layers", 1), ("ffn_dim", 24))}
+    config = BartConfig(d_model=16, encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=96, **sizes)
+    base = BartForConditionalGeneration(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    folder = make_adapter(base, tmp_path / "a", 1, r=2, target_modules=["embed_tokens"])
+    with pytest.raises(UnsupportedError, match=r"embed_tokens', which this encoder-decoder uses in several places"):
+        mix(tmp_path / "base", [folder])

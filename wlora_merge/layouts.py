@@ -79,10 +79,11 @@ def layout_of(
             *COMPOSITES,
         )  # PEFT's fan_in_fan_out is that of the last module alone
         conv1d = module.rpartition(".")[2] in CONV1D_NAMES if known else fan_in_fan_out
-        if conv1d and model_type in COMPOSITES and base == out_in and fits_transposed:
+        certain = known and model_type not in COMPOSITES  # else PEFT looks at the layer, whatever the config says
+        if conv1d and not certain and base == out_in and fits_transposed:
             raise UnsupportedError(
-                f"target module {module!r}: its weight {list(base)} is square, and in a {model_type} model it may be a Linear or a "
-                "Conv1D: leave this adapter out."
+                f"target module {module!r}: its weight {list(base)} is square, and in a {model_type or 'custom'} model it may be a "
+                "Linear or a Conv1D: leave this adapter out."
             )
         if fits_transposed and conv1d:
             return Layout.CONV1D

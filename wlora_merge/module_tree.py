@@ -12,7 +12,7 @@ Source: `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -89,6 +89,11 @@ class ModuleTree:
             name, self._renamings, self._converters, prefix, dict.fromkeys(self.tensors, True)
         )
         return found
+
+    @property
+    def tied(self) -> Collection[str]:
+        """Names of tensors that are not in the files, as the model uses another for them too."""
+        return getattr(self.model, "all_tied_weights_keys", {})
 
     def find_module(self, name: str) -> str | None:
         """A module of the tree by its name, with or without the model prefix."""

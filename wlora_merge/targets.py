@@ -61,8 +61,11 @@ def modules_of(base: BaseModel) -> Find:
         target = find_whole(f"{module}.{ATTENTION}")
         if target is not None:
             return target
-        known = base.tree is not None and base.tree.find_module(module.replace(WRAPPER, ""))
-        return Target(module, (), tree=base.tree) if known else None
+        known = base.tree.find_module(module.replace(WRAPPER, "")) if base.tree is not None else None
+        if base.tree is None or known is None:
+            return None
+        tied = bool(base.config.get("is_encoder_decoder")) and f"{known}.weight" in base.tree.tied
+        return Target(module, (), tied, tree=base.tree)
 
     find_whole = tensors_of(base)
     return find
