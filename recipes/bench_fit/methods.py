@@ -156,17 +156,17 @@ def accuracy(job: Job, model: Any) -> float:
     rows = sorted(job.judged, key=lambda row: len(row[0]))
     for start in range(0, len(rows), 32 if _has_head(job) else 4):
         part = rows[start : start + (32 if _has_head(job) else 4)]
-        truth = [job.labels.index(label) for _, label in part]
+        truth = [label for _, label in part]
         if _has_head(job):
             batch = _batch(job, tokenizer, part)
             batch.pop("labels")
-            chosen = model(**batch).logits.argmax(-1).tolist()
+            chosen = [model.config.id2label[i] for i in model(**batch).logits.argmax(-1).tolist()]
         else:
             batch = _batch(job, tokenizer, [(prompt, label) for prompt, _ in part for label in job.labels])
             labels = batch.pop("labels")[:, 1:]
             logits = model(**batch).logits[:, :-1].log_softmax(-1)
             picked = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
-            chosen = picked.sum(-1).view(len(part), -1).argmax(-1).tolist()
+            chosen = [job.labels[i] for i in picked.sum(-1).view(len(part), -1).argmax(-1).tolist()]
         right += sum(a == b for a, b in zip(chosen, truth, strict=True))
     return 100 * right / len(rows)
 
