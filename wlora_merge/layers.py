@@ -112,11 +112,12 @@ class StackedLora(nn.Module):
             parts.append(self.mixed(self.bias, output, layer))
         return sum(parts[1:], parts[0])
 
-    def adds_in_place(self, x: torch.Tensor, output: torch.Tensor) -> bool:
-        """Whether the product is all there is, in one dtype, and can be added in the memory of a linear layer's output."""
+    def adds_in_place(self, x: torch.Tensor, output: torch.Tensor, layer: nn.Linear) -> bool:
+        """Whether the product is all there is, in one dtype, and can be added in the memory of a frozen layer's output."""
         plain = self.lora_A is not None and self.row_scale is None and self.bias is None
         same = plain and x.dtype == output.dtype == self.lora_A.dtype and output.is_contiguous()
-        return same and not torch.is_autocast_enabled(x.device.type)
+        frozen = not any(p.requires_grad for p in layer.parameters(recurse=False))
+        return same and frozen and not torch.is_autocast_enabled(x.device.type)
 
     def mixed(self, rows: torch.Tensor, output: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         """Σ gains_n·rows_n of [N, out], in a shape that broadcasts with the module's output."""
@@ -149,30 +150,42 @@ class StackedLora(nn.Module):
 
 
 class AddProduct(torch.autograd.Function):
-    """output + ((x @ lora_A.T) * gains) @ lora_B.T in the memory of `output`, which a linear layer does not need again.
+    """output + ((x @ lora_A.T) * gains) @ lora_B.T in the memory of `output`, which a frozen linear layer does not need again.
 
-    Only the [tokens, R] product is kept for the backward pass; lora_A and lora_B get no gradient.
+    The backward pass is the layer's and the product's in one, so that the gradient of x is written once. Of the tokens only
+    the [tokens, R] product is kept for it; weight, lora_A and lora_B get no gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, x: torch.Tensor, gains: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor
+        ctx: Any,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        gains: torch.Tensor,
+        weight: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
     ) -> torch.Tensor:
-        """output [..., out], x [..., in], gains [R], lora_A [R, in], lora_B [out, R], all of one dtype."""
+        """output [..., out] without its graph, x [..., in], gains [R], weight [out, in], lora_A [R, in], lora_B [out, R]."""
         hidden = x.reshape(-1, x.shape[-1]) @ lora_A.T
         output.view(-1, output.shape[-1]).addmm_(hidden * gains, lora_B.T)
         ctx.mark_dirty(output)
-        ctx.save_for_backward(hidden, gains, lora_A, lora_B)
+        ctx.save_for_backward(hidden, gains, weight, lora_A, lora_B)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of output, x and gains."""
-        hidden, gains, lora_A, lora_B = ctx.saved_tensors
-        back = grad.reshape(-1, grad.shape[-1]) @ lora_B
-        to_x = ((back * gains) @ lora_A).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[1] else None
-        return grad, to_x, (back * hidden).sum(0) if ctx.needs_input_grad[2] else None, None, None
+        """Gradients of x and gains."""
+        hidden, gains, weight, lora_A, lora_B = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        back = rows @ lora_B
+        to_x = to_gains = None
+        if ctx.needs_input_grad[1]:
+            to_x = (rows @ weight).addmm_(back * gains, lora_A).view(*grad.shape[:-1], -1)
+        if ctx.needs_input_grad[2]:
+            to_gains = (back * hidden).sum(0)
+        return None, to_x, to_gains, None, None, None
 
 
 def _along_rows(values: torch.Tensor, layer: nn.Module, output: torch.Tensor) -> torch.Tensor:
@@ -186,8 +199,10 @@ def add_delta(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     """The forward hook of a target module; a function of the module alone, so that copies of a model stay whole."""
     x = args[0] if args else next(iter(kwargs.values()))
     lora: StackedLora = layer.wlora  # type: ignore[assignment]
-    if type(layer) is nn.Linear and lora.adds_in_place(x, output):
-        added: torch.Tensor = AddProduct.apply(output, x, lora.gains().to(x.dtype), lora.lora_A, lora.lora_B)  # type: ignore[no-untyped-call]
+    if type(layer) is nn.Linear and lora.adds_in_place(x, output, layer):
+        added: torch.Tensor = AddProduct.apply(  # type: ignore[no-untyped-call]
+            output.detach(), x, lora.gains().to(x.dtype), layer.weight, lora.lora_A, lora.lora_B
+        )
         return added
     change: torch.Tensor = lora(x, output, layer)
     return output + change.to(output.dtype)
