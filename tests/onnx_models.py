@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from wlora_merge.writers.onnx import OnnxReport, write_onnx
 from wlora_merge.writers.onnx_tasks import TASKS
@@ -85,6 +88,30 @@ def make_dense(folder: Path, class_name: str, config: Any, seed: int = 0) -> Pat
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "wlora_merge.json").write_text("{}")
+    return folder
+
+
+def sentence_folder(
+    folder: Path, config: dict[str, Any], then: Sequence[str] = (), dense: dict[str, Any] | None = None
+) -> Path:
+    """A BERT with the files that sentence-transformers writes beside it."""
+    make_dense(folder, "BertModel", BERT)
+    rows = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    for number, kind in enumerate(["Pooling", *then], 1):
+        path = f"{number}_{kind}"
+        rows.append({"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"})
+        (folder / path).mkdir()
+        table = config if kind == "Pooling" else dense if kind == "Dense" else None
+        if table is not None:
+            (folder / path / "config.json").write_text(json.dumps(table))
+        if kind == "Dense":
+            generator = torch.Generator().manual_seed(0)
+            weights = {
+                "linear.weight": torch.randn(7, BERT.hidden_size, generator=generator),
+                "linear.bias": torch.ones(7),
+            }
+            save_file(weights, folder / path / "model.safetensors")
+    (folder / "modules.json").write_text(json.dumps(rows))
     return folder
 
 

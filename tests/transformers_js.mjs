@@ -2,6 +2,14 @@
 const [library, kind, folder, text] = process.argv.slice(2);
 const { env, Tensor, ...classes } = await import(library);
 env.allowRemoteModels = false;
+if (kind === 'embed') {
+  const run = await classes.pipeline('feature-extraction', folder, { dtype: 'fp32' });
+  const texts = JSON.parse(text);
+  const pooled = await run(texts, { pooling: 'mean', normalize: true });
+  const { sentence_embedding } = await run.model(run.tokenizer(texts, { padding: true }));
+  console.log(JSON.stringify([pooled.tolist(), sentence_embedding.tolist()]));
+  process.exit(0);
+}
 const rows = JSON.parse(text);
 const flat = BigInt64Array.from(rows.flat().map(BigInt));
 const input_ids = new Tensor('int64', flat, [rows.length, rows[0].length]);

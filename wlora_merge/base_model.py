@@ -6,6 +6,7 @@ never opened for writing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,7 +36,8 @@ NOT_CARRIED = ("README.md", "wlora_merge.json", "adapter_config.json", "trainer_
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "proj_out", "output_projection", "output", "decoder")
 """How models call their output embedding, the one that a checkpoint with tied embeddings lacks."""
 HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForImageClassification")
-CARRIED_FOLDERS = ("additional_chat_templates", "1_Pooling", "2_Normalize", "2_Dense")
+CARRIED_FOLDERS = re.compile(r"additional_chat_templates|\d+_(Pooling|Normalize|Dense|Dropout)")
+"""Folders of a base that are copied: chat templates, and the modules of sentence-transformers behind the model."""
 
 
 @dataclass
@@ -130,7 +132,7 @@ class BaseModel:
 
     def carried_files(self) -> list[Path]:
         """Everything beside the weights that a server or a tokenizer reads, relative to the folder, in order."""
-        return sorted(_carried(self.folder))
+        return carried_files(self.folder)
 
 
 def open_base(path_or_id: str | Path) -> BaseModel:
@@ -225,11 +227,13 @@ def _check_config(config: dict[str, Any], file: Path) -> None:
             raise BaseModelError(f"{file}: vocab_size is {type(size).__name__}, expected a whole number.")
 
 
-def _carried(folder: Path) -> Iterable[Path]:
-    """Names of carried files; a link that leaves the folder is refused: it would publish what it leads to."""
-    for name in _candidates(folder):
-        if find_file(folder, name, BaseModelError) is not None:
-            yield name
+def carried_files(folder: Path) -> list[Path]:
+    """Everything beside a model's weights that a server or a tokenizer reads, relative to the folder, in order.
+
+    Raises:
+        BaseModelError: a link that leaves the folder: it would publish what it leads to.
+    """
+    return sorted(name for name in _candidates(folder) if find_file(folder, name, BaseModelError) is not None)
 
 
 def _candidates(folder: Path) -> Iterable[Path]:
@@ -240,7 +244,7 @@ def _candidates(folder: Path) -> Iterable[Path]:
             continue
         if path.is_file():
             yield path.relative_to(folder)
-        elif path.name in CARRIED_FOLDERS:
+        elif CARRIED_FOLDERS.fullmatch(path.name):
             yield from (
                 p.relative_to(folder)
                 for p in path.rglob("*")

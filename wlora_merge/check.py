@@ -188,16 +188,19 @@ def load_model(folder: Path, task: str | None, *, complete: bool = True, **optio
 
 
 def _class_for(folder: Path, task: str | None) -> Any:
-    """The task's class; without a task, or where that class does not know the model (a vision-language one as causal-lm), the
-    one that its config names."""
+    """The task's class; without a task, for a tower with a projection, or where that class does not know the model (a
+    vision-language one as causal-lm), the one that its config names."""
     import transformers
 
     from .tasks import get_task
+    from .writers.onnx_tasks import PROJECTED
 
     auto: Any = get_task(task or "feature-extraction").auto_class()
     config = transformers.AutoConfig.from_pretrained(folder, **SAFE)
-    names = getattr(config, "architectures", None) or [""]
-    return auto if task and type(config) in auto._model_mapping else getattr(transformers, names[0], auto)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    projected = task == "feature-extraction" and named.endswith(PROJECTED)
+    known = task and type(config) in auto._model_mapping and not projected
+    return auto if known else getattr(transformers, named, auto)
 
 
 def attach_mixture(
@@ -249,7 +252,10 @@ def outputs_of(model: nn.Module, probe: Mapping[str, Any]) -> dict[str, torch.Te
 
     with torch.no_grad(), _library_errors("the model does not run on the probe"):
         result = model(**probe_tensors(probe), return_dict=True)
-    wanted = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
+    wanted = (
+        "logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output", "token_embeddings",
+        "sentence_embedding", "text_embeds", "image_embeds",
+    )  # fmt: skip
     found = {name: result[name].float() for name in wanted if name in result and isinstance(result[name], torch.Tensor)}
     if "logits" in found or "start_logits" in found:
         found.pop("last_hidden_state", None)

@@ -90,6 +90,10 @@ def _check_outputs(
     except UnsupportedError as error:
         checked.skipped["outputs"] = f"the unmerged mixture does not run: {error}"
         return
+    if manifest["format"] == "onnx" and mixture.task == "feature-extraction":
+        from .writers.onnx_pooling import add_pooling
+
+        add_pooling(model, folder)
     expected = outputs_of(model, manifest["probe"])
     if "same_tokens" in (manifest.get("report") or {}):
         _check_genai(folder, manifest, model, checked)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wlora_merge.base_model import carried_files
 from wlora_merge.errors import OutputError, UnsupportedError
 from wlora_merge.writers.onnx_check import check_onnx, run_probe
 from wlora_merge.writers.onnx_graph import INLINE_LIMIT, save, tidy
@@ -26,8 +27,6 @@ __all__ = ["DEFAULT_OPSET", "OnnxReport", "check_onnx", "run_probe", "write_onnx
 # What torch's exporter translates to most directly, and ONNX Runtime, also in the browser, has run since 1.17
 DEFAULT_OPSET = 20
 _DTYPES = ("float32", "float16")
-_NOT_COPIED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf"}
-_NOT_COPIED_NAMES = {"wlora_merge.json", "README.md"}
 
 
 @dataclass(frozen=True)
@@ -141,14 +140,9 @@ def write_onnx(
 
 def copy_side_files(dense: Path, out: Path, dtype: str) -> None:
     """Copy everything of a model folder that is not weights, hidden, or ours; `config.json` gets the graph's dtype."""
-    for source in sorted(dense.rglob("*")):
-        relative = source.relative_to(dense)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        weights = source.suffix in _NOT_COPIED_SUFFIXES or source.name.endswith(".index.json")
-        if not source.is_file() or hidden or weights or source.name in _NOT_COPIED_NAMES or relative.parts[0] == "onnx":
-            continue
-        (out / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, out / relative)
+    for name in carried_files(dense):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(dense / name, out / name)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     for key in ("dtype", "torch_dtype"):
         if key in config:

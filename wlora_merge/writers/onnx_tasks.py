@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wlora_merge.errors import BaseModelError, UnsupportedError
+from wlora_merge.writers.onnx_pooling import OUTPUTS as POOLED
+from wlora_merge.writers.onnx_pooling import add_pooling, pools
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +39,7 @@ TASKS = {
     "image-classification": OnnxTask("AutoModelForImageClassification", ("logits",)),
     "feature-extraction": OnnxTask("AutoModel", ("last_hidden_state",)),
 }
+PROJECTED = "ModelWithProjection"  # how transformers calls the class of one CLIP tower that ends in the shared space
 GENERATING = ("causal-lm", "seq2seq-lm")
 SENTENCES = (
     "The committee will meet again on Thursday to decide about the new bridge.",
@@ -57,6 +60,26 @@ def task_named(task: str) -> OnnxTask:
             f"the ONNX writer cannot export the task {task!r} yet (it can: {', '.join(TASKS)}); {DENSE_INSTEAD}"
         )
     return TASKS[task]
+
+
+def outputs_of(model: torch.nn.Module, task: str) -> tuple[str, ...]:
+    """The outputs that the graph of `model` has, in order, the cache left out."""
+    if pools(model):
+        return POOLED
+    if type(model).__name__.endswith(PROJECTED):
+        tower = "image" if getattr(model, "main_input_name", "") == "pixel_values" else "text"
+        return (f"{tower}_embeds", *task_named(task).outputs)
+    return task_named(task).outputs
+
+
+def class_for(config: Any, task: str) -> Any:
+    """The transformers class of the task; for features of a tower with a projection the one that its config names."""
+    import transformers
+
+    named = (getattr(config, "architectures", None) or [""])[0]
+    if task == "feature-extraction" and named.endswith(PROJECTED) and hasattr(transformers, named):
+        return getattr(transformers, named)
+    return getattr(transformers, task_named(task).auto_class)
 
 
 @contextlib.contextmanager
@@ -100,6 +123,8 @@ def quiet() -> Iterator[None]:
 def load_model(dense: Path, task: str, dtype: torch.dtype, attention: str | None = None) -> torch.nn.Module:
     """The model in the folder `dense` under its task's transformers class, on the CPU, ready for inference.
 
+    For features of a sentence-transformers folder with the modules that pool (see `onnx_pooling`).
+
     Args:
         dense: an ordinary Hugging Face model folder.
         task: one of `TASKS`.
@@ -112,12 +137,12 @@ def load_model(dense: Path, task: str, dtype: torch.dtype, attention: str | None
     """
     import transformers
 
-    auto = getattr(transformers, task_named(task).auto_class)
     extra = {} if attention is None else {"attn_implementation": attention}
     with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=False)
-            if type(config) not in auto._model_mapping:
+            auto = class_for(config, task)
+            if type(config) not in getattr(auto, "_model_mapping", {type(config)}):
                 raise UnsupportedError(
                     f"{dense}: a model of type {config.model_type!r} has no {auto.__name__}, which the ONNX export of"
                     f" the task {task!r} needs; {DENSE_INSTEAD}"
@@ -141,6 +166,8 @@ def load_model(dense: Path, task: str, dtype: torch.dtype, attention: str | None
             f"{dense}: {len(missing)} tensors that {type(model).__name__} needs are missing, first {sorted(missing)[0]!r};"
             f" give a folder that was made for the task {task!r}"
         )
+    if task == "feature-extraction":
+        add_pooling(model, dense)
     return model.eval()  # type: ignore[no-any-return]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.writers.onnx_seq2seq import trace_seq2seq
-from wlora_merge.writers.onnx_tasks import DENSE_INSTEAD, one_sentence, quiet, sample_inputs, task_named
+from wlora_merge.writers.onnx_tasks import DENSE_INSTEAD, one_sentence, outputs_of, quiet, sample_inputs
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -62,7 +62,7 @@ def trace(model: torch.nn.Module, task: str, opset: int) -> dict[str, onnx_ir.Mo
                 str(i): {name: torch.zeros(BATCH, heads, PAST, width) for name, width in widths.items()}
                 for i, (heads, widths) in enumerate(cache_shapes(model))
             }
-        return {"model": export(_flat(model, task_named(task).outputs), inputs, _dynamic(inputs))}
+        return {"model": export(_flat(model, outputs_of(model, task)), inputs, _dynamic(inputs))}
 
 
 @contextlib.contextmanager
@@ -139,9 +139,9 @@ def _flat(model: torch.nn.Module, outputs: tuple[str, ...]) -> torch.nn.Module:
                 cache = DynamicCache([(layer["key"], layer["value"]) for layer in past.values()])
                 inputs.update(past_key_values=cache, use_cache=True)
             given = self.model(**inputs)
-            named = {name: getattr(given, name) for name in outputs}
+            named = {name: given[name] for name in outputs}
             if past is not None:
-                for i, layer in enumerate(given.past_key_values.layers):
+                for i, layer in enumerate(given["past_key_values"].layers):
                     named |= {f"present.{i}.key": layer.keys, f"present.{i}.value": layer.values}
             return named
 

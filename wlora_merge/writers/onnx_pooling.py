@@ -1,0 +1,204 @@
+"""What a sentence-transformers folder does with the token embeddings: pooling, dense layers, normalization.
+
+`modules.json` lists the modules behind the transformer. They become one `torch.nn.Module` on the model, so that its outputs
+are also `token_embeddings` and `sentence_embedding`, as Optimum names them and sentence-transformers' ONNX backend reads them.
+Knows those files alone; a module or a mode of pooling that is not here is refused by name.
+
+Source: https://github.com/huggingface/sentence-transformers, `modules/pooling.py`, `modules/dense.py`, `modules/normalize.py`;
+`optimum.exporters.onnx.model_configs.SentenceTransformersTransformerOnnxConfig`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wlora_merge.checkpoint import read_header, read_tensor
+from wlora_merge.errors import BaseModelError, UnsupportedError
+from wlora_merge.input_files import find_file, read_bytes, read_table
+
+if TYPE_CHECKING:
+    import torch
+
+MODULES = "modules.json"
+OUTPUTS = ("token_embeddings", "sentence_embedding")
+HEAD = "sentence_transformers"
+"""What the modules are called on the model."""
+# Older configs have one switch for each mode; several are concatenated in this order, newer ones name the modes in theirs
+SWITCHES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")
+TRANSFORMERS_INSTEAD = f"take {MODULES} out of the base's folder to export the token embeddings alone"
+
+
+def add_pooling(model: torch.nn.Module, folder: Path) -> None:
+    """Let `model` also give `token_embeddings` and `sentence_embedding`, where `folder` is a sentence-transformers folder.
+
+    Args:
+        model: a transformers model whose outputs have `last_hidden_state` [batch, sequence, hidden].
+        folder: with `modules.json` and the folders that it names.
+
+    Raises:
+        UnsupportedError: a module, a mode of pooling or an activation that is not known here.
+        BaseModelError: a file that is broken or missing.
+    """
+    import torch
+
+    steps = [step for step in _steps(folder) if step is not None]
+    if not steps:
+        return
+    head = torch.nn.Sequential(*steps).to(next(model.parameters()).dtype).eval()
+
+    def pool(module: torch.nn.Module, arguments: tuple[Any, ...], given: Mapping[str, Any], output: Any) -> Any:
+        tokens = output["last_hidden_state"]
+        mask = given.get("attention_mask")
+        mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device) if mask is None else mask
+        return {**output, OUTPUTS[0]: tokens, OUTPUTS[1]: head((tokens, mask))}
+
+    model.add_module(HEAD, head)
+    model.register_forward_hook(pool, with_kwargs=True)
+
+
+def pools(model: torch.nn.Module) -> bool:
+    """Whether `add_pooling` has given the model its outputs."""
+    return hasattr(model, HEAD)
+
+
+def pool_tokens(tokens: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:
+    """One vector for each row of token embeddings, in float32 throughout: float16 sums of long rows would overflow.
+
+    mean: Σ m_t·x_t / max(Σ m_t, 1); mean_sqrt_len_tokens: over its square root; weightedmean: with weights m_t·t, t from 1;
+    max over the tokens with m_t = 1; cls and lasttoken: the first and the last of them. A row without any gives 0 (max: -inf).
+
+    Args:
+        tokens: [batch, sequence, hidden].
+        mask: [batch, sequence], 1 or 0, padded on either side.
+        mode: one of `SWITCHES`' values.
+
+    Returns:
+        [batch, hidden] of the tokens' dtype.
+    """
+    import torch
+
+    values, kept = tokens.float(), mask.unsqueeze(-1).float()
+    length = mask.shape[1]
+    if mode in ("cls", "lasttoken"):
+        first = mask.to(torch.int32).argmax(1)
+        last = length - 1 - mask.flip(1).to(torch.int32).argmax(1)
+        index = (first if mode == "cls" else last).view(-1, 1, 1).expand(-1, 1, tokens.shape[-1])
+        result = (values if mode == "cls" else values * kept).gather(1, index).squeeze(1)
+    elif mode == "max":
+        result = values.masked_fill(kept == 0, float("-inf")).amax(1)
+    else:
+        weights = kept * torch.arange(1, length + 1).view(1, -1, 1) if mode == "weightedmean" else kept
+        total = weights.sum(1).clamp(min=1)
+        result = (values * weights).sum(1) / (total.sqrt() if mode == "mean_sqrt_len_tokens" else total)
+    return result.to(tokens.dtype)
+
+
+def _steps(folder: Path) -> list[torch.nn.Module | None]:
+    """The modules behind the transformer, in order; None for one that does nothing at inference."""
+    file = find_file(folder, MODULES, BaseModelError)
+    if file is None:
+        return []
+    try:
+        rows = json.loads(read_bytes(file, BaseModelError))
+        kinds = [(str(row["type"]), str(row.get("path") or "")) for row in rows]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelError(f"{file}: is not a list of modules with a type and a path ({error}).") from error
+    known: dict[str, Callable[[Path, dict[str, Any]], torch.nn.Module | None]] = {
+        "Pooling": _pooling, "Dense": _dense, "Normalize": _normalize, "Dropout": lambda file, config: None,
+    }  # fmt: skip
+    steps: list[torch.nn.Module | None] = []
+    for number, (kind, path) in enumerate(kinds):
+        name = kind.rpartition(".")[2]
+        expected = ("Transformer",) if number == 0 else ("Pooling",) if number == 1 else tuple(known)
+        if not kind.startswith("sentence_transformers.") or name not in expected or (number == 0 and path):
+            raise UnsupportedError(
+                f"{file}: module {number} is {kind!r} in {path or 'the folder itself'!r}, and the ONNX export knows "
+                f"{' or '.join(expected)}{' in the folder itself' if number == 0 else ''} there: {TRANSFORMERS_INSTEAD}."
+            )
+        if number:
+            config = find_file(folder, f"{path}/config.json", BaseModelError) if path else None
+            table = read_table(config, BaseModelError) if config is not None else {}
+            steps.append(known[name](config or folder / path / "config.json", table))
+    if not steps:
+        raise UnsupportedError(f"{file}: has no module that pools: {TRANSFORMERS_INSTEAD}.")
+    return steps
+
+
+def _pooling(file: Path, config: dict[str, Any]) -> torch.nn.Module:
+    import torch
+
+    named = config.get("pooling_mode") or [mode for switch, mode in SWITCHES.items() if config.get(switch)] or "mean"
+    modes = [named] if isinstance(named, str) else list(named)
+    strange = [mode for mode in modes if mode not in SWITCHES.values()]
+    strange += [key for key in config if key.startswith("pooling_mode_") and key not in SWITCHES and config[key]]
+    if strange:
+        raise UnsupportedError(
+            f"{file}: pooling mode {strange[0]!r} is not one of {', '.join(SWITCHES.values())}: {TRANSFORMERS_INSTEAD}."
+        )
+    if config.get("include_prompt") is False:
+        raise UnsupportedError(
+            f"{file}: include_prompt is false, and a graph cannot know which tokens are the prompt: {TRANSFORMERS_INSTEAD}."
+        )
+
+    class Pooling(torch.nn.Module):
+        def forward(self, given: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            return torch.cat([pool_tokens(*given, mode) for mode in modes], dim=-1)
+
+    return Pooling()
+
+
+def _normalize(file: Path, config: dict[str, Any]) -> torch.nn.Module:
+    import torch
+
+    _refuse_inputs(file, config)
+
+    class Normalize(torch.nn.Module):
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.normalize(given.float(), dim=-1).to(given.dtype)
+
+    return Normalize()
+
+
+def _dense(file: Path, config: dict[str, Any]) -> torch.nn.Module:
+    import torch
+
+    _refuse_inputs(file, config)
+    name = str(config.get("activation_function") or "torch.nn.modules.activation.Tanh")
+    if not name.startswith("torch.nn.") or name.rpartition(".")[2] not in ACTIVATIONS or config.get("use_residual"):
+        what = "use_residual is true" if config.get("use_residual") else f"its activation is {name!r}"
+        raise UnsupportedError(
+            f"{file}: {what}, expected none and one of {', '.join(ACTIVATIONS)}: {TRANSFORMERS_INSTEAD}."
+        )
+    weights = find_file(file.parent, "model.safetensors", BaseModelError)
+    if weights is None:
+        raise BaseModelError(
+            f"{file.parent}: has no model.safetensors; a pickle could run code and is never loaded: convert it where you trust it."
+        )
+    entries = read_header(weights).entries
+    try:
+        weight, bias = entries["linear.weight"], entries.get("linear.bias")
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        linear.load_state_dict({key.partition(".")[2]: read_tensor(entry) for key, entry in entries.items()})
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise BaseModelError(f"{weights}: is not a linear.weight and a linear.bias ({error}).") from error
+    return torch.nn.Sequential(linear, getattr(torch.nn, name.rpartition(".")[2])())
+
+
+def _refuse_inputs(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a module that reads or writes another thing than the sentence embedding."""
+    for key in ("module_input_name", "module_output_name"):
+        if config.get(key) not in (None, OUTPUTS[1]):
+            raise UnsupportedError(
+                f"{file}: {key} is {config[key]!r}, expected {OUTPUTS[1]!r}: {TRANSFORMERS_INSTEAD}."
+            )
