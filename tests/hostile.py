@@ -6,6 +6,7 @@ a case costs what the command costs. Run as a program, this file is that process
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -196,10 +197,14 @@ def _places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [at, *(place for key, part in inner for place in _places(part, (*at, key)))]
 
 
+def _odd(seed: random.Random) -> Any:
+    return copy.deepcopy(seed.choice(ODD))
+
+
 def _changed(table: Any, seed: random.Random, keys: Sequence[str]) -> Any:
     place = seed.choice(_places(table)[1:] or [()])
     if not place:
-        return seed.choice(ODD)
+        return _odd(seed)
     parent = table
     for key in place[:-1]:
         parent = parent[key]
@@ -209,13 +214,13 @@ def _changed(table: Any, seed: random.Random, keys: Sequence[str]) -> Any:
     elif kind == 1 and isinstance(parent, dict):
         parent[seed.choice((*keys, "x", "", place[-1] + "x"))] = parent.pop(place[-1])
     elif kind == 2 and isinstance(parent, dict) and keys:
-        parent[seed.choice(tuple(keys))] = seed.choice(ODD)
+        parent[seed.choice(tuple(keys))] = _odd(seed)
     elif kind == 3 and isinstance(parent, list):
-        parent.insert(seed.randrange(len(parent) + 1), seed.choice((*ODD, *parent)))
+        parent.insert(seed.randrange(len(parent) + 1), copy.deepcopy(seed.choice((*ODD, *parent))))
     elif kind == 4 and isinstance(parent[place[-1]], int | float) and not isinstance(parent[place[-1]], bool):
         parent[place[-1]] = seed.choice((-1, 0, 2, 0.5, 1e30)) * parent[place[-1]] + seed.choice((0, 0, 1))
     else:
-        parent[place[-1]] = seed.choice(ODD)
+        parent[place[-1]] = _odd(seed)
     return table
 
 

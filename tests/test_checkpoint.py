@@ -142,6 +142,10 @@ HOSTILE: dict[str, tuple[Any, bytes, int | None]] = {
     "a dtype twice": (b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4, None),
     "half of a surrogate pair in a name": ({"\ud800": row()}, b"\0" * 4, None),
     "metadata that is a list": ({"__metadata__": ["pt"]}, b"", None),
+    "a number that is none": (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":NaN}}', b"\0" * 4, None),
+    "an entry with more in it": ({"a": row() | {"x": 1}}, b"\0" * 4, None),
+    "another encoding": ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.encode("utf-16"), b"\0" * 4, None),
+    "a blank before the table": (b' {"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4, None),
     "metadata of numbers": ({"__metadata__": {"format": 1}}, b"", None),
 }
 

@@ -335,6 +335,45 @@ def test_an_out_that_is_not_empty(zoo: tuple[Path, list[Path]], tmp_path: Path) 
     assert {p.name for p in out.iterdir()} == {"mixture.json", "mixture.safetensors"}
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "/" + "y" * 300, "~nobody-of-that-name/x", "a\0b"])
+def test_a_name_that_no_file_system_takes_is_one_sentence_wherever_it_stands(
+    zoo: tuple[Path, list[Path]], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base, folders = zoo
+    assert run("mix", *inputs(base, folders), "--out", "m", "--task", "causal-lm").exit_code == 0
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
+    recipe = {"base": str(base), "adapters": [str(folders[0])], "mix": {}, "exports": [{"format": "dense"}]}
+    for key, changed in (("base", name), ("adapters", [name]), ("adapters", {"a": name})):
+        (tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml").write_text(json.dumps(recipe | {key: changed}))
+    fit = {"fit": {"data": name, "task": "causal-lm"}, "adapters": list(map(str, folders))}
+    (tmp_path / "fit.yaml").write_text(json.dumps({k: v for k, v in (recipe | fit).items() if k != "mix"}))
+    recipes = sorted(tmp_path.glob("*.yaml"))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    adapters = inputs(base, folders)
+    lines: list[list[object]] = [
+        ["mix", "--base", name, "--adapter", folders[0], "--out", "o"],
+        ["mix", "--base", base, "--adapter", name, "--out", "o"],
+        ["mix", "--base", base, "--adapter", f"a={name}", "--out", "o"],
+        *([["mix", *adapters, "--out", name]] if not name.startswith("~") else []),
+        ["fit", *adapters, "--data", name, "--task", "causal-lm", "--out", "o"],
+        ["fit", *adapters, "--data", "data.jsonl", "--eval-data", name, "--task", "causal-lm", "--out", "o"],
+        ["export", name, "--format", "dense", "--out", "o"],
+        ["export", "m", "--format", "dense", "--out", "o", "--base", name],
+        ["export", "m", "--format", "dense", "--out", "o", "--adapter", f"{folders[0].name}={name}"],
+        ["export", "m", "--format", "onnx", "--out", "o", "--onnx-base", name],
+        ["verify", name],
+        ["inspect", name],
+        ["run", name],
+        *(["run", file, *more] for file in recipes for more in ([], ["--check"])),
+    ]
+    if "\0" in name:  # which stands in no argument of a process, but in a recipe
+        lines = [line for line in lines if line[0] == "run" and line[1] != name]
+    ended = {" ".join(map(str, line)): run(*line) for line in lines}
+    assert not [(line[-60:], repr(done)) for line, done in ended.items() if "Error: " not in done.stderr]
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
 def test_an_out_inside_an_input(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, folders = zoo
     own = copied(base, tmp_path / "base")

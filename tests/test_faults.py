@@ -256,26 +256,44 @@ def test_a_shard_that_fails_or_is_cut_while_it_is_read_loses_nothing(
     print(f"{rounds} reads that ended in {fault}, {refused} refused, lost: nothing")
 
 
+JOINING = """
+import torch.distributed as dist
+join = dist.init_process_group
+def joined(*words, **options):
+    join(*words, **options)
+    open({mark!r}, "w").close()
+dist.init_process_group = joined
+from wlora_merge.cli import main
+main({line!r})
+"""
+
+
 def test_a_rank_that_is_lost_at_any_moment_loses_nothing(inputs: Path, tmp_path: Path) -> None:
-    """In the long form; `test_ranks.py` loses one of each kind."""
-    rounds = ROUNDS // 25
+    """From when the ranks have joined; before that it is the launcher that stops the others."""
+    rounds = ROUNDS // 10
     if not rounds:
         pytest.skip("a few ranks are lost in test_ranks.py; hundreds of rounds lose more here")
-    seed, out, seen = random.Random("rank"), tmp_path / "out", Counter[str]()
+    seed, out, mark, seen = random.Random("rank"), tmp_path / "out", tmp_path / "joined", Counter[str]()
     line = ["export", str(inputs / "m1"), "--format", "dense", "--out", str(out), "--force"]
-    code = f"import sys; sys.argv[1:] = {line!r}\nfrom wlora_merge.cli import main; main()"
+    code = JOINING.format(mark=str(mark), line=line)
     export(inputs / "m0", "dense", out)
     export(inputs / "m1", "dense", tmp_path / "new")
-    old, new = content(out), content(tmp_path / "new")
-    for _ in range(rounds):
-        ranks = launch(code, free_port())
-        time.sleep(seed.uniform(0.2, 5))
-        victim = seed.randrange(2)
-        ranks[victim].kill()
-        said = [rank.communicate(timeout=180) for rank in ranks]
+    old, new, length = content(out), content(tmp_path / "new"), 0.0
+    for number in range(rounds + 1):  # the first is left alone, to know how long it takes
+        mark.unlink(missing_ok=True)
+        ranks, began = launch(code, free_port()), time.monotonic()
+        while not mark.exists() and time.monotonic() < began + 180:
+            time.sleep(0.001)
+        began, victim = time.monotonic(), seed.randrange(2)
+        if number:
+            time.sleep(seed.uniform(0, length))
+            ranks[victim].kill()
+        said = [rank.communicate(timeout=180)[1] for rank in ranks]
+        length = length or time.monotonic() - began
         assert content(out) in (old, new), said
-        seen[f"rank {victim}: exit {ranks[1 - victim].returncode}"] += 1
-        assert "Traceback" not in said[1 - victim][1], said
-    export(inputs / "m0", "dense", out, force=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "out"]
+        assert "Traceback" not in said[1 - victim], said
+        if number:
+            seen[f"rank {victim}: exit {ranks[1 - victim].returncode}"] += 1
+        export(inputs / "m0", "dense", out, force=True)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["joined", "new", "out"]
     print(f"{rounds} lost ranks, {dict(seen)}, lost: nothing")

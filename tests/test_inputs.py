@@ -102,6 +102,13 @@ def test_a_mixture_of_other_modules_is_refused_when_it_is_read(tree: Path) -> No
         [made.weights_of(d) for d in inputs.deltas]
 
 
+def test_a_module_that_the_base_lacks_is_refused_by_its_name(tree: Path) -> None:
+    made = Mixture.load(tree / "m")
+    made.groups["all"].append("model.layers.9.q_proj")
+    with pytest.raises(MixtureError, match=r"has no module 'model\.layers\.9\.q_proj', which is in group 'all'"):
+        find_inputs(made)
+
+
 def test_a_hub_input_is_opened_at_the_commit_that_was_mixed(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 

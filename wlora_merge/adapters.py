@@ -20,7 +20,7 @@ from .factors import Factors, TokenRows
 from .input_files import find_file, read_table
 from .lora_config import check_config
 from .names import PATTERN_SECONDS, check_adapter_name, parse_adapter_key, pattern_value
-from .sources import ADAPTER_PATTERNS, Source, resolve_source
+from .sources import ADAPTER_PATTERNS, Source, is_here, resolve_source
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +149,7 @@ def split_adapter_spec(spec: str | Path) -> tuple[str | None, str]:
     """`NAME=PATH_OR_ID` -> (name, path); a path that exists, or holds a separator before its `=`, has no name."""
     text = str(spec)
     name, equals, path = text.partition("=")
-    if not equals or "/" in name or Path(text).exists():
+    if not equals or "/" in name or is_here(text):
         return None, text
     return name, path
 

@@ -86,10 +86,12 @@ def read_header(file: Path) -> Header:
     except OSError as error:
         raise WloraMergeError(f"{file}: cannot be read ({error.strerror}).") from error
     try:
-        table = json.loads(text, object_pairs_hook=_no_duplicates)
+        table = json.loads(
+            text.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_number, parse_float=_no_number
+        )
     except (ValueError, RecursionError) as error:
         raise _broken(file, f"its header is not valid JSON ({error})") from error
-    if not isinstance(table, dict) or len(table) > MAX_TENSORS:
+    if not text.startswith(b"{") or not isinstance(table, dict) or len(table) > MAX_TENSORS:
         raise _broken(file, "its header is not a table of tensors")
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -103,6 +105,8 @@ def read_header(file: Path) -> Header:
 
 def _entry(file: Path, data: int, name: str, row: Any) -> Entry:
     try:
+        if len(row) != 3:
+            raise ValueError(f"it has {', '.join(map(str, row))}, expected dtype, shape, data_offsets")
         dtype, shape, (start, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
         numbers = (*shape, start, end)
         if not all(type(x) is int and 0 <= x < 2**63 for x in numbers) or dtype not in BITS:
@@ -137,6 +141,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for text in (*table, *(v for v in table.values() if isinstance(v, str))):
         text.encode()  # half of a surrogate pair is no name: UnicodeEncodeError is a ValueError
     return table
+
+
+def _no_number(text: str) -> None:
+    """Refuse what Python's reader of JSON takes and others do not (NaN, Infinity), and fractions, which no header has."""
+    raise ValueError(f"{text} is no whole number")
 
 
 def _broken(file: Path, what: str) -> WloraMergeError:

@@ -16,6 +16,7 @@ from typing import Any
 from .errors import DataError, UnsupportedError
 from .formats import TABLES, TEXTS, Table, decode, first_line, read_bytes_of, read_file
 from .names import redacted
+from .sources import is_here
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TRAIN = "train"
@@ -37,16 +38,20 @@ def read_table(source: str | Path, *, split: str | None = None) -> Table:
         DataError: nothing is there, it cannot be read, or the split is missing or not clear.
         UnsupportedError: a format that is not read.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
+    if is_here(path):
+        path = path.expanduser()
+    elif path.suffix.lower() in TABLES + TEXTS or not _HUB_ID.fullmatch(str(source)):
+        raise DataError(f"{redacted(str(source))} does not exist.")
+    else:
+        return _hub(str(source), split)
     if path.is_dir():
         return _folder(path, split)
     if path.is_file():
         if split is not None:
             raise DataError(f"{path} is one file and has no split {split!r}; leave the split out.")
         return read_file(path)
-    if path.suffix.lower() in TABLES + TEXTS or not _HUB_ID.fullmatch(str(source)):
-        raise DataError(f"{redacted(str(source))} does not exist.")
-    return _hub(str(source), split)
+    raise DataError(f"{path} is a pipe or a device; give a file or a folder.")
 
 
 def _folder(folder: Path, split: str | None) -> Table:

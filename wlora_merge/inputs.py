@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from .deltas import ModuleDelta, TensorDelta
 from .errors import MixtureError
 from .mixture import InputRef, Mixture
 from .saved_tensors import joined, stack_tensors
+from .sources import is_here
 from .stacking import stack
 from .targets import modules_of, tensors_of
 from .tying import untied
@@ -67,7 +68,19 @@ def find_inputs(
         ]
         if not any_digest:
             _check_digests(made, opened, loaded)
-        return Inputs(made, opened, loaded, _deltas(made, opened, loaded))
+        deltas = _deltas(made, opened, loaded)
+    _refuse_unknown(made, opened, {delta.module for delta in deltas})
+    return Inputs(made, opened, loaded, deltas)
+
+
+def _refuse_unknown(mixture: Mixture, base: BaseModel, changed: Collection[str]) -> None:
+    """Refuse a group with a module that the base lacks; one that no adapter changes any more is there where weights were pruned."""
+    for group, modules in mixture.groups.items():
+        for module in modules:
+            if module not in changed and base.find_module(module) is None:
+                raise MixtureError(
+                    f"{base.folder}: has no module {module!r}, which is in group {group!r} of the mixture: made on another base."
+                )
 
 
 def _deltas(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter]) -> list[ModuleDelta | TensorDelta]:
@@ -83,7 +96,7 @@ def _located(ref: InputRef, option: str) -> str:
     source = ref.source
     if not Path(source).is_absolute() and ref.revision:
         return f"{source}@{ref.revision}"  # the hub's main branch may be another by now
-    if Path(source).is_absolute() and not Path(source).is_dir():
+    if Path(source).is_absolute() and not is_here(source):
         raise MixtureError(
             f"{source}: the mixture was made from this folder, which is not there any more: say {option}."
         )

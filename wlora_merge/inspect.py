@@ -16,6 +16,7 @@ from .compatibility import Rows, adapter_tables
 from .manifest import FILE, below, read_manifest
 from .mixture import Mixture
 from .mixture_file import JSON_FILE
+from .sources import is_here
 
 
 def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:
@@ -29,17 +30,18 @@ def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:
     bases: list[BaseModel] = []
     for path in paths:
         folder = Path(path)
-        if (folder / FILE).is_file():
+        here = is_here(path)
+        if here and (folder / FILE).is_file():
             tables[f"Export {path}"] = export_rows(read_manifest(folder))
-        elif (folder / JSON_FILE).is_file():
+        elif here and (folder / JSON_FILE).is_file():
             mixture = Mixture.load(folder)
             tables[f"Mixture {path}"] = mixture_rows(mixture)
             tables[f"Mixture weights of {path}, over the groups"] = weight_rows(mixture)
             if candidates := candidate_rows(mixture):
                 tables[f"Held out, {path}"] = candidates
-        elif (folder / CONFIG_FILE).exists():
+        elif here and (folder / CONFIG_FILE).exists():
             adapters.append(path)
-        elif not (folder / "config.json").exists() and (found := below(folder)):
+        elif here and not (folder / "config.json").exists() and (found := below(folder)):
             tables[f"Output of a run {path}"] = [{"what": kind, "path": below_it} for below_it, kind in found.items()]
         else:
             bases.append(open_base(path))

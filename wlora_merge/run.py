@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from .inputs import find_inputs
 from .mixture import Mixture
 from .names import human_bytes
 from .recipe import Recipe
+from .sources import is_here
 from .staging import staged
 from .verify import verify
 
@@ -56,7 +58,7 @@ def run(
     adapters = [(name, _path(source, where)) for name, source in recipe.adapters.items()]
     exports: dict[str, ExportResult] = {}
     checked: dict[str, Checked] = {}
-    local = [Path(source) for source in (base, *(path for _, path in adapters)) if Path(source).is_dir()]
+    local = [Path(source) for source in (base, *(path for _, path in adapters)) if is_here(source)]
     with staged(Path(out), force=force, inputs=local) as staging:
         folder = staging.path / "mixture"
         mixture = _mixture(recipe, base, adapters, folder, where, say, fit_progress)
@@ -116,8 +118,8 @@ def _mixture(
 
 def _path(source: str, where: str | Path) -> str:
     """A path of the recipe as this process sees it; a hub id as it is."""
-    local = Path(where) / Path(source).expanduser()
-    return str(local) if local.exists() or source.startswith(".") else source
+    local = Path(where) / os.path.expanduser(source)
+    return str(local) if is_here(local) or source.startswith(".") else source
 
 
 def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

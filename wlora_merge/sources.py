@@ -45,6 +45,14 @@ def _pickle(text: str) -> str:
     )
 
 
+def is_here(path: str | Path) -> bool:
+    """Whether there is a file or a folder; a name that no file system takes (too long, an unknown user's, with a NUL) is nowhere."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
 def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
     """The local folder of an input; a hub id (`org/name`, or `org/name@revision`) is fetched into the hub cache.
 

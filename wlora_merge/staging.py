@@ -114,7 +114,7 @@ def staged(
 def _resolved(out: Path) -> Path:
     try:
         return Path(out).resolve()
-    except (OSError, RuntimeError) as error:  # a loop of symlinks; a current folder that is gone
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of symlinks; a current folder that is gone; a NUL
         raise OutputError(f"{out}: cannot be resolved to a folder ({error}); choose another --out") from error
 
 

@@ -24,6 +24,7 @@ from wlora_merge.errors import BaseModelError, UnsupportedError, VerifyError, Wl
 from wlora_merge.layouts import matrix_shape
 from wlora_merge.mixture import Mixture
 from wlora_merge.names import NameResolver
+from wlora_merge.sources import is_here
 from wlora_merge.writers.dense import OutputFile, Piece
 from wlora_merge.writers.onnx_file import OnnxFile, read_onnx
 from wlora_merge.writers.stream import BLOCK_ELEMENTS, Progress, Workspace, fold_into, write_files
@@ -71,9 +72,9 @@ def find_graphs(onnx_base: Path) -> list[Path]:
     Raises:
         BaseModelError: there is none.
     """
-    if onnx_base.is_file():
+    if is_here(onnx_base) and onnx_base.is_file():
         return [onnx_base]
-    for folder in (onnx_base / "onnx", onnx_base):
+    for folder in (onnx_base / "onnx", onnx_base) if is_here(onnx_base) else ():
         if found := sorted(folder.glob("*.onnx")):
             return found
     raise BaseModelError(f"{onnx_base}: no ONNX file there; say --onnx-base FILE.onnx, or a folder that holds one.")
