@@ -38,7 +38,8 @@ def zoo(root: Path, *, tie: bool = False) -> tuple[Any, Path, list[Path]]:
     base = tiny_llama(tie_word_embeddings=tie)
     base.save_pretrained(root / "base")
     trained_on = [other_base(base, 7), other_base(base, 8), base, base]
-    targets = [["embed_tokens", "q_proj"], ["embed_tokens", "lm_head"], ["embed_tokens"], ["v_proj"]]
+    trained_on.append(other_base(base, 9))
+    targets = [["embed_tokens", "q_proj"], ["embed_tokens", "lm_head"], ["embed_tokens"], ["v_proj"], ["lm_head"]]
     folders = [
         make_adapter(model, root / f"a{i}", i, r=2 + i, target_modules=t)
         for i, (model, t) in enumerate(zip(trained_on, targets, strict=True))
@@ -54,7 +55,7 @@ def test_a_copy_of_the_base_embedding_that_differs_is_a_delta_as_peft_loads_it(
     max_shard_bytes: int | None, tmp_path: Path
 ) -> None:
     base, folder, folders = zoo(tmp_path)
-    weights = [0.5, -0.25, 0.75, 0.375]
+    weights = [0.5, -0.25, 0.75, 0.375, -0.125]
     out = tmp_path / "out"
     export(mix(folder, folders, weights=weights, task="causal-lm"), "dense", out, max_shard_bytes=max_shard_bytes)
     got = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
@@ -64,7 +65,7 @@ def test_a_copy_of_the_base_embedding_that_differs_is_a_delta_as_peft_loads_it(
     assert checked.largest_difference < 2e-5
 
 
-@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("n", [0, 1, 4])
 def test_in_a_tied_model_a_copy_that_differs_changes_both_sides_as_peft_loads_it(n: int, tmp_path: Path) -> None:
     """PEFT's merge would write the LoRA of one side into the other, so it is the unmerged model that is compared."""
     base, folder, folders = zoo(tmp_path, tie=True)
@@ -79,7 +80,7 @@ def test_in_a_tied_model_a_copy_that_differs_changes_both_sides_as_peft_loads_it
 def test_present_counts_the_adapters_that_change_an_embedding_in_either_way(tmp_path: Path) -> None:
     base, folder, folders = zoo(tmp_path)
     export(mix(folder, folders, normalize="present"), "dense", tmp_path / "out")
-    expected = peft_sum(base, folders, [1 / 3, 1 / 3, 1 / 3, 0.0])["model.embed_tokens.weight"]
+    expected = peft_sum(base, folders, [1 / 3, 1 / 3, 1 / 3, 0.0, 0.0])["model.embed_tokens.weight"]
     got = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.allclose(got.double(), expected, rtol=2**-22, atol=1e-12)
 
@@ -94,6 +95,15 @@ def test_a_copy_that_differs_is_refused_by_name_where_it_cannot_be_mixed(tmp_pat
     )
     with pytest.raises(UnsupportedError, match=r"adapter 'dora'.*'model\.embed_tokens\.weight'.*DoRA"):
         mix(folder, [dora])
+
+
+def test_copies_of_tied_embeddings_that_differ_from_each_other_are_refused(tmp_path: Path) -> None:
+    _, folder, folders = zoo(tmp_path, tie=True)
+    file = folders[1] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {k: v + 1 for k, v in tensors.items() if k.endswith("lm_head.base_layer.weight")}, file)
+    with pytest.raises(UnsupportedError, match="two embeddings that the base model ties differ"):
+        mix(folder, [folders[1]])
 
 
 def test_an_embedding_that_peft_saved_unasked_has_no_effect_where_it_is_equal(tmp_path: Path) -> None:

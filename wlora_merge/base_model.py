@@ -33,8 +33,15 @@ WEIGHT_SUFFIXES = (
     ".ot", ".npz", ".npy", ".tflite", ".mlmodel", ".data", ".index.json",
 )  # fmt: skip
 NOT_CARRIED = ("README.md", "wlora_merge.json", "adapter_config.json", "trainer_state.json", "training_args.bin")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+"""What `save_pretrained` of a tokenizer writes."""
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "proj_out", "output_projection", "output", "decoder")
 """How models call their output embedding, the one that a checkpoint with tied embeddings lacks."""
+INPUT_EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "shared", "tok_embeddings")
 HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForImageClassification")
 CARRIED_FOLDERS = re.compile(r"additional_chat_templates|\d+_(Pooling|Normalize|Dense|Dropout)")
 """Folders of a base that are copied: chat templates, and the modules of sentence-transformers behind the model."""
@@ -42,13 +49,19 @@ CARRIED_FOLDERS = re.compile(r"additional_chat_templates|\d+_(Pooling|Normalize|
 
 @dataclass
 class BaseModel:
-    """An opened base: `headers` by file name in the index's order, `entries` by tensor name."""
+    """An opened base: `headers` by file name in the index's order, `entries` by tensor name.
+
+    Where its vocabulary is made larger, `added` holds the rows [k, ...] that stand behind a tensor's own, by the tensor's name,
+    and `tokenizer` the files (name -> path) that take the place of its tokenizer's; see `vocabulary.py`.
+    """
 
     source: Source
     config: dict[str, Any]
     headers: dict[str, Header]
     index: dict[str, Any] | None = None
     entries: dict[str, Entry] = field(default_factory=dict)
+    added: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokenizer: dict[str, Path] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -125,14 +138,22 @@ class BaseModel:
         """One tensor by its name in the files, in its own dtype."""
         return read_tensor(self.entries[name])
 
+    def added_rows(self, name: str, entry: Entry) -> torch.Tensor | None:
+        """The rows that stand behind those of `entry`, where the model calls the tensor `name`; None where none do."""
+        return self.added.get(name, self.added.get(entry.name))
+
     def sha256(self) -> dict[str, str]:
         """Weight file name -> sha256; computed once and remembered."""
         digests = sha256_files([self.folder / name for name in self.headers])
         return {name: digests[self.folder / name] for name in self.headers}
 
-    def carried_files(self) -> list[Path]:
-        """Everything beside the weights that a server or a tokenizer reads, relative to the folder, in order."""
-        return carried_files(self.folder)
+    def carried_files(self) -> dict[Path, Path]:
+        """Everything beside the weights that a server or a tokenizer reads: relative name -> where it lies, in order."""
+        own = {name: self.folder / name for name in carried_files(self.folder)}
+        if not self.tokenizer:
+            return own
+        kept = {name: path for name, path in own.items() if str(name) not in TOKENIZER_FILES}
+        return kept | {Path(name): path for name, path in self.tokenizer.items()}
 
 
 def open_base(path_or_id: str | Path) -> BaseModel:

@@ -184,7 +184,7 @@ def _commands(mixture: Mixture, kind: str, base_name: str, options: Mapping[str,
             words += ["--weights", ",".join(f"{w:.9g}" for w in rows[0].tolist())]
         words += _flags({"normalize": mixture.normalize} if mixture.normalize == "present" else {})
         words += _flags({"delta_scale": mixture.delta_scale} if mixture.delta_scale != 1 else {})
-    words += _flags({"modules_to_save": mixture.modules_to_save})
+    words += _flags({"modules_to_save": mixture.modules_to_save, "resize_vocab": mixture.resize_vocab})
     export = ["wlora-merge", "export", "mixture", "--format", kind]
     renamed = {"max_shard_bytes": "max_shard_size", "server": "for"}
     export += _flags({renamed.get(key, key): value for key, value in options.items() if key != "format"})

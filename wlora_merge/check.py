@@ -215,6 +215,7 @@ def attach_mixture(
     from .targets import tensors_of
 
     with torch.no_grad():
+        _resize(model, base)
         attach(
             model, [replace(a, tensors={}) for a in adapters], granularity=mixture.granularity, normalize=mixture.normalize,
             delta_scale=mixture.delta_scale,
@@ -244,6 +245,23 @@ def attach_mixture(
             total = fold_saved(block, delta, mixture.whole_gains_of(delta), block.double())
             set_parameter(model, live.module, total.reshape(own.shape))
     return model
+
+
+def _resize(model: nn.Module, base: BaseModel) -> None:
+    """Give a model the added rows that its base is exported with."""
+    from .live_model import live_tensors, set_parameter
+    from .targets import tensors_of
+
+    for name in base.added:
+        own, live = tensors_of(base)(name), live_tensors(model)
+        if own is None or own.read is None:
+            continue
+        model.resize_token_embeddings(own.shape[0], mean_resizing=False)  # type: ignore[operator]
+        target = live(name)
+        if target is not None and name in base.entries:
+            model.get_parameter(target.module).copy_(own.read())  # and what is tied to it
+        elif target is not None:
+            set_parameter(model, target.module, own.read())
 
 
 def outputs_of(model: nn.Module, probe: Mapping[str, Any]) -> dict[str, torch.Tensor]:

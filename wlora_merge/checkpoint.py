@@ -246,6 +246,11 @@ def read_tensor(entry: Entry) -> torch.Tensor:
     return torch.frombuffer(data, dtype=torch_dtype(entry.dtype)).reshape(entry.shape)
 
 
+def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same shape and the same numbers, whatever their dtypes."""
+    return one.shape == other.shape and bool((one.double() == other.double()).all())
+
+
 def all_finite(tensor: torch.Tensor) -> bool:
     """True where a floating tensor holds no NaN and no infinity; 20 times faster than `isfinite().all()`."""
     import torch

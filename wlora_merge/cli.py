@@ -22,7 +22,19 @@ from . import names
 from .errors import MixtureError, RecipeError, WloraMergeError
 from .fit_options import FitOptions, fit_options
 from .help import COLUMNS, Group
-from .options import AS_JSON, COUNT, FIT_OPTIONS, FORCE, INPUTS, MODULES_TO_SAVE, MOVED, OUT, REPORT_HELP, RESIDUAL
+from .options import (
+    AS_JSON,
+    COUNT,
+    FIT_OPTIONS,
+    FORCE,
+    INPUTS,
+    MODULES_TO_SAVE,
+    MOVED,
+    OUT,
+    REPORT_HELP,
+    RESIDUAL,
+    RESIZE_VOCAB,
+)
 from .signals import terminate_as_exit
 from .terminal import byte_progress, fit_progress, human_time, say, show_table, shown_log, shown_warnings
 
@@ -189,6 +201,7 @@ def fit(
 @click.option("--normalize", type=click.Choice(["all", "present"]), help="For uniform composition. Default: all.")
 @click.option("--delta-scale", type=float, default=1.0, show_default=True, help="Factor of the whole delta weight.")
 @MODULES_TO_SAVE
+@RESIZE_VOCAB
 @RESIDUAL
 @FORCE
 @AS_JSON

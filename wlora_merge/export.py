@@ -114,6 +114,12 @@ def export(
         refuse_quantized(inputs.base)
     elif server is not None:
         check_server(server, inputs.mixture, inputs.deltas)
+    if inputs.base.added and (format == "lora" or onnx_base is not None):
+        raise UnsupportedError(
+            f"--resize-vocab {inputs.mixture.resize_vocab}: the model has tokens that its base lacks, which "
+            f"{'no LoRA over that base can express' if format == 'lora' else 'the graph of the base has no room for'}: export with "
+            f"--format {'dense' if format == 'lora' else 'onnx and without --onnx-base'}."
+        )
     name = base_name or inputs.base.source.name
     options = {
         "format": format,
@@ -146,7 +152,7 @@ def export(
         max_shard_bytes=max_shard_bytes,
     )
     refold = _plan_refold(Path(onnx_base), inputs, files) if onnx_base is not None else None
-    carried = sum((inputs.base.folder / name).stat().st_size for name in inputs.base.carried_files())
+    carried = sum(path.stat().st_size for path in inputs.base.carried_files().values())
     weights = _weight_bytes(format, inputs, refold.files if refold else files, rank, traced=refold is None)
     folders = [*inputs.folders, *(Path(p) for p in (mixture, onnx_base) if isinstance(p, str | Path))]
     with (
@@ -180,7 +186,7 @@ def export(
             measured=measured,
             figures=drawn,
         )
-        probe = make_probe(inputs.base.config, inputs.mixture.task)
+        probe = make_probe(inputs.base.config | inputs.mixture.config, inputs.mixture.task)
         manifest = build_manifest(
             inputs.mixture,
             inputs.base,
@@ -302,7 +308,9 @@ def write_beside(
     index = index_bytes(inputs.base, files)
     if index is not None:
         (out / INDEX).write_bytes(index)
-    changes = dict(inputs.mixture.config) | (untied_config(inputs.base) if split else {})
+    changes = dict(inputs.mixture.config)
+    if split:
+        changes |= untied_config(inputs.base.config | changes)
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in inputs.base.config else "dtype"
         changes[key] = dtype
@@ -312,11 +320,11 @@ def write_beside(
 
 def copy_carried(base: BaseModel, out: Path, *, config: bool = True) -> None:
     """Copy what a base carries beside its weights: tokenizer, processor, generation config, chat template."""
-    for name in base.carried_files():
+    for name, path in base.carried_files().items():
         if config or name.name not in ("config.json", "generation_config.json"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             with open(out / name, "xb") as stream:
-                stream.writelines(_chunks(base.folder / name))
+                stream.writelines(_chunks(path))
 
 
 def _chunks(file: Path) -> Iterator[bytes]:

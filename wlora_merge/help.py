@@ -14,7 +14,7 @@ COMMANDS = {
 OPTIONS = {
     "Inputs": (
         "mixture", "folder", "recipe", "paths", "base", "adapters", "data", "eval_data", "columns", "task",
-        "modules_to_save", "base_is_residual", "any_digest",
+        "modules_to_save", "resize_vocab", "base_is_residual", "any_digest",
         "onnx_base",
     ),
     "How they are mixed": (

@@ -18,6 +18,7 @@ from .sources import is_here
 from .stacking import stack
 from .targets import modules_of, tensors_of
 from .tying import untied
+from .vocabulary import resized
 
 
 @dataclass
@@ -38,7 +39,8 @@ class Inputs:
     def untied(self) -> dict[str, Entry]:
         """The tensors that an export has because tied embeddings are no longer equal; see `tying.untied`."""
         changed = [name for d in self.deltas for name in (d.changes if isinstance(d, ModuleDelta) else [d.tensor])]
-        return untied(self.base, [*changed, *self.mixture.head], self.mixture.config)
+        differ = [name for name in self.base.added if name not in self.base.entries]
+        return untied(self.base, [*changed, *self.mixture.head, *differ], self.mixture.config)
 
     @property
     def folders(self) -> list[Path]:
@@ -68,6 +70,7 @@ def find_inputs(
         ]
         if not any_digest:
             _check_digests(made, opened, loaded)
+        opened = resized(opened, loaded, made.resize_vocab)
         deltas = _deltas(made, opened, loaded)
     _refuse_unknown(made, opened, {delta.module for delta in deltas})
     return Inputs(made, opened, loaded, deltas)

@@ -84,6 +84,7 @@ def build_manifest(
         },
         "prefixes": list(mixture.prefixes),
         "modules_to_save": mixture.modules_to_save,
+        **({"resize_vocab": mixture.resize_vocab} if mixture.resize_vocab else {}),
         "head": sorted(mixture.head),
         "config": mixture.config,
         "metrics": mixture.metrics,

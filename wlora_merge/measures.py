@@ -113,8 +113,8 @@ def _change(
         raise BaseModelError(
             f"{base.folder}: tensor {name!r}, which the adapters change, is not in the base and the export."
         )
-    before, after = _sampled(entry), _sampled(written[name])
     rows = _rows(matrix_shape(entry.shape)[0])
+    before, after = _sampled(entry, rows), _sampled(written[name], rows)
     relative = float((after - before).norm() / before.norm()) if bool(before.any()) else 0.0
     if isinstance(delta, TensorDelta) or delta.start is not None or delta.others:
         return Change(name, relative, None)
@@ -135,12 +135,12 @@ def _rows(count: int) -> list[int]:
     return sorted({start + i for start in starts for i in range(ROWS)})
 
 
-def _sampled(entry: Entry) -> torch.Tensor:
+def _sampled(entry: Entry, rows: list[int]) -> torch.Tensor:
     """Those rows of a tensor [rows, cols], float64."""
     import torch
 
-    count, cols = matrix_shape(entry.shape)
-    width, rows = byte_length(entry.dtype, (cols,)), _rows(count)
+    _, cols = matrix_shape(entry.shape)
+    width = byte_length(entry.dtype, (cols,))
     data = bytearray(width * len(rows))
     fd = os.open(entry.file, os.O_RDONLY)
     try:

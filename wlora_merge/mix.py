@@ -15,6 +15,7 @@ from .names import TASKS, nearest
 from .saved_tensors import joined, stack_tensors
 from .stacking import stack
 from .targets import modules_of, tensors_of
+from .vocabulary import resized, resized_config
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,7 @@ def mix(
     normalize: str | None = None,
     delta_scale: float = 1.0,
     modules_to_save: str | None = None,
+    resize_vocab: str | None = None,
     residual: str | None = None,
     force: bool = False,
 ) -> Mixture:
@@ -44,6 +46,7 @@ def mix(
         normalize: `all` or `present`, for uniform composition; with weights only `none`.
         delta_scale: factor of the whole delta weight.
         modules_to_save: what becomes of whole tensors that adapters carry: an adapter's name, `drop` or `mix`.
+        resize_vocab: name of the adapter whose added tokens, and whose tokenizer, the model gets.
         residual: name of the adapter whose residual the base is.
         force: replace what is in `out`.
 
@@ -57,6 +60,7 @@ def mix(
 
     _check_options(task, delta_scale)
     opened, loaded = open_base(base), load_adapters(adapters, residual=residual)
+    opened = resized(opened, loaded, resize_vocab)
     chosen = _normalize(normalize, weights)
     row = uniform(len(loaded)) if weights is None else _checked(weights, len(loaded))
     deltas = stack(loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type)
@@ -76,7 +80,8 @@ def mix(
         task=task,
         head=head,
         modules_to_save=modules_to_save,
-        config=_config_of(head, opened, task),
+        config=_config_of(head, opened, task) | resized_config(opened),
+        resize_vocab=resize_vocab,
         prefixes=prefixes((d.module, d.name or d.module) for d in deltas),
         data=_recorded(weights),
     )
@@ -110,7 +115,9 @@ def _config_of(head: Mapping[str, torch.Tensor], base: BaseModel, task: str | No
     Raises:
         UnsupportedError: no model of the task has such a head.
     """
-    if all(name in base.entries and base.entries[name].shape == tuple(head[name].shape) for name in head):
+    find = tensors_of(base)
+    own = {name: find(name) for name in head if name in base.entries or name in base.added}
+    if all((target := own.get(name)) is not None and target.shape == tuple(head[name].shape) for name in head):
         return {}
     if task is None:
         raise UnsupportedError(

@@ -98,6 +98,7 @@ class Mixture:
     metrics: dict[str, Any] = field(default_factory=dict)
     head: dict[str, torch.Tensor] = field(default_factory=dict)
     modules_to_save: str | None = None
+    resize_vocab: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
     prefixes: tuple[str, str] = ("", "")
 
@@ -213,6 +214,7 @@ class Mixture:
             "config": self.config,
             "metrics": self.metrics,
             "modules_to_save": self.modules_to_save,
+            **({"resize_vocab": self.resize_vocab} if self.resize_vocab else {}),
             "prefixes": {"in_file": self.prefixes[0], "in_model": self.prefixes[1]},
             "data": self.data,
         }
@@ -254,6 +256,7 @@ class Mixture:
                 config=dict(table.get("config") or {}),
                 metrics=dict(table.get("metrics") or {}),
                 modules_to_save=table.get("modules_to_save"),
+                resize_vocab=table.get("resize_vocab"),
                 data=dict(table.get("data") or {}),
                 prefixes=(table["prefixes"]["in_file"], table["prefixes"]["in_model"]),
             )

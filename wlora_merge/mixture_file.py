@@ -72,7 +72,7 @@ def check_mixture_table(table: Mapping[str, Any]) -> None:
         _expect(row, dict, "each of adapters")
         _check_ref(row, "each of adapters")
         check_adapter_name(_expect(row["name"], str, "an adapter's name"))
-    for key in ("task", "modules_to_save"):
+    for key in ("task", "modules_to_save", "resize_vocab"):
         _expect(table.get(key), str | None, key)
     if table.get("task") not in (None, *TASKS):
         raise ValueError(f"task is {table['task']!r}, expected one of {', '.join(TASKS)}")

@@ -31,6 +31,11 @@ MODULES_TO_SAVE = click.option(
     help="What becomes of whole tensors that adapters carry (their heads): take adapter NAME's, drop them, or mix them "
     "against the base's. Default: refuse those that a trained head does not replace.",
 )
+RESIZE_VOCAB = click.option(
+    "--resize-vocab",
+    metavar="NAME",
+    help="Add the tokens that adapter NAME was trained with: its rows beyond the base's vocabulary, and its tokenizer.",
+)
 RESIDUAL = click.option(
     "--base-is-residual", metavar="NAME", help="The base given is the residual of adapter NAME (PiSSA and its kind)."
 )

@@ -120,7 +120,7 @@ def _tokens(fit: FitRecipe, examples: Examples) -> int:
 def _export_row(inputs: Inputs, entry: ExportRecipe, speed: float) -> dict[str, Any]:
     stacks = [d for d in inputs.deltas if isinstance(d, ModuleDelta) and d.R]
     folds = sum(2 * d.R * math.prod(matrix_shape(d.shape)) for d in stacks) / (speed / 2)  # in float64
-    carried = sum((inputs.base.folder / name).stat().st_size for name in inputs.base.carried_files())
+    carried = sum(path.stat().st_size for path in inputs.base.carried_files().values())
     if entry.format == "lora":
         size = lora_bytes(inputs, entry.rank)
         size = size // 2 if entry.dtype in ("float16", "bfloat16") else size

@@ -74,6 +74,7 @@ class MixRecipe:
     normalize: str | None = None
     delta_scale: float | None = None
     modules_to_save: str | None = None
+    resize_vocab: str | None = None
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,8 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
 
     base = _path(recipe.base, where)
     adapters = [(name, _path(source, where)) for name, source in recipe.adapters.items()]
-    inputs = find_inputs(mix(base, adapters, modules_to_save="drop"))
+    resize = recipe.mix.resize_vocab if recipe.mix is not None else None
+    inputs = find_inputs(mix(base, adapters, modules_to_save="drop", resize_vocab=resize))
     examples = None
     rows = [{"what": "base", "path": base}, *({"what": f"adapter {n}", "path": p} for n, p in adapters)]
     if recipe.fit is not None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .adapters import Adapter
-from .base_model import OUTPUT_EMBEDDINGS
+from .base_model import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
+from .checkpoint import equal
 from .deltas import ModuleDelta, TensorDelta
 from .errors import AdapterError, UnsupportedError
 from .names import natural_key
@@ -15,9 +16,6 @@ from .targets import Find, Target, refuse_tied
 
 if TYPE_CHECKING:
     import torch
-
-
-INPUT_EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "shared", "tok_embeddings")
 
 
 def stack_tensors(
@@ -52,10 +50,16 @@ def stack_tensors(
         )
     for n, adapter in enumerate(adapters):
         for name in sorted(set(adapter.tensors) - set(replaced)):
-            copied = _changed_copy(adapter, name, find)
+            value = _with_added_rows(adapter.tensors[name], find(name))
+            copied = _changed_copy(adapter, name, value, find)
             for tensor in copied or []:
-                saved.setdefault(tensor, {})[n] = adapter.tensors[name]
-                shapes[tensor] = tuple(adapter.tensors[name].shape)
+                if n in saved.get(tensor, {}) and not equal(saved[tensor][n], value):
+                    raise UnsupportedError(
+                        f"{adapter.where}: its copies of the two embeddings that the base model ties differ, so which is meant is not "
+                        f"known ({name!r}): leave this adapter out."
+                    )
+                saved.setdefault(tensor, {})[n] = value
+                shapes[tensor] = tuple(value.shape)
             if copied is not None:
                 continue
             if choice is None:
@@ -64,29 +68,39 @@ def stack_tensors(
                     "drop to leave them out, or mix to mix them against the base's."
                 )
             if choice == adapter.name:
-                _check_taken(adapter, name, find)
-                taken[name] = adapter.tensors[name]
+                _check_taken(adapter, name, tuple(value.shape), find)
+                taken[name] = value
             if choice == "mix":
-                target = _whole_target(adapter, name, find)
-                saved.setdefault(target.module, {})[n] = adapter.tensors[name]
+                target = _whole_target(adapter, name, tuple(value.shape), find)
+                saved.setdefault(target.module, {})[n] = value
                 shapes[target.module] = target.shape
     return [
         TensorDelta(name, shapes[name], saved[name], len(adapters)) for name in sorted(saved, key=natural_key)
     ], taken
 
 
-def _whole_target(adapter: Adapter, name: str, find: Find) -> Target:
-    target, shape = find(name), tuple(adapter.tensors[name].shape)
+def _with_added_rows(saved: torch.Tensor, target: Target | None) -> torch.Tensor:
+    """A tensor of the base's own vocabulary with the rows that another adapter adds, which it leaves as they are."""
+    import torch
+
+    if target is None or not target.added or target.read is None or len(saved) != target.shape[0] - target.added:
+        return saved
+    return torch.cat([saved, target.read()[-target.added :].to(saved.dtype)])
+
+
+def _whole_target(adapter: Adapter, name: str, shape: tuple[int, ...], find: Find) -> Target:
+    target = find(name)
     if target is None or target.shape != shape:
         got = "is not in the base model" if target is None else f"is {list(target.shape)} there and {list(shape)} here"
         raise UnsupportedError(
-            f"{adapter.where}: its tensor {name!r} {got}, so it cannot be mixed: take one adapter's, or drop it."
+            f"{adapter.where}: its tensor {name!r} {got}, so it cannot be mixed: take one adapter's, or drop it; for added tokens "
+            "say --resize-vocab NAME."
         )
     refuse_tied(adapter, name, target)
     return target
 
 
-def _changed_copy(adapter: Adapter, name: str, find: Find) -> list[str] | None:
+def _changed_copy(adapter: Adapter, name: str, saved: torch.Tensor, find: Find) -> list[str] | None:
     """The base's tensors that a copy of a base weight changes, none where it is equal; None where `name` is no such copy.
 
     A tied weight has two names, and PEFT loads the copy into both.
@@ -95,15 +109,15 @@ def _changed_copy(adapter: Adapter, name: str, find: Find) -> list[str] | None:
     beside_lora = name.removesuffix(".weight") in adapter.modules
     if target is None or target.read is None or not (beside_lora or _is_unasked_copy(adapter, name)):
         return None
-    saved, base = adapter.tensors[name], target.read()
-    if saved.shape == base.shape and bool((saved.double() == base.double()).all()):
+    base = target.read()
+    if equal(saved, base):
         return []
     if not beside_lora:
         return None
     if saved.shape != base.shape:
         raise UnsupportedError(
             f"{adapter.where}: its copy of tensor {name!r} is {list(saved.shape)}, the base model's is {list(base.shape)}, so its "
-            "LoRA belongs to another or a resized embedding: leave this adapter out."
+            "LoRA belongs to another or a resized embedding: leave this adapter out, or for added tokens say --resize-vocab NAME."
         )
     if adapter.modules[name.removesuffix(".weight")].magnitude is not None:
         raise UnsupportedError(
@@ -112,7 +126,7 @@ def _changed_copy(adapter: Adapter, name: str, find: Find) -> list[str] | None:
         )
     refuse_tied(adapter, name, target)
     twin = target.twin() if target.twin is not None else None
-    return [target.module, *([f"{twin}.weight"] if twin else [])]
+    return sorted({target.module, target.stored or target.module, *([f"{twin}.weight"] if twin else [])})
 
 
 def _is_unasked_copy(adapter: Adapter, name: str) -> bool:
@@ -121,15 +135,15 @@ def _is_unasked_copy(adapter: Adapter, name: str) -> bool:
     return name.split(".")[-2] in (*OUTPUT_EMBEDDINGS, *INPUT_EMBEDDINGS) and name.split(".")[-2] not in asked
 
 
-def _check_taken(adapter: Adapter, name: str, find: Find) -> None:
-    target, shape = find(name), tuple(adapter.tensors[name].shape)
+def _check_taken(adapter: Adapter, name: str, shape: tuple[int, ...], find: Find) -> None:
+    target = find(name)
     if target is None:
         return
     embedding = name.split(".")[-2] in (*OUTPUT_EMBEDDINGS, *INPUT_EMBEDDINGS)
     if embedding and len(target.shape) == 2 and target.shape[1:] == shape[1:] and target.shape != shape:
         raise UnsupportedError(
             f"{adapter.where}: its {name!r} has {shape[0]} tokens, and the base model's has {target.shape[0]}: a vocabulary is never "
-            "resized here: resize the base (model.resize_token_embeddings), save it with the adapter's tokenizer, and give that."
+            "resized unasked: say --resize-vocab NAME, the adapter whose tokens and tokenizer to add (mix and export)."
         )
     refuse_tied(adapter, name, target)
     if target.module != name:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .adapters import Adapter
+from .base_model import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 from .deltas import ModuleDelta
 from .errors import AdapterError, UnsupportedError, WloraMergeWarning
 from .experts import split_factors
@@ -185,7 +186,9 @@ def _layout(adapter: Adapter, name: str, target: Target, factors: Factors, model
             fan_in_fan_out=bool(adapter.config.get("fan_in_fan_out")),
         )
     except (AdapterError, UnsupportedError) as error:
-        raise type(error)(f"{adapter.where}: {error}") from error
+        embedding = name.rpartition(".")[2] in (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS)
+        hint = " For added tokens say --resize-vocab NAME." if embedding else ""
+        raise type(error)(f"{adapter.where}: {error}{hint}") from error
     out = output_rows(layout, target.shape)
     if factors.magnitude is not None and factors.magnitude.numel() != out:
         raise AdapterError(

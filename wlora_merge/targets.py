@@ -30,7 +30,8 @@ class Target:
 
     `tied` says that the model also uses the weight as another embedding, and cannot use two; `read` gives the weight, or the
     whole tensor; `twin` names the module that uses a tied weight too. `tree` is the module tree, where that knows the module and
-    the files hold its rows in other tensors.
+    the files hold its rows in other tensors. Of its rows the last `added` are those of a larger vocabulary;
+    `stored` is the file's tensor of a tied weight.
     """
 
     module: str
@@ -39,6 +40,8 @@ class Target:
     read: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
     twin: Callable[[], str | None] | None = field(default=None, compare=False)
     tree: ModuleTree | None = field(default=None, compare=False)
+    added: int = 0
+    stored: str = field(default="", compare=False)
 
 
 ATTENTION = "in_proj_weight"
@@ -96,9 +99,22 @@ def tensors_of(base: BaseModel) -> Find:
             return None
         tied = entry.name in base.tied and bool(base.config.get("is_encoder_decoder"))
         twin = partial(twin_of, base, entry.name) if own and entry.name in base.tied else None
-        return Target(own.name if own else name, entry.shape, tied, partial(base.read, entry.name), twin)
+        called = own.name if own else name
+        rows, read = base.added_rows(called, entry), partial(base.read, entry.name)
+        shape, added = entry.shape, 0
+        if rows is not None:
+            shape, added = (entry.shape[0] + len(rows), *entry.shape[1:]), len(rows)
+            read = partial(_with_rows, base, entry.name, rows)
+        return Target(called, shape, tied, read, twin, added=added, stored=entry.name)
 
     return find
+
+
+def _with_rows(base: BaseModel, name: str, rows: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    own = base.read(name)
+    return torch.cat([own, rows.to(own.dtype)])
 
 
 def target_of(adapter: Adapter, name: str, find: Find) -> Target:

@@ -56,7 +56,7 @@ def _factors(adapter: Adapter, module: str, rows: TokenRows, target: Target) -> 
     if beyond := [index for index in rows.indices if index >= vocabulary]:
         raise UnsupportedError(
             f"{adapter.where}: it trained token {beyond[0]} of {module!r}, and the base's vocabulary has {vocabulary}: a vocabulary "
-            "is never resized here: resize the base (model.resize_token_embeddings), save it with its tokenizer, and give that."
+            "is never resized unasked: resize the base (model.resize_token_embeddings), save it with its tokenizer, and give that."
         )
     indices = torch.tensor(rows.indices)
     change = rows.values.double() - target.read()[indices].cpu().double()

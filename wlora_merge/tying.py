@@ -70,10 +70,10 @@ def twin_of(base: BaseModel, tensor: str) -> str | None:
     return None
 
 
-def untied_config(base: BaseModel) -> dict[str, Any]:
+def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config keys that say that embeddings are no longer tied: in each table that says something of it."""
     changes: dict[str, Any] = {KEY: False}
-    for name, table in base.config.items():
+    for name, table in config.items():
         if isinstance(table, dict) and KEY in table:
             changes[name] = table | {KEY: False}
     return changes

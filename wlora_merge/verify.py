@@ -73,6 +73,7 @@ def _check_outputs(
     opened = open_base(str(base_folder))
     mixture = _mixture(manifest, opened, adapters, folder)
     found = find_inputs(mixture)
+    opened = found.base
     if manifest["format"] == "dense":
         wanted = (manifest.get("options") or {}).get("dtype")
         planned = plan(
@@ -179,7 +180,7 @@ def _mixture(manifest: Mapping[str, Any], base: BaseModel, adapters: Mapping[str
             f"{folder / FILE}: its weights are not one number for each group and adapter: export again."
         ) from error
     weights = torch.tensor(rows, dtype=torch.float64).float().reshape(len(rows), len(names))
-    same = ("granularity", "normalize", "delta_scale", "groups", "task", "config", "modules_to_save")
+    same = ("granularity", "normalize", "delta_scale", "groups", "task", "config", "modules_to_save", "resize_vocab")
     table = {key: manifest.get(key) for key in same} | {
         "base_model": {"source": str(base.folder.resolve()), "sha256": manifest["base_model"]["sha256"]},
         "adapters": [

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class Piece:
     """One tensor of the output: its dtype and shape there, and where its numbers come from.
 
-    `make` gives the bytes of a tensor that another writer puts together, in memory that it is handed: length -> bytes.
+    `make` gives the bytes of a tensor that another writer puts together, in memory that it is handed: length -> bytes. `added`
+    are rows that stand behind the source's.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Piece:
     deltas: tuple[ModuleDelta | TensorDelta, ...] = ()
     tensor: torch.Tensor | None = None
     make: Callable[[Callable[[int], memoryview]], memoryview] | None = None
+    added: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +51,8 @@ class Piece:
     @property
     def untouched(self) -> bool:
         """True where the output has the base's own bytes."""
-        return self.source is not None and not self.deltas and self.tensor is None and self.dtype == self.source.dtype
+        own = self.source is not None and self.dtype == self.source.dtype
+        return own and not self.deltas and self.tensor is None and self.added is None
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def plan(
         Piece(name, safetensors_dtype(head[name].dtype), tuple(head[name].shape), tensor=head[name]) for name in new
     ]
     extra += [
-        Piece(name, entry.dtype, entry.shape, entry, changed.get(name, ()))
+        _from_base(base, name, entry, changed.get(name, ()))
         for name, entry in (untied or {}).items()
         if name not in new
     ]
@@ -140,13 +143,19 @@ def _plan_file(
     header = base.headers[name]
     pieces = []
     for entry in header.entries.values():
-        piece = Piece(entry.name, entry.dtype, entry.shape, entry, changed.get(entry.name, ()))
+        piece = _from_base(base, entry.name, entry, changed.get(entry.name, ()))
         if entry.name in head:
             tensor = head[entry.name]
             piece = Piece(entry.name, entry.dtype, tuple(tensor.shape), tensor=tensor)
         pieces.append(_cast(piece, dtype))
     same = all(p.source is not None and (p.dtype, p.shape) == (p.source.dtype, p.source.shape) for p in pieces)
     return OutputFile(name, pieces, header.metadata, header.raw if same else None)
+
+
+def _from_base(base: BaseModel, name: str, entry: Entry, deltas: tuple[ModuleDelta | TensorDelta, ...]) -> Piece:
+    rows = base.added_rows(name, entry)
+    shape = entry.shape if rows is None else (entry.shape[0] + len(rows), *entry.shape[1:])
+    return Piece(name, entry.dtype, shape, entry, deltas, added=rows)
 
 
 def _cast(piece: Piece, dtype: str | None) -> Piece:

@@ -315,14 +315,17 @@ def _read(space: Workspace, fd: int, entry: Entry, offset: int, length: int) -> 
 def _fold_jobs(
     space: Workspace, fd: int, piece: Piece, source: Entry, mixture: Mixture
 ) -> Iterator[Callable[[], memoryview]]:
-    cols, spans = _spans(source, [d for d in piece.deltas if isinstance(d, ModuleDelta)])
+    cols, spans = _spans(piece.shape, [d for d in piece.deltas if isinstance(d, ModuleDelta)])
+    own = source.nbytes // max(1, byte_length(source.dtype, (cols,)))  # rows; those behind them are added
     whole = [(d, mixture.whole_gains_of(d)) for d in piece.deltas if isinstance(d, TensorDelta)]
     step = max(1, BLOCK_ELEMENTS // max(1, cols))
     for first, end, delta in spans:
         terms = None if delta is None else _terms(source, delta, mixture)
-        for row in range(0, end - first, step):
-            count = min(step, end - first - row)
+        row = 0
+        while row < end - first:
+            count = min(step, end - first - row, own - first - row if first + row < own else step)
             yield partial(_fold_block, space, fd, piece, source, terms, whole, first, row, count, cols)
+            row += count
 
 
 Terms = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]
@@ -335,12 +338,14 @@ def _terms(source: Entry, delta: ModuleDelta, mixture: Mixture) -> Terms:
     return (*fold_factors(delta, mixture.gains_of(delta)), fold_factor(delta, mixture.whole_gains_of(delta)))
 
 
-def _spans(source: Entry, deltas: Sequence[ModuleDelta]) -> tuple[int, list[tuple[int, int, ModuleDelta | None]]]:
+def _spans(
+    shape: tuple[int, ...], deltas: Sequence[ModuleDelta]
+) -> tuple[int, list[tuple[int, int, ModuleDelta | None]]]:
     """Columns of a tensor, and (first row, end, delta) for all its rows in order: None where no low-rank delta is."""
-    rows, cols = matrix_shape(source.shape) if source.shape else (1, 1)
+    rows, cols = matrix_shape(shape) if shape else (1, 1)
     if not deltas or deltas[0].start is None:
         return cols, [(0, rows, deltas[0] if deltas else None)]
-    rows, cols = rows * cols // source.shape[-1], source.shape[-1]
+    rows, cols = rows * cols // shape[-1], shape[-1]
     spans: list[tuple[int, int, ModuleDelta | None]] = []
     at = 0
     for delta in sorted(deltas, key=lambda d: d.start or 0):
@@ -366,8 +371,12 @@ def _fold_block(
     import torch
 
     width = byte_length(source.dtype, (cols,))
-    data = _read(space, fd, source, (first + row) * width, count * width)
-    block = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(count, cols)
+    at, data = (first + row) * width, None
+    if at < source.nbytes or piece.added is None:
+        data = _read(space, fd, source, at, count * width)
+        block = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(count, cols)
+    else:
+        block = piece.added.reshape(-1, cols)[(at - source.nbytes) // width :][:count]
     if terms is None and not whole:
         return _rounded(space, block, piece)
     total = space.sum(count * cols).view(count, cols)

@@ -1,0 +1,134 @@
+"""A base with a larger vocabulary: the rows that one adapter adds to its embeddings, and that adapter's tokenizer.
+
+An adapter that was trained with added tokens carries the embeddings whole, with more rows than the base's. The base has no
+such rows, so they are no deltas: they are taken from the adapter that the user names (`--resize-vocab NAME`), and stand behind
+the base's own. On the base so resized every adapter mixes as ever: the base's rows, and other adapters' values of the added
+ones, are deltas; an adapter of the base's own vocabulary changes no added row.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .adapters import Adapter
+from .base_model import TOKENIZER_FILES, BaseModel
+from .checkpoint import equal
+from .errors import AdapterError, UnsupportedError
+from .input_files import find_file, read_table
+from .names import NameResolver
+from .sources import resolve_source
+
+KEY = "vocab_size"
+
+
+def resized(base: BaseModel, adapters: Sequence[Adapter], name: str | None) -> BaseModel:
+    """The base with the rows that adapter `name` adds to its embeddings, and with that adapter's tokenizer.
+
+    Which tensors grow is told by the model class itself, built without memory for both sizes of the vocabulary.
+
+    Args:
+        name: of one of the adapters; None gives the base as it is.
+
+    Raises:
+        AdapterError: no adapter has that name, it adds no token, or its tokenizer has more tokens than its embeddings.
+        UnsupportedError: it lacks the added rows of a tensor that grows, or has no tokenizer.
+    """
+    if name is None:
+        return base
+    adapter = next((a for a in adapters if a.name == name), None)
+    if adapter is None:
+        raise AdapterError(f"--resize-vocab {name}: expected one of {', '.join(a.name for a in adapters)}.")
+    old, new = _sizes(base, adapter)
+    result = copy.copy(base)
+    result.added = {}
+    saved = NameResolver(adapter.tensors)
+    for tensor, shape in sorted(_grown(base, old, new).items(), key=lambda item: base.find_tensor(item[0]) is None):
+        found, own = saved.find(tensor), base.find_tensor(tensor)
+        if found is None or tuple(adapter.tensors[found].shape) != shape:
+            raise UnsupportedError(
+                f"--resize-vocab {name}: {adapter.where} adds {new - old} tokens, and lacks tensor {tensor!r} {list(shape)}, so that "
+                "its rows for them are not known: train with modules_to_save for all embeddings."
+            )
+        rows, source = adapter.tensors[found][old:], own or base.find_tied(tensor)
+        if source is None:
+            raise UnsupportedError(f"--resize-vocab {name}: {base.folder} has no tensor {tensor!r} to add rows to.")
+        same = result.added.get(source.name)
+        if own is not None or same is None or not equal(same, rows):
+            result.added[own.name if own else tensor] = rows
+    result.tokenizer = _tokenizer_files(adapter, new)
+    return result
+
+
+def resized_config(base: BaseModel) -> dict[str, Any]:
+    """The config keys that change with the vocabulary; empty where it is the base's own."""
+    if not base.added:
+        return {}
+    rows = next(iter(base.added.values()))
+    old = next(base.entries[name].shape[0] for name in base.added if name in base.entries)
+    new = old + len(rows)
+    tables = {k: v | {KEY: new} for k, v in base.config.items() if isinstance(v, dict) and v.get(KEY) == old}
+    return tables | ({KEY: new} if base.config.get(KEY) == old or not tables else {})
+
+
+def _sizes(base: BaseModel, adapter: Adapter) -> tuple[int, int]:
+    """Rows of the base's embeddings, and of the adapter's."""
+    found = set()
+    for name, tensor in adapter.tensors.items():
+        entry = base.find_tensor(name) or base.find_tied(name)
+        if entry is not None and entry.shape[1:] == tuple(tensor.shape[1:]) and len(tensor) > entry.shape[0]:
+            found.add((entry.shape[0], len(tensor)))
+    if len(found) != 1:
+        what = (
+            "no embedding with more rows than the base's" if not found else f"tensors of several sizes: {sorted(found)}"
+        )
+        raise AdapterError(f"--resize-vocab {adapter.name}: {adapter.where} carries {what}.")
+    return found.pop()
+
+
+def _grown(base: BaseModel, old: int, new: int) -> dict[str, tuple[int, ...]]:
+    """The tree's tensors whose shape follows the vocabulary -> their shape with `new` tokens."""
+    import torch
+
+    if base.tree is None:
+        raise UnsupportedError(
+            f"{base.folder}: transformers has no class for this base, so which tensors grow with its vocabulary is not known."
+        )
+    config = copy.deepcopy(base.tree.model.config)
+    for table in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))):
+        if getattr(table, KEY, None) == old:
+            setattr(table, KEY, new)
+    with torch.device("meta"):
+        model = type(base.tree.model)(config)
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    return {name: shape for name, shape in shapes.items() if shape != base.tree.tensors.get(name)}
+
+
+def _tokenizer_files(adapter: Adapter, new: int) -> dict[str, Path]:
+    """File name -> path of the tokenizer that lies in the adapter's folder."""
+    source = adapter.source
+    if source.hub_id:  # what was fetched of it is the adapter alone
+        source = resolve_source(
+            f"{source.hub_id}@{source.revision}" if source.revision else source.hub_id, TOKENIZER_FILES
+        )
+    folder = source.folder
+    files = {name: path for name in TOKENIZER_FILES if (path := find_file(folder, name, AdapterError)) is not None}
+    if "tokenizer_config.json" not in files:
+        raise UnsupportedError(
+            f"--resize-vocab {adapter.name}: {folder} has no tokenizer, and the base's lacks the added tokens: save the one that the "
+            "adapter was trained with there: tokenizer.save_pretrained(folder)."
+        )
+    ids = [-1]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        table = read_table(files[name], AdapterError) if name in files else {}
+        added = table.get("added_tokens") or []
+        ids += [row["id"] for row in added if isinstance(row, dict) and isinstance(row.get("id"), int)]
+        ids += [int(key) for key in table.get("added_tokens_decoder") or {} if str(key).isdecimal()]
+    if max(ids) >= new:
+        raise AdapterError(
+            f"{folder}: its tokenizer has a token {max(ids)}, and its embeddings have {new} rows: it is not the tokenizer that this "
+            "adapter was trained with."
+        )
+    return files
