@@ -55,7 +55,7 @@ def stack_tensors(
             for tensor in copied or []:
                 if n in saved.get(tensor, {}) and not equal(saved[tensor][n], value):
                     raise UnsupportedError(
-                        f"{adapter.where}: its copies of the two embeddings that the base model ties differ, so which is meant is not "
+                        f"{adapter.where}: its copies of the two embeddings that the base model ties differ, so it is not "
                         f"known ({name!r}): leave this adapter out."
                     )
                 saved.setdefault(tensor, {})[n] = value
