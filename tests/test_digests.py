@@ -43,7 +43,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files whose bytes were read."""
     seen: list[str] = []
     hashed = room._hash
-    monkeypatch.setattr(room, "_hash", lambda path, stop: (seen.append(Path(path).name), hashed(path, stop))[1])
+    monkeypatch.setattr(room, "_hash", lambda path, *rest: (seen.append(Path(path).name), hashed(path, *rest))[1])
     return seen
 
 
@@ -107,7 +107,7 @@ def test_names_that_are_not_utf8_are_remembered(tmp_path: Path, read: list[str])
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = aged(tmp_path / "file", b"abc")
     hashed = room._hash
-    monkeypatch.setattr(room, "_hash", lambda path, stop: (hashed(path, stop), os.truncate(path, 1))[0])
+    monkeypatch.setattr(room, "_hash", lambda path, *rest: (hashed(path, *rest), os.truncate(path, 1))[0])
     with pytest.raises(WloraMergeError, match=r"file: changed while it was read \(3 bytes before, 1 after\)"):
         sha256_file(file)
 

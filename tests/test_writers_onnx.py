@@ -16,6 +16,7 @@ import transformers
 from onnx_models import LLAMA, MODELS, VOCABULARY, Exported, make_dense
 
 from wlora_merge.errors import BaseModelError, OutputError, UnsupportedError, VerifyError
+from wlora_merge.progress import listening
 from wlora_merge.writers import onnx_trace
 from wlora_merge.writers.onnx import check_onnx, run_probe, write_onnx
 
@@ -190,7 +191,8 @@ def test_an_export_says_nothing_of_its_own(
 ) -> None:
     made, steps = exported("vit"), list[str]()
     capfd.readouterr()
-    write_onnx(made.dense, tmp_path, task=made.task, progress=steps.append)
+    with listening(lambda done: steps.append(done.what)):
+        write_onnx(made.dense, tmp_path, task=made.task)
     assert capfd.readouterr() == ("", "")
     assert steps == ["loading the model", "tracing", "tidying the graph", "writing", "checking against PyTorch"]
 

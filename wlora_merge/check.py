@@ -20,6 +20,7 @@ from .errors import UnsupportedError, VerifyError, WloraMergeError
 from .input_files import find_file
 from .layouts import matrix_shape
 from .manifest import FILE
+from .progress import Meter
 from .structure import bounded, check_structure
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ def load_model(folder: Path, task: str | None, *, complete: bool = True, **optio
     """
     import torch
 
+    Meter("loading the model")
     with quiet_libraries(), _library_errors(f"{folder}: transformers cannot load it as {task}"), bounded(folder):
         model, info = _class_for(folder, task).from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=complete, **SAFE, **options
@@ -268,6 +270,7 @@ def outputs_of(model: nn.Module, probe: Mapping[str, Any]) -> dict[str, torch.Te
     """The model's floating outputs on the probe (logits, start_logits, last_hidden_state, ...)."""
     import torch
 
+    Meter("comparing outputs")
     with torch.no_grad(), _library_errors("the model does not run on the probe"):
         result = model(**probe_tensors(probe), return_dict=True)
     wanted = (

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from time import monotonic
 from typing import Any
 
 import click
@@ -36,7 +37,7 @@ from .options import (
     RESIZE_VOCAB,
 )
 from .signals import terminate_as_exit
-from .terminal import byte_progress, fit_progress, human_time, say, show_table, shown_log, shown_warnings
+from .terminal import fit_progress, human_time, say, show_table, shown_log, shown_warnings, work_progress
 
 TASKS = click.Choice(names.TASKS)
 DTYPES = click.Choice(["float32", "bfloat16", "float16"])
@@ -59,10 +60,13 @@ class Main(Group):
         """Run a command under the rules of this module's docstring."""
         # OpenMP threads that spin while they wait make a step 25 times slower where another process shares the cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        quiet = bool(ctx.params.get("quiet"))
+        quiet, began = bool(ctx.params.get("quiet")), monotonic()
         with terminate_as_exit(), shown_warnings(), shown_log(quiet):
             try:
-                return super().invoke(ctx)
+                result = super().invoke(ctx)
+                if (seconds := monotonic() - began) >= 1:
+                    say(f"Took {human_time(seconds)}.")
+                return result
             except WloraMergeError as error:
                 if ctx.params.get("debug"):
                     raise
@@ -169,7 +173,7 @@ def fit(
         raise click.UsageError(str(error)) from error
     from .fit import fit as run
 
-    with fit_progress() as progress, _naming_state(out):
+    with fit_progress() as progress, work_progress(), _naming_state(out):
         mixture = run(
             base,
             adapters,
@@ -221,7 +225,9 @@ def mix(
     """
     from .mix import mix as run
 
-    mixture = run(base, adapters, out, weights=_numbers(weights, len(adapters)), residual=base_is_residual, **rest)
+    row = _numbers(weights, len(adapters))
+    with work_progress():
+        mixture = run(base, adapters, out, weights=row, residual=base_is_residual, **rest)
     _show_mixture(mixture, out, as_json)
 
 
@@ -274,8 +280,8 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
     if (rank or energy) and format_ != "lora":
         raise click.UsageError(f"--rank and --energy belong to --format lora, not {format_}.")
     size = _bytes(max_shard_size)
-    with byte_progress() as progress:
-        result = run(mixture, format_, out, max_shard_bytes=size, progress=progress, **options)
+    with work_progress():
+        result = run(mixture, format_, out, max_shard_bytes=size, **options)
     if not is_leader():
         return
     if as_json:
@@ -323,7 +329,8 @@ def verify(
     from .manifest import digest
     from .verify import verify as run
 
-    checked = run(folder, quick=quick, base=base, adapters=adapters)
+    with work_progress():
+        checked = run(folder, quick=quick, base=base, adapters=adapters)
     found = digest(Path(folder))
     if pinned is not None and pinned != found:
         raise VerifyError(
@@ -372,14 +379,15 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
         raise
     where = Path(recipe).resolve().parent
     if check:
-        rows, costs = check_paths(job, where)
+        with work_progress():
+            rows, costs = check_paths(job, where)
         if as_json:
             click.echo(json.dumps({"recipe": recipe, "inputs": rows, "predicted": costs}))
         else:
             show_table(f"{recipe} is sound", rows)
             show_table("Predicted, roughly", [_readable(row) for row in costs])
         return
-    with fit_progress() as progress, byte_progress() as written:
+    with fit_progress() as progress, work_progress():
         result = work(
             job,
             out or str(Path(recipe).with_suffix("")),
@@ -387,7 +395,6 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
             force=force,
             say=say,
             fit_progress=progress,
-            export_progress=written,
         )
     if as_json:
         pins = {n: digest(result.folder / n) for n in result.exports}
@@ -426,7 +433,8 @@ def inspect(paths: tuple[str, ...], as_json: bool) -> None:
     """
     from .inspect import inspect_paths
 
-    tables = inspect_paths(paths)
+    with work_progress():
+        tables = inspect_paths(paths)
     if as_json:
         click.echo(json.dumps(tables))
         return

@@ -25,7 +25,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from wlora_merge.errors import WloraMergeError
+from .errors import WloraMergeError
+from .progress import Meter
 
 _READ_BYTES = 1 << 20
 _CACHE_BYTES = 1 << 20  # about 2,500 records; the older half goes when it is full
@@ -49,7 +50,7 @@ def sha256_file(path: Path, *, fresh: bool = False) -> str:
     Raises:
         WloraMergeError: the file cannot be read, or changed while it was read.
     """
-    return _digest(path, fresh, threading.Event())
+    return sha256_files([path], fresh=fresh)[path]
 
 
 def sha256_files(paths: Iterable[Path], *, fresh: bool = False) -> dict[Path, str]:
@@ -66,10 +67,10 @@ def sha256_files(paths: Iterable[Path], *, fresh: bool = False) -> dict[Path, st
         WloraMergeError: a file cannot be read, or changed while it was read.
     """
     names = list(dict.fromkeys(paths))
-    stop = threading.Event()
+    stop, meter = threading.Event(), Meter("reading files", _total(names), len(names), "files")
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         try:
-            return dict(zip(names, pool.map(lambda path: _digest(path, fresh, stop), names), strict=True))
+            return dict(zip(names, pool.map(lambda path: _digest(path, fresh, stop, meter), names), strict=True))
         except BaseException:  # Ctrl-C must not wait until the other files are read to their end
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -93,12 +94,22 @@ def path_of(sha256: str) -> Path | None:
     return None
 
 
-def _digest(path: Path, fresh: bool, stop: threading.Event) -> str:
+def _total(paths: Iterable[Path]) -> int:
+    total = 0
+    for path in paths:
+        with suppress(OSError):  # who reads it says so
+            total += os.path.getsize(path)
+    return total
+
+
+def _digest(path: Path, fresh: bool, stop: threading.Event, meter: Meter) -> str:
     try:
         real, name, started = os.path.realpath(path), os.path.abspath(path), time.time_ns()
         before = _seen(real)
         named = None if fresh else _hub_name(Path(real))
-        digest = (None if fresh else _recall(real, before) or named) or _hash(real, stop)
+        known = None if fresh else _recall(real, before) or named
+        digest = known or _hash(real, stop, meter)
+        meter.add(before["size"] if known else 0, 1)
         after = _seen(real)
     except OSError as error:
         raise WloraMergeError(
@@ -115,12 +126,13 @@ def _digest(path: Path, fresh: bool, stop: threading.Event) -> str:
     return digest
 
 
-def _hash(path: str, stop: threading.Event) -> str:
+def _hash(path: str, stop: threading.Event, meter: Meter) -> str:
     digest = hashlib.sha256()
     view = memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(view):
             digest.update(view[:count])
+            meter.add(count)
             if stop.is_set():
                 raise OSError(f"hashing of {path} was stopped")
     return digest.hexdigest()

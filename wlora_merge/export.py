@@ -31,7 +31,7 @@ from .serving import check_rank, check_server
 from .staging import Staging, staged
 from .tying import untied_config
 from .writers.dense import OutputFile, changed_config, folder_bytes, index_bytes, plan
-from .writers.stream import Progress, write_files
+from .writers.stream import write_files
 
 if TYPE_CHECKING:
     from .writers.onnx_refold import Refold
@@ -73,7 +73,6 @@ def export(
     max_rank: int | None = None,
     force: bool = False,
     report: bool = False,
-    progress: Progress | None = None,
 ) -> ExportResult:
     """Fold a mixture and write it: `W_base + delta_scale · Σ v̂_n · (α_n/r_n) · B_n A_n`.
 
@@ -97,7 +96,6 @@ def export(
         max_rank: lora only: refuse a larger r (what the server was started with).
         force: replace what is in `out`.
         report: also write report.html, and its figures into the model card.
-        progress: called with (bytes written, file name).
 
     Raises:
         WloraMergeError: with one sentence; nothing is left in `out`.
@@ -160,7 +158,7 @@ def export(
         _shared_staging(ranks, Path(out), force=force, inputs=folders, needed_bytes=weights + carried) as staging,
     ):
         if format == "dense":
-            known = write_shards(inputs, files, staging.path, ranks, progress)
+            known = write_shards(inputs, files, staging.path, ranks)
         if not ranks.leads:
             return ExportResult(staging.out, format, None, 0, {})
         if format == "dense":
@@ -169,9 +167,9 @@ def export(
         elif format == "lora":
             known, measured = {}, _write_lora(inputs, staging.path, name, rank, energy, dtype)
         elif refold is not None:
-            known, measured = _write_refold(inputs, refold, staging.path, progress)
+            known, measured = _write_refold(inputs, refold, staging.path)
         else:
-            known, measured = {}, _write_onnx(inputs, files, staging.path, dtype, opset, progress, split, extra)
+            known, measured = {}, _write_onnx(inputs, files, staging.path, dtype, opset, split, extra)
         if format == "lora":
             check_rank(measured["r"], server=server, max_rank=max_rank, exact=rank is None)
         drawn = _report(inputs, staging.path, format, name, options) if report else []
@@ -288,16 +286,14 @@ def lora_bytes(inputs: Inputs, rank: int | None) -> int:
 # ------------------------------------------------------------------------------------------------------- writers
 
 
-def write_shards(
-    inputs: Inputs, files: Sequence[OutputFile], out: Path, ranks: Team, progress: Progress | None
-) -> dict[str, str]:
+def write_shards(inputs: Inputs, files: Sequence[OutputFile], out: Path, ranks: Team) -> dict[str, str]:
     """Write the weight files; with several ranks each takes every n-th of them.
 
     Returns:
         File name -> sha256 of all of them.
     """
     mine = files[ranks.rank :: ranks.size]
-    parts = ranks.gather(lambda: write_files(mine, out, inputs.mixture, progress=progress))
+    parts = ranks.gather(lambda: write_files(mine, out, inputs.mixture))
     return {name: digest for part in parts for name, digest in part.items()}
 
 
@@ -371,14 +367,12 @@ def _plan_refold(onnx_base: Path, inputs: Inputs, files: Sequence[OutputFile]) -
     return plan_refold(onnx_base, inputs.base, [piece for file in files for piece in file.pieces], inputs.mixture)
 
 
-def _write_refold(
-    inputs: Inputs, refold: Refold, out: Path, progress: Progress | None
-) -> tuple[dict[str, str], dict[str, Any]]:
+def _write_refold(inputs: Inputs, refold: Refold, out: Path) -> tuple[dict[str, str], dict[str, Any]]:
     from .writers.onnx_refold import write_refold
 
     folder = out / "onnx"
     folder.mkdir()
-    written = write_refold(refold, folder, inputs.mixture, progress)
+    written = write_refold(refold, folder, inputs.mixture)
     names = {stored: name for name, stored in DTYPES.items()}
     dtypes = sorted(names.get(dtype, dtype) for dtype in refold.dtypes)
     key = "torch_dtype" if "torch_dtype" in inputs.base.config else "dtype"
@@ -398,7 +392,6 @@ def _write_onnx(
     out: Path,
     dtype: str | None,
     opset: int | None,
-    progress: Progress | None,
     split: Mapping[str, Entry],
     extra: Mapping[str, str | None],
 ) -> dict[str, Any]:
@@ -409,7 +402,7 @@ def _write_onnx(
         raise UnsupportedError("an ONNX export needs the mixture's task: make the mixture with --task TASK.")
     dense = out / ".dense"
     dense.mkdir()
-    write_shards(inputs, files, dense, Team(), progress)
+    write_shards(inputs, files, dense, Team())
     write_beside(inputs, files, dense, dtype or "float32", split)
     if extra["onnx_runtime"] == "genai":
         from .writers.onnx_genai import write_genai

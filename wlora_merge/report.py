@@ -19,6 +19,7 @@ from .errors import WloraMergeWarning
 from .measures import Change, adapter_similarity, changes, error_by_rank, spectra
 from .mixture import Mixture
 from .names import group_of, natural_key
+from .progress import Meter
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,7 @@ def write_report(
     except ImportError:
         warnings.warn(MISSING, WloraMergeWarning, stacklevel=2)
         return []
+    Meter("drawing the report")
     drawn, rows = _drawings(folder, mixture, deltas, kind, base)
     (folder / FIGURES).mkdir()
     parts = [_comparison(mixture)]

@@ -39,7 +39,6 @@ def run(
     force: bool = False,
     say: Say = lambda _: None,
     fit_progress: Any = None,
-    export_progress: Any = None,
 ) -> RunResult:
     """Do what a recipe says, and put `out/mixture` and one folder per export in place together.
 
@@ -49,7 +48,7 @@ def run(
         where: the folder that the recipe's paths are relative to.
         force: replace what is in `out`.
         say: called with each step as it begins.
-        fit_progress, export_progress: as for `fit` and `export`.
+        fit_progress: as `fit`'s progress.
 
     Raises:
         WloraMergeError: from any step; nothing is left in `out`.
@@ -68,9 +67,7 @@ def run(
             if entry.onnx_base is not None:
                 options["onnx_base"] = _path(entry.onnx_base, where)
             target = staging.path / entry.folder
-            exports[entry.folder] = export(
-                folder, entry.format, target, report=recipe.report, progress=export_progress, **options
-            )
+            exports[entry.folder] = export(folder, entry.format, target, report=recipe.report, **options)
             if recipe.verify:
                 say(f"verify {entry.folder}")
                 named = [f"{name}={path}" for name, path in adapters]

@@ -17,6 +17,7 @@ import click
 
 from . import names
 from .errors import WloraMergeWarning
+from .progress import Done, listening
 
 
 @contextmanager
@@ -74,19 +75,35 @@ def fit_progress() -> Iterator[Callable[[str, int, int, float, dict[str, float]]
 
 
 @contextmanager
-def byte_progress() -> Iterator[Callable[[int, str], None]]:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+def work_progress() -> Iterator[None]:
+    """A line on stderr for what is being worked on: a bar, bytes, tensors or files, and the time that it takes."""
+    if _plain():
+        yield
+        return
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=_stderr(), disable=_plain(), transient=True) as bars:
+    columns = (SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.fields[amount]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=_stderr(), transient=True, redirect_stdout=False) as bars:
         known: dict[str, Any] = {}
 
-        def update(count: int, name: str) -> None:
-            if name not in known:
-                known[name] = bars.add_task(name, total=None)
-            bars.update(known[name], advance=count)
+        def show(done: Done) -> None:
+            for other in [what for what in known if what != done.what]:
+                bars.remove_task(known.pop(other))
+            if done.what not in known:
+                known[done.what] = bars.add_task(done.what, total=None, amount="")
+            whole = done.total_bytes or done.total_items or None
+            count = done.bytes if done.total_bytes else done.items
+            bars.update(known[done.what], total=whole, completed=count, amount=amount_of(done))
 
-        yield update
+        with listening(show):
+            yield
+
+
+def amount_of(done: Done) -> str:
+    """How much is done, in human units: `1.2 GB of 2.2 GB, 45 of 291 tensors`."""
+    sizes = f"{names.human_bytes(done.bytes)} of {names.human_bytes(done.total_bytes)}" if done.total_bytes else ""
+    items = f"{done.items} of {done.total_items} {done.unit}" if done.total_items > 1 else ""
+    return ", ".join(part for part in (sizes, items) if part)
 
 
 def show_table(title: str, rows: list[dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from ..fold import lora_product, low_rank_svd, pad_rank, truncate
 from ..layouts import Layout, factors_to_file
 from ..mixture import Mixture, prefixes
 from ..names import PEFT_PREFIX
+from ..progress import Meter
 from ..targets import ATTENTION
 
 if TYPE_CHECKING:
@@ -167,8 +168,11 @@ def combine(
             r, {d.module: ModuleError(r, _energy(*pair), _energy(*pair)) for d, pair in products}
         )
 
+    meter = Meter("decomposing deltas", 0, len(deltas), "modules")
+
     def spectrum(delta: ModuleDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         u, s, vt = low_rank_svd(delta.lora_A, delta.lora_B.double() * mixture.gains_of(delta))
+        meter.add(0, 1)
         return (*truncate(u, s, vt, rank or len(s)), s.square())  # what a given rank drops is not held
 
     with one_torch_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:

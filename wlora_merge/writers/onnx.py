@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wlora_merge.base_model import carried_files
 from wlora_merge.errors import OutputError, UnsupportedError
+from wlora_merge.progress import Meter
 from wlora_merge.writers.onnx_check import check_onnx, run_probe
 from wlora_merge.writers.onnx_graph import INLINE_LIMIT, save, tidy
 from wlora_merge.writers.onnx_seq2seq import BRANCHES as DECODER_BRANCHES
@@ -62,7 +62,6 @@ def write_onnx(
     ort_fusions: str | None = None,
     quantize: str | None = None,
     inline_limit: int = INLINE_LIMIT,
-    progress: Callable[[str], None] | None = None,
 ) -> OnnxReport:
     """Export the model in the folder `dense` to `out/onnx/model.onnx`, and check it against PyTorch.
 
@@ -79,7 +78,6 @@ def write_onnx(
         ort_fusions: `cpu`, `cuda`, `webgpu` or `dml`: use ONNX Runtime's own operators for that provider; None keeps to ONNX.
         quantize: `int8` or `int4`: a quantized graph beside the float one.
         inline_limit: bytes of weights up to which they stay inside `model.onnx`.
-        progress: called with the name of each step as it begins.
 
     Returns:
         The graph's interface, sizes, and its largest difference from PyTorch.
@@ -94,18 +92,17 @@ def write_onnx(
     refuse_dtype(dtype)
     _require_extra()
     _refuse_provider(ort_fusions)
-    say = progress or (lambda step: None)
     folder = out / "onnx"
     if folder.exists():
         raise OutputError(f"{folder}: exists already; give an empty output folder")
     import torch
 
-    say("loading the model")
+    Meter("loading the model")
     model = load_model(dense, task, getattr(torch, dtype), attention="eager")
-    say("tracing")
+    Meter("tracing")
     graphs = trace(model, task, opset or DEFAULT_OPSET)
     del model
-    say("tidying the graph")
+    Meter("tidying the graph")
     with quiet():
         for graph in graphs.values():
             tidy(graph)
@@ -116,7 +113,7 @@ def write_onnx(
     got = next(iter(graphs.values())).opset_imports.get("", 0)
     if got != (opset or DEFAULT_OPSET):
         raise UnsupportedError(f"opset {opset} cannot be written, the exporter gave {got}; leave --opset out")
-    say("writing")
+    Meter("writing")
     folder.mkdir()
     for name, graph in graphs.items():
         save(graph, folder, name, inline_limit)
@@ -126,13 +123,13 @@ def write_onnx(
         tuple(dict.fromkeys(str(value.name) for graph in graphs.values() for value in graph.graph.outputs)),
     )
     del graphs, graph
-    say("checking against PyTorch")
+    Meter("checking against PyTorch")
     difference = check_onnx(out, dense, task=task)
     quantized = None
     if quantize is not None:
         from wlora_merge.writers.onnx_quantize import quantize_onnx
 
-        say("quantizing")
+        Meter("quantizing")
         quantized = quantize_onnx(out, load_model(dense, task, torch.float32), task=task, kind=quantize)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return OnnxReport(*names, opset=got, dtype=dtype, largest_difference=difference, sizes=sizes, quantized=quantized)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wlora_merge.errors import UnsupportedError, VerifyError
+from wlora_merge.progress import Meter
 from wlora_merge.writers.onnx_tasks import DENSE_INSTEAD, load_model, quiet, sentence_tokens
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def write_genai(dense: Path, out: Path, *, task: str, dtype: str = "float32", qu
         raise UnsupportedError("onnxruntime-genai is not installed: pip install onnxruntime-genai")
     precision = quantize or _PRECISIONS[dtype]
     with tempfile.TemporaryDirectory() as cache:
+        Meter("building the onnxruntime-genai model")
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(dense), "-o", str(out)]
         done = subprocess.run([*command, "-p", precision, "-e", "cpu", "-c", cache], capture_output=True, text=True)
     if done.returncode or not (out / CONFIG).is_file():

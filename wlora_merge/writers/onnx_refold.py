@@ -27,7 +27,7 @@ from wlora_merge.names import NameResolver
 from wlora_merge.sources import is_here
 from wlora_merge.writers.dense import OutputFile, Piece
 from wlora_merge.writers.onnx_file import OnnxFile, read_onnx
-from wlora_merge.writers.stream import BLOCK_ELEMENTS, Progress, Workspace, fold_into, write_files
+from wlora_merge.writers.stream import BLOCK_ELEMENTS, Workspace, fold_into, write_files
 
 if TYPE_CHECKING:
     import torch
@@ -150,7 +150,7 @@ def _place(
     return set(places)
 
 
-def write_refold(refold: Refold, out: Path, mixture: Mixture, progress: Progress | None = None) -> dict[str, str]:
+def write_refold(refold: Refold, out: Path, mixture: Mixture) -> dict[str, str]:
     """Stream the files into the folder `out`; what is on the disk is what was folded, at the place where the base's weight was.
 
     Returns:
@@ -161,7 +161,7 @@ def write_refold(refold: Refold, out: Path, mixture: Mixture, progress: Progress
         OutputError: the disk is full or refuses, or gives back other bytes than it was given.
         VerifyError: the new graph's weights do not lie where the base's do.
     """
-    written = write_files(refold.files, out, mixture, progress=progress, read_back=True)
+    written = write_files(refold.files, out, mixture, read_back=True)
     for graph in refold.graphs:
         new = read_onnx(out / refold.names[graph.path])
         if [replace(e, file=out / refold.names.get(e.file, e.file.name)) for e in graph.tensors] != new.tensors:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,7 @@ from ..errors import BaseModelError, OutputError, WloraMergeError
 from ..fold import bias_factors, fold_factor, fold_factors, fold_rows, fold_saved
 from ..layouts import matrix_shape
 from ..mixture import Mixture
+from ..progress import Meter
 from .dense import OutputFile, Piece
 
 if TYPE_CHECKING:
@@ -45,8 +48,6 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 4 << 20  # an untouched range moves in pieces of this size, through buffers of this size
 BLOCK_ELEMENTS = 1 << 20  # a fold's row block: 8 MiB of float64, 2 MiB of bf16
 AHEAD = 4  # blocks in memory for each output file, beyond one for each thread
-Progress = Callable[[int, str], None]
-"""Called with a number of bytes written since the last call, and the name of the file."""
 
 
 class Workspace:
@@ -92,7 +93,6 @@ def write_files(
     out: Path,
     mixture: Mixture,
     *,
-    progress: Progress | None = None,
     workers: int | None = None,
     read_back: bool = False,
 ) -> dict[str, str]:
@@ -111,13 +111,14 @@ def write_files(
     workers = workers or os.cpu_count() or 1
     side_by_side = max(1, min(len(files), workers // 2))  # a file's bytes are hashed one after another
     stop = threading.Event()
+    meter = Meter("writing weights", sum(file.nbytes for file in files), sum(len(file.pieces) for file in files))
     with (
         one_torch_thread(),
         ThreadPoolExecutor(side_by_side) as disk,
         ThreadPoolExecutor(workers) as pool,
         ThreadPoolExecutor(side_by_side) as writers,
     ):
-        crew = Crew(pool, max(1, workers // side_by_side), disk, progress, stop, read_back)
+        crew = Crew(pool, max(1, workers // side_by_side), disk, meter, stop, read_back)
         jobs = [writers.submit(_write_file, file, out, mixture, crew) for file in files]
         try:
             return {file.name: job.result() for file, job in zip(files, jobs, strict=True)}
@@ -135,14 +136,15 @@ class Crew:
     pool: ThreadPoolExecutor
     each: int
     disk: ThreadPoolExecutor
-    progress: Progress | None
+    meter: Meter
     stop: threading.Event
     read_back: bool
 
 
 def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew) -> str:
     """Stream one file; its digest."""
-    digest, space = hashlib.sha256(), Workspace()
+    digest, space, at = hashlib.sha256(), Workspace(), 0
+    ends = list(accumulate((piece.nbytes for piece in file.pieces), initial=len(file.header)))[1:]
     inputs: dict[Path, int] = {}
 
     def put(block: memoryview) -> None:
@@ -150,8 +152,9 @@ def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew) -> st
             raise OutputError(f"{out / file.name}: stopped, as another file failed.")
         digest.update(block)
         stream.write(block)
-        if crew.progress:
-            crew.progress(len(block), file.name)
+        nonlocal at
+        before, at = at, at + len(block)
+        crew.meter.add(len(block), bisect(ends, at) - bisect(ends, before))
         space.give_back(block)
 
     try:
