@@ -125,10 +125,14 @@ def test_select_best_keeps_a_simpler_candidate_where_it_did_better() -> None:
 def test_settings_are_chosen_on_the_folds_and_reported(zoo: Zoo) -> None:
     mixture = fitted(zoo, max_steps=None, settings=3)
     settings = mixture.metrics["settings"]
-    assert list(settings) == ["module, pull 0", "global, pull 0", "module, pull 0.3"]
+    assert list(settings) == [
+        "module, normalize none, pull 0",
+        "module, normalize none, pull 0.3",
+        "global, normalize none, pull 0",
+    ]
     best = min(settings, key=lambda name: settings[name]["loss"])
     kept = mixture.metrics["chosen"]
-    assert best == f"{kept['granularity']}, pull {kept['pull']:g}"
+    assert best == f"{kept['granularity']}, normalize {kept['normalize']}, pull {kept['pull']:g}"
     assert kept["steps"] == settings[best]["steps"]
     assert kept["steps"] in (30, 60, 100)
     assert mixture.granularity == kept["granularity"]

@@ -61,7 +61,7 @@ def test_the_fit_is_adamw_on_the_mean_token_loss_as_a_loop_written_by_hand(llama
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base, folders, _ = llamas
-    options = {"granularity": "global", "batch_size": 7, "max_steps": 5}
+    options = {"granularity": "global", "normalize": "all", "batch_size": 7, "max_steps": 5}
     found = fitted_lm(llamas, **options)
     model = wlora_merge.attach(AutoModelForCausalLM.from_pretrained(base).eval(), folders, granularity="global")
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -6,6 +6,7 @@ folds; each is judged after several numbers of steps, on examples that it was no
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Sequence
@@ -51,10 +52,11 @@ class Comparison:
 def fixed_candidates(names: Sequence[str], options: FitOptions) -> dict[str, Candidate]:
     """The base, uniform composition, each adapter alone, and the weights given."""
     n = len(names)
-    even = tuple(uniform(n) if options.normalize == "none" else [0.0] * n)
+    normalize = options.normalize or "all"
+    even = tuple(uniform(n) if normalize == "none" else [0.0] * n)
     found = {
         BASE: Candidate(BASE, (0.0,) * n, scale=0.0),
-        UNIFORM: Candidate(UNIFORM, even, options.normalize),
+        UNIFORM: Candidate(UNIFORM, even, normalize),
     }
     for i, name in enumerate(names):
         found[name] = Candidate(name, tuple(float(i == j) for j in range(n)))
@@ -64,11 +66,19 @@ def fixed_candidates(names: Sequence[str], options: FitOptions) -> dict[str, Can
 
 
 def learned_settings(options: FitOptions) -> list[Candidate]:
-    """What the folds compare for the learned method, the default first."""
+    """What the folds compare for the learned method: the default, then what differs from it in one option, then in more.
+
+    None for a method that learns nothing by gradients.
+    """
+    if options.method not in (LEARNED, AUTO):
+        return []
+    softmax = options.initial_logits is not None or options.temperature != 1
+    normalizes = [options.normalize] if options.normalize else ["all"] if softmax else ["none", "all"]
     granularities = [options.granularity] if options.granularity else ["module", "global"]
     pulls = [options.pull] if options.pull is not None else list(PULLS)
-    found = [Candidate(LEARNED, None, options.normalize, g, p) for p in pulls for g in granularities]
-    return found[: options.settings]
+    table = itertools.product(enumerate(normalizes), enumerate(granularities), enumerate(pulls))
+    ordered = sorted(table, key=lambda row: sum(number for number, _ in row))
+    return [Candidate(LEARNED, None, m, g, p) for (_, m), (_, g), (_, p) in ordered][: options.settings]
 
 
 def fold_indices(keys: Sequence[str], folds: int, seed: int) -> list[list[int]]:
@@ -141,7 +151,7 @@ def compare(
 
 def setting_name(candidate: Candidate) -> str:
     """A learned setting as tables show it."""
-    return f"{candidate.granularity}, pull {candidate.pull:g}"
+    return f"{candidate.granularity}, normalize {candidate.normalize}, pull {candidate.pull:g}"
 
 
 def _one(

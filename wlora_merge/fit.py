@@ -215,11 +215,11 @@ def _work(job: _Job) -> tuple[dict[str, Any], Candidate]:
             learner, [*fixed.values(), *search, *settings], job.parts, steps,
             judge_at=(1.0,) if set_by_hand else c.CHECKPOINTS, deadline=job.deadline(FOLD_SHARE),
         )  # fmt: skip
-    learned = comparison.learned or settings[0]
+    learned = [comparison.learned] if comparison.learned else settings[:1]
     on_folds, best_steps = comparison, comparison.steps
     if job.held:
         comparison = c.compare(
-            learner, [*fixed.values(), *search, learned], [(job.shots, job.held)],
+            learner, [*fixed.values(), *search, *learned], [(job.shots, job.held)],
             {name: best_steps.get(name, steps) for name in [*fixed, c.SEARCH, c.LEARNED]},
             judge_at=tuple(i / 10 for i in range(1, 11)) if options.early_stopping else (1.0,), tag="all, ",
             deadline=job.deadline(), patience=options.early_stopping,
@@ -229,7 +229,7 @@ def _work(job: _Job) -> tuple[dict[str, Any], Candidate]:
         among = [fixed[name] for name in names]
         comparison = c.compare(learner, among, [(job.shots, job.shots)], steps, judge_at=(1.0,), tag="shots, ")
     kept = c.chosen(options.method, options.select, comparison, names)
-    candidate = (fixed | {c.LEARNED: learned} | {s.name: s for s in search})[kept]
+    candidate = (fixed | {s.name: s for s in [*learned, *search]})[kept]
     candidate = _finish(job, candidate, best_steps.get(kept, steps), comparison)
     metrics = _metrics(job, comparison, on_folds, kept, candidate)
     metrics["history"] = _history(job.losses, kept)
@@ -344,7 +344,7 @@ def _metrics(
         result["settings"] = on_folds.settings
     if candidate.learned:
         result["chosen"] = {
-            "granularity": candidate.granularity, "pull": candidate.pull,
+            "granularity": candidate.granularity, "normalize": candidate.normalize, "pull": candidate.pull,
             "steps": comparison.steps.get(kept, c.total_steps(job.learner, len(job.shots))),
         }  # fmt: skip
     return result

@@ -44,7 +44,7 @@ def load_model(
         model,
         adapters,
         granularity=options.granularity or "module",
-        normalize=options.normalize,
+        normalize=options.normalize or "all",
         delta_scale=options.delta_scale,
         temperature=options.temperature,
         head=head,

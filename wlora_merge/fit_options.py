@@ -30,7 +30,9 @@ class FitOptions:
         select: `method` keeps what the method gives; `best` keeps uniform composition or one adapter where it did better.
         weights: [N] mixture weights of `fixed`, used as they are.
         granularity: `module`, `layer` or `global`: who shares a row of weights; None: chosen on the folds.
-        normalize: `all`, `present` or `none`: softmax over all adapters, over those present in a module, or free weights.
+        normalize: `all`, `present` or `none`: softmax over all adapters, over those present in a module, or free weights that
+            start as uniform composition; None: free weights where something is learned (with more than 3 `settings` the folds
+            compare `all` too), `all` where logits or a temperature are given, or nothing is learned.
         delta_scale: factor of the whole delta weight, or `learned`.
         initial_logits: [N] logits for all groups (free weights with `normalize: none`), a mixture folder to start from, or a
             JSON file {group: {adapter: logit}}; None: zero, which is uniform composition.
@@ -53,30 +55,31 @@ class FitOptions:
             loss, and keep the best step.
 
     How it is trained:
-        learning_rate of the logits and head_learning_rate (AdamW); batch_size in examples, divided among the processes;
-        gradient_accumulation_steps: batches in an optimizer step; max_length in tokens; seed; device; precision: `float32`, or
-        `bf16` and `fp16` mixed; quantize: load the base in `4bit` or `8bit` (bitsandbytes); gradient_checkpointing: less
-        memory, more time; report_to: trackers of accelerate (`tensorboard`, `wandb`, ...), with commas between them.
+        learning_rate of the logits (None: 0.05, of free weights 0.02) and head_learning_rate (AdamW); batch_size in examples,
+        divided among the processes; gradient_accumulation_steps: batches in an optimizer step; max_length in tokens; seed;
+        device; precision: `float32`, or `bf16` and `fp16` mixed; quantize: load the base in `4bit` or `8bit` (bitsandbytes);
+        gradient_checkpointing: less memory, more time; report_to: trackers of accelerate (`tensorboard`, `wandb`, ...), with
+        commas between them.
     """
 
     method: str = "learned"
     select: str = "method"
     weights: Sequence[float] | None = None
     granularity: str | None = None
-    normalize: str = "all"
+    normalize: str | None = None
     delta_scale: float | str = 1.0
     initial_logits: str | Sequence[float] | None = None
     temperature: float = 1.0
     pull: float | None = None
     prune_below: float = 0.0
     folds: int = 3
-    settings: int = 4
+    settings: int = 3
     epochs: float | None = None
     max_steps: int | None = None
     max_minutes: float | None = None
     early_stopping: int | None = None
-    learning_rate: float = 0.05
-    head_learning_rate: float = 5e-3
+    learning_rate: float | None = None
+    head_learning_rate: float = 0.01
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
     max_length: int | None = None

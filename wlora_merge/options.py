@@ -85,9 +85,8 @@ FIT_OPTIONS = together(
     click.option(
         "--normalize",
         type=click.Choice(fit_options.NORMALIZE),
-        default="all",
-        show_default=True,
-        help="Softmax over all adapters, renormalized over those present in a module, or none: free weights.",
+        help="Softmax over all adapters, renormalized over those present in a module, or none: free weights. Default: none "
+        "where weights are learned.",
     ),
     click.option(
         "--delta-scale", default="1.0", show_default=True, help="Factor of the whole delta weight, or learned."
@@ -118,7 +117,7 @@ FIT_OPTIONS = together(
         help="Parts of the shots, each held out once; 0: none.",
     ),
     click.option(
-        "--settings", type=COUNT, default=4, show_default=True, help="Learned settings that the folds compare at most."
+        "--settings", type=COUNT, default=3, show_default=True, help="Learned settings that the folds compare at most."
     ),
     click.option("--epochs", type=ABOVE_0, help="Passes over the shots. Default: --max-steps decides."),
     click.option(
@@ -135,8 +134,8 @@ FIT_OPTIONS = together(
         metavar="N",
         help="Stop after N evaluations on --eval-data without a lower loss. Default: no.",
     ),
-    click.option("--learning-rate", type=ABOVE_0, default=0.05, show_default=True, help="Of the logits (AdamW)."),
-    click.option("--head-learning-rate", type=ABOVE_0, default=5e-3, show_default=True, help="Of a new head (AdamW)."),
+    click.option("--learning-rate", type=ABOVE_0, help="Of the logits (AdamW). Default: 0.05, of free weights 0.02."),
+    click.option("--head-learning-rate", type=ABOVE_0, default=0.01, show_default=True, help="Of a new head (AdamW)."),
     click.option(
         "--batch-size", type=COUNT, default=8, show_default=True, help="Examples in a batch, over all processes."
     ),

@@ -97,7 +97,7 @@ def _trainings(
     keys = labels if labels and isinstance(labels[0], str) else [""] * len(examples)
     folds = len(fold_indices(keys, options.folds, options.seed)) if options.folds else 0
     held = bool(fit.eval_data)
-    learned, heads = folds * settings + held, (folds + held) * fixed
+    learned, heads = folds * settings + (held and settings > 0), (folds + held) * fixed
     if not held and not folds and options.method == "best-single":
         heads += len(names)
     elif not held and options.method in ("learned", "auto"):

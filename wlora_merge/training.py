@@ -34,6 +34,11 @@ Outputs = tuple[Any, ...]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def logit_rate(options: FitOptions, normalize: str) -> float:
+    """The learning rate of the logits, or of free weights, whose steps are steps of the mixture weights themselves."""
+    return options.learning_rate or (0.02 if normalize == "none" else 0.05)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One way to mix: a row of weights for all groups, or (`row` None) weights learned from the start.
@@ -213,7 +218,7 @@ class Learner:
         if not all(bool(torch.isfinite(p).all()) for p in parameters):
             raise MixtureError(
                 f"training {candidate.name!r} diverged: its parameters are not finite after it; use a smaller --learning-rate, "
-                f"now {self.options.learning_rate}."
+                f"now {logit_rate(self.options, candidate.normalize)}."
             )
 
     def batches(self, rows: Sequence[int], steps: int) -> Iterator[list[list[int]]]:
@@ -340,7 +345,7 @@ class _Loop:
         model, options = learner.model, learner.options
         head = [model.get_parameter(name) for name in learner.start]
         groups = [
-            {"params": parameters[: len(parameters) - len(head)], "lr": options.learning_rate},
+            {"params": parameters[: len(parameters) - len(head)], "lr": logit_rate(options, candidate.normalize)},
             {"params": head, "lr": options.head_learning_rate},
         ]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
