@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapter, tiny_llama
+from conftest import make_adapter, tiny_bert, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from wlora_merge.attachment import attach, read_mixture
 from wlora_merge.checkpoint import read_header
 from wlora_merge.errors import WloraMergeError
 from wlora_merge.export import export
@@ -244,3 +247,43 @@ def test_a_base_truncated_while_it_is_read_is_one_clear_error(
     with pytest.raises(WloraMergeError, match="changed"):
         export(mixture, "dense", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+
+
+def test_an_export_with_a_new_head_imports_neither_transformers_nor_peft(tmp_path: Path) -> None:
+    """The mixture remembers that the base's files have no such tensor: asking transformers would cost seconds."""
+    from transformers import BertForSequenceClassification
+
+    tiny_bert().save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3).eval()
+    folder = make_adapter(model, tmp_path / "a", 1, r=2, target_modules=["query"], modules_to_save=["classifier"])
+    attach(model, [folder], head=["classifier"])
+    mixture = read_mixture(model, tmp_path / "base")
+    assert mixture.head_tensors == {"classifier.weight": None, "classifier.bias": None}
+    mixture.config = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}
+    mixture.save(tmp_path / "m")
+    code = (
+        "import sys; from wlora_merge import export;"
+        f"export({str(tmp_path / 'm')!r}, 'dense', {str(tmp_path / 'out')!r});"
+        "print(sorted({'transformers', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(got["classifier.weight"], model.classifier.weight)
+
+
+def test_a_head_that_the_files_call_otherwise_takes_its_place(tmp_path: Path) -> None:
+    """A checkpoint with the prefix of another class: `bert.classifier.weight` is replaced, not joined by a second one."""
+    from transformers import BertForSequenceClassification
+
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny_bert().config).eval()
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({f"model.{k}": v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    folder = make_adapter(model, tmp_path / "a", 1, r=2, target_modules=["query"])
+    attach(model, [folder], head=["classifier"])
+    mixture = read_mixture(model, tmp_path / "base")
+    assert mixture.head_tensors["classifier.weight"] == "model.classifier.weight"
+    export(mixture, "dense", tmp_path / "out")
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(load_file(file))

@@ -234,6 +234,7 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
     row = {names[m]: g for g, modules in enumerate(attachment.groups.values()) for m in modules}
     logits = model.get_parameter(PARAMETER).detach().float().cpu()[[row[modules[0]] for modules in groups.values()]]
     scale = attachment.delta_scale
+    head = {name: model.get_parameter(name).detach().cpu().clone() for name in (*attachment.head, *attachment.taken)}
     return Mixture(
         base=base_ref(opened),
         adapters=[adapter_ref(a) for a in attachment.adapters],
@@ -246,7 +247,8 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
         task=task_of(model),
         data={"method": TRAINING_LOOP},
         prefixes=prefixes((in_file, live) for live, in_file in names.items()),
-        head={name: model.get_parameter(name).detach().cpu().clone() for name in (*attachment.head, *attachment.taken)},
+        head=head,
+        head_tensors={name: entry.name if (entry := opened.find_tensor(name)) else None for name in head},
     )
 
 

@@ -52,7 +52,8 @@ class BaseModel:
     """An opened base: `headers` by file name in the index's order, `entries` by tensor name.
 
     Where its vocabulary is made larger, `added` holds the rows [k, ...] that stand behind a tensor's own, by the tensor's name,
-    and `tokenizer` the files (name -> path) that take the place of its tokenizer's; see `vocabulary.py`.
+    and `tokenizer` the files (name -> path) that take the place of its tokenizer's; see `vocabulary.py`. `known` has a model's
+    names of tensors that a mixture has recorded -> their names in the files, None for those that are not there.
     """
 
     source: Source
@@ -62,6 +63,7 @@ class BaseModel:
     entries: dict[str, Entry] = field(default_factory=dict)
     added: dict[str, torch.Tensor] = field(default_factory=dict)
     tokenizer: dict[str, Path] = field(default_factory=dict)
+    known: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -91,9 +93,11 @@ class BaseModel:
 
     def find_tensor(self, name: str) -> Entry | None:
         """The tensor called so by a model built on this base: with or without the model prefix, or renamed on loading."""
-        found = self._names.find(name)
-        if found:
+        found = self._names.find(name) or self.known.get(name)
+        if found in self.entries:
             return self.entries[found]
+        if name in self.known:
+            return None
         return self.tree.renamed(name) if self.tree else None
 
     def find_module(self, name: str) -> str | None:

@@ -62,6 +62,7 @@ def find_inputs(
     """
     made = mixture if isinstance(mixture, Mixture) else Mixture.load(mixture)
     opened = open_base(base or _located(made.base, "--base PATH"))
+    opened.known = made.head_tensors
     moved = _moved(adapters, made.adapter_names)
     with one_torch_thread():
         loaded = [

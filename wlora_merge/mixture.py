@@ -82,7 +82,8 @@ class Mixture:
     """Which adapters, in which groups, with which weights.
 
     `mixture_weights` [G, N] float32 are what an export reads; `wlora_weights` [G, N] the logits (free weights with
-    `normalize: none`), kept to continue a fit; row g belongs to the g-th group of `groups`.
+    `normalize: none`), kept to continue a fit; row g belongs to the g-th group of `groups`. `head_tensors` says which tensor of
+    the base's files each tensor of the head replaces; None where it is new.
     """
 
     base: InputRef
@@ -97,6 +98,7 @@ class Mixture:
     config: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     head: dict[str, torch.Tensor] = field(default_factory=dict)
+    head_tensors: dict[str, str | None] = field(default_factory=dict)
     modules_to_save: str | None = None
     resize_vocab: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
@@ -217,6 +219,7 @@ class Mixture:
             **({"resize_vocab": self.resize_vocab} if self.resize_vocab else {}),
             "prefixes": {"in_file": self.prefixes[0], "in_model": self.prefixes[1]},
             "data": self.data,
+            **({"head": self.head_tensors} if self.head_tensors else {}),
         }
 
     @classmethod
@@ -258,6 +261,7 @@ class Mixture:
                 modules_to_save=table.get("modules_to_save"),
                 resize_vocab=table.get("resize_vocab"),
                 data=dict(table.get("data") or {}),
+                head_tensors=dict(table.get("head") or {}),
                 prefixes=(table["prefixes"]["in_file"], table["prefixes"]["in_model"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError, AdapterError) as error:

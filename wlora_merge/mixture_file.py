@@ -62,7 +62,7 @@ def check_mixture_table(table: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError, saying which key, for what has another type than `Mixture.save` gives it; KeyError lacks one."""
     for key in ("groups", "prefixes", "base_model"):
         _expect(table[key], dict, key)
-    for key in ("config", "metrics", "data", "weights"):
+    for key in ("config", "metrics", "data", "weights", "head"):
         _expect(table.get(key) or {}, dict, key)
     _expect(table["adapters"], list, "adapters")
     _expect(table["prefixes"]["in_file"], str, "prefixes.in_file")
@@ -74,6 +74,8 @@ def check_mixture_table(table: Mapping[str, Any]) -> None:
         check_adapter_name(_expect(row["name"], str, "an adapter's name"))
     for key in ("task", "modules_to_save", "resize_vocab"):
         _expect(table.get(key), str | None, key)
+    for name, tensor in (table.get("head") or {}).items():
+        _expect(tensor, str | None, f"head: {name!r}")
     if table.get("task") not in (None, *TASKS):
         raise ValueError(f"task is {table['task']!r}, expected one of {', '.join(TASKS)}")
     if isinstance(table["delta_scale"], bool):

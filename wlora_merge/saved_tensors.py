@@ -50,13 +50,16 @@ def stack_tensors(
         )
     for n, adapter in enumerate(adapters):
         for name in sorted(set(adapter.tensors) - set(replaced)):
+            copy = name.removesuffix(".weight") in adapter.modules or _is_unasked_copy(adapter, name)
+            if choice not in (None, "mix", adapter.name) and not copy:
+                continue
             value = _with_added_rows(adapter.tensors[name], find(name))
-            copied = _changed_copy(adapter, name, value, find)
+            copied = _changed_copy(adapter, name, value, find) if copy else None
             for tensor in copied or []:
                 if n in saved.get(tensor, {}) and not equal(saved[tensor][n], value):
                     raise UnsupportedError(
-                        f"{adapter.where}: its copies of the two embeddings that the base model ties differ, so it is not "
-                        f"known ({name!r}): leave this adapter out."
+                        f"{adapter.where}: its copies of the two embeddings that the base model ties differ ({name!r}), so "
+                        "neither can be meant for both: leave this adapter out."
                     )
                 saved.setdefault(tensor, {})[n] = value
                 shapes[tensor] = tuple(value.shape)
@@ -106,13 +109,12 @@ def _changed_copy(adapter: Adapter, name: str, saved: torch.Tensor, find: Find) 
     A tied weight has two names, and PEFT loads the copy into both.
     """
     target = find(name)
-    beside_lora = name.removesuffix(".weight") in adapter.modules
-    if target is None or target.read is None or not (beside_lora or _is_unasked_copy(adapter, name)):
+    if target is None or target.read is None:
         return None
     base = target.read()
     if equal(saved, base):
         return []
-    if not beside_lora:
+    if name.removesuffix(".weight") not in adapter.modules:
         return None
     if saved.shape != base.shape:
         raise UnsupportedError(
