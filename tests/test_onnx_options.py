@@ -13,8 +13,10 @@ from conftest import inputs_of, make_adapter, tiny_llama
 
 from wlora_merge import export, mix, verify
 from wlora_merge.cli import main
-from wlora_merge.errors import UnsupportedError
+from wlora_merge.errors import UnsupportedError, VerifyError
 from wlora_merge.manifest import read_manifest
+from wlora_merge.writers import onnx as onnx_writer
+from wlora_merge.writers.onnx_run import check_files
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -98,8 +100,29 @@ def test_fusions_use_onnx_runtimes_own_operators_and_are_checked(mixture: Path, 
     export(mixture, "onnx", tmp_path / "out", ort_fusions="cpu", opset=20)
     kinds = {node.op_type for node in onnx.load(tmp_path / "out/onnx/model.onnx").graph.node}
     assert {"SimplifiedLayerNormalization", "RotaryEmbedding"} & kinds
+    check_files(tmp_path / "out" / "onnx")
+    model = onnx.load(tmp_path / "out/onnx/model.onnx")
+    model.graph.node[-1].op_type = "NoSuchOperator"  # the checker judges what stands beside the runtime's own operators
+    for large in (False, True):
+        folder = tmp_path / f"broken {large}"
+        folder.mkdir()
+        onnx.save(
+            model, folder / "model.onnx", save_as_external_data=large, size_threshold=0, convert_attribute=False,
+            location="model.onnx_data" if large else None,
+        )  # fmt: skip
+        with pytest.raises(VerifyError, match=r"onnx\.checker refuses it \(No Op registered for NoSuchOperator"):
+            check_files(folder)
     with pytest.raises(UnsupportedError, match=r"--ort-fusions webgpu: ONNX Runtime has no such provider here \(.*cpu"):
         export(mixture, "onnx", tmp_path / "never", ort_fusions="webgpu")
+    assert not (tmp_path / "never").exists()
+
+
+def test_fusions_that_break_a_graph_are_named(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_writer, "_fuse", lambda graph, provider: graph.graph.outputs.pop())
+    with pytest.raises(
+        UnsupportedError, match=r"the fusions for cpu break this model's graph .*leave --ort-fusions out"
+    ):
+        export(mixture, "onnx", tmp_path / "never", ort_fusions="cpu")
     assert not (tmp_path / "never").exists()
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from wlora_merge.base_model import carried_files
-from wlora_merge.errors import OutputError, UnsupportedError
+from wlora_merge.errors import OutputError, UnsupportedError, VerifyError
 from wlora_merge.progress import Meter
-from wlora_merge.writers.onnx_check import check_onnx, run_probe
+from wlora_merge.writers.onnx_check import check_onnx
 from wlora_merge.writers.onnx_graph import INLINE_LIMIT, save, tidy
+from wlora_merge.writers.onnx_run import run_probe
 from wlora_merge.writers.onnx_seq2seq import BRANCHES as DECODER_BRANCHES
 from wlora_merge.writers.onnx_seq2seq import DECODER, merge
 from wlora_merge.writers.onnx_tasks import load_model, quiet, task_named
@@ -124,7 +125,14 @@ def write_onnx(
     )
     del graphs, graph
     Meter("checking against PyTorch")
-    difference = check_onnx(out, dense, task=task)
+    try:
+        difference = check_onnx(out, dense, task=task)
+    except VerifyError as e:
+        if ort_fusions is None:
+            raise
+        raise UnsupportedError(
+            f"the fusions for {ort_fusions} break this model's graph ({e}): leave --ort-fusions out"
+        ) from e
     quantized = None
     if quantize is not None:
         from wlora_merge.writers.onnx_quantize import quantize_onnx

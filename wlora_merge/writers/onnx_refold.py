@@ -1,54 +1,30 @@
 """A mixture -> an ONNX export of its base, with the base's weights replaced by the folded ones and nothing else touched.
 
 No tracing, no model: a fold changes no size, so the new file is the old one with some byte ranges rewritten. Which ranges,
-the content says and not the names: a weight of the graph is a base tensor, its transpose, or several of them side by side
-(a fused QKV), in the file's dtype. Whatever cannot be told so is refused by name. Files are streamed by the dense writer;
-in memory are a few weights at a time.
-
-This room matches; it asks `dense` for folded tensors and `onnx_file` for byte ranges.
+`onnx_match` says; a weight that it cannot tell is refused by name. Files are streamed by the dense writer; in memory are a
+few weights at a time.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from wlora_merge.base_model import BaseModel
-from wlora_merge.checkpoint import FLOATING, Entry, byte_length, read_rows, torch_dtype
+from wlora_merge.checkpoint import Entry, torch_dtype
 from wlora_merge.errors import BaseModelError, UnsupportedError, VerifyError, WloraMergeError
-from wlora_merge.layouts import matrix_shape
 from wlora_merge.mixture import Mixture
 from wlora_merge.names import NameResolver
 from wlora_merge.sources import is_here
 from wlora_merge.writers.dense import OutputFile, Piece
 from wlora_merge.writers.onnx_file import OnnxFile, read_onnx
-from wlora_merge.writers.stream import BLOCK_ELEMENTS, Workspace, fold_into, write_files
+from wlora_merge.writers.onnx_match import Matcher, Tile, as_matrix, read_into
+from wlora_merge.writers.stream import fold_into, write_files
 
-if TYPE_CHECKING:
-    import torch
-
-CORNER = 4  # rows and columns that find a base tensor's candidates; each is then compared in full
 MODEL_FILE = "model.onnx"  # what the graph of a single file is called, whatever that file was
 TRACE_INSTEAD = "leave --onnx-base out to trace the mixture anew"
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Where a base tensor lies in a weight of the graph, as it is or transposed.
-
-    `twins` are other base tensors with the same numbers, which it may be as well.
-    """
-
-    tensor: str
-    row: int
-    col: int
-    transposed: bool
-    twins: tuple[str, ...] = ()
 
 
 @dataclass
@@ -169,159 +145,11 @@ def write_refold(refold: Refold, out: Path, mixture: Mixture) -> dict[str, str]:
     return written
 
 
-# --------------------------------------------------------------------------------------------------- the matching
-
-
-class Matcher:
-    """Tells which base tensors a weight of the graph is made of, by their corners and then by every number."""
-
-    def __init__(self, base: BaseModel) -> None:
-        self.base = base
-        self.space = Workspace()
-        self._tables: dict[str, dict[tuple[int, int], dict[bytes, list[tuple[str, bool]]]]] = {}
-
-    @cached_property
-    def _corners(self) -> dict[str, torch.Tensor]:
-        """Name -> the upper left corner of the tensor as a matrix, in its own dtype."""
-        return {e.name: _corner(e, 0, 0, CORNER, CORNER) for e in self.base.entries.values() if e.dtype in FLOATING}
-
-    def _table(self, dtype: str) -> dict[tuple[int, int], dict[bytes, list[tuple[str, bool]]]]:
-        """Corner's shape -> corner's bytes in `dtype` -> tensors, and whether transposed."""
-        if dtype not in self._tables:
-            table = self._tables[dtype] = {}
-            for name, corner in self._corners.items():
-                corner = corner.to(torch_dtype(dtype))
-                flat = len(self.base.entries[name].shape) < 2
-                for transposed in (False,) if flat else (False, True):
-                    form = corner.T if transposed else corner
-                    kinds = table.setdefault((form.shape[0], form.shape[1]), {})
-                    kinds.setdefault(bytes(_bytes(form)), []).append((name, transposed))
-        return self._tables[dtype]
-
-    def match(self, graph: OnnxFile, changed: set[str]) -> tuple[list[tuple[Entry, list[Tile]]], list[Entry]]:
-        """Weights with their tiles, and weights that are not made of the base's tensors.
-
-        A weight with a changed tensor is compared in full when it is rewritten, the others here.
-        """
-        stored = list({(e.file, e.start): e for e in graph.tensors}.values())
-        for dtype in {entry.dtype for entry in stored}:
-            self._table(dtype)  # before the threads ask for it
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            tiles = list(pool.map(partial(self._tiles, changed=changed), stored))
-        found = [(entry, parts) for entry, parts in zip(stored, tiles, strict=True) if parts]
-        return found, [entry for entry, parts in zip(stored, tiles, strict=True) if not parts]
-
-    def _tiles(self, stored: Entry, changed: set[str]) -> list[Tile]:
-        """What the weight is made of: one tensor, or several below or beside each other; empty where it is not."""
-        rows, cols = _matrix(stored.shape)
-        tiles: list[Tile] = []
-        row = col = 0
-        down: bool | None = None
-        while row < rows and col < cols:
-            fits = []
-            for tile in self._starting_at(stored, row, col):
-                height, width = self._shape_of(tile)
-                whole = (height == rows and down is not True, width == cols and down is not False)
-                if any(whole) and row + height <= rows and col + width <= cols:
-                    fits.append((tile, height, width, whole[1] and not whole[0] if down is None else down))
-            if len(fits) > 1 or (fits and fits[0][0].tensor not in changed):
-                fits = [fit for fit in fits if self.difference(stored, fit[0]) is None]
-            if not fits:
-                return []
-            tile, height, width, down = max(fits, key=lambda fit: fit[1] * fit[2])
-            twins = {t.tensor for t, h, w, _ in fits if (h, w) == (height, width)} - {tile.tensor}
-            tiles.append(replace(tile, twins=tuple(sorted(twins))))
-            row, col = (row + height, 0) if down else (0, col + width)
-        return tiles
-
-    def _starting_at(self, stored: Entry, row: int, col: int) -> Iterator[Tile]:
-        rows, cols = _matrix(stored.shape)
-        for (height, width), kinds in self._table(stored.dtype).items():
-            if row + height <= rows and col + width <= cols:
-                key = bytes(_bytes(_corner(stored, row, col, height, width)))
-                yield from (Tile(name, row, col, transposed) for name, transposed in kinds.get(key, ()))
-
-    def _shape_of(self, tile: Tile) -> tuple[int, int]:
-        rows, cols = _matrix(self.base.entries[tile.tensor].shape)
-        return (cols, rows) if tile.transposed else (rows, cols)
-
-    def part(self, matrix: torch.Tensor, tile: Tile) -> torch.Tensor:
-        """The tile's part of a weight as a matrix."""
-        height, width = self._shape_of(tile)
-        return matrix[tile.row : tile.row + height, tile.col : tile.col + width]
-
-    def difference(self, stored: Entry, tile: Tile, matrix: torch.Tensor | None = None) -> str | None:
-        """The first number of the tile that is not the base tensor's; None where all are."""
-        import torch
-
-        matrix = self._read("stored", stored) if matrix is None else matrix
-        part = self.part(matrix, tile)
-        part = part.T if tile.transposed else part
-        own = self.base.entries[tile.tensor]
-        rows, cols = _matrix(own.shape)
-        step = max(1, BLOCK_ELEMENTS // max(1, cols))
-        for row in range(0, rows, step):
-            count = min(step, rows - row)
-            expected = self.space.own("expected", count * cols * matrix.itemsize)
-            block = torch.frombuffer(expected, dtype=matrix.dtype).view(count, cols)
-            block.copy_(self._read("base", own, row, count))
-            if not torch.equal(part[row : row + count], block):
-                i, j = (part[row : row + count] != block).nonzero()[0].tolist()
-                got, wanted, at = part[row + i, j], block[i, j], [row + i, j]
-                return (
-                    f"weight {stored.name!r} differs from the base tensor {tile.tensor!r}: at "
-                    f"{at[::-1] if tile.transposed else at} it holds {float(got):.6g}, expected {float(wanted):.6g}"
-                )
-        return None
-
-    def _read(self, buffer: str, entry: Entry, row: int = 0, rows: int | None = None) -> torch.Tensor:
-        """Rows of a tensor as a matrix, or all of them, in this thread's buffer of that name."""
-        import torch
-
-        height, cols = _matrix(entry.shape)
-        rows, width = height if rows is None else rows, byte_length(entry.dtype, (cols,))
-        data = self.space.own(buffer, rows * width)
-        _fill(entry, data, row * width)
-        return torch.frombuffer(data, dtype=torch_dtype(entry.dtype)).view(rows, cols)
-
-
-def _fill(entry: Entry, data: memoryview, offset: int = 0) -> None:
-    """Read a tensor's bytes from `offset` on."""
-    fd = os.open(entry.file, os.O_RDONLY)
-    try:
-        read_rows(fd, entry, data, offset)
-    finally:
-        os.close(fd)
-
-
-def _corner(entry: Entry, row: int, col: int, height: int, width: int) -> torch.Tensor:
-    """A few numbers of a tensor as a matrix, cut at its edges, without reading the rest."""
-    import torch
-
-    rows, cols = _matrix(entry.shape)
-    height, width = min(height, rows - row), min(width, cols - col)
-    length, stride = byte_length(entry.dtype, (width,)), byte_length(entry.dtype, (cols,))
-    data = bytearray(length * height)
-    fd = os.open(entry.file, os.O_RDONLY)
-    try:
-        for i in range(height):
-            at = (row + i) * stride + byte_length(entry.dtype, (col,))
-            read_rows(fd, entry, memoryview(data)[i * length : (i + 1) * length], at)
-    finally:
-        os.close(fd)
-    return torch.frombuffer(data, dtype=torch_dtype(entry.dtype)).view(height, width)
-
-
-def _matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """A tensor's rows and columns; a vector is one row."""
-    return matrix_shape(tuple(shape)) if len(shape) > 1 else (1, *shape, 1)[:2]  # type: ignore[return-value]
-
-
 def _refuse_strange(graph: OnnxFile, unknown: Sequence[Entry], matcher: Matcher) -> None:
     """Refuse a weight that is called like a base tensor, or has the shape of one, and is none."""
     entries = matcher.base.entries
     resolver = NameResolver(entries)
-    shapes = {_matrix(e.shape) for e in entries.values() if len(e.shape) > 1}
+    shapes = {as_matrix(e.shape) for e in entries.values() if len(e.shape) > 1}
     for stored in unknown:
         try:
             known = resolver.find(stored.name) or resolver.find(stored.name.partition(".")[2])
@@ -329,9 +157,9 @@ def _refuse_strange(graph: OnnxFile, unknown: Sequence[Entry], matcher: Matcher)
             known = None
         if known is not None and entries[known].shape == stored.shape:
             raise BaseModelError(_foreign(graph, matcher.difference(stored, Tile(known, 0, 0, False))))
-        rows, cols = _matrix(stored.shape)
+        rows, cols = as_matrix(stored.shape)
         if len(stored.shape) > 1 and {(rows, cols), (cols, rows)} & shapes:
-            like = next(n for n, e in entries.items() if _matrix(e.shape) in ((rows, cols), (cols, rows)))
+            like = next(n for n, e in entries.items() if as_matrix(e.shape) in ((rows, cols), (cols, rows)))
             raise BaseModelError(
                 _foreign(graph, f"weight {stored.name!r} has the shape of {like!r} and equals no tensor of the base")
             )
@@ -389,8 +217,8 @@ def _rewritten(
     import torch
 
     data = take(stored.nbytes)
-    _fill(stored, data)
-    matrix = torch.frombuffer(data, dtype=torch_dtype(stored.dtype)).view(_matrix(stored.shape))
+    read_into(stored, data)
+    matrix = torch.frombuffer(data, dtype=torch_dtype(stored.dtype)).view(as_matrix(stored.shape))
     for tile in refold.tiles[stored.file, stored.start]:
         if difference := matcher.difference(stored, tile, matrix):
             raise BaseModelError(_foreign(refold.graphs[0], difference))
@@ -404,9 +232,3 @@ def _rewritten(
             part = matcher.part(matrix, tile)
             fold_into(piece, mixture, matcher.space, part.T if tile.transposed else part)
     return data
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    import torch
-
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

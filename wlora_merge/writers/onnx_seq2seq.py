@@ -1,4 +1,4 @@
-"""An encoder-decoder -> two graphs: `encoder_model.onnx` and `decoder_model_merged.onnx`, and how the two are run.
+"""An encoder-decoder -> two graphs: `encoder_model.onnx` and `decoder_model_merged.onnx`.
 
 The decoder is traced twice, with and without a past, and the two become the branches of one `If` over shared weights, as
 Optimum lays them out and transformers.js runs them. Knows that layout alone; tracing and tidying are the other rooms'.
@@ -7,14 +7,13 @@ Optimum lays them out and transformers.js runs them. Knows that layout alone; tr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.writers.onnx_tasks import DENSE_INSTEAD, sample_inputs
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx_ir
     import torch
 
@@ -275,75 +274,3 @@ def _branch(
     for output in outputs:
         found[output].name = f"{name}.{output}"
     return ir.Graph([], [found[output] for output in outputs], nodes=nodes, name=name)
-
-
-# ---------------------------------------------------------------------------------------------------------- running
-
-
-def run(
-    sessions: Mapping[str, Any],
-    inputs: dict[str, np.ndarray],
-    step: Callable[..., dict[str, np.ndarray]],
-    past: int = 0,
-) -> dict[str, np.ndarray]:
-    """The decoder's outputs for the decoder tokens after the first `past`, which it is given first where there are any.
-
-    Args:
-        sessions: of `ENCODER` and `DECODER`.
-        inputs: `input_ids`, `attention_mask` [batch, source], `decoder_input_ids` [batch, sequence].
-        step: runs a session on (inputs, cache).
-    """
-    feed = encoded(sessions, inputs, step)
-    ids, cache = inputs["decoder_input_ids"], None
-    if past:
-        cache = grown(decode(sessions, feed, ids[:, :past], None, step))
-    return decode(sessions, feed, ids[:, past:], cache, step)
-
-
-def decode(
-    sessions: Mapping[str, Any],
-    feed: dict[str, np.ndarray],
-    ids: np.ndarray,
-    cache: dict[str, np.ndarray] | None,
-    step: Callable[..., dict[str, np.ndarray]],
-) -> dict[str, np.ndarray]:
-    """One run of the decoder, with the cache of the run before or None for the first."""
-    import numpy as np
-
-    empty = {
-        value.name: np.zeros((len(ids), value.shape[1], 0, value.shape[3]), feed["encoder_hidden_states"].dtype)
-        for value in sessions[DECODER].get_inputs()
-        if value.name.startswith("past_key_values.")
-    }
-    switched = {**feed, "input_ids": ids, SWITCH: np.array([cache is not None])}
-    return step(sessions[DECODER], switched, empty if cache is None else cache)
-
-
-def decoded(
-    sessions: Mapping[str, Any], inputs: dict[str, np.ndarray], start: int, step: Callable[..., dict[str, np.ndarray]]
-) -> Generator[np.ndarray, int, None]:
-    """The scores of the next token, for the start token and then for each token that is sent."""
-    import numpy as np
-
-    feed, cache, token = encoded(sessions, inputs, step), None, start
-    while True:
-        outputs = decode(sessions, feed, np.array([[token]]), cache, step)
-        token = yield outputs["logits"][0, -1]
-        cache = grown(outputs)
-
-
-def encoded(
-    sessions: Mapping[str, Any], inputs: dict[str, np.ndarray], step: Callable[..., dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """What the decoder gets of the encoder."""
-    hidden = step(sessions[ENCODER], {name: inputs[name] for name in ("input_ids", "attention_mask")}, {})
-    return {"encoder_attention_mask": inputs["attention_mask"], "encoder_hidden_states": hidden["last_hidden_state"]}
-
-
-def grown(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The cache that a run gave, under the names of the next run's inputs."""
-    return {
-        name.replace("present.", "past_key_values.", 1): value
-        for name, value in outputs.items()
-        if name.startswith("present.")
-    }
