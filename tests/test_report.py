@@ -232,7 +232,7 @@ def test_figures_have_whole_steps_whole_names_and_the_range_of_their_values() ->
     loss = figures.lines({"learned": ([1, 2, 3], [0.5, 0.4, 0.3])}, "step", "loss")
     assert all(float(tick).is_integer() for tick in loss.axes[0].get_xticks())
     name = "base_model.model.vision_tower.encoder.layers.11.self_attn.q_proj"
-    drawn = figures.bars([name], {"change": [0.1]}, "ratio")
+    drawn = figures.dots([name], {"change": [0.1]}, "ratio")
     assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] == [name]
     (cells,) = figures.heatmap([[0.48, 0.52], [0.49, 0.51]], ["0", "1"], ["a", "b"], "weight").axes[0].collections
     assert cells.get_clim() == (0.48, 0.52)

@@ -46,7 +46,14 @@ def heatmap(values: ArrayLike, rows: Sequence[str], columns: Sequence[str], labe
             middle = (low + high) / 2
             for (y, x), value in np.ndenumerate(table):
                 pale = abs(value) < 0.6 if signed else value > middle
-                axes.text(x + 0.5, y + 0.5, f"{value:.2f}", ha="center", va="center", color="k" if pale else "w")
+                axes.text(
+                    x + 0.5,
+                    y + 0.5,
+                    f"{round(value, 2) + 0.0:.2f}",
+                    ha="center",
+                    va="center",
+                    color="k" if pale else "w",
+                )
         figure.colorbar(cells, ax=axes, label=label)
     return figure
 
@@ -57,16 +64,17 @@ def lines(
     y_label: str,
     *,
     log: bool = False,
-    mark: float | None = None,
+    mark: tuple[str, float] | None = None,
 ) -> Any:
-    """One line for each name -> (x, y); `mark` draws an upright line there."""
+    """One line for each name -> (x, y); `mark` draws an upright line at its x, with its name beside it."""
     with rc_context(RC):
         figure = Figure(figsize=(6.4, 3.0), layout="constrained")
         axes = figure.subplots()
         for i, (name, (x, y)) in enumerate(series.items()):
             axes.plot(np.asarray(x), np.asarray(y), color=CYCLE[i % len(CYCLE)], label=name, linewidth=1.5)
         if mark is not None:
-            axes.axvline(mark, color=INK, linewidth=0.8, linestyle="--")
+            axes.axvline(mark[1], color=INK, linewidth=0.8, linestyle="--")
+            axes.text(mark[1], 1.0, f" {mark[0]}", transform=axes.get_xaxis_transform(), va="top")
         if log:
             axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps, ranks and indexes
@@ -76,15 +84,16 @@ def lines(
     return figure
 
 
-def bars(names: Sequence[str], series: Mapping[str, Sequence[float]], x_label: str) -> Any:
-    """A pair of lying bars for each name, on a logarithmic axis."""
+def dots(names: Sequence[str], series: Mapping[str, Sequence[float]], x_label: str) -> Any:
+    """A row for each name with a dot of each series, on a logarithmic axis, where the length of a bar would mean nothing."""
     with rc_context(RC):
         figure = Figure(figsize=(8.0, max(1.8, min(11.0, 0.8 + 0.3 * len(names)))), layout="constrained")
         axes = figure.subplots()
-        height = 0.8 / len(series)
         for i, (name, values) in enumerate(series.items()):
-            axes.barh(np.arange(len(names)) + i * height, values, height, color=CYCLE[i], label=name)
-        axes.set_yticks(np.arange(len(names)) + 0.4 - height / 2, [_short(n, 64) for n in names])
+            axes.plot(values, np.arange(len(names)), "o", color=CYCLE[i], label=name)
+        axes.set_yticks(np.arange(len(names)), [_short(n, 64) for n in names])
+        axes.grid(axis="y", color=INK, alpha=0.15)
+        axes.set_axisbelow(True)
         if any(value > 0 for values in series.values() for value in values):
             axes.set_xscale("log")
         axes.set(xlabel=x_label)

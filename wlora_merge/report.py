@@ -82,7 +82,7 @@ def write_report(
 def _drawings(
     folder: Path, mixture: Mixture, deltas: Deltas, kind: str | None, base: BaseModel | None
 ) -> tuple[dict[str, Any], list[Change]]:
-    from .figures import bars, heatmap, lines
+    from .figures import dots, heatmap, lines
 
     names = mixture.adapter_names
     layers, table = weights_by_layer(mixture)
@@ -97,7 +97,8 @@ def _drawings(
         found = spectra(deltas, mixture)
         drawn["spectrum"] = lines(_spectrum_lines(found), "index", "singular value", log=True)
         errors = error_by_rank(found)
-        drawn["error"] = lines({"error": (range(len(errors)), errors)}, "rank", "relative error", mark=_rank(folder))
+        mark = ("this export", _rank(folder))
+        drawn["error"] = lines({"error": (range(len(errors)), errors)}, "rank", "relative error", mark=mark)
     if kind == "dense" and base is not None:
         rows = sorted(changes(base, deltas, mixture, folder), key=lambda c: -c.relative_change)
         top = rows[:SHOWN_CHANGES]
@@ -105,7 +106,7 @@ def _drawings(
             "change / base weight": [c.relative_change for c in top],
             "lost to rounding / change": [c.lost or 0.0 for c in top],
         }
-        drawn["changes"] = bars([c.tensor.removesuffix(".weight") for c in top], series, "ratio of Frobenius norms")
+        drawn["changes"] = dots([c.tensor.removesuffix(".weight") for c in top], series, "ratio of Frobenius norms")
     return drawn, rows
 
 
@@ -164,7 +165,7 @@ def _comparison(mixture: Mixture) -> str:
     rows = [[name, *(_measured(key, row, examples) for key in columns)] for name, row in table.items()]
     note = html.escape(metrics.get("note", ""))
     shares = " In brackets: Wilson's 95 % interval for that many examples." if "accuracy" in columns else ""
-    return f"<h2>Comparison</h2>\n<p>{note}{shares}</p>\n" + _table(["", *columns], rows)
+    return f"<h2>Comparison</h2>\n<p>{note}{shares}</p>\n" + _table(["", *columns], rows, strong=metrics.get("kept"))
 
 
 def _measured(key: str, row: Mapping[str, float], examples: int) -> str:
@@ -206,8 +207,10 @@ def _provenance(mixture: Mixture, facts: Mapping[str, Any]) -> str:
     }
     return (
         "<h2>Provenance</h2>\n"
-        + _table(["input", "source", "sha256"], rows)
-        + _table(["", ""], [[key, str(value)] for key, value in settled.items() if value is not None])
+        + _table(["input", "source", "sha256 of its files, first digits"], rows)
+        + '<div class="facts">'
+        + _table(["setting", "value"], [[key, str(value)] for key, value in settled.items() if value is not None])
+        + "</div>"
     )
 
 
@@ -219,12 +222,15 @@ def _digests(table: Mapping[str, str]) -> str:
     return " ".join(digest[:12] for digest in table.values())
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], strong: str | None = None) -> str:
+    """A table that scrolls where it is too wide; the row that begins with `strong` is the one that counts."""
+
     def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+        mark = ' class="strong"' if tag == "td" and strong is not None and cells[0] == strong else ""
+        return f"<tr{mark}>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
     body = "\n".join(line(row, "td") for row in rows)
-    return f'<div class="wide"><table>\n{line(head, "th") if any(head) else ""}\n{body}\n</table></div>'
+    return f'<div class="wide"><table>\n{line(head, "th")}\n{body}\n</table></div>'
 
 
 STYLE = """
@@ -233,9 +239,11 @@ STYLE = """
 body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem;
   padding: 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.wide { overflow-x: auto; margin: .75rem 0; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; margin: .75rem 0; }  table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--rule); padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top; }
-figure { margin: .5rem 0; } svg { display: block; height: auto; max-width: 44rem; width: 100%; }
+.strong { font-weight: bold; } .facts td + td { overflow-wrap: anywhere; }
+figure { margin: .5rem 0; overflow-x: auto; } svg { display: block; height: auto; max-width: 44rem; min-width: 34rem; width: 100%; }
+@media (max-width: 36rem) { figure::before { content: "scrolls sideways →"; font-size: .8rem; } }
 summary { cursor: pointer; margin: 1rem 0; }
 """
 
