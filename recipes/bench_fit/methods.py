@@ -20,7 +20,7 @@ from jobs import Job, Row, get_job
 import wlora_merge
 
 STEPS = {"text-classification": 100, "causal-lm": 40}  # the fit's own defaults
-BATCH, HEAD_RATE, MAX_LENGTH = 8, 5e-3, 256
+BATCH, HEAD_RATE, MAX_LENGTH = 8, 0.01, 256
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ METHODS: dict[str, Method] = {
     "LoRA from scratch": _lora,
     "best single adapter on the shots": _fitted(method="best-single"),
     "uniform composition": _fitted(method="uniform", folds=0),
-    "plain learned composition": _fitted(granularity="module", pull=0.0, folds=0, max_steps=100, learning_rate=0.05),
+    "plain learned composition": _fitted(
+        normalize="all", granularity="module", pull=0.0, folds=0, max_steps=100, learning_rate=0.05
+    ),
     "wlora-merge fit": _fitted(),
     "wlora-merge fit --method auto": _fitted(method="auto"),
 }
