@@ -28,6 +28,7 @@ LEARNED, UNIFORM, BASE, SEARCH, FIXED, BEST_SINGLE, AUTO = (
 PRUNED = "learned, pruned"
 CHECKPOINTS = (0.3, 0.6, 1.0)  # shares of the steps after which a candidate is judged
 PULLS = (0.0, 0.3)
+FREE_FIRST = ["none", "all"]  # normalize
 SEARCH_EVALUATIONS = 40
 SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.13269
 
@@ -65,15 +66,16 @@ def fixed_candidates(names: Sequence[str], options: FitOptions) -> dict[str, Can
     return found
 
 
-def learned_settings(options: FitOptions) -> list[Candidate]:
+def learned_settings(options: FitOptions, *, head: bool) -> list[Candidate]:
     """What the folds compare for the learned method: the default, then what differs from it in one option, then in more.
 
-    None for a method that learns nothing by gradients.
+    None for a method that learns nothing by gradients. The default is free weights where a new head is trained, a softmax
+    where the base already does the task (recipes/bench_fit/README.md says what was measured).
     """
     if options.method not in (LEARNED, AUTO):
         return []
     softmax = options.initial_logits is not None or options.temperature != 1
-    normalizes = [options.normalize] if options.normalize else ["all"] if softmax else ["none", "all"]
+    normalizes = [options.normalize] if options.normalize else ["all"] if softmax else FREE_FIRST[:: 1 if head else -1]
     granularities = [options.granularity] if options.granularity else ["module", "global"]
     pulls = [options.pull] if options.pull is not None else list(PULLS)
     table = itertools.product(enumerate(normalizes), enumerate(granularities), enumerate(pulls))

@@ -205,7 +205,7 @@ def _work(job: _Job) -> tuple[dict[str, Any], Candidate]:
 
     learner, options, names = job.learner, job.options, job.learner.names
     fixed = c.fixed_candidates(names, options)
-    settings = c.learned_settings(options)
+    settings = c.learned_settings(options, head=bool(learner.head))
     steps = c.total_steps(learner, len(job.shots))
     search = [replace(fixed[c.UNIFORM], name=c.SEARCH)] if options.method in (c.SEARCH, c.AUTO) else []
     set_by_hand = options.max_steps is not None or options.epochs is not None

@@ -31,8 +31,8 @@ class FitOptions:
         weights: [N] mixture weights of `fixed`, used as they are.
         granularity: `module`, `layer` or `global`: who shares a row of weights; None: chosen on the folds.
         normalize: `all`, `present` or `none`: softmax over all adapters, over those present in a module, or free weights that
-            start as uniform composition; None: free weights where something is learned (with more than 3 `settings` the folds
-            compare `all` too), `all` where logits or a temperature are given, or nothing is learned.
+            start as uniform composition; None: `all` or `none`, chosen on the folds; where nothing is held out `none` if a new
+            head is trained, else `all`; always `all` where logits or a temperature are given, or nothing is learned.
         delta_scale: factor of the whole delta weight, or `learned`.
         initial_logits: [N] logits for all groups (free weights with `normalize: none`), a mixture folder to start from, or a
             JSON file {group: {adapter: logit}}; None: zero, which is uniform composition.
@@ -44,7 +44,7 @@ class FitOptions:
 
     How it is judged:
         folds: parts of the shots, each held out once; 0 holds nothing out. Classes with one shot are never held out.
-        settings: how many settings (granularity, pull) of the learned method the folds compare at most; each costs as many
+        settings: how many settings (normalize, granularity, pull) of the learned method the folds compare at most; each costs as many
             trainings as there are folds.
 
     How long:
@@ -73,7 +73,7 @@ class FitOptions:
     pull: float | None = None
     prune_below: float = 0.0
     folds: int = 3
-    settings: int = 3
+    settings: int = 4
     epochs: float | None = None
     max_steps: int | None = None
     max_minutes: float | None = None

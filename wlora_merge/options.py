@@ -85,8 +85,8 @@ FIT_OPTIONS = together(
     click.option(
         "--normalize",
         type=click.Choice(fit_options.NORMALIZE),
-        help="Softmax over all adapters, renormalized over those present in a module, or none: free weights. Default: none "
-        "where weights are learned.",
+        help="Softmax over all adapters, renormalized over those present in a module, or none: free weights. Default: chosen on "
+        "the folds.",
     ),
     click.option(
         "--delta-scale", default="1.0", show_default=True, help="Factor of the whole delta weight, or learned."
@@ -117,7 +117,7 @@ FIT_OPTIONS = together(
         help="Parts of the shots, each held out once; 0: none.",
     ),
     click.option(
-        "--settings", type=COUNT, default=3, show_default=True, help="Learned settings that the folds compare at most."
+        "--settings", type=COUNT, default=4, show_default=True, help="Learned settings that the folds compare at most."
     ),
     click.option("--epochs", type=ABOVE_0, help="Passes over the shots. Default: --max-steps decides."),
     click.option(

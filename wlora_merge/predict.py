@@ -91,7 +91,7 @@ def _trainings(
     """
     from .candidates import fixed_candidates, fold_indices, learned_settings
 
-    settings, search = len(learned_settings(options)), options.method in ("search", "auto")
+    settings, search = len(learned_settings(options, head=head)), options.method in ("search", "auto")
     fixed = len(fixed_candidates(names, options)) + 2 * search
     labels = examples.column("label") if "label" in examples.columns else []
     keys = labels if labels and isinstance(labels[0], str) else [""] * len(examples)

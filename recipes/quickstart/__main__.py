@@ -67,7 +67,16 @@ def main_job(out: Path, zoo: Zoo, shots: Digits, few: FewShot) -> None:
     write_pictures(shots, out / "shots")
     adapters = [part for name, path in zoo.adapters.items() for part in ("--adapter", f"{name}={path}")]
     data = ["--data", out / "shots", "--task", TASK, "--granularity", "layer"]
-    learning = ["--max-steps", few.steps, "--batch-size", few.batch_size, "--learning-rate", few.learning_rate]
+    learning = [
+        "--max-steps",
+        few.steps,
+        "--batch-size",
+        few.batch_size,
+        "--learning-rate",
+        few.learning_rate,
+        "--normalize",
+        "all",
+    ]
     wlora("fit", "--base", zoo.base, *adapters, *data, *learning, "--out", out / "mixture", "--force")
     for kind in ("dense", "lora", "onnx"):
         wlora("export", out / "mixture", "--format", kind, "--out", out / kind, "--force")

@@ -109,6 +109,7 @@ def learned(zoo: Zoo, shots: Digits, few: FewShot, seed: int, granularity: str) 
             folder / "shots",
             TASK,
             granularity=granularity,
+            normalize="all",
             max_steps=few.steps,
             batch_size=few.batch_size,
             learning_rate=few.learning_rate,
