@@ -51,6 +51,8 @@ def quality(options: argparse.Namespace) -> None:
     ):
         running = [pool.submit(trial, *one, options.models) for one in wanted if one not in known]
         for number, future in enumerate(as_completed(running), 1):
+            if future.exception():
+                pool.shutdown(wait=False, cancel_futures=True)
             row = future.result()
             done.append(row)
             log.write(json.dumps(row) + "\n")
