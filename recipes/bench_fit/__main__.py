@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 REPORTED = (
-    "banking:g0,banking:g3,banking:g4,banking:g5,minilm:mr,minilm:subj,minilm:trec,smollm2:mr,bbh:sports_understanding"
+    "banking:g0,banking:g3,banking:g4,banking:g5,minilm:mr,minilm:subj,minilm:sst2,smollm2:mr,bbh:navigate"
 )
 
 
