@@ -12,7 +12,7 @@ import torch
 from conftest import make_adapter, tiny_bert
 from test_fit import WORDS, save_tokenizer
 
-from wlora_merge.candidates import Comparison, chosen, fold_indices, rivals
+from wlora_merge.candidates import Comparison, chosen, fold_indices, learned_settings, rivals
 from wlora_merge.errors import MixtureError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
@@ -159,11 +159,24 @@ def test_initial_logits_by_numbers_by_file_and_by_mixture(zoo: Zoo, tmp_path: Pa
 
 
 def test_a_mixture_per_module_continues_a_fit_under_the_files_own_names(zoo: Zoo, tmp_path: Path) -> None:
-    first = fitted(zoo, tmp_path / "m", granularity="module", folds=0, learning_rate=0.2)
-    again = fitted(
-        zoo, granularity="module", folds=0, learning_rate=1e-9, max_steps=1, initial_logits=str(tmp_path / "m")
-    )
+    first = fitted(zoo, tmp_path / "m", folds=0, learning_rate=0.2)
+    again = fitted(zoo, learning_rate=1e-9, max_steps=1, initial_logits=str(tmp_path / "m"))
+    assert (again.granularity, again.normalize) == (first.granularity, first.normalize) == ("module", "none")
     assert torch.allclose(again.wlora_weights, first.wlora_weights, atol=1e-6)
+    with pytest.raises(MixtureError, match="holds free weights"):
+        fitted(zoo, normalize="all", initial_logits=str(tmp_path / "m"))
+
+
+def test_the_folds_compare_free_weights_and_the_softmax_and_what_cannot_be_held_out_decides_by_the_head(
+    zoo: Zoo,
+) -> None:
+    mixture = fitted(zoo, granularity="global", pull=0.0)
+    settings = mixture.metrics["settings"]
+    assert list(settings) == ["global, normalize none, pull 0", "global, normalize all, pull 0"]
+    best = min(settings, key=lambda name: settings[name]["loss"])
+    assert mixture.metrics["chosen"]["normalize"] == mixture.normalize == best.split(", ")[1].removeprefix("normalize ")
+    for head, first in ((True, "none"), (False, "all")):
+        assert learned_settings(fit_options({}), head=head)[0].normalize == first
 
 
 # ------------------------------------------------------------------------------------------------------- pruning

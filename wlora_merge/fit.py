@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ from .base_model import BaseModel, open_base, refuse_quantized
 from .data import Examples, read_examples
 from .errors import MixtureError
 from .fit_options import FitOptions, fit_options
+from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded
+from .fit_start import initial_logits, like_start
 from .fit_state import FitState, only_fit, state_file
 from .mixture import Mixture
 from .report import write_report
@@ -32,29 +34,12 @@ from .tasks import Task, get_task
 from .trackers import tracker_names, tracking
 
 if TYPE_CHECKING:
-    from .candidates import Comparison, Leads
+    from .candidates import Comparison
     from .labels import LabelSet
     from .ranks import Team
     from .training import Candidate, FitProgress, Learner
 
 FOLD_SHARE = 0.5  # of the time that `max_minutes` allows
-
-
-@dataclass
-class _Job:
-    """What a fit works on: the learner, and which of its rows are for what."""
-
-    learner: Learner
-    shots: list[int]
-    held: list[int]
-    parts: list[tuple[list[int], list[int]]]
-    options: FitOptions
-    start: float
-    losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-
-    def deadline(self, share: float = 1.0) -> float | None:
-        """In `time.monotonic()`; None without a budget."""
-        return None if self.options.max_minutes is None else self.start + share * 60 * self.options.max_minutes
 
 
 def fit(
@@ -101,7 +86,7 @@ def fit(
     """
     from .ranks import team
 
-    chosen = fit_options(options)
+    chosen = like_start(fit_options(options))
     job = get_task(task)
     tracker_names(chosen)  # refuses before anything is trained
     if chosen.quantize:
@@ -127,10 +112,10 @@ def fit(
         metrics, kept = _work(work)
         mixture = _mixture(work.learner, opened, kept)
         mixture.task, mixture.metrics, mixture.modules_to_save = task, metrics, modules_to_save
-        mixture.metrics["held_out"] = _held_out(work, shots, held)
+        mixture.metrics["held_out"] = held_out(work, shots, held)
         if work.learner.head:
             mixture.config = _config(work.learner, job, labels)
-        mixture.data = {"method": chosen.method, "data": _data_ref(shots), "fit": _recorded(chosen)}
+        mixture.data = {"method": chosen.method, "data": data_ref(shots), "fit": recorded(chosen)}
         if out is not None and ranks.leads:
             title = f"A mixture on {opened.source.name}"
             beside = partial(write_report, mixture=mixture, deltas=deltas, title=title) if report else None
@@ -159,7 +144,7 @@ def _prepare(
     ranks: Team,
     state: Any,
     progress: FitProgress | None,
-) -> tuple[_Job, LabelSet | None]:
+) -> tuple[FitJob, LabelSet | None]:
     from .candidates import fold_indices
     from .fit_model import load_model
     from .training import Learner
@@ -172,7 +157,7 @@ def _prepare(
     rows = task.encode(shots, processor, max_length=options.max_length, labels=labels)
     judged = task.encode(held, processor, max_length=options.max_length, labels=labels) if held else []
     n = len(rows)
-    initial = _initial(options, [a.name for a in adapters])
+    initial = initial_logits(options, [a.name for a in adapters])
     learner = Learner(
         model, task, labels, processor, options, _Both(rows, judged), head, ranks, state, initial, progress
     )
@@ -180,7 +165,7 @@ def _prepare(
     keys = keys if keys and isinstance(keys[0], str) else [""] * n
     folds = fold_indices(keys, options.folds, options.seed) if options.folds else []
     parts = [([i for i in range(n) if i not in set(fold)], fold) for fold in folds]
-    return _Job(learner, list(range(n)), list(range(n, n + len(judged))), parts, options, start), labels
+    return FitJob(learner, list(range(n)), list(range(n, n + len(judged))), parts, options, start), labels
 
 
 class _Both(Sequence[Any]):
@@ -199,7 +184,7 @@ class _Both(Sequence[Any]):
 # ------------------------------------------------------------------------------------------------------ the work
 
 
-def _work(job: _Job) -> tuple[dict[str, Any], Candidate]:
+def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     """Compare, choose, train what is kept; the metrics and the candidate that the model now holds."""
     from . import candidates as c
 
@@ -231,23 +216,14 @@ def _work(job: _Job) -> tuple[dict[str, Any], Candidate]:
     kept = c.chosen(options.method, options.select, comparison, names)
     candidate = (fixed | {s.name: s for s in [*learned, *search]})[kept]
     candidate = _finish(job, candidate, best_steps.get(kept, steps), comparison)
-    metrics = _metrics(job, comparison, on_folds, kept, candidate)
-    metrics["history"] = _history(job.losses, kept)
+    metrics = metrics_of(job, comparison, on_folds, kept, candidate)
+    metrics["history"] = history(job.losses, kept)
     if options.prune_below:
         metrics["pruned"] = _prune(job, candidate, on_folds)
     return metrics, candidate
 
 
-def _history(losses: Mapping[str, list[tuple[int, float]]], kept: str) -> dict[str, list[tuple[int, float]]]:
-    """(step, loss) of the last training of what is kept: at most 200 of them, evenly spread, the last among them."""
-    name = next((name for name in (f"{kept}, all shots", kept) if losses.get(name)), None)
-    if name is None:
-        return {}
-    step = -(-len(losses[name]) // 200)
-    return {name: losses[name][::-1][::step][::-1]}
-
-
-def _finish(job: _Job, candidate: Candidate, steps: int, comparison: Comparison) -> Candidate:
+def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Comparison) -> Candidate:
     """Train what is kept on all shots, unless that is what was judged."""
     from . import candidates as c
     from .training import restore
@@ -270,7 +246,7 @@ def _finish(job: _Job, candidate: Candidate, steps: int, comparison: Comparison)
     return candidate
 
 
-def _prune(job: _Job, candidate: Candidate, on_folds: Comparison) -> dict[str, Any]:
+def _prune(job: FitJob, candidate: Candidate, on_folds: Comparison) -> dict[str, Any]:
     """Prune the model's weights and say what it cost."""
     from . import candidates as c
 
@@ -282,72 +258,6 @@ def _prune(job: _Job, candidate: Candidate, on_folds: Comparison) -> dict[str, A
     if not job.held and candidate.learned and on_folds.pruned is not None:
         cost, where = on_folds.pruned, "held-out folds"
     return {"below": job.options.prune_below, "weights_set_to_zero": dropped, "loss_added": cost, "on": where}
-
-
-# ---------------------------------------------------------------------------------------------------- the record
-
-
-def _called(name: str, adapters: Sequence[str]) -> str:
-    return f"{name} alone" if name in adapters else name
-
-
-def _said_of_rivals(better: Leads, equal: Leads, adapters: Sequence[str], metric: str) -> list[str]:
-    """What did better than the learned mixture and what as well, for the note; the hint where there is a choice."""
-
-    def listed(leads: Leads) -> str:
-        return ", ".join(f"{_called(n, adapters)} ({lead:+.3f} ± {error:.3f})" for n, (lead, error) in leads.items())
-
-    said = [f"Better than learned in {metric}: {listed(better)}."] if better else []
-    if equal:
-        said.append(f"As good as learned, within one standard error and with no far larger loss: {listed(equal)}.")
-    if {*better, *equal} - {"base"}:
-        said.append(f"Kept: learned; --select best keeps what is best in {metric}, then in the loss.")
-    return said
-
-
-def _metrics(
-    job: _Job, comparison: Comparison, on_folds: Comparison, kept: str, candidate: Candidate
-) -> dict[str, Any]:
-    from . import candidates as c
-
-    if not comparison.scores:
-        why = "nothing was held out. Give --eval-data, or two shots per class or more."
-        if on_folds.skipped:
-            why = f"no time was left for {', '.join(on_folds.skipped)}."
-        return {"kept": kept, "note": f"Not estimated: {why}"}
-    metric = job.learner.metric
-    others = [c.BASE, c.UNIFORM, *job.learner.names]
-    better, equal = c.rivals(kept, comparison, others)
-    if job.held:
-        how = f"on {len(job.held)} evaluation examples, every candidate trained on all {len(job.shots)} shots"
-    elif job.parts:
-        how = f"out of fold ({len(job.parts)} folds of {len(job.shots)} shots); what is kept was then trained on all shots"
-    else:
-        how = "on the shots themselves, which flatters every candidate"
-    said = [f"Loss, {metric.name} and its standard error {how}."]
-    if kept == c.LEARNED:
-        said += _said_of_rivals(better, equal, job.learner.names, metric.name)
-    else:
-        said.append(f"Kept: {_called(kept, job.learner.names)}.")
-    if comparison.skipped or on_folds.skipped:
-        said.append(f"Not compared for want of time: {', '.join([*on_folds.skipped, *comparison.skipped])}.")
-    result: dict[str, Any] = {
-        "metric": metric.name,
-        "higher_is_better": metric.higher_is_better,
-        "candidates": c.tables(comparison),
-        "kept": kept,
-        "better": list(better),
-        "as_good": list(equal),
-        "note": " ".join(said),
-    }
-    if on_folds.settings:
-        result["settings"] = on_folds.settings
-    if candidate.learned:
-        result["chosen"] = {
-            "granularity": candidate.granularity, "normalize": candidate.normalize, "pull": candidate.pull,
-            "steps": comparison.steps.get(kept, c.total_steps(job.learner, len(job.shots))),
-        }  # fmt: skip
-    return result
 
 
 def _mixture(learner: Learner, base: BaseModel, kept: Candidate) -> Mixture:
@@ -367,48 +277,6 @@ def _mixture(learner: Learner, base: BaseModel, kept: Candidate) -> Mixture:
     return mixture
 
 
-def _initial(options: FitOptions, names: list[str]) -> Any:
-    """groups -> the [G, N] logits that the user gives, or None for uniform composition."""
-    import torch
-
-    given = options.initial_logits
-    if given is None:
-        return lambda groups: None
-    if not isinstance(given, str):
-        row = torch.tensor([float(x) for x in given])
-        return lambda groups: row.expand(len(groups), -1)
-    table = _logit_table(Path(given))
-
-    def read(groups: dict[str, list[str]]) -> torch.Tensor:
-        keys = {key.removeprefix(_prefix(key, groups)): key for key in groups}
-        missing = [g for g in keys if g not in table] or [n for g in keys for n in names if n not in table[g]]
-        if missing:
-            raise MixtureError(
-                f"{given}: has no logit of {missing[0]!r}; its groups are {', '.join(list(table)[:3])}, ...: give one with the same "
-                "granularity and adapters."
-            )
-        return torch.tensor([[float(table[g][n]) for n in names] for g in keys])
-
-    def _prefix(key: str, groups: dict[str, list[str]]) -> str:
-        return next((key.removesuffix(g) for g in table if key.endswith(f".{g}")), "")
-
-    return read
-
-
-def _logit_table(path: Path) -> dict[str, dict[str, float]]:
-    if path.is_dir():
-        mixture = Mixture.load(path)
-        rows = zip(mixture.groups, mixture.wlora_weights.tolist(), strict=True)
-        return {group: dict(zip(mixture.adapter_names, row, strict=True)) for group, row in rows}
-    try:
-        table = json.loads(path.read_bytes())
-        return {str(g): {str(n): float(x) for n, x in row.items()} for g, row in table.items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise MixtureError(
-            f"initial_logits {path}: expected numbers, a mixture folder, or a JSON file {{group: {{adapter: logit}}}} ({error})."
-        ) from error
-
-
 def _state(
     out: str | Path | None,
     base: BaseModel,
@@ -424,7 +292,7 @@ def _state(
     table = {
         "base": base.sha256(),
         "adapters": [[a.name, a.sha256] for a in adapters],
-        "data": [_data_ref(shots), _data_ref(held) if held else None],
+        "data": [data_ref(shots), data_ref(held) if held else None],
         "options": {k: v for k, v in asdict(options).items() if k not in ("report_to", "max_minutes")},
         "task": task,
         "versions": versions(("torch", "transformers")),
@@ -433,24 +301,9 @@ def _state(
     return FitState(state_file(out) if out is not None else None, fingerprint, resume=resume)
 
 
-def _held_out(job: _Job, shots: Examples, held: Examples | None) -> dict[str, Any]:
-    if held is not None:
-        return {"examples": len(job.held), "from": _data_ref(held)}
-    return {"examples": sum(len(fold) for _, fold in job.parts), "of": len(shots), "folds": len(job.parts)}
-
-
-def _data_ref(examples: Examples) -> dict[str, Any]:
-    """What a mixture remembers of its data: the file's own name, its digest, how many rows."""
-    return {"name": Path(examples.source).name, "sha256": examples.sha256, "examples": len(examples)}
-
-
 def _config(learner: Learner, task: Task, labels: LabelSet | None) -> dict[str, Any]:
     """The config keys that the new head changes, as JSON has them."""
     changes = task.config_changes(labels, learner.processor)
     if "id2label" in changes:
         changes["id2label"] = {str(key): value for key, value in changes["id2label"].items()}
     return {"architectures": [type(learner.model).__name__], **changes}
-
-
-def _recorded(options: FitOptions) -> dict[str, Any]:
-    return {key: value for key, value in asdict(options).items() if key not in ("device", "report_to")}

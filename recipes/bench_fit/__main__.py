@@ -27,9 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-REPORTED = (
-    "banking:g0,banking:g3,banking:g4,banking:g5,minilm:mr,minilm:subj,minilm:sst2,smollm2:mr,bbh:navigate"
-)
+REPORTED = "banking:g0,banking:g3,banking:g4,banking:g5,minilm:mr,minilm:subj,minilm:sst2,smollm2:mr,bbh:navigate"
 
 
 def quality(options: argparse.Namespace) -> None:

@@ -121,7 +121,9 @@ def _zoo(name: str) -> dict[str, Path]:
 
 def _sentences(dataset: str) -> list[Row]:
     file, words = SENTENCES[dataset]
-    lines = (SHARED / "data/sentences" / file).read_text(encoding="latin-1").split("\n")  # not at latin-1's other line ends
+    lines = (
+        (SHARED / "data/sentences" / file).read_text(encoding="latin-1").split("\n")
+    )  # not at latin-1's other line ends
     return [(text.strip(), words[int(label)]) for label, _, text in (line.partition(" ") for line in lines) if text]
 
 

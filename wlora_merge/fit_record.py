@@ -1,0 +1,122 @@
+"""What a fit works on, and what the mixture remembers of it: scores, what was kept and what else was as good, data, options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .data import Examples
+from .fit_options import FitOptions
+
+if TYPE_CHECKING:
+    from .candidates import Comparison, Leads
+    from .training import Candidate, Learner
+
+
+@dataclass
+class FitJob:
+    """What a fit works on: the learner, and which of its rows are for what."""
+
+    learner: Learner
+    shots: list[int]
+    held: list[int]
+    parts: list[tuple[list[int], list[int]]]
+    options: FitOptions
+    start: float
+    losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    def deadline(self, share: float = 1.0) -> float | None:
+        """In `time.monotonic()`; None without a budget."""
+        return None if self.options.max_minutes is None else self.start + share * 60 * self.options.max_minutes
+
+
+def _called(name: str, adapters: Sequence[str]) -> str:
+    return f"{name} alone" if name in adapters else name
+
+
+def _said_of_rivals(better: Leads, equal: Leads, adapters: Sequence[str], metric: str) -> list[str]:
+    """What did better than the learned mixture and what as well, for the note; the hint where there is a choice."""
+
+    def listed(leads: Leads) -> str:
+        return ", ".join(f"{_called(n, adapters)} ({lead:+.3f} ± {error:.3f})" for n, (lead, error) in leads.items())
+
+    said = [f"Better than learned in {metric}: {listed(better)}."] if better else []
+    if equal:
+        said.append(f"As good as learned, within one standard error and with no far larger loss: {listed(equal)}.")
+    if {*better, *equal} - {"base"}:
+        said.append(f"Kept: learned; --select best keeps what is best in {metric}, then in the loss.")
+    return said
+
+
+def metrics_of(
+    job: FitJob, comparison: Comparison, on_folds: Comparison, kept: str, candidate: Candidate
+) -> dict[str, Any]:
+    """The scores of all candidates, what was kept, and in words what they were measured on and what else is as good."""
+    from . import candidates as c
+
+    if not comparison.scores:
+        why = "nothing was held out. Give --eval-data, or two shots per class or more."
+        if on_folds.skipped:
+            why = f"no time was left for {', '.join(on_folds.skipped)}."
+        return {"kept": kept, "note": f"Not estimated: {why}"}
+    metric = job.learner.metric
+    others = [c.BASE, c.UNIFORM, *job.learner.names]
+    better, equal = c.rivals(kept, comparison, others)
+    if job.held:
+        how = f"on {len(job.held)} evaluation examples, every candidate trained on all {len(job.shots)} shots"
+    elif job.parts:
+        how = f"out of fold ({len(job.parts)} folds of {len(job.shots)} shots); what is kept was then trained on all shots"
+    else:
+        how = "on the shots themselves, which flatters every candidate"
+    said = [f"Loss, {metric.name} and its standard error {how}."]
+    if kept == c.LEARNED:
+        said += _said_of_rivals(better, equal, job.learner.names, metric.name)
+    else:
+        said.append(f"Kept: {_called(kept, job.learner.names)}.")
+    if comparison.skipped or on_folds.skipped:
+        said.append(f"Not compared for want of time: {', '.join([*on_folds.skipped, *comparison.skipped])}.")
+    result: dict[str, Any] = {
+        "metric": metric.name,
+        "higher_is_better": metric.higher_is_better,
+        "candidates": c.tables(comparison),
+        "kept": kept,
+        "better": list(better),
+        "as_good": list(equal),
+        "note": " ".join(said),
+    }
+    if on_folds.settings:
+        result["settings"] = on_folds.settings
+    if candidate.learned:
+        result["chosen"] = {
+            "granularity": candidate.granularity, "normalize": candidate.normalize, "pull": candidate.pull,
+            "steps": comparison.steps.get(kept, c.total_steps(job.learner, len(job.shots))),
+        }  # fmt: skip
+    return result
+
+
+def history(losses: Mapping[str, list[tuple[int, float]]], kept: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, loss) of the last training of what is kept: at most 200 of them, evenly spread, the last among them."""
+    name = next((name for name in (f"{kept}, all shots", kept) if losses.get(name)), None)
+    if name is None:
+        return {}
+    step = -(-len(losses[name]) // 200)
+    return {name: losses[name][::-1][::step][::-1]}
+
+
+def held_out(job: FitJob, shots: Examples, held: Examples | None) -> dict[str, Any]:
+    """Which examples the candidates were judged on."""
+    if held is not None:
+        return {"examples": len(job.held), "from": data_ref(held)}
+    return {"examples": sum(len(fold) for _, fold in job.parts), "of": len(shots), "folds": len(job.parts)}
+
+
+def data_ref(examples: Examples) -> dict[str, Any]:
+    """What a mixture remembers of its data: the file's own name, its digest, how many rows."""
+    return {"name": Path(examples.source).name, "sha256": examples.sha256, "examples": len(examples)}
+
+
+def recorded(options: FitOptions) -> dict[str, Any]:
+    """The options that decide what comes out."""
+    return {key: value for key, value in asdict(options).items() if key not in ("device", "report_to")}
