@@ -8,7 +8,7 @@ the manifest records.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -163,11 +163,19 @@ def _library_errors(what: str) -> Iterator[None]:
         raise VerifyError(f"{what}: {said[:500]}") from error
 
 
-def load_model(folder: Path, task: str | None, *, complete: bool = True, **options: Any) -> nn.Module:
+def load_model(
+    folder: Path,
+    task: str | None,
+    *,
+    complete: bool = True,
+    unused: Callable[[str], bool] = lambda _: False,
+    **options: Any,
+) -> nn.Module:
     """Load a model folder by its task, in float32, in evaluation mode.
 
     Args:
         complete: refuse a folder whose tensors are not just the model's.
+        unused: whether a tensor may be one that the model has no place for.
         options: handed to `from_pretrained` (num_labels, id2label, ...).
 
     Raises:
@@ -181,10 +189,9 @@ def load_model(folder: Path, task: str | None, *, complete: bool = True, **optio
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=complete, **SAFE, **options
         )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if complete else ():
-        if info[kind]:
-            raise VerifyError(
-                f"{folder}: loading it as {task} leaves {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}."
-            )
+        left = sorted(key for key in map(str, info[kind]) if kind != "unexpected_keys" or not unused(key))
+        if left:
+            raise VerifyError(f"{folder}: loading it as {task} leaves {kind.replace('_', ' ')}: {left[:3]}.")
     result: nn.Module = model.eval()
     return result
 
@@ -318,7 +325,7 @@ def export_model(folder: Path, manifest: Mapping[str, Any], base: BaseModel | No
     """
     task, config = manifest.get("task"), manifest.get("config") or {}
     if manifest["format"] == "dense":
-        return load_model(folder, task)
+        return load_model(folder, task, unused=unused_by(manifest))
     if base is None:
         raise UnsupportedError("a lora export can be loaded only with its base: say --base PATH.")
     from peft import PeftModel
@@ -328,6 +335,14 @@ def export_model(folder: Path, manifest: Mapping[str, Any], base: BaseModel | No
     with quiet_libraries(), _library_errors(f"{folder}: PEFT cannot load it"):
         loaded: nn.Module = PeftModel.from_pretrained(model, folder).eval()
     return loaded
+
+
+def unused_by(manifest: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Which tensors of a dense export its model may have no place for: of a fit with a new head, those of the base that neither an
+    adapter nor the head changes. A ViT has a pooler, for instance, and a classifier made of it has none."""
+    head = set(manifest.get("head") or [])
+    changed = {module for modules in manifest["groups"].values() for module in modules}
+    return lambda name: bool(head) and name not in head and name.rpartition(".")[0] not in changed
 
 
 @dataclass(frozen=True)

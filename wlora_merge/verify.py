@@ -18,6 +18,7 @@ from .check import (
     outputs_of,
     probe_tensors,
     tolerance_of,
+    unused_by,
 )
 from .checkpoint import DTYPES
 from .digests import path_of
@@ -53,7 +54,7 @@ def verify(
     if quick:
         return checked
     if manifest["format"] == "dense":
-        load_model(folder, manifest.get("task"))
+        load_model(folder, manifest.get("task"), unused=unused_by(manifest))
         checked.done.append("loads with no missing and no unexpected tensor")
     _check_outputs(folder, manifest, _find_inputs(manifest, base, adapters), checked)
     return checked
