@@ -164,6 +164,23 @@ def test_a_head_saved_with_all_biases_is_a_head_and_no_trained_bias(tmp_path: Pa
     assert "classifier" not in attach(model, folders, head=["classifier"]).wlora.row
 
 
+def test_the_biases_within_a_saved_head_of_several_layers_are_the_heads(tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = RobertaForSequenceClassification(RobertaConfig(vocab_size=64, max_position_embeddings=32, **sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    config = {"r": 2, "target_modules": ["query"], "modules_to_save": ["classifier"], "bias": "lora_only"}
+    folder = train_biases(model, tmp_path / "a", 1, **config)
+    found = load_adapter(folder)
+    assert {"classifier.dense.bias", "classifier.out_proj.bias"} <= set(found.tensors)
+    assert not any(name.startswith("classifier") for name in found.biases)
+    export(mix(tmp_path / "base", [folder], modules_to_save="drop"), "dense", tmp_path / "out")
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(got["classifier.dense.bias"], model.classifier.dense.bias)
+
+
 @pytest.mark.parametrize("n", range(3))
 def test_a_lora_export_refuses_biases_by_name(zoo: tuple[Any, Path, list[Path]], n: int, tmp_path: Path) -> None:
     _, folder, folders = zoo

@@ -111,7 +111,7 @@ def _load(path_or_id: str | Path, name: str | None, is_residual: Callable[[str],
 
 
 def _take_biases(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Take the trained biases of the base out of the whole tensors; a saved module's own bias stays there.
+    """Take the trained biases of the base out of the whole tensors; those of and within a saved module stay there.
 
     Source: `peft.tuners.tuners_utils.BaseTuner._get_learnable_bias_state_dict`.
     """
@@ -119,7 +119,9 @@ def _take_biases(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> di
         return {}
     saved = tuple(config.get("modules_to_save") or ())
     names = [name.removesuffix(".bias") for name in tensors if name.endswith(".bias")]
-    return {name: tensors.pop(f"{name}.bias") for name in names if not (saved and name.endswith(saved))}
+    outer = {name: [name, *(name[:i] for i, letter in enumerate(name) if letter == ".")] for name in names}
+    free = [name for name in names if not (saved and any(module.endswith(saved) for module in outer[name]))]
+    return {name: tensors.pop(f"{name}.bias") for name in free}
 
 
 def load_adapters(

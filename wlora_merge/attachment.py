@@ -9,7 +9,7 @@ This room knows modules and tensors, no paths but those that a Mixture names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,9 +33,11 @@ from .mixture import (
 )
 from .saved_tensors import joined, stack_tensors
 from .stacking import stack
+from .whole_factors import with_whole_tensors
 
 if TYPE_CHECKING:
     from .base_model import BaseModel
+    from .deltas import TensorDelta
 
 
 PARAMETER = "wlora_weights"
@@ -68,8 +70,8 @@ def attach(
         delta_scale: factor of the whole delta weight; `learned` makes it a parameter too, `wlora_delta_scale`, from 1.
         temperature: of the softmax, v̂ = softmax(v / temperature); without effect on free weights.
         head: names of modules or parameters to train along (`classifier`).
-        modules_to_save: what becomes of whole tensors that the adapters carry: a name, `drop`, or None to refuse those that
-            the head does not replace.
+        modules_to_save: what becomes of whole tensors that the adapters carry: a name, `drop`, `mix`, or None to refuse those
+            that the head does not replace.
         residual: name of the adapter whose residual the base is (PiSSA and its kind).
 
     Returns:
@@ -99,13 +101,18 @@ def attach(
             )
     layers = dict(model.named_modules())
     model_type = getattr(getattr(model, "config", None), "model_type", "")
-    deltas = stack(loaded, live_modules(model), live_tensors(model), model_type=model_type)
+    find, trained = live_tensors(model), _head_parameters(model, head)
+    deltas = stack(loaded, live_modules(model), find, model_type=model_type)
+    tensors, saved = stack_tensors(loaded, modules_to_save, trained, find)
+    joined(deltas, tensors, trained, find)
+    if tensors:
+        _refuse_new(model, tensors)
+        changed = with_whole_tensors(loaded, tensors, layers, find)
+        deltas = stack(changed, live_modules(model), find, model_type=model_type)
     for delta in deltas:
         if delta.biases:
             check_bias(delta.module, layers[delta.module])
-    trained = _head_parameters(model, head)
-    joined(deltas, [], trained, live_tensors(model))
-    taken = _take_saved(model, loaded, modules_to_save, trained)
+    taken = _take(model, saved, modules_to_save)
     groups = make_groups([d.module for d in deltas], granularity)
     device = next(model.parameters()).device
     model.requires_grad_(False)
@@ -116,7 +123,9 @@ def attach(
     for name in trained:
         model.get_parameter(name).requires_grad_(True)
     weights = model.get_parameter(PARAMETER)
-    attachment = Attachment(loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken)
+    attachment = Attachment(
+        loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken, modules_to_save
+    )
     for delta in deltas:
         layer = layers[delta.module]
         layer.add_module("wlora", StackedLora(delta, layer, attachment))
@@ -186,23 +195,29 @@ def _head_parameters(model: nn.Module, head: Sequence[str]) -> list[str]:
     return trained
 
 
-def _take_saved(model: nn.Module, adapters: list[Adapter], choice: str | None, trained: list[str]) -> list[str]:
+def _refuse_new(model: nn.Module, tensors: Sequence[TensorDelta]) -> None:
+    """Refuse to mix tensors against values that the model's base does not have, but that were drawn when it was loaded."""
+    from .base_model import open_base
+
+    source = getattr(getattr(model, "config", None), "_name_or_path", "")
+    base = open_base(source) if source and Path(source).is_dir() else None
+    for delta in tensors:
+        if base is not None and base.find_tensor(delta.tensor) is None and base.find_tied(delta.tensor) is None:
+            raise UnsupportedError(
+                f"{base.folder}: has no tensor {delta.tensor!r}, so what adapters carry of it cannot be mixed: take one, or "
+                "drop it."
+            )
+
+
+def _take(model: nn.Module, saved: Mapping[str, torch.Tensor], choice: str | None) -> list[str]:
     """Put one adapter's saved tensors into the model where the user chose them; their names."""
-    if choice == "mix":
-        raise UnsupportedError("--modules-to-save mix: a fit does not mix whole tensors yet; `wlora-merge mix` does.")
-    tensors, taken = stack_tensors(adapters, choice, trained, live_tensors(model))
-    if tensors:
-        raise UnsupportedError(
-            f"tensor {tensors[0].tensor!r}: an adapter carries a copy that is not equal to the base model's beside its LoRA, and a "
-            "fit does not mix whole tensors yet; `wlora-merge mix` does."
-        )
-    for name, tensor in taken.items():
+    for name, tensor in saved.items():
         parameter = dict(model.named_parameters(remove_duplicate=False)).get(name)
         if parameter is None or parameter.shape != tensor.shape:
             got = "has none of that name" if parameter is None else f"has {list(parameter.shape)}"
             raise AdapterError(f"adapter {choice!r}: tensor {name!r} is {list(tensor.shape)}, the model {got}.")
         set_parameter(model, name, tensor)
-    return sorted(taken)
+    return sorted(saved)
 
 
 def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -> Mixture:
@@ -245,6 +260,7 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
         mixture_weights=mixture_weights(logits, attachment.normalize, attachment.temperature),
         wlora_weights=logits,
         task=task_of(model),
+        modules_to_save=attachment.modules_to_save,
         data={"method": TRAINING_LOOP},
         prefixes=prefixes((in_file, live) for live, in_file in names.items()),
         head=head,

@@ -129,7 +129,7 @@ def _carries(adapter: Adapter) -> str:
     names = sorted({name.rpartition(".")[0] or name for name in adapter.tensors})
     return (
         f"carries whole tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): say --modules-to-save NAME to take one "
-        "adapter's, drop to leave them out, or (not in a fit) mix; a fit that trains a new head in their place needs no option."
+        "adapter's, drop to leave them out, or mix; a fit that trains a new head in their place needs no option."
     )
 
 

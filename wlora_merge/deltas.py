@@ -34,7 +34,7 @@ class ModuleDelta:
     W + (c_n - 1)·W + s_n (c_n·B_n) A_n: lora_B holds c_n·B_n, and `row_scale` [N, out] holds c_n - 1.
 
     `biases` holds, by adapter, the delta [out] float64 of a trained bias. A module of which only the bias changes (a norm,
-    say) has no factors, R = 0, and the bias's shape. `others` are the adapters that change the weight as a whole.
+    say) has no factors, R = 0, and the bias's shape. `others` are adapters that change a tensor of the module as a whole.
     """
 
     module: str
@@ -150,7 +150,7 @@ class ModuleDelta:
 class TensorDelta:
     """A whole tensor of the base that adapters carry their own copy of; `saved[n]` is adapter n's.
 
-    `others` are the adapters that change its module by a LoRA.
+    `others` are adapters that change another tensor of its module, or this one by a LoRA.
     """
 
     tensor: str
@@ -169,4 +169,4 @@ class TensorDelta:
     @property
     def module(self) -> str:
         """The name by which it belongs to a group."""
-        return self.tensor.removesuffix(".weight")
+        return self.tensor.removesuffix(".weight").removesuffix(".bias")

@@ -39,6 +39,7 @@ class Attachment:
     groups: dict[str, list[str]]
     head: list[str]
     taken: list[str] = field(default_factory=list)
+    modules_to_save: str | None = None
 
     def __post_init__(self) -> None:
         self.row = {module: g for g, modules in enumerate(self.groups.values()) for module in modules}
@@ -206,6 +207,3 @@ def add_delta(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
         return added
     change: torch.Tensor = lora(x, output, layer)
     return output + change.to(output.dtype)
-
-
-# ------------------------------------------------------------------------------------------------ back to a Mixture

@@ -70,7 +70,10 @@ def live_tensors(model: nn.Module) -> Find:
         if found is None:
             return None
         tie = any(parameters[found] is other for other in tied)
-        return Target(found, tuple(parameters[found].shape), tie, parameters[found].detach)
+        one = parameters[found]
+        other = next((n for n, p in parameters.items() if p is one and n != found and n.endswith(".weight")), None)
+        twin = (lambda: other.removesuffix(".weight")) if other else None
+        return Target(found, tuple(one.shape), tie, one.detach, twin)
 
     return find
 

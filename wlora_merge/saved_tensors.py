@@ -175,9 +175,11 @@ def joined(
             f"tensor {name!r}: one adapter changes it by a LoRA, or trains it as a bias, and another or the head replaces it as "
             "a whole, which cannot both be: leave one adapter out, or say --modules-to-save drop."
         )
-    whole = {t.module: frozenset(t.saved) for t in tensors}
-    low_rank = {d.module: frozenset(d.adapter_index.tolist()) for d in deltas if d.factors}
-    return [
-        *(replace(d, others=whole[d.module]) if d.factors and d.module in whole else d for d in deltas),
-        *(replace(t, others=low_rank[t.module]) if t.module in low_rank else t for t in tensors),
-    ]
+    present: dict[str, set[int]] = {}
+    for d in deltas:
+        present.setdefault(d.module, set()).update(d.adapter_index.tolist(), d.biases)
+    for t in tensors:
+        present.setdefault(t.module, set()).update(t.saved)
+    shared = {t.module for t in tensors}
+    changes: list[ModuleDelta | TensorDelta] = [*deltas, *tensors]
+    return [replace(c, others=frozenset(present[c.module])) if c.module in shared else c for c in changes]
