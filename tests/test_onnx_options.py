@@ -70,6 +70,16 @@ def test_onnxruntime_genai_generates_what_generate_does(mixture: Path, tmp_path:
     )
 
 
+def test_onnxruntime_genai_in_int4_says_how_many_tokens_are_pytorchs(mixture: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    result = export(mixture, "onnx", tmp_path / "out", onnx_runtime="genai", quantize="int4")
+    share = result.report["same_tokens"]
+    assert 0.3 <= share <= 1
+    assert any(node.op_type == "MatMulNBits" for node in onnx.load(tmp_path / "out/model.onnx").graph.node)
+    done = verify(tmp_path / "out", **inputs_of(mixture)).done[-1]
+    assert done == f"{share:.1%} of the greedy tokens are the unmerged mixture's"
+
+
 def test_quantized_graphs_stand_beside_the_float_one_and_their_error_is_reported(
     mixture: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -134,6 +144,7 @@ def test_fusions_that_break_a_graph_are_named(mixture: Path, tmp_path: Path, mon
         ("onnx", {"quantize": "int3"}, "expected one of int8, int4"),
         ("onnx", {"onnx_runtime": "genai", "opset": 18}, "chooses opset and operators"),
         ("onnx", {"onnx_runtime": "genai", "quantize": "int8"}, "quantizes to int4 alone"),
+        ("onnx", {"onnx_runtime": "genai", "dtype": "float16"}, "does not run the float16 folder"),
         ("onnx", {"onnx_base": "model.onnx", "quantize": "int8"}, "--quantize needs a traced export"),
     ],
 )

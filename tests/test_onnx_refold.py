@@ -18,11 +18,14 @@ import torch
 import transformers
 from conftest import inputs_of, make_adapter, tiny_llama
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from wlora_merge import Mixture, direct, export, mix, verify
+from wlora_merge.base_model import open_base
 from wlora_merge.errors import BaseModelError, OutputError, UnsupportedError, WloraMergeError
 from wlora_merge.writers.onnx import write_onnx
 from wlora_merge.writers.onnx_file import read_onnx
+from wlora_merge.writers.onnx_refold import plan_refold
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -262,6 +265,62 @@ def test_a_quantized_file_is_refused(made: tuple[Path, Path, Path], tmp_path: Pa
     quantize_dynamic(str(made[1]), str(tmp_path / "int8.onnx"))
     with pytest.raises(UnsupportedError, match=r"int8\.onnx: its weight '.*_quantized' is quantized \(\w+\)"):
         export(made[0], "onnx", tmp_path / "out", onnx_base=tmp_path / "int8.onnx")
+
+
+def test_in_a_folder_the_quantized_graphs_are_left_out(
+    made: tuple[Path, Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    mixture, base, traced = made
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/model.onnx").write_bytes(base.read_bytes())
+    quantize_dynamic(str(base), str(tmp_path / "base/model_int8.onnx"))
+    with caplog.at_level("INFO", "wlora_merge"):
+        result = export(mixture, "onnx", tmp_path / "out", onnx_base=tmp_path / "base")
+    assert "model_int8.onnx is quantized and left out: quantize the new graph again." in caplog.text
+    assert set(result.report["onnx_base"]) == {"model.onnx"} == {p.name for p in (tmp_path / "out/onnx").iterdir()}
+    np.testing.assert_array_equal(logits_of(tmp_path / "out/onnx/model.onnx"), logits_of(traced / "onnx/model.onnx"))
+
+
+def test_stacks_of_experts_are_matched_matrix_by_matrix(tmp_path: Path) -> None:
+    """The files have each expert's linears by themselves, the graph their transposes, side by side and stacked."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, vocab_size=96,
+        max_position_embeddings=64, num_local_experts=3, num_experts_per_tok=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    chosen = [["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj"]]
+    adapters = [
+        make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=["q_proj"], target_parameters=names)
+        for i, names in enumerate(chosen)
+    ]
+    mix(tmp_path / "base", adapters, tmp_path / "mixture", task="causal-lm")
+    export(tmp_path / "mixture", "onnx", tmp_path / "traced")
+    base = onnx_of(tmp_path / "base", tmp_path / "exported")
+    assert any(len(t.dims) == 3 for t in onnx.load(base).graph.initializer)
+    export(tmp_path / "mixture", "onnx", tmp_path / "out", onnx_base=base)
+    got, expected = (weights_of(tmp_path / name / "onnx/model.onnx") for name in ("out", "traced"))
+    assert set(got) == set(expected)
+    for name in expected:
+        np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+    assert sum(not np.array_equal(got[name], old) for name, old in weights_of(base).items()) == 3
+
+
+def test_a_stack_that_the_files_have_in_one_tensor_and_the_graph_transposed_is_refused(tmp_path: Path) -> None:
+    experts = torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(0))
+    save_file({"layer.experts": experts}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    weight = onnx.numpy_helper.from_array(experts.transpose(1, 2).contiguous().numpy(), "w")
+    value = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [3, 6, 8])
+    node = onnx.helper.make_node("Identity", ["w"], ["y"])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [value], [weight])), tmp_path / "m.onnx")
+    with pytest.raises(
+        UnsupportedError, match=r"'w' \[3, 6, 8\] may be the matrices of 'layer\.experts', each transposed"
+    ):
+        plan_refold(tmp_path / "m.onnx", open_base(tmp_path), [], Mixture)  # type: ignore[arg-type]
 
 
 def test_a_weight_that_is_there_twice_or_not_at_all_is_refused(made: tuple[Path, Path, Path], tmp_path: Path) -> None:

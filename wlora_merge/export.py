@@ -381,7 +381,7 @@ def _write_refold(inputs: Inputs, refold: Refold, out: Path) -> tuple[dict[str, 
     originals = [path for graph in refold.graphs for path in (graph.path, *graph.data)]
     return {f"onnx/{name}": digest for name, digest in written.items()}, {
         "onnx_base": {path.name: digest for path, digest in sha256_files(originals).items()},
-        "rewritten": len(refold.tiles),
+        "rewritten": len(refold.weights),
         "dtypes": dtypes,
     }
 

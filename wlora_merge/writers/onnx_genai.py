@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 CONFIG = "genai_config.json"
 GENERATED = 16
 TIE = 1e-3  # two scores of PyTorch's that are nearer than this, in units of the largest, are a tie
-_PRECISIONS = {"float32": "fp32", "float16": "fp16"}
 
 
 def write_genai(dense: Path, out: Path, *, task: str, dtype: str = "float32", quantize: str | None = None) -> float:
@@ -32,7 +31,7 @@ def write_genai(dense: Path, out: Path, *, task: str, dtype: str = "float32", qu
         dense: an ordinary Hugging Face model folder, with a tokenizer.
         out: an empty folder.
         task: `causal-lm`.
-        dtype: of the weights: `float32` or `float16`.
+        dtype: of the weights: `float32`; with `quantize`, of what is not quantized.
         quantize: `int4` for the builder's own 4-bit weights.
 
     Returns:
@@ -48,9 +47,14 @@ def write_genai(dense: Path, out: Path, *, task: str, dtype: str = "float32", qu
         raise UnsupportedError(f"onnxruntime-genai generates text: the task is {task!r}, expected 'causal-lm'.")
     if quantize not in (None, "int4"):
         raise UnsupportedError(f"onnxruntime-genai's builder quantizes to int4 alone, got {quantize}.")
+    if dtype == "float16" and quantize is None:
+        raise UnsupportedError(
+            "ONNX Runtime's CPU provider does not run the float16 folder that onnxruntime-genai's builder makes, so it could not be "
+            "checked: use float32 or --quantize int4."
+        )
     if find_spec("onnxruntime_genai") is None:
         raise UnsupportedError("onnxruntime-genai is not installed: pip install onnxruntime-genai")
-    precision = quantize or _PRECISIONS[dtype]
+    precision = quantize or "fp32"
     with tempfile.TemporaryDirectory() as cache:
         Meter("building the onnxruntime-genai model")
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(dense), "-o", str(out)]
@@ -59,7 +63,7 @@ def write_genai(dense: Path, out: Path, *, task: str, dtype: str = "float32", qu
         reason = ([line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"])[-1].strip()
         raise UnsupportedError(f"{dense}: onnxruntime-genai's builder cannot build it ({reason}); {DENSE_INSTEAD}")
     share = compare_genai(out, load_model(dense, task, torch.float32))
-    if share < 1 and quantize is None and dtype == "float32":
+    if share < 1 and quantize is None:
         raise VerifyError(
             f"{out}: only {share:.0%} of the tokens that onnxruntime-genai generates are PyTorch's: export without --onnx-runtime"
         )

@@ -1,6 +1,7 @@
 """Which base tensors a weight of an ONNX graph is made of: told by its numbers, whatever its name.
 
-A weight is a base tensor, its transpose, or several of them below or beside each other (a fused QKV), in the graph's dtype.
+A weight is a base tensor, its transpose, or several of them below or beside each other (a fused QKV), in the graph's dtype; or
+a stack of such (fused experts).
 The corners of all base tensors are kept; a corner that fits finds the candidates, and every number then decides.
 """
 
@@ -74,9 +75,24 @@ class Matcher:
         for dtype in {entry.dtype for entry in stored}:
             self._table(dtype)  # before the threads ask for it
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            tiles = list(pool.map(partial(self._tiles, changed=changed), stored))
-        found = [(entry, parts) for entry, parts in zip(stored, tiles, strict=True) if parts]
-        return found, [entry for entry, parts in zip(stored, tiles, strict=True) if not parts]
+            matched = list(pool.map(partial(self._made_of, changed=changed), stored))
+        found = [(entry, parts) for entry, parts in matched if parts]
+        return found, [entry for entry, parts in matched if not parts]
+
+    def _made_of(self, stored: Entry, changed: set[str]) -> tuple[Entry, list[Tile]]:
+        """The weight and its tiles; a stack of matrices, one for each expert, becomes one matrix with all of their rows."""
+        tiles = self._tiles(stored, changed)
+        if tiles or len(stored.shape) != 3:
+            return stored, tiles
+        count, rows, cols = stored.shape
+        size = stored.nbytes // count
+        for i in range(count):
+            at = stored.start + i * size
+            matrix = self._tiles(replace(stored, shape=(rows, cols), start=at, end=at + size), changed)
+            if not matrix:
+                return stored, []
+            tiles += [replace(tile, row=tile.row + i * rows) for tile in matrix]
+        return replace(stored, shape=(count * rows, cols)), tiles
 
     def _tiles(self, stored: Entry, changed: set[str]) -> list[Tile]:
         """What the weight is made of: one tensor, or several below or beside each other; empty where it is not."""

@@ -7,6 +7,7 @@ few weights at a time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +24,7 @@ from wlora_merge.writers.onnx_file import OnnxFile, read_onnx
 from wlora_merge.writers.onnx_match import Matcher, Tile, as_matrix, read_into
 from wlora_merge.writers.stream import fold_into, write_files
 
+_LOG = logging.getLogger("wlora_merge")
 MODEL_FILE = "model.onnx"  # what the graph of a single file is called, whatever that file was
 TRACE_INSTEAD = "leave --onnx-base out to trace the mixture anew"
 
@@ -33,13 +35,13 @@ class Refold:
 
     graphs: list[OnnxFile]
     files: list[OutputFile]
-    tiles: dict[tuple[Path, int], list[Tile]]
+    weights: dict[tuple[Path, int], tuple[Entry, list[Tile]]]
     names: dict[Path, str] = field(default_factory=dict)
 
     @property
     def dtypes(self) -> set[str]:
         """safetensors names of the dtypes of the weights that change."""
-        return {e.dtype for graph in self.graphs for e in graph.tensors if (e.file, e.start) in self.tiles}
+        return {e.dtype for graph in self.graphs for e in graph.tensors if (e.file, e.start) in self.weights}
 
 
 def find_graphs(onnx_base: Path) -> list[Path]:
@@ -69,7 +71,10 @@ def plan_refold(onnx_base: Path, base: BaseModel, pieces: Iterable[Piece], mixtu
         BaseModelError: the graph has a weight that is not this base's, or lacks one; the first is named.
         UnsupportedError: it is quantized, or holds a tensor that cannot be told from another or be replaced.
     """
-    graphs = [read_onnx(path) for path in find_graphs(onnx_base)]
+    found = [read_onnx(path) for path in find_graphs(onnx_base)]
+    graphs = [graph for graph in found if not graph.quantized] or found
+    if left := [graph.path.name for graph in found if graph not in graphs]:
+        _LOG.info(f"{onnx_base}: {', '.join(left)} is quantized and left out: quantize the new graph again.")
     for graph in graphs:
         for name, operator in graph.quantized.items():
             raise UnsupportedError(
@@ -89,9 +94,9 @@ def plan_refold(onnx_base: Path, base: BaseModel, pieces: Iterable[Piece], mixtu
         refold.names[onnx_base] = MODEL_FILE
     places: set[str] = set()
     for graph in graphs:
-        found, unknown = matcher.match(graph, set(changed))
+        known, unknown = matcher.match(graph, set(changed))
         _refuse_strange(graph, unknown, matcher)
-        places |= _place(graph, found, set(changed), refold.tiles)
+        places |= _place(graph, known, set(changed), refold.weights)
     for name in changed:
         if name not in places:
             raise BaseModelError(_missing(onnx_base, name, base.entries[name], graphs))
@@ -103,9 +108,9 @@ def _place(
     graph: OnnxFile,
     found: Iterable[tuple[Entry, list[Tile]]],
     changed: set[str],
-    tiles: dict[tuple[Path, int], list[Tile]],
+    weights: dict[tuple[Path, int], tuple[Entry, list[Tile]]],
 ) -> set[str]:
-    """Add the weights of a graph that change to `tiles`; the changed tensors that are there, each once."""
+    """Add the weights of a graph that change to `weights`, with their tiles; the changed tensors that are there, each once."""
     places: dict[str, str] = {}
     for stored, parts in found:
         for tile in parts:
@@ -122,7 +127,7 @@ def _place(
                         f"{stored.name!r}: {TRACE_INSTEAD}."
                     )
                 places[name] = stored.name
-                tiles[stored.file, stored.start] = parts
+                weights[stored.file, stored.start] = stored, parts
     return set(places)
 
 
@@ -157,6 +162,13 @@ def _refuse_strange(graph: OnnxFile, unknown: Sequence[Entry], matcher: Matcher)
             known = None
         if known is not None and entries[known].shape == stored.shape:
             raise BaseModelError(_foreign(graph, matcher.difference(stored, Tile(known, 0, 0, False))))
+        turned = (*stored.shape[:-2], *stored.shape[:-3:-1])
+        stack = next((n for n, e in entries.items() if len(e.shape) == 3 and e.shape == turned), None)
+        if stack is not None:
+            raise UnsupportedError(
+                f"{graph.path}: its weight {stored.name!r} {list(stored.shape)} may be the matrices of {stack!r}, each transposed, "
+                f"which a refold does not follow: {TRACE_INSTEAD}."
+            )
         rows, cols = as_matrix(stored.shape)
         if len(stored.shape) > 1 and {(rows, cols), (cols, rows)} & shapes:
             like = next(n for n, e in entries.items() if as_matrix(e.shape) in ((rows, cols), (cols, rows)))
@@ -188,13 +200,12 @@ def _files_of(
     graph: OnnxFile, refold: Refold, matcher: Matcher, changed: Mapping[str, Piece], mixture: Mixture
 ) -> Iterator[OutputFile]:
     """The graph's files: ranges that are copied, between weights that are made anew."""
-    stored = {(e.file, e.start): e for e in graph.tensors}
     for path in (graph.path, *graph.data):
         pieces, at = [], 0
-        for key in sorted(key for key in refold.tiles if key[0] == path):
-            entry = stored[key]
+        for key in sorted(key for key in refold.weights if key[0] == path):
+            entry, tiles = refold.weights[key]
             pieces.append(_copied(path, at, entry.start))
-            make = partial(_rewritten, refold, matcher, entry, changed, mixture)
+            make = partial(_rewritten, graph, matcher, entry, tiles, changed, mixture)
             pieces.append(Piece(entry.name, entry.dtype, entry.shape, make=make))
             at = entry.end
         pieces.append(_copied(path, at, path.stat().st_size))
@@ -206,9 +217,10 @@ def _copied(path: Path, start: int, end: int) -> Piece:
 
 
 def _rewritten(
-    refold: Refold,
+    graph: OnnxFile,
     matcher: Matcher,
     stored: Entry,
+    tiles: Sequence[Tile],
     changed: Mapping[str, Piece],
     mixture: Mixture,
     take: Callable[[int], memoryview],
@@ -219,9 +231,9 @@ def _rewritten(
     data = take(stored.nbytes)
     read_into(stored, data)
     matrix = torch.frombuffer(data, dtype=torch_dtype(stored.dtype)).view(as_matrix(stored.shape))
-    for tile in refold.tiles[stored.file, stored.start]:
+    for tile in tiles:
         if difference := matcher.difference(stored, tile, matrix):
-            raise BaseModelError(_foreign(refold.graphs[0], difference))
+            raise BaseModelError(_foreign(graph, difference))
         if tile.tensor in changed:
             piece = replace(changed[tile.tensor], dtype=stored.dtype)
             if piece.shape != matcher.base.entries[tile.tensor].shape:

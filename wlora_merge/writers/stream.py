@@ -252,17 +252,22 @@ def fold_into(piece: Piece, mixture: Mixture, space: Workspace, out: torch.Tenso
     """
     import torch
 
+    # blocks are whole rows of a matrix; of a stack of matrices (experts) they are rows of its matrices
+    whole = torch.empty(piece.shape, dtype=out.dtype) if len(piece.shape) > 2 else None
+    rows = out if whole is None else whole.view(-1, piece.shape[-1])
     inputs, row = dict[Path, int](), 0
     try:
         for job in _piece_jobs(space, piece, mixture, inputs):
             data = job()
-            block = torch.frombuffer(data, dtype=torch_dtype(piece.dtype)).view(-1, out.shape[1])
-            out[row : row + len(block)] = block
+            block = torch.frombuffer(data, dtype=out.dtype).view(-1, rows.shape[1])
+            rows[row : row + len(block)] = block
             row += len(block)
             space.give_back(data)
     finally:
         for fd in inputs.values():
             os.close(fd)
+    if whole is not None:
+        out.copy_(whole.view(out.shape))
 
 
 def _opened(inputs: dict[Path, int], entry: Entry) -> int:
