@@ -144,7 +144,8 @@ def adapter_settings(case: Case) -> list[dict[str, Any]]:
     """Three adapters that differ in everything that PEFT lets differ."""
     first, second = case.targets
     return [
-        {"r": 4, "lora_alpha": 6, "target_modules": [first, second], "rank_pattern": {first: 2}, "alpha_pattern": {second: 3}},
+        {"r": 4, "lora_alpha": 6, "target_modules": [first, second], "rank_pattern": {first: 2}, "alpha_pattern": {second: 3},
+         "layers_to_transform": [1]},
         {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "exclude_modules": [second], "use_rslora": True},
         {"r": 2, "lora_alpha": 7, "target_modules": rf".*\.({first}|{second})"},
     ]  # fmt: skip

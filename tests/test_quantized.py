@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from wlora_merge.base_model import SINGLE, open_base, refuse_quantized
 from wlora_merge.checkpoint import read_header
-from wlora_merge.errors import UnsupportedError
+from wlora_merge.errors import UnsupportedError, WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.mix import mix
 
@@ -175,3 +175,43 @@ def test_an_adapter_of_another_width_is_refused_on_a_quantized_base_too(
     other = make_adapter(tiny_llama(hidden_size=64), tmp_path / "other", 0, r=2, target_modules=["q_proj"])
     with pytest.raises(AdapterError, match="do not fit the base weight"):
         mix(quantize(plain[0], tmp_path / "quantized", "gptq 4-bit"), [other])
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_experts_in_mxfp4_are_refused_by_name_and_take_a_lora_beside_them(told: bool, tmp_path: Path) -> None:
+    """Laid out by hand as gpt-oss has them: 4-bit values in blocks [experts, rows, cols / 32, 16], and their scales."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 96, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = GptOssForCausalLM(GptOssConfig(**sizes, **more)).eval()
+    model.save_pretrained(tmp_path / "base")
+    adapter = make_adapter(model, tmp_path / "a", 1, r=2, target_modules=["q_proj"])
+    experts = make_adapter(
+        model, tmp_path / "e", 1, r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"]
+    )
+    shutil.copytree(tmp_path / "base", tmp_path / "mxfp4")
+    tensors: Tensors = {}
+    for name, tensor in load_file(tmp_path / "base" / SINGLE).items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            tensors[name] = tensor
+            continue
+        count, cols, rows = tensor.shape
+        tensors[f"{name}_blocks"] = torch.zeros(count, rows, cols // 32, 16, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.zeros(count, rows, cols // 32, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "mxfp4" / SINGLE)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    settings = {"quantization_config": {"quant_method": "mxfp4"}} if told else {}
+    (tmp_path / "mxfp4" / "config.json").write_text(json.dumps(config | settings))
+    mixture = mix(tmp_path / "mxfp4", [adapter])
+    named = r"mxfp4" if told else r"_blocks' has dtype U8"
+    with pytest.raises(UnsupportedError, match=rf"quantized \(.*{named}.*original 16-bit base"):
+        export(mixture, "dense", tmp_path / "dense")
+    export(mixture, "lora", tmp_path / "lora")
+    export(mix(tmp_path / "base", [adapter]), "lora", tmp_path / "expected")
+    got, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "expected"))
+    assert set(got) == set(expected)
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+    with pytest.raises(WloraMergeError):
+        export(mix(tmp_path / "mxfp4", [experts]), "lora", tmp_path / "no")
