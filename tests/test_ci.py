@@ -36,7 +36,9 @@ def test_the_commands_of_the_workflow_run_and_the_digest_pins(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(job))
     monkeypatch.chdir(tmp_path)
     text = (CI / "workflow.yml").read_text()
-    assert yaml.safe_load(text)["jobs"].keys() == {"check", "build"}
+    workflow = yaml.safe_load(text)
+    assert workflow["jobs"].keys() == {"check", "build"}
+    assert workflow["defaults"]["run"]["shell"] == "bash"  # GitHub's own default has no pipefail
     check, work, verify = commands(text)
     assert CliRunner().invoke(main, check).exit_code == 0
     done = CliRunner().invoke(main, work)

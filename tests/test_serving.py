@@ -14,13 +14,16 @@ import torch
 from click.testing import CliRunner
 from conftest import make_adapter, tiny_bert, tiny_llama
 from huggingface_hub import ModelCard
+from transformers import AutoModelForSequenceClassification
 
+import wlora_merge
 from wlora_merge.cli import main
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.export import export
 from wlora_merge.mix import mix
 from wlora_merge.recipe import read_recipe
 from wlora_merge.serving import FOLDER, VLLM_RANKS, check_rank, vllm_rank
+from wlora_merge.verify import verify
 
 
 @pytest.fixture
@@ -83,6 +86,33 @@ def test_the_python_of_an_onnx_card_opens_a_session(tmp_path: Path, monkeypatch:
     assert "input_ids" in {i.name for i in names["session"].get_inputs()}
     (js,) = blocks(tmp_path / "out", "js")
     assert "pipeline('feature-extraction'" in js
+
+
+@pytest.mark.parametrize("kind", ["dense", "lora"])
+def test_the_python_of_a_card_loads_the_head_and_labels_of_a_training_loop_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    bert = tiny_bert()
+    bert.save_pretrained(tmp_path / "base")
+    adapters = [make_adapter(bert, tmp_path / f"a{i}", i, r=2, target_modules=["query"]) for i in range(2)]
+    names = {0: "low", 1: "middle", 2: "high"}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=3, id2label=names, label2id={v: k for k, v in names.items()}
+    ).eval()
+    wlora_merge.attach(model, adapters, head=["classifier"])
+    with torch.no_grad():
+        model.get_parameter("wlora_weights").normal_()
+    wlora_merge.Mixture.from_model(model).save(tmp_path / "m")
+    export(tmp_path / "m", kind, tmp_path / "out")
+    checked = verify(tmp_path / "out", base=tmp_path / "base", adapters=[f"{a.name}={a}" for a in adapters])
+    assert not checked.skipped
+    loaded = executed(tmp_path / "out", tmp_path / "base", "base", monkeypatch)[0]["model"].eval()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=2e-6, rtol=0)
+    if kind == "dense":
+        assert loaded.config.id2label == names
+        assert type(loaded).__name__ == "BertForSequenceClassification"
 
 
 def test_the_commands_of_a_card_make_the_same_bytes_again(

@@ -9,9 +9,10 @@ This room knows modules and tensors, no paths but those that a Mixture names.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -260,12 +261,24 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
         mixture_weights=mixture_weights(logits, attachment.normalize, attachment.temperature),
         wlora_weights=logits,
         task=task_of(model),
+        config=_config_of(model, opened) if head else {},
         modules_to_save=attachment.modules_to_save,
         data={"method": TRAINING_LOOP},
         prefixes=prefixes((in_file, live) for live, in_file in names.items()),
         head=head,
         head_tensors={name: entry.name if (entry := opened.find_tensor(name)) else None for name in head},
     )
+
+
+def _config_of(model: nn.Module, base: BaseModel) -> dict[str, Any]:
+    """The config keys in which a model with a head of its own differs from its base, as JSON has them."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return {}
+    now = json.loads(config.to_json_string(use_diff=False))
+    keys = ("id2label", "label2id", "problem_type", "pad_token_id")
+    changed = {key: now[key] for key in keys if now.get(key) is not None and now[key] != base.config.get(key)}
+    return {"architectures": [type(model).__name__], **changed}
 
 
 def _base_name(base: BaseModel, module: str) -> str:
