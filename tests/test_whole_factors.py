@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import make_adapter, tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
+from test_fit import save_tokenizer
 from transformers import (
     BertForSequenceClassification,
     GPT2Config,
@@ -22,6 +25,7 @@ from transformers import (
 )
 
 from wlora_merge.attachment import attach, read_mixture
+from wlora_merge.cli import main
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.export import export
 from wlora_merge.mixture import Mixture
@@ -137,15 +141,60 @@ def test_the_attached_forward_with_whole_tensors_is_the_dense_exports(
     assert bool(model.wlora_weights.grad.abs().sum(1).gt(0).all()) or normalize == "present"
 
 
-def test_an_export_of_mixed_heads_that_a_fit_trained_is_verified(tmp_path: Path) -> None:
+@pytest.mark.parametrize("normalize", ["all", "present", "none"])
+def test_an_export_of_mixed_heads_that_a_fit_trained_is_verified(normalize: str, tmp_path: Path) -> None:
     base, folder, folders = zoo("a classifier", tmp_path)
-    model = attach(copy.deepcopy(base), folders, modules_to_save="mix")
+    model = attach(copy.deepcopy(base), folders, modules_to_save="mix", normalize=normalize)
+    torch.manual_seed(3)
+    model.wlora_weights.data = model.wlora_weights.data + torch.randn(model.wlora_weights.shape)
     read_mixture(model, folder).save(tmp_path / "m")
     assert Mixture.load(tmp_path / "m").task == "text-classification"
     export(tmp_path / "m", "dense", tmp_path / "out")
     checked = verify(tmp_path / "out", base=folder, adapters=[f"{f.name}={f}" for f in folders])
     assert checked.largest_difference is not None
     assert checked.largest_difference < 2e-5
+
+
+def test_a_fit_at_the_command_line_mixes_heads_and_its_export_is_their_float64_sum(tmp_path: Path) -> None:
+    _, folder, folders = zoo("a classifier", tmp_path)
+    save_tokenizer(folder)
+    rows = [{"text": f"w{i} w{i + 7} w{i + 20}", "label": f"LABEL_{i % 3}"} for i in range(12)]
+    (tmp_path / "shots.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "fit",
+        "--base",
+        folder,
+        *(w for f in folders for w in ("--adapter", f)),
+        "--data",
+        tmp_path / "shots.jsonl",
+    ]
+    words += ["--task", "text-classification", "--modules-to-save", "mix", "--max-steps", "4", "--settings", "2"]
+    words += ["--folds", "2", "--no-report", "--out", tmp_path / "m"]
+    done = CliRunner().invoke(main, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+    mixture = Mixture.load(tmp_path / "m")
+    assert (mixture.modules_to_save, mixture.head) == ("mix", {})
+    assert "classifier" in {module for group in mixture.groups.values() for module in group}
+    export(tmp_path / "m", "dense", tmp_path / "out")
+    base, got = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
+    files = {f.name: load_file(f / "adapter_model.safetensors") for f in folders}
+    row = next(g for g, modules in enumerate(mixture.groups.values()) if "classifier" in modules)
+    weights = dict(zip(mixture.adapter_names, mixture.mixture_weights[row].double().tolist(), strict=True))
+    expected = {name: base[name].double() for name in ("classifier.weight", "classifier.bias")}
+    for name, own in list(expected.items()):
+        for adapter, tensors in files.items():
+            part = name.removeprefix("classifier.")
+            if (saved := tensors.get(f"base_model.model.classifier.{part}")) is not None:
+                expected[name] = expected[name] + weights[adapter] * (saved.double() - own)
+    lora = {key.split(".")[-2]: tensor.double() for key, tensor in files["a1"].items() if "classifier.lora_" in key}
+    config = json.loads((folders[1] / "adapter_config.json").read_text())
+    scaling = config["lora_alpha"] / config["r"]
+    expected["classifier.weight"] += weights["a1"] * scaling * lora["lora_B"] @ lora["lora_A"]
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor.float()), name
+        assert not torch.equal(got[name], base[name])
+    checked = verify(tmp_path / "out", base=folder, adapters=[f"{f.name}={f}" for f in folders])
+    assert checked.largest_difference is not None
 
 
 def test_what_a_fit_cannot_mix_as_a_whole_is_refused_by_name(tmp_path: Path) -> None:

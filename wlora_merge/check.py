@@ -220,6 +220,7 @@ def attach_mixture(
 
     from .attachment import PARAMETER, attach, attachment_of
     from .fold import fold_saved
+    from .layers import StackedLora
     from .live_model import live_tensors, set_parameter
     from .targets import tensors_of
 
@@ -253,6 +254,9 @@ def attach_mixture(
             block = weight.reshape(*(matrix_shape(own.shape) if own.shape else (1, 1)))
             total = fold_saved(block, delta, mixture.whole_gains_of(delta), block.double())
             set_parameter(model, live.module, total.reshape(own.shape))
+            lora = getattr(model.get_submodule(live.module.rpartition(".")[0]), "wlora", None)
+            if isinstance(lora, StackedLora):
+                lora.present = delta.present  # a LoRA of the same module knows its own adapters alone
     return model
 
 
