@@ -222,6 +222,19 @@ def test_what_a_server_reads_is_carried_and_weights_and_cards_are_not(single: Pa
     assert sorted(found) == sorted([*kept, "config.json", "generation_config.json"])
 
 
+def test_a_dense_layer_whose_weights_are_a_pickle_is_refused_and_not_left_out(single: Path) -> None:
+    for name in ("config.json", "pytorch_model.bin"):
+        (single / "2_Dense").mkdir(exist_ok=True)
+        (single / "2_Dense" / name).write_text("{}")
+    with pytest.raises(
+        BaseModelError, match=r"2_Dense/pytorch_model\.bin: is no safetensors.*2_Dense/model\.safetensors"
+    ):
+        open_base(single).carried_files()
+    (single / "2_Dense" / "model.safetensors").write_text("x")
+    assert Path("2_Dense/model.safetensors") in open_base(single).carried_files()
+    assert Path("2_Dense/pytorch_model.bin") not in open_base(single).carried_files()
+
+
 def test_the_state_of_a_fit_is_never_carried(tmp_path: Path, llama_zoo: Callable[..., Any]) -> None:
     import shutil
 

@@ -256,7 +256,8 @@ def carried_files(folder: Path) -> list[Path]:
     """Everything beside a model's weights that a server or a tokenizer reads, relative to the folder, in order.
 
     Raises:
-        BaseModelError: a link that leaves the folder: it would publish what it leads to.
+        BaseModelError: a link that leaves the folder: it would publish what it leads to; a module of sentence-transformers whose
+            weights are a pickle.
     """
     return sorted(name for name in _candidates(folder) if find_file(folder, name, BaseModelError) is not None)
 
@@ -270,8 +271,17 @@ def _candidates(folder: Path) -> Iterable[Path]:
         if path.is_file():
             yield path.relative_to(folder)
         elif CARRIED_FOLDERS.fullmatch(path.name):
-            yield from (
-                p.relative_to(folder)
-                for p in path.rglob("*")
-                if p.is_file() and (p.suffix == ".safetensors" or not p.name.endswith(WEIGHT_SUFFIXES))
-            )  # a sentence-transformers Dense has weights of its own, which no adapter changes
+            yield from (p.relative_to(folder) for p in _module_files(path))
+
+
+def _module_files(folder: Path) -> list[Path]:
+    """The files of a sentence-transformers module: a Dense has weights of its own, which no adapter changes."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    weights = [p for p in files if p.name.endswith(WEIGHT_SUFFIXES)]
+    kept = [p for p in weights if p.suffix == ".safetensors"]
+    if weights and not kept:
+        raise BaseModelError(
+            f"{weights[0]}: is no safetensors, and other weights, which could run code, are never copied; without them the export "
+            f"would lack a layer: save them where you trust them as {folder / SINGLE}, or take the folder away."
+        )
+    return [p for p in files if p not in weights or p in kept]
