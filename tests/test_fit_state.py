@@ -109,6 +109,21 @@ def test_a_stopped_fit_names_its_state_and_the_next_one_says_that_it_starts_over
     assert again.stderr.count("starts over") == 1
 
 
+@pytest.mark.parametrize("other", [{"modules_to_save": "drop"}, {"columns": {"text": "text"}}, {"seed": 1}])
+def test_a_state_is_not_taken_up_with_other_inputs_or_options(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, object]
+) -> None:
+    def stop(*_: object) -> None:
+        if state_file(tmp_path / "m").is_file():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("wlora_merge.fit_state.SAVE_EVERY_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(zoo, tmp_path / "m", progress=stop, max_steps=2)
+    with pytest.raises(MixtureError, match="other inputs, options or versions"):
+        fitted(zoo, tmp_path / "m", resume=True, max_steps=2, **other)
+
+
 def test_of_two_fits_to_one_out_one_wins_and_the_other_says_so_before_it_trains(zoo: Zoo, tmp_path: Path) -> None:
     out, said = tmp_path / "deep" / "out", []
 

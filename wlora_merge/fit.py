@@ -107,7 +107,8 @@ def fit(
         loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type
     )  # refuses what no export could write
     with team() as ranks, only_fit(out if ranks.leads else None):
-        state = _state(out if ranks.leads else None, opened, loaded, shots, held, chosen, task, resume)
+        given = {"task": task, "columns": dict(columns or {}), "modules_to_save": modules_to_save}
+        state = _state(out if ranks.leads else None, opened, loaded, shots, held, chosen, given, resume)
         work, labels = _prepare(opened, loaded, job, shots, held, chosen, modules_to_save, ranks, state, progress)
         metrics, kept = _work(work)
         mixture = _mixture(work.learner, opened, kept)
@@ -284,7 +285,7 @@ def _state(
     shots: Examples,
     held: Examples | None,
     options: FitOptions,
-    task: str,
+    given: dict[str, Any],
     resume: bool,
 ) -> Any:
     from .manifest import versions
@@ -294,7 +295,7 @@ def _state(
         "adapters": [[a.name, a.sha256] for a in adapters],
         "data": [data_ref(shots), data_ref(held) if held else None],
         "options": {k: v for k, v in asdict(options).items() if k not in ("report_to", "max_minutes")},
-        "task": task,
+        **given,
         "versions": versions(("torch", "transformers")),
     }
     fingerprint = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
