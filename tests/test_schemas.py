@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from conftest import make_adapter, tiny_llama
 from jsonschema import Draft202012Validator, ValidationError
 
 from wlora_merge.cli import main
@@ -94,6 +95,30 @@ def test_what_the_room_refuses_the_schema_refuses(tmp_path: Path, wrong: dict[st
         schema.validate(sound | wrong)
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "known", "foreign"),
+    [
+        ("exports", "quantize", "int4", "4bit"),
+        ("exports", "onnx_runtime", "genai", "ort"),
+        ("fit", "quantize", "4bit", "int4"),
+        ("fit", "modules_to_save", "mix", 1),
+        ("fit", "residual", "a", 1),
+        ("fit", "task", "seq2seq-lm", "feature-extraction"),
+        ("mix", "task", "feature-extraction", "x"),
+        ("mix", "normalize", "present", "none"),
+        ("mix", "residual", "a", 1),
+    ],
+)
+def test_the_schema_has_each_sections_own_choices(part: str, key: str, known: str, foreign: Any) -> None:
+    rows: dict[str, Any] = {"fit": {"data": "x", "task": "causal-lm"}, "mix": {}, "exports": {"format": "onnx"}}
+    schema = Draft202012Validator(shipped("recipe.schema.json"))
+    for value, sound in ((known, True), (foreign, False)):
+        way = part if part != "exports" else "mix"
+        job = {"base": "b", "adapters": ["a", "c"], way: rows[way], "exports": [rows["exports"]]}
+        row = rows[part] | {key: value}
+        assert schema.is_valid(job | {part: [row] if part == "exports" else row}) is sound
+
+
 def test_every_json_output_is_as_its_schema_says(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:
     base, folders = llama_zoo()
     adapters = [word for folder in folders for word in ("--adapter", folder)]
@@ -146,6 +171,29 @@ def test_a_check_predicts_what_an_export_takes_on_disk(llama_zoo: Callable[..., 
         assert row["memory"] > 0
         assert row["seconds"] > 0
     assert set(done["exports"]) == {"dense", "lora", "l3"}
+
+
+def test_a_check_takes_what_a_run_takes_of_tied_embeddings_and_residuals(tmp_path: Path) -> None:
+    base = tiny_llama(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    make_adapter(base, tmp_path / "a", 1, r=2, target_modules=["embed_tokens"])
+    config = make_adapter(base, tmp_path / "pissa", 2, r=2, target_modules=["q_proj"]) / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": "pissa"}))
+    job = {
+        "base": "./base",
+        "adapters": ["./a", "./pissa"],
+        "mix": {"task": "causal-lm"},
+        "exports": [{"format": "dense"}],
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(job | {"report": False}))
+    refused = CliRunner().invoke(main, ["run", str(tmp_path / "r.yaml"), "--check"])
+    assert refused.exit_code == 1
+    assert "--base-is-residual NAME" in refused.stderr
+    predicted = invoked("run", tmp_path / "r.yaml", "--check", "--set", "mix.residual=pissa")["predicted"]
+    words = ["--set", "mix.residual=pissa", "--set", "verify=false", "--out", tmp_path / "tree"]
+    invoked("run", tmp_path / "r.yaml", *words)
+    written = tmp_path / "tree" / "dense" / "model.safetensors"
+    assert predicted[0]["disk"] == pytest.approx(written.stat().st_size, abs=4096)
 
 
 def test_a_check_predicts_a_fit(llama_zoo: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

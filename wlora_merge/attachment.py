@@ -22,7 +22,6 @@ from .errors import AdapterError, MixtureError, UnsupportedError
 from .layers import Attachment, StackedLora, add_delta
 from .live_model import check_bias, live_modules, live_tensors, set_parameter
 from .mixture import (
-    NORMALIZE,
     TRAINING_LOOP,
     Mixture,
     adapter_ref,
@@ -32,6 +31,7 @@ from .mixture import (
     prefixes,
     uniform,
 )
+from .names import NORMALIZE
 from .saved_tensors import joined, stack_tensors
 from .stacking import stack
 from .whole_factors import with_whole_tensors

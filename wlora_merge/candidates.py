@@ -25,7 +25,6 @@ from .training import Candidate, Judged, Learner, Trained
 LEARNED, UNIFORM, BASE, SEARCH, FIXED, BEST_SINGLE, AUTO = (
     "learned", "uniform", "base", "search", "fixed", "best-single", "auto",
 )  # fmt: skip
-PRUNED = "learned, pruned"
 CHECKPOINTS = (0.3, 0.6, 1.0)  # shares of the steps after which a candidate is judged
 PULLS = (0.0, 0.3)
 FREE_FIRST = ["none", "all"]  # normalize

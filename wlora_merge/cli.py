@@ -128,7 +128,7 @@ def main(debug: bool, quiet: bool) -> None:
 @main.command(epilog=COLUMNS)
 @INPUTS
 @click.option("--data", required=True, metavar="FILE_OR_ID", help="The shots: JSONL, CSV, Parquet, a folder, a hub id.")
-@click.option("--task", required=True, type=TASKS, help="What the model is for.")
+@click.option("--task", required=True, type=click.Choice(names.FIT_TASKS), help="What the model is for.")
 @OUT
 @FIT_OPTIONS
 @MODULES_TO_SAVE
@@ -252,11 +252,15 @@ def mix(
 @click.option(
     "--onnx-base", metavar="PATH", help="onnx: an ONNX export of the base; rewrite its weights, trace nothing."
 )
-@click.option("--onnx-runtime", type=click.Choice(["genai"]), help="onnx: write an onnxruntime-genai folder instead.")
+@click.option(
+    "--onnx-runtime", type=click.Choice(names.ONNX_RUNTIMES), help="onnx: write an onnxruntime-genai folder instead."
+)
 @click.option(
     "--ort-fusions", metavar="PROVIDER", help="onnx: ONNX Runtime's own operators for cpu, cuda, dml or webgpu."
 )
-@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="onnx: a quantized graph beside the float one.")
+@click.option(
+    "--quantize", type=click.Choice(names.ONNX_QUANTIZE), help="onnx: a quantized graph beside the float one."
+)
 @MOVED
 @click.option("--base-name", help="What the card and a lora's config call the base. Default: hub id or folder name.")
 @click.option("--any-digest", is_flag=True, help="Accept inputs that are not those the mixture was made from.")

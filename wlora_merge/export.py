@@ -25,6 +25,7 @@ from .inputs import Inputs, find_inputs
 from .layouts import matrix_shape
 from .manifest import PACKAGES, build_manifest, versions, write_manifest
 from .mixture import Mixture
+from .names import ONNX_QUANTIZE, ONNX_RUNTIMES
 from .ranks import Team, team
 from .report import write_report
 from .serving import check_rank, check_server
@@ -262,7 +263,7 @@ def _check_onnx_options(
         raise UnsupportedError(
             "onnxruntime-genai's builder chooses opset and operators: leave --opset and --ort-fusions out."
         )
-    for key, known in (("onnx_runtime", ("genai",)), ("quantize", ("int8", "int4"))):
+    for key, known in (("onnx_runtime", ONNX_RUNTIMES), ("quantize", ONNX_QUANTIZE)):
         if extra[key] is not None and extra[key] not in known:
             raise UnsupportedError(f"--{key.replace('_', '-')} is {extra[key]!r}, expected one of {', '.join(known)}.")
     if onnx_base is not None and (dtype is not None or opset is not None):

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import MixtureError
-from .names import GRANULARITIES, nearest
+from .names import GRANULARITIES, NORMALIZE, nearest
 
 METHODS = ("learned", "uniform", "best-single", "fixed", "search", "auto")
 SELECT = ("method", "best")
-NORMALIZE = ("all", "present", "none")
 PRECISIONS = ("float32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 QUANTIZE = ("4bit", "8bit")

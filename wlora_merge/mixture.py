@@ -29,13 +29,12 @@ from .mixture_file import (
     read_mixture_table,
     read_mixture_tensors,
 )
-from .names import GRANULARITIES, group_of, natural_key
+from .names import GRANULARITIES, NORMALIZE, group_of, natural_key
 from .staging import staged
 
 if TYPE_CHECKING:
     import torch
 
-NORMALIZE = ("all", "present", "none")
 TRAINING_LOOP = "training loop"
 """`data["method"]` of a mixture that was read off a model which somebody's own loop has trained."""
 

@@ -30,6 +30,9 @@ TASKS = (
     "image-classification",
     "feature-extraction",
 )
+FIT_TASKS = TASKS[:-1]
+NORMALIZE = ("all", "present", "none")
+ONNX_QUANTIZE, ONNX_RUNTIMES = ("int8", "int4"), ("genai",)
 
 _LORA_KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"

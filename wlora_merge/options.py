@@ -84,7 +84,7 @@ FIT_OPTIONS = together(
     ),
     click.option(
         "--normalize",
-        type=click.Choice(fit_options.NORMALIZE),
+        type=click.Choice(names.NORMALIZE),
         help="Softmax over all adapters, renormalized over those present in a module, or none: free weights. Default: chosen on "
         "the folds.",
     ),

@@ -24,7 +24,7 @@ from typing import Any
 
 from .errors import RecipeError
 from .input_files import parse_yaml, read_bytes
-from .names import TASKS, is_plain_file_name, nearest
+from .names import FIT_TASKS, TASKS, is_plain_file_name, nearest
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class FitRecipe:
     quantize: str | None = None
     report_to: str | None = None
     modules_to_save: str | None = None
+    residual: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class MixRecipe:
     delta_scale: float | None = None
     modules_to_save: str | None = None
     resize_vocab: str | None = None
+    residual: str | None = None
 
 
 @dataclass(frozen=True)
@@ -231,8 +233,9 @@ def _check_type(f: dataclasses.Field[Any], value: Any, where: str) -> None:
 
 def _check(recipe: Recipe, path: Path) -> None:
     task = recipe.fit.task if recipe.fit else recipe.mix.task if recipe.mix else None
-    if task is not None and task not in TASKS:
-        raise RecipeError(f"{path}: task is {short(task)}{nearest(task[:80], TASKS)}; known: {', '.join(TASKS)}.")
+    known = FIT_TASKS if recipe.fit else TASKS
+    if task is not None and task not in known:
+        raise RecipeError(f"{path}: task is {short(task)}{nearest(task[:80], known)}; known: {', '.join(known)}.")
     if not isinstance(recipe.base, str) or not isinstance(recipe.verify, bool) or not isinstance(recipe.report, bool):
         raise RecipeError(f"{path}: base must be a PATH_OR_ID, verify and report true or false.")
     folders = ["mixture", "figures", *(e.folder for e in recipe.exports)]

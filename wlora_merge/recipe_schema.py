@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from . import fit_options
-from .names import GRANULARITIES, TASKS
+from .names import FIT_TASKS, GRANULARITIES, NORMALIZE, ONNX_QUANTIZE, ONNX_RUNTIMES, TASKS
 from .recipe import ExportRecipe, FitRecipe, MixRecipe, Recipe
 from .serving import SERVERS
 
@@ -28,7 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "format": ("dense", "lora", "onnx"),
     "dtype": ("float32", "bfloat16", "float16"),
     "granularity": GRANULARITIES,
-    "normalize": fit_options.NORMALIZE,
+    "normalize": NORMALIZE,
     "method": fit_options.METHODS,
     "select": fit_options.SELECT,
     "precision": fit_options.PRECISIONS,
@@ -36,6 +36,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "quantize": fit_options.QUANTIZE,
     "server": SERVERS,
 }
+OF_SECTION: dict[type[Any], dict[str, tuple[str, ...]]] = {
+    FitRecipe: {"task": FIT_TASKS},
+    MixRecipe: {"normalize": NORMALIZE[:2]},
+    ExportRecipe: {"quantize": ONNX_QUANTIZE, "onnx_runtime": ONNX_RUNTIMES},
+}
+"""Choices that a section has for itself."""
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -60,7 +66,9 @@ def recipe_schema() -> dict[str, Any]:
 def _table(cls: type[Any]) -> dict[str, Any]:
     fields = dataclasses.fields(cls)
     needed = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    known = {f.name: _value(f) for f in fields if str(f.type).partition(" | ")[0] in KINDS}
+    known = {
+        f.name: _value(f, CHOICES | OF_SECTION.get(cls, {})) for f in fields if str(f.type).partition(" | ")[0] in KINDS
+    }
     doc = (cls.__doc__ or "").strip().split("\n")[0]
     return {
         "type": "object",
@@ -71,10 +79,10 @@ def _table(cls: type[Any]) -> dict[str, Any]:
     }
 
 
-def _value(f: dataclasses.Field[Any]) -> dict[str, Any]:
+def _value(f: dataclasses.Field[Any], known: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     kinds = [KINDS[kind] for kind in str(f.type).split(" | ")]
-    if f.name in CHOICES:
-        choices: list[str | None] = [*CHOICES[f.name]]
+    if f.name in known:
+        choices: list[str | None] = [*known[f.name]]
         return {"enum": choices + ([None] if KINDS["None"] in kinds else [])}
     return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
 

@@ -109,8 +109,11 @@ def _mixture(
     from .mix import mix
 
     say("mix")
-    options = {key: value for key, value in asdict(recipe.mix).items() if value is not None} if recipe.mix else {}
-    return mix(base, adapters, folder, **options)
+    return mix(base, adapters, folder, **_mix_options(recipe))
+
+
+def _mix_options(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in asdict(recipe.mix).items() if value is not None} if recipe.mix else {}
 
 
 def _path(source: str, where: str | Path) -> str:
@@ -129,8 +132,8 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
 
     base = _path(recipe.base, where)
     adapters = [(name, _path(source, where)) for name, source in recipe.adapters.items()]
-    resize = recipe.mix.resize_vocab if recipe.mix is not None else None
-    inputs = find_inputs(mix(base, adapters, modules_to_save="drop", resize_vocab=resize))
+    fitted = {"modules_to_save": "drop", "residual": recipe.fit.residual} if recipe.fit is not None else {}
+    inputs = find_inputs(mix(base, adapters, **(fitted or _mix_options(recipe))))
     examples = None
     rows = [{"what": "base", "path": base}, *({"what": f"adapter {n}", "path": p} for n, p in adapters)]
     if recipe.fit is not None:

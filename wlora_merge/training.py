@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 FitProgress = Callable[[str, int, int, float, dict[str, float]], None]
 """Called with (candidate, step, steps, loss, mean mixture weight of each adapter) after every step."""
-Outputs = tuple[Any, ...]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
