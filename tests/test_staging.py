@@ -26,12 +26,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = int(os.environ.get("WLORA_MERGE_TRUST_ROUNDS", "12"))
 
 PRELUDE = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from wlora_merge import staging as room
 from wlora_merge.errors import OutputError
 from wlora_merge.signals import terminate_as_exit
 from wlora_merge.staging import staged
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 out = Path(sys.argv[1])
 """
 # replaces out by generation after generation, each in five files that must agree

@@ -52,7 +52,7 @@ def read_bytes(path: Path, error: type[WloraMergeError], limit: int = MAX_TABLE_
     """All bytes of a regular file of at most `limit` bytes.
 
     Raises:
-        error: it cannot be read, is not a regular file, or is longer.
+        error: it cannot be read, is not a regular file, is longer, or changes while it is read.
     """
     try:
         descriptor = os.open(
@@ -62,11 +62,15 @@ def read_bytes(path: Path, error: type[WloraMergeError], limit: int = MAX_TABLE_
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise error(f"{path}: is not a regular file.")
-            data = stream.read(limit + 1) if found.st_size <= limit else b""
+            data = (
+                stream.read(found.st_size + 1) if found.st_size <= limit else b""
+            )  # read allocates what it is asked for
     except OSError as failure:
         raise error(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
     if max(len(data), found.st_size) > limit:
         raise error(f"{path}: is longer than {human_bytes(limit)}, the most that is read of such a file.")
+    if len(data) != found.st_size:
+        raise error(f"{path}: changed while it was read; run this again when nothing writes to it.")
     return data
 
 
