@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_adapter, tiny_llama
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -136,8 +136,6 @@ def test_a_tied_embedding_that_an_adapter_carries_whole_is_untied_too(saved: lis
     base.save_pretrained(tmp_path / "base")
     config: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": saved}
     folders = [make_adapter(base, tmp_path / f"a{i}", i, **config) for i in range(2)]
-    from safetensors.torch import save_file
-
     for i, folder in enumerate(folders):
         found = load_file(folder / "adapter_model.safetensors")
         torch.manual_seed(i)
@@ -183,3 +181,25 @@ def test_an_embedding_of_an_encoder_decoder_that_the_files_lack_is_refused_for_b
     folder = make_adapter(base, tmp_path / "a", 1, r=2, target_modules=["embed_tokens"])
     with pytest.raises(UnsupportedError, match=r"embed_tokens', which this encoder-decoder uses in several places"):
         mix(tmp_path / "base", [folder])
+
+
+def test_a_tied_embedding_taken_whole_is_untied_where_the_files_call_it_otherwise(tmp_path: Path) -> None:
+    base = gpt2()
+    base.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({k.removeprefix("transformer."): v for k, v in load_file(file).items()}, file)  # as GPT-2's own files
+    folders = [
+        make_adapter(base, tmp_path / f"a{i}", i, r=2, target_modules=["c_attn"], modules_to_save=saved)
+        for i, saved in enumerate([["wte"], None])
+    ]
+    adapter = folders[0] / "adapter_model.safetensors"
+    tensors = load_file(adapter)
+    save_file({k: v if "lora_" in k else v + 0.1 * torch.randn_like(v) for k, v in tensors.items()}, adapter)
+    model = attach(AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval(), folders, modules_to_save="a0")
+    mixture = read_mixture(model, tmp_path / "base")
+    assert mixture.head_tensors == {"transformer.wte.weight": "wte.weight"}
+    export(mixture, "dense", tmp_path / "out")
+    assert torch.allclose(load(tmp_path / "out", "")(IDS).logits, model(IDS).logits, atol=5e-6)
+    checked = verify(tmp_path / "out", base=tmp_path / "base", adapters=[f"{f.name}={f}" for f in folders])
+    assert checked.largest_difference is not None
+    assert checked.largest_difference < 2e-5

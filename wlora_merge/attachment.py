@@ -266,7 +266,7 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
         data={"method": TRAINING_LOOP},
         prefixes=prefixes((in_file, live) for live, in_file in names.items()),
         head=head,
-        head_tensors={name: entry.name if (entry := opened.find_tensor(name)) else None for name in head},
+        head_tensors=opened.stored_names(head),
     )
 
 

@@ -100,6 +100,10 @@ class BaseModel:
             return None
         return self.tree.renamed(name) if self.tree else None
 
+    def stored_names(self, names: Iterable[str]) -> dict[str, str | None]:
+        """How a model's tensors are called -> how the files call them; None for those that are not there."""
+        return {name: entry.name if (entry := self.find_tensor(name)) else None for name in names}
+
     def find_module(self, name: str) -> str | None:
         """How the files call a model's module: the name of its weight or, where it has none, of its bias, without that part."""
         for part in (".weight", ".bias"):

@@ -388,8 +388,8 @@ def _dtypes(folder: Path, manifest: Mapping[str, Any]) -> set[str]:
     return {name for name in found if name in TOLERANCE} or {"F32"}
 
 
-def read_head(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The trained head out of an export's own files, under its parameter names.
+def read_head(folder: Path, manifest: Mapping[str, Any], base: BaseModel) -> dict[str, torch.Tensor]:
+    """The trained head out of an export's own files, under its parameter names; what replaces a tensor of the base has that one's.
 
     Raises:
         VerifyError: it is not there.
@@ -401,10 +401,12 @@ def read_head(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tens
     if wanted and manifest["format"] == "onnx":
         return _initializers(folder / "onnx" / "model.onnx", wanted)
     found = {}
+    names = {stored: name for name, stored in base.stored_names(sorted(wanted)).items()} | {
+        name: name for name in wanted
+    }
     for file in sorted(folder.glob("*.safetensors")):
         for key, entry in read_header(file).entries.items():
-            name = key.removeprefix(PEFT_PREFIX)
-            if name in wanted:
+            if (name := names.get(key.removeprefix(PEFT_PREFIX))) is not None:
                 found[name] = read_tensor(entry)
     if wanted - set(found):
         raise VerifyError(f"{folder}: the tensor {sorted(wanted - set(found))[0]!r} of its trained head is not there.")

@@ -79,7 +79,7 @@ def mix(
         wlora_weights=logits,
         task=task,
         head=head,
-        head_tensors={name: entry.name if (entry := opened.find_tensor(name)) else None for name in head},
+        head_tensors=opened.stored_names(head),
         modules_to_save=modules_to_save,
         config=_config_of(head, opened, task) | resized_config(opened),
         resize_vocab=resize_vocab,

@@ -32,8 +32,7 @@ def untied(base: BaseModel, changed: Iterable[str], config: Mapping[str, Any]) -
     Raises:
         UnsupportedError: the class of the model is not known.
     """
-    touched = [name for name in changed if name in base.tied or base.find_tied(name) is not None]
-    if not touched:
+    if not any(_is_tied(base, name) for name in changed):
         return {}
     found = {}
     for name, source in _tied_names(base, config).items():
@@ -41,6 +40,14 @@ def untied(base: BaseModel, changed: Iterable[str], config: Mapping[str, Any]) -
         if entry is not None and base.find_tensor(name) is None:
             found[name] = entry
     return found
+
+
+def _is_tied(base: BaseModel, name: str) -> bool:
+    """Whether a tensor is one of the tied ones, by the files' name of it or, as a head's, by the model's."""
+    if not base.tied or name in base.tied or base.find_tied(name) is not None:
+        return bool(base.tied)
+    entry = base.find_tensor(name)
+    return entry is not None and entry.name in base.tied
 
 
 def _tied_names(base: BaseModel, config: Mapping[str, Any]) -> dict[str, str]:

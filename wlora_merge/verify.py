@@ -191,5 +191,5 @@ def _mixture(manifest: Mapping[str, Any], base: BaseModel, adapters: Mapping[str
         "prefixes": dict(zip(("in_file", "in_model"), manifest["prefixes"], strict=True)),
     }
     tensors = {"mixture_weights": weights, "wlora_weights": weights}
-    tensors |= {f"head.{name}": tensor for name, tensor in read_head(folder, manifest).items()}
+    tensors |= {f"head.{name}": tensor for name, tensor in read_head(folder, manifest, base).items()}
     return Mixture.from_table(table, tensors, folder, FILE)

@@ -103,8 +103,8 @@ def plan(
     for delta in deltas:
         for name in _tensor_names(base, delta):
             changed[name] = (*changed.get(name, ()), delta)
-    found = {name: base.find_tensor(name) for name in head}
-    head = {entry.name if (entry := found[name]) else name: tensor for name, tensor in head.items()}
+    stored = base.stored_names(head)
+    head = {stored[name] or name: tensor for name, tensor in head.items()}
     files = [_plan_file(name, base, changed, head, dtype) for name in base.headers]
     new = [name for name in head if name not in base.entries]
     extra = [
