@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from conftest import make_adapter, tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_fit import save_tokenizer
+from test_schemas import valid
 from transformers import (
     BertForSequenceClassification,
     GPT2Config,
@@ -169,9 +170,11 @@ def test_a_fit_at_the_command_line_mixes_heads_and_its_export_is_their_float64_s
         tmp_path / "shots.jsonl",
     ]
     words += ["--task", "text-classification", "--modules-to-save", "mix", "--max-steps", "4", "--settings", "2"]
-    words += ["--folds", "2", "--no-report", "--out", tmp_path / "m"]
+    words += ["--folds", "2", "--no-report", "--json", "--out", tmp_path / "m"]
     done = CliRunner().invoke(main, list(map(str, words)))
     assert done.exit_code == 0, done.output
+    valid("fit", json.loads(done.stdout))
+    assert set(json.loads(done.stdout)["metrics"]) >= {"chosen", "kept", "settings", "held_out", "history"}
     mixture = Mixture.load(tmp_path / "m")
     assert (mixture.modules_to_save, mixture.head) == ("mix", {})
     assert "classifier" in {module for group in mixture.groups.values() for module in group}

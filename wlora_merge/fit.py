@@ -70,7 +70,8 @@ def fit(
         out: folder to write the mixture to; None writes nothing.
         eval_data: judge the candidates on these examples; `method: auto` and `select: best` then choose on them.
         columns: {canonical column: column in the file}, where the names follow no convention.
-        modules_to_save: what becomes of whole tensors that the adapters carry and the head does not replace.
+        modules_to_save: what becomes of whole tensors that the adapters carry and the head does not replace: an adapter's name,
+            `drop` or `mix`; None refuses them.
         residual: name of the adapter whose residual the base is.
         force: replace what is in `out`.
         resume: go on where a killed fit to the same `out` stopped (`OUT.fit-state`), to the same weights.

@@ -85,8 +85,8 @@ FIT_OPTIONS = together(
     click.option(
         "--normalize",
         type=click.Choice(names.NORMALIZE),
-        help="Softmax over all adapters, renormalized over those present in a module, or none: free weights. Default: chosen on "
-        "the folds.",
+        help="Softmax over all adapters, renormalized over those present in a module, or none: free weights. Default: all or none, "
+        "chosen on the folds, else none if a head is trained.",
     ),
     click.option(
         "--delta-scale", default="1.0", show_default=True, help="Factor of the whole delta weight, or learned."

@@ -97,7 +97,7 @@ def _whole_target(adapter: Adapter, name: str, shape: tuple[int, ...], find: Fin
         got = "is not in the base model" if target is None else f"is {list(target.shape)} there and {list(shape)} here"
         raise UnsupportedError(
             f"{adapter.where}: its tensor {name!r} {got}, so it cannot be mixed: take one adapter's, or drop it; for added tokens "
-            "say --resize-vocab NAME."
+            "see `wlora-merge mix --resize-vocab NAME`."
         )
     refuse_tied(adapter, name, target)
     return target
@@ -119,7 +119,8 @@ def _changed_copy(adapter: Adapter, name: str, saved: torch.Tensor, find: Find) 
     if saved.shape != base.shape:
         raise UnsupportedError(
             f"{adapter.where}: its copy of tensor {name!r} is {list(saved.shape)}, the base model's is {list(base.shape)}, so its "
-            "LoRA belongs to another or a resized embedding: leave this adapter out, or for added tokens say --resize-vocab NAME."
+            "LoRA belongs to another or a resized embedding: leave this adapter out, or for added tokens see `wlora-merge mix "
+            "--resize-vocab NAME`."
         )
     if adapter.modules[name.removesuffix(".weight")].magnitude is not None:
         raise UnsupportedError(
@@ -145,7 +146,7 @@ def _check_taken(adapter: Adapter, name: str, shape: tuple[int, ...], find: Find
     if embedding and len(target.shape) == 2 and target.shape[1:] == shape[1:] and target.shape != shape:
         raise UnsupportedError(
             f"{adapter.where}: its {name!r} has {shape[0]} tokens, and the base model's has {target.shape[0]}: a vocabulary is never "
-            "resized unasked: say --resize-vocab NAME, the adapter whose tokens and tokenizer to add (mix and export)."
+            "resized unasked: say `wlora-merge mix --resize-vocab NAME`, the adapter whose tokens and tokenizer to add."
         )
     refuse_tied(adapter, name, target)
     if target.module != name:

@@ -187,7 +187,7 @@ def _layout(adapter: Adapter, name: str, target: Target, factors: Factors, model
         )
     except (AdapterError, UnsupportedError) as error:
         embedding = name.rpartition(".")[2] in (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS)
-        hint = " For added tokens say --resize-vocab NAME." if embedding else ""
+        hint = " For added tokens see `wlora-merge mix --resize-vocab NAME`." if embedding else ""
         raise type(error)(f"{adapter.where}: {error}{hint}") from error
     out = output_rows(layout, target.shape)
     if factors.magnitude is not None and factors.magnitude.numel() != out:
