@@ -203,3 +203,31 @@ def test_a_tied_embedding_taken_whole_is_untied_where_the_files_call_it_otherwis
     checked = verify(tmp_path / "out", base=tmp_path / "base", adapters=[f"{f.name}={f}" for f in folders])
     assert checked.largest_difference is not None
     assert checked.largest_difference < 2e-5
+
+
+@pytest.mark.parametrize("head", ["model.embed_tokens", "lm_head"])
+def test_a_tied_embedding_that_a_loop_trains_as_a_head_changes_both_sides_of_the_export(
+    head: str, tmp_path: Path
+) -> None:
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    folder = make_adapter(base, tmp_path / "a", 1, r=2, target_modules=["q_proj"])
+    model = attach(AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval(), [folder], head=[head])
+    assert sum(p.requires_grad for p in model.parameters()) == 2
+    model(IDS).logits.square().sum().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
+    export(read_mixture(model, tmp_path / "base"), "dense", tmp_path / "out")
+    got = load(tmp_path / "out", "")(IDS).logits
+    assert torch.allclose(got, model(IDS).logits, atol=5e-6)
+    assert not torch.allclose(got, base(IDS).logits, atol=1e-3)
+    assert verify(tmp_path / "out", base=tmp_path / "base", adapters=[f"a={folder}"]).largest_difference is not None
+
+
+def test_a_tied_embedding_of_an_encoder_decoder_is_no_head(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    base = T5ForConditionalGeneration(T5Config(vocab_size=96, tie_word_embeddings=True, **sizes))  # type: ignore[arg-type]
+    folder = make_adapter(base, tmp_path / "a", 1, r=2, target_modules=["q"])
+    with pytest.raises(
+        UnsupportedError, match=r"head: 'shared\.weight' is an embedding that this encoder-decoder uses"
+    ):
+        attach(base, [folder], head=["shared"])

@@ -103,6 +103,12 @@ def attach(
     layers = dict(model.named_modules())
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     find, trained = live_tensors(model), _head_parameters(model, head)
+    for name in trained:
+        if (target := find(name)) is not None and target.tied:
+            raise UnsupportedError(
+                f"head: {name!r} is an embedding that this encoder-decoder uses in several places (tie_word_embeddings), and it "
+                "computes otherwise when an export has them apart: leave it out of the head."
+            )
     deltas = stack(loaded, live_modules(model), find, model_type=model_type)
     tensors, saved = stack_tensors(loaded, modules_to_save, trained, find)
     joined(deltas, tensors, trained, find)
@@ -186,7 +192,7 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 
 def _head_parameters(model: nn.Module, head: Sequence[str]) -> list[str]:
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     trained = []
     for part in head:
         found = [n for n in names if n == part or n.startswith(f"{part}.")]
@@ -250,7 +256,10 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
     row = {names[m]: g for g, modules in enumerate(attachment.groups.values()) for m in modules}
     logits = model.get_parameter(PARAMETER).detach().float().cpu()[[row[modules[0]] for modules in groups.values()]]
     scale = attachment.delta_scale
-    head = {name: model.get_parameter(name).detach().cpu().clone() for name in (*attachment.head, *attachment.taken)}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    trained = {id(every[name]) for name in attachment.head}  # a tied parameter has two names, and both sides changed
+    named = [name for name, parameter in every.items() if id(parameter) in trained or name in attachment.taken]
+    head = {name: every[name].detach().cpu().clone() for name in named}
     return Mixture(
         base=base_ref(opened),
         adapters=[adapter_ref(a) for a in attachment.adapters],
