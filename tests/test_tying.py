@@ -148,6 +148,13 @@ def test_a_tied_embedding_that_an_adapter_carries_whole_is_untied_too(saved: lis
     )
     expected = PeftModel.from_pretrained(copy.deepcopy(base), folders[0]).eval()(IDS).logits
     assert torch.allclose(load(tmp_path / "out", "")(IDS).logits, expected, atol=5e-6)
+    export(
+        mix(tmp_path / "base", folders, weights=[1.0, 0.0], modules_to_save="a0", task="causal-lm"),
+        "lora",
+        tmp_path / "lora",
+    )
+    lora = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
+    assert torch.allclose(lora(IDS).logits, expected, atol=5e-6)
     mixture = mix(tmp_path / "base", folders, weights=[1.0, 0.0], modules_to_save="mix", task="causal-lm")
     export(mixture, "dense", tmp_path / "mixed")
     assert torch.allclose(load(tmp_path / "mixed", "")(IDS).logits, expected, atol=5e-6)
@@ -200,6 +207,10 @@ def test_a_tied_embedding_taken_whole_is_untied_where_the_files_call_it_otherwis
     assert mixture.head_tensors == {"transformer.wte.weight": "wte.weight"}
     export(mixture, "dense", tmp_path / "out")
     assert torch.allclose(load(tmp_path / "out", "")(IDS).logits, model(IDS).logits, atol=5e-6)
+    export(mixture, "lora", tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["modules_to_save"] == ["transformer.wte"]
+    lora = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
+    assert torch.allclose(lora(IDS).logits, model(IDS).logits, atol=5e-6)
     checked = verify(tmp_path / "out", base=tmp_path / "base", adapters=[f"{f.name}={f}" for f in folders])
     assert checked.largest_difference is not None
     assert checked.largest_difference < 2e-5

@@ -208,7 +208,6 @@ def _config(
     mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta], names: list[str], r: int, base_name: str
 ) -> dict[str, Any]:
     task = mixture.task if mixture.head or mixture.task in HEADLESS else None
-    heads = sorted({name.partition(".")[0] for name in mixture.head})
     return {
         "peft_type": "LORA",
         "task_type": PEFT_TASKS.get(task or ""),
@@ -219,10 +218,26 @@ def _config(
         "bias": "none",
         "fan_in_fan_out": any(delta.layout is Layout.CONV1D for delta in deltas),
         "target_modules": _target_modules(base, [delta.module for delta in deltas], names),
-        "modules_to_save": heads or None,
+        "modules_to_save": _saved_modules(mixture, base, names) or None,
         "inference_mode": True,
         "init_lora_weights": True,
     }
+
+
+def _saved_modules(mixture: Mixture, base: BaseModel, targets: Sequence[str]) -> list[str]:
+    """The outermost modules that hold nothing but tensors of the head: PEFT replaces them as a whole."""
+    stored = base.stored_names(mixture.head)
+    others = [name for name in base.entries if name not in stored.values()]
+    found = set()
+    for name, known in stored.items():
+        parts, module = name.split("."), name
+        for inner in range(1 - len(parts), 0):  # how many parts of the name lie within the module
+            module, inside = ".".join(parts[:inner]), ".".join(known.split(".")[:inner]) if known else None
+            shared = inside is not None and any(other.startswith(f"{inside}." if inside else "") for other in others)
+            if not shared and not any(target.startswith(f"{module}.") for target in targets):
+                break
+        found.add(module)
+    return sorted(found)
 
 
 def _live_names(mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta]) -> list[str]:
