@@ -231,3 +231,11 @@ def test_a_local_base_is_said_to_work_beside_its_folder_alone(tmp_path: Path) ->
     local, hub = (card(tmp_path, mixture(), "lora", name).text for name in ("base", "org/base"))
     assert "# a local base" in local
     assert "# a local base" not in hub
+
+
+def test_the_commands_of_a_card_have_every_digit_of_a_number() -> None:
+    from wlora_merge.card import _flags
+
+    assert _flags({"weights": [0.123456789, 1.0], "learning_rate": 0.0123456789, "seed": 3, "force": False}) == [
+        "--weights", "0.123456789,1", "--learning-rate", "0.0123456789", "--seed", "3",
+    ]  # fmt: skip

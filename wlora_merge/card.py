@@ -16,6 +16,7 @@ from .mixture import TRAINING_LOOP, Mixture
 from .report import CAPTIONS, FIGURES
 from .report import FILE as REPORT
 from .serving import PIPELINE_TAGS, serving
+from .sources import public_name
 
 LIBRARIES = {"dense": "transformers", "lora": "peft", "onnx": "transformers.js"}
 KNOWN_METRICS = ("accuracy", "f1", "exact_match", "rouge", "bleu", "perplexity", "squad", "seqeval")
@@ -169,7 +170,7 @@ def _commands(mixture: Mixture, kind: str, base_name: str, options: Mapping[str,
     data, fitted, looped = mixture.data, "fit" in mixture.data, mixture.data.get("method") == TRAINING_LOOP
     words = ["wlora-merge", "fit" if fitted else "mix", "--base", _at(base_name, mixture.base.revision)]
     for ref in mixture.adapters:
-        words += ["--adapter", f"{ref.name}={_at(_public(ref.source), ref.revision)}"]
+        words += ["--adapter", f"{ref.name}={_at(public_name(ref.source), ref.revision)}"]
     if mixture.task:
         words += ["--task", mixture.task]
     if fitted:
@@ -210,18 +211,14 @@ def _flags(table: Mapping[str, Any]) -> list[str]:
         if value is True:
             words.append(flag)
         elif isinstance(value, list | tuple):
-            words += [flag, ",".join(f"{x:g}" for x in value)]
+            words += [flag, ",".join(f"{x:.12g}" for x in value)]
         elif value is not None and value is not False:
-            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+            words += [flag, f"{value:.12g}" if isinstance(value, float) else str(value)]
     return words
 
 
 def _at(name: str, revision: str | None) -> str:
     return f"{name}@{revision}" if revision and _HUB_ID.fullmatch(name) else name
-
-
-def _public(source: str) -> str:
-    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _front(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from .errors import VerifyError
 from .input_files import find_file, read_table
 from .mixture import InputRef, Mixture, adapter_ref, base_ref
 from .names import is_plain_file_name
+from .sources import public_name
 
 FILE = "wlora_merge.json"
 FORMAT_VERSION = 1
@@ -71,7 +72,7 @@ def build_manifest(
             "sha256": read.sha256,
         },
         "adapters": [
-            {"name": a.name, "source": _public(a.source), "revision": a.revision, "sha256": a.sha256}
+            {"name": a.name, "source": public_name(a.source), "revision": a.revision, "sha256": a.sha256}
             for a in map(_true, mixture.adapters, map(adapter_ref, adapters))
         ],
         "granularity": mixture.granularity,
@@ -206,8 +207,3 @@ def _is_probe(name: str, value: Any) -> bool:
 def _true(told: InputRef, read: InputRef) -> InputRef:
     """Where an input came from: what the mixture says of it if these are its bytes, else where they were read."""
     return told if told.sha256 == read.sha256 else read
-
-
-def _public(source: str) -> str:
-    """A hub id as it is; of a local folder its own name."""
-    return Path(source).name if Path(source).is_absolute() else source

@@ -13,6 +13,8 @@ COUNT, ABOVE_0 = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 
 
 def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator, in the order given."""
+
     def apply(command: Any) -> Any:
         for option in reversed(options):
             command = option(command)

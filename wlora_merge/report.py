@@ -20,6 +20,7 @@ from .measures import Change, adapter_similarity, changes, error_by_rank, spectr
 from .mixture import Mixture
 from .names import group_of, natural_key
 from .progress import Meter
+from .sources import public_name
 
 if TYPE_CHECKING:
     import torch
@@ -194,8 +195,8 @@ def _change_table(rows: Sequence[Change]) -> str:
 
 
 def _provenance(mixture: Mixture, facts: Mapping[str, Any]) -> str:
-    rows = [["base model", _public(mixture.base.source), _digests(mixture.base.sha256)]]
-    rows += [[f"adapter {a.name}", _public(a.source), _digests(a.sha256)] for a in mixture.adapters]
+    rows = [["base model", public_name(mixture.base.source), _digests(mixture.base.sha256)]]
+    rows += [[f"adapter {a.name}", public_name(a.source), _digests(a.sha256)] for a in mixture.adapters]
     settled = {
         "task": mixture.task or "not set",
         "granularity": f"{mixture.granularity} ({mixture.group_count})",
@@ -212,10 +213,6 @@ def _provenance(mixture: Mixture, facts: Mapping[str, Any]) -> str:
         + _table(["setting", "value"], [[key, str(value)] for key, value in settled.items() if value is not None])
         + "</div>"
     )
-
-
-def _public(source: str) -> str:
-    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _digests(table: Mapping[str, str]) -> str:

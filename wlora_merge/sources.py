@@ -85,3 +85,8 @@ def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
             redacted(f"{text}: no such folder here, and the hub did not give it: {reason}")
         ) from error
     return Source(found, hub_id, found.name if _COMMIT.fullmatch(found.name) else revision or None)
+
+
+def public_name(source: str) -> str:
+    """How a source is told to others: a hub id as it is; of a local folder its own name."""
+    return Path(source).name if Path(source).is_absolute() else source

@@ -56,6 +56,7 @@ class _Echo(logging.Handler):
 
 @contextmanager
 def fit_progress() -> Iterator[Callable[[str, int, int, float, dict[str, float]], None]]:
+    """A bar for each training of a fit, with its loss and mean weights; gives what `fit` takes as its progress."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -107,6 +108,7 @@ def amount_of(done: Done) -> str:
 
 
 def show_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table on stdout; every key that one of them has is a column."""
     from rich.console import Console
     from rich.table import Table
 
