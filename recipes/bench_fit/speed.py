@@ -10,6 +10,8 @@ Seconds come from one process that takes the contenders in turn; peak memory fro
 from __future__ import annotations
 
 import json
+import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -109,10 +111,13 @@ def measure(base: Path, adapters: list[Path], rounds: int, dtype: torch.dtype, d
 
 
 def peak_memory(contender: str, base: Path, adapters: list[Path], device: str) -> float:
-    """Peak bytes of a process that takes three steps: RSS, or the GPU's allocations."""
+    """Peak bytes of a process that takes three steps: RSS, or the GPU's allocations; not a number where it was killed."""
     command = [sys.executable, __file__, contender, str(base), device, *map(str, adapters)]
-    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return float(json.loads(said.splitlines()[-1]))
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if found.returncode == -signal.SIGKILL:  # as the system does when memory runs out
+        return math.nan
+    found.check_returncode()
+    return float(json.loads(found.stdout.splitlines()[-1]))
 
 
 def speed_rows(base: Path, work: Path, rounds: int, counts: tuple[int, ...] = (4, 16)) -> list[tuple[str, ...]]:
