@@ -191,14 +191,19 @@ def test_a_head_that_the_base_lacks_cannot_be_mixed(classifiers: tuple[Path, lis
         mix(tmp_path, folders, modules_to_save="mix")
 
 
+def lora_on_the_head(base: Path, folder: Path) -> tuple[Any, Path]:
+    """The classifier, and an adapter with a LoRA on its head."""
+    from transformers import BertForSequenceClassification
+
+    model = BertForSequenceClassification.from_pretrained(base)
+    return model, make_adapter(model, folder, 1, r=2, target_modules=["query", "classifier"])
+
+
 def test_a_head_changed_by_a_lora_and_replaced_by_anothers_is_refused(
     classifiers: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
-    from transformers import BertForSequenceClassification
-
     base, folders = classifiers
-    model = BertForSequenceClassification.from_pretrained(base)
-    lora = make_adapter(model, tmp_path / "lora", 1, r=2, target_modules=["query", "classifier"])
+    _, lora = lora_on_the_head(base, tmp_path / "lora")
     with pytest.raises(UnsupportedError, match=r"tensor 'classifier\.weight'"):
         mix(base, [folders[0], lora], modules_to_save="a0")
     assert len(mix(base, [folders[0], lora], modules_to_save="drop").groups["all"]) == 3
@@ -207,11 +212,8 @@ def test_a_head_changed_by_a_lora_and_replaced_by_anothers_is_refused(
 def test_a_head_changed_by_a_lora_and_carried_whole_by_another_is_the_sum(
     classifiers: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
-    from transformers import BertForSequenceClassification
-
     base, folders = classifiers
-    model = BertForSequenceClassification.from_pretrained(base)
-    lora = make_adapter(model, tmp_path / "lora", 1, r=2, target_modules=["query", "classifier"])
+    model, lora = lora_on_the_head(base, tmp_path / "lora")
     pair = [folders[0], lora]
     export(mix(base, pair, weights=[0.75, -0.5], modules_to_save="mix"), "dense", tmp_path / "out")
     got = load_file(tmp_path / "out" / "model.safetensors")

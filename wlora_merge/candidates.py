@@ -27,7 +27,6 @@ LEARNED, UNIFORM, BASE, SEARCH, FIXED, BEST_SINGLE, AUTO = (
 )  # fmt: skip
 CHECKPOINTS = (0.3, 0.6, 1.0)  # shares of the steps after which a candidate is judged
 PULLS = (0.0, 0.3)
-FREE_FIRST = ["none", "all"]  # normalize
 SEARCH_EVALUATIONS = 40
 SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.13269
 
@@ -74,7 +73,8 @@ def learned_settings(options: FitOptions, *, head: bool) -> list[Candidate]:
     if options.method not in (LEARNED, AUTO):
         return []
     softmax = options.initial_logits is not None or options.temperature != 1
-    normalizes = [options.normalize] if options.normalize else ["all"] if softmax else FREE_FIRST[:: 1 if head else -1]
+    both = ["none", "all"] if head else ["all", "none"]
+    normalizes = [options.normalize] if options.normalize else ["all"] if softmax else both
     granularities = [options.granularity] if options.granularity else ["module", "global"]
     pulls = [options.pull] if options.pull is not None else list(PULLS)
     table = itertools.product(enumerate(normalizes), enumerate(granularities), enumerate(pulls))

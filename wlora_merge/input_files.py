@@ -62,9 +62,8 @@ def read_bytes(path: Path, error: type[WloraMergeError], limit: int = MAX_TABLE_
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise error(f"{path}: is not a regular file.")
-            data = (
-                stream.read(found.st_size + 1) if found.st_size <= limit else b""
-            )  # read allocates what it is asked for
+            # not limit + 1: read allocates what it is asked for
+            data = stream.read(found.st_size + 1) if found.st_size <= limit else b""
     except OSError as failure:
         raise error(f"{path}: cannot be read ({failure.strerror or failure}).") from failure
     if max(len(data), found.st_size) > limit:
