@@ -127,12 +127,13 @@ def test_settings_are_chosen_on_the_folds_and_reported(zoo: Zoo) -> None:
     settings = mixture.metrics["settings"]
     assert list(settings) == [
         "module, normalize none, pull 0",
-        "module, normalize none, pull 0.3",
-        "global, normalize none, pull 0",
+        "module, normalize none, pull 0, new adapter of rank 8",
+        "module, normalize all, pull 0",
     ]
-    best = min(settings, key=lambda name: settings[name]["loss"])
+    best = min(settings, key=lambda name: settings[name]["calibrated_loss"])
     kept = mixture.metrics["chosen"]
-    assert best == f"{kept['granularity']}, normalize {kept['normalize']}, pull {kept['pull']:g}"
+    new = ", new adapter of rank 8" if kept["new_adapter"] else ""
+    assert best == f"{kept['granularity']}, normalize {kept['normalize']}, pull {kept['pull']:g}{new}"
     assert kept["steps"] == settings[best]["steps"]
     assert kept["steps"] in (30, 60, 100)
     assert mixture.granularity == kept["granularity"]
@@ -170,10 +171,10 @@ def test_a_mixture_per_module_continues_a_fit_under_the_files_own_names(zoo: Zoo
 def test_the_folds_compare_free_weights_and_the_softmax_and_what_cannot_be_held_out_decides_by_the_head(
     zoo: Zoo,
 ) -> None:
-    mixture = fitted(zoo, granularity="global", pull=0.0)
+    mixture = fitted(zoo, granularity="global", pull=0.0, new_adapter=0)
     settings = mixture.metrics["settings"]
     assert list(settings) == ["global, normalize none, pull 0", "global, normalize all, pull 0"]
-    best = min(settings, key=lambda name: settings[name]["loss"])
+    best = min(settings, key=lambda name: settings[name]["calibrated_loss"])
     assert mixture.metrics["chosen"]["normalize"] == mixture.normalize == best.split(", ")[1].removeprefix("normalize ")
     for head, first in ((True, "none"), (False, "all")):
         assert learned_settings(fit_options({}), head=head)[0].normalize == first
@@ -186,7 +187,7 @@ def test_the_folds_compare_free_weights_and_the_softmax_and_what_cannot_be_held_
 def test_pruned_weights_are_zero_the_others_renormalized_and_the_cost_is_said(
     zoo: Zoo, tmp_path: Path, normalize: str
 ) -> None:
-    start = {"initial_logits": [2.0, 1.0, -3.0], "granularity": "module", "normalize": normalize}
+    start = {"initial_logits": [2.0, 1.0, -3.0], "granularity": "module", "normalize": normalize, "new_adapter": 0}
     kept = fitted(zoo, **start)
     mixture = fitted(zoo, tmp_path / "m", **start, prune_below=0.1 if normalize != "none" else 1.5)
     expected = kept.mixture_weights.clone()
@@ -207,6 +208,27 @@ def test_pruned_weights_are_zero_the_others_renormalized_and_the_cost_is_said(
 
 
 # ------------------------------------------------------------------------------------------- folds, scores, search
+
+
+def test_the_calibrated_loss_is_the_lowest_that_one_factor_of_the_logits_gives() -> None:
+    from types import SimpleNamespace
+
+    from scipy.optimize import minimize_scalar
+
+    from wlora_merge.metrics import calibrated_loss
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, 30)
+    logits = rng.normal(size=(30, 5)) + 2 * np.eye(5)[labels] * rng.random((30, 1))
+    for factor in (1e-3, 1.0, 40.0):  # how sure a model is does not count
+        found = calibrated_loss(SimpleNamespace(predictions=factor * logits, label_ids=labels))  # type: ignore[arg-type]
+
+        def loss(t: float, scaled: Any = factor * logits) -> float:
+            return float(torch.nn.functional.cross_entropy(torch.tensor(t * scaled), torch.tensor(labels)))
+
+        assert found == pytest.approx(minimize_scalar(loss, bounds=(0, 10 / factor), method="bounded").fun, abs=1e-6)
+    wrong = calibrated_loss(SimpleNamespace(predictions=-np.eye(5)[labels], label_ids=labels))  # type: ignore[arg-type]
+    assert wrong == pytest.approx(np.log(5), abs=1e-6)
 
 
 def test_folds_are_stratified_and_hold_each_example_out_once() -> None:

@@ -171,6 +171,9 @@ def detach(model: nn.Module) -> nn.Module:
         if isinstance(getattr(layer, "wlora", None), StackedLora):
             layer.wlora_hook.remove()  # type: ignore[operator, union-attr]
             del layer.wlora_hook, layer.wlora
+        if hasattr(layer, "wlora_new"):
+            layer.wlora_new_hook.remove()  # type: ignore[operator, union-attr]
+            del layer.wlora_new_hook, layer.wlora_new
     if hasattr(model, "wlora"):
         del model.wlora
         for name in (PARAMETER, SCALE_PARAMETER):
@@ -259,7 +262,7 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
     every = dict(model.named_parameters(remove_duplicate=False))
     trained = {id(every[name]) for name in attachment.head}  # a tied parameter has two names, and both sides changed
     named = [name for name, parameter in every.items() if id(parameter) in trained or name in attachment.taken]
-    head = {name: every[name].detach().cpu().clone() for name in named}
+    head = {name: every[name].detach().cpu().clone() for name in sorted(named)}  # as a file has them
     return Mixture(
         base=base_ref(opened),
         adapters=[adapter_ref(a) for a in attachment.adapters],

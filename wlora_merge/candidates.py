@@ -27,6 +27,7 @@ LEARNED, UNIFORM, BASE, SEARCH, FIXED, BEST_SINGLE, AUTO = (
 )  # fmt: skip
 CHECKPOINTS = (0.3, 0.6, 1.0)  # shares of the steps after which a candidate is judged
 PULLS = (0.0, 0.3)
+NEW_RANKS = (0, 8)
 SEARCH_EVALUATIONS = 40
 SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.13269
 
@@ -77,9 +78,11 @@ def learned_settings(options: FitOptions, *, head: bool) -> list[Candidate]:
     normalizes = [options.normalize] if options.normalize else ["all"] if softmax else both
     granularities = [options.granularity] if options.granularity else ["module", "global"]
     pulls = [options.pull] if options.pull is not None else list(PULLS)
-    table = itertools.product(enumerate(normalizes), enumerate(granularities), enumerate(pulls))
+    ranks = [options.new_adapter] if options.new_adapter is not None else list(NEW_RANKS)
+    table = itertools.product(enumerate(pulls), enumerate(granularities), enumerate(normalizes), enumerate(ranks))
     ordered = sorted(table, key=lambda row: sum(number for number, _ in row))
-    return [Candidate(LEARNED, None, m, g, p) for (_, m), (_, g), (_, p) in ordered][: options.settings]
+    settings = [Candidate(LEARNED, None, m, g, p, new_adapter=r) for (_, p), (_, g), (_, m), (_, r) in ordered]
+    return [s for s in settings if not (s.new_adapter and s.normalize == "present")][: options.settings]
 
 
 def fold_indices(keys: Sequence[str], folds: int, seed: int) -> list[list[int]]:
@@ -136,10 +139,10 @@ def compare(
         if len(parts) == 1:
             result.trained[candidate.name] = found[0][0]
         scores = {step: score(pool([t.judged[step] for t, _ in found]), learner.metric) for step in found[0][0].judged}
-        step = min(scores, key=lambda s: (scores[s].loss, s))
+        step = min(scores, key=lambda s: (scores[s].choice, s))
         if candidate.learned:
             result.settings[setting_name(candidate)] = scores[step].row() | {"steps": step}
-        if candidate.name not in best or scores[step].loss < best[candidate.name].loss:
+        if candidate.name not in best or scores[step].choice < best[candidate.name].choice:
             best[candidate.name], result.steps[candidate.name] = scores[step], step
             if candidate.learned:
                 result.learned = candidate
@@ -152,7 +155,8 @@ def compare(
 
 def setting_name(candidate: Candidate) -> str:
     """A learned setting as tables show it."""
-    return f"{candidate.granularity}, normalize {candidate.normalize}, pull {candidate.pull:g}"
+    new = f", new adapter of rank {candidate.new_adapter}" if candidate.new_adapter else ""
+    return f"{candidate.granularity}, normalize {candidate.normalize}, pull {candidate.pull:g}{new}"
 
 
 def _one(

@@ -128,6 +128,10 @@ def _composition(mixture: Mixture) -> str:
     if method == TRAINING_LOOP:
         return f"with mixture weights learned in a training loop; learned composition, {paper}"
     kept = mixture.metrics.get("kept", "learned")
+    if new := mixture.data.get("new_adapter"):
+        return (
+            f"learned composition, {paper}, with a new adapter of rank {new['r']} (`{new['name']}`) trained beside them"
+        )
     return f"learned composition, {paper}" if kept == "learned" else f"what its fit kept: {kept}; {paper}"
 
 
@@ -169,7 +173,10 @@ def _commands(mixture: Mixture, kind: str, base_name: str, options: Mapping[str,
     """The commands that make this folder again; local inputs stand under their own names."""
     data, fitted, looped = mixture.data, "fit" in mixture.data, mixture.data.get("method") == TRAINING_LOOP
     words = ["wlora-merge", "fit" if fitted else "mix", "--base", _at(base_name, mixture.base.revision)]
+    trained = data.get("new_adapter") or {}
     for ref in mixture.adapters:
+        if ref.name == trained.get("name"):
+            continue  # the fit makes it
         words += ["--adapter", f"{ref.name}={_at(public_name(ref.source), ref.revision)}"]
     if mixture.task:
         words += ["--task", mixture.task]

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 from .adapters import Adapter, load_adapters
 from .base_model import BaseModel, open_base, refuse_quantized
 from .data import Examples, read_examples
+from .deltas import ModuleDelta
 from .errors import MixtureError
 from .fit_options import FitOptions, fit_options
 from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded
 from .fit_start import initial_logits, like_start
 from .fit_state import FitState, only_fit, state_file
+from .inputs import find_inputs
 from .mixture import Mixture
 from .report import write_report
 from .stacking import stack
@@ -85,6 +87,7 @@ def fit(
     Raises:
         WloraMergeError: with one sentence; nothing is left in `out`.
     """
+    from .new_adapter import add_new, new_files
     from .ranks import team
 
     chosen = like_start(fit_options(options))
@@ -118,6 +121,10 @@ def fit(
         if work.learner.head:
             mixture.config = _config(work.learner, job, labels)
         mixture.data = {"method": chosen.method, "data": data_ref(shots), "fit": recorded(chosen)}
+        if files := new_files(work.learner.model, opened.source.name):
+            add_new(mixture, files)
+            deltas = [d for d in find_inputs(mixture).deltas if isinstance(d, ModuleDelta)]
+            mixture.data["new_adapter"] = {"name": mixture.adapter_names[-1], "r": kept.new_adapter}
         if out is not None and ranks.leads:
             title = f"A mixture on {opened.source.name}"
             beside = partial(write_report, mixture=mixture, deltas=deltas, title=title) if report else None
@@ -189,8 +196,11 @@ class _Both(Sequence[Any]):
 def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     """Compare, choose, train what is kept; the metrics and the candidate that the model now holds."""
     from . import candidates as c
+    from .new_adapter import new_targets
 
     learner, options, names = job.learner, job.options, job.learner.names
+    if options.new_adapter is None and not new_targets(learner.model):
+        options = replace(options, new_adapter=0)
     fixed = c.fixed_candidates(names, options)
     settings = c.learned_settings(options, head=bool(learner.head))
     steps = c.total_steps(learner, len(job.shots))

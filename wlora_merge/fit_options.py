@@ -32,6 +32,9 @@ class FitOptions:
         normalize: `all`, `present` or `none`: softmax over all adapters, over those present in a module, or free weights that
             start as uniform composition; None: `all` or `none`, chosen on the folds; where nothing is held out `none` if a new
             head is trained, else `all`; always `all` where logits or a temperature are given, or nothing is learned.
+        new_adapter: rank of a LoRA that is trained from zero beside the given adapters, on the linear layers that they change; it
+            becomes one more adapter of the mixture, with weight 1, and the weights free ones. 0: none; None: 0 or 8, chosen on the
+            folds; 0 where nothing is held out.
         delta_scale: factor of the whole delta weight, or `learned`.
         initial_logits: [N] logits for all groups (free weights with `normalize: none`), a mixture folder to start from, or a
             JSON file {group: {adapter: logit}}; None: zero, which is uniform composition.
@@ -43,8 +46,8 @@ class FitOptions:
 
     How it is judged:
         folds: parts of the shots, each held out once; 0 holds nothing out. Classes with one shot are never held out.
-        settings: how many settings (normalize, granularity, pull) of the learned method the folds compare at most; each costs as many
-            trainings as there are folds.
+        settings: how many settings of the learned method (new adapter, normalize, granularity, pull) the folds compare at most;
+            each costs as many trainings as there are folds.
 
     How long:
         epochs, max_steps: passes over the shots, or optimizer steps (the latter wins); neither: at most 100 steps where a head
@@ -54,11 +57,11 @@ class FitOptions:
             loss, and keep the best step.
 
     How it is trained:
-        learning_rate of the logits (None: 0.05, of free weights 0.02) and head_learning_rate (AdamW); batch_size in examples,
-        divided among the processes; gradient_accumulation_steps: batches in an optimizer step; max_length in tokens; seed;
-        device; precision: `float32`, or `bf16` and `fp16` mixed; quantize: load the base in `4bit` or `8bit` (bitsandbytes);
-        gradient_checkpointing: less memory, more time; report_to: trackers of accelerate (`tensorboard`, `wandb`, ...), with
-        commas between them.
+        learning_rate of the logits (None: 0.05, of free weights 0.02), head_learning_rate, and new_adapter_learning_rate (AdamW);
+        batch_size in examples, divided among the processes; gradient_accumulation_steps: batches in an optimizer step;
+        max_length in tokens; seed; device; precision: `float32`, or `bf16` and `fp16` mixed; quantize: load the base in `4bit` or
+        `8bit` (bitsandbytes); gradient_checkpointing: less memory, more time; report_to: trackers of accelerate (`tensorboard`,
+        `wandb`, ...), with commas between them.
     """
 
     method: str = "learned"
@@ -66,19 +69,21 @@ class FitOptions:
     weights: Sequence[float] | None = None
     granularity: str | None = None
     normalize: str | None = None
+    new_adapter: int | None = None
     delta_scale: float | str = 1.0
     initial_logits: str | Sequence[float] | None = None
     temperature: float = 1.0
     pull: float | None = None
     prune_below: float = 0.0
     folds: int = 3
-    settings: int = 4
+    settings: int = 3
     epochs: float | None = None
     max_steps: int | None = None
     max_minutes: float | None = None
     early_stopping: int | None = None
     learning_rate: float | None = None
     head_learning_rate: float = 0.01
+    new_adapter_learning_rate: float = 1e-3
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
     max_length: int | None = None
@@ -100,10 +105,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "quantize": QUANTIZE,
 }
 _ABOVE_0 = (
-    "temperature", "epochs", "max_steps", "max_minutes", "early_stopping", "learning_rate", "head_learning_rate", "batch_size",
-    "gradient_accumulation_steps", "max_length", "settings",
+    "temperature", "epochs", "max_steps", "max_minutes", "early_stopping", "learning_rate", "head_learning_rate",
+    "new_adapter_learning_rate", "batch_size", "gradient_accumulation_steps", "max_length", "settings",
 )  # fmt: skip
-_AT_LEAST_0 = ("pull", "prune_below", "folds")
+_AT_LEAST_0 = ("pull", "prune_below", "folds", "new_adapter")
 
 
 def fit_options(given: Mapping[str, Any]) -> FitOptions:
@@ -139,6 +144,11 @@ def _check_together(options: FitOptions) -> None:
     if options.prune_below >= 1 and options.normalize != "none":
         raise MixtureError(
             f"prune_below is {options.prune_below}, expected less than 1: the weights of a group sum to 1."
+        )
+    if options.new_adapter and (options.method not in ("learned", "auto") or options.normalize == "present"):
+        raise MixtureError(
+            "a new adapter is trained along with learned weights, and with a softmax over all adapters or free weights: leave "
+            f"--new-adapter {options.new_adapter} out, or --method {options.method} and --normalize {options.normalize}."
         )
     scale = options.delta_scale
     if scale != "learned" and (isinstance(scale, str) or not math.isfinite(scale)):

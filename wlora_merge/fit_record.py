@@ -91,6 +91,7 @@ def metrics_of(
     if candidate.learned:
         result["chosen"] = {
             "granularity": candidate.granularity, "normalize": candidate.normalize, "pull": candidate.pull,
+            "new_adapter": candidate.new_adapter,
             "steps": comparison.steps.get(kept, c.total_steps(job.learner, len(job.shots))),
         }  # fmt: skip
     return result

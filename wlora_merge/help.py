@@ -18,14 +18,14 @@ OPTIONS = {
         "onnx_base",
     ),
     "How they are mixed": (
-        "method", "select", "weights", "granularity", "normalize", "delta_scale", "initial_logits", "temperature", "pull",
-        "prune_below",
+        "method", "select", "weights", "granularity", "normalize", "new_adapter", "delta_scale", "initial_logits",
+        "temperature", "pull", "prune_below",
     ),
     "How it is judged": ("folds", "settings"),
     "How it is trained": (
-        "epochs", "max_steps", "max_minutes", "early_stopping", "learning_rate", "head_learning_rate", "batch_size",
-        "gradient_accumulation_steps", "gradient_checkpointing", "max_length", "seed", "device", "precision", "quantize",
-        "resume",
+        "epochs", "max_steps", "max_minutes", "early_stopping", "learning_rate", "head_learning_rate",
+        "new_adapter_learning_rate", "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_length", "seed",
+        "device", "precision", "quantize", "resume",
     ),
     "Format": (
         "format_", "dtype", "rank", "energy", "server", "max_rank", "max_shard_size", "opset", "onnx_runtime", "ort_fusions",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +16,7 @@ from .checkpoint import Entry, one_torch_thread
 from .deltas import ModuleDelta, TensorDelta
 from .errors import MixtureError
 from .mixture import InputRef, Mixture
+from .names import NEW_FOLDER
 from .saved_tensors import joined, stack_tensors
 from .sources import is_here
 from .stacking import stack
@@ -66,7 +70,11 @@ def find_inputs(
     moved = _moved(adapters, made.adapter_names)
     with one_torch_thread():
         loaded = [
-            load_adapter(moved.get(a.name) or _located(a, f"--adapter {a.name}=PATH"), a.name, base_is_residual=True)
+            load_adapter(
+                moved.get(a.name) or _written(made, a) or _located(a, f"--adapter {a.name}=PATH"),
+                a.name,
+                base_is_residual=True,
+            )
             for a in made.adapters
         ]
         if not any_digest:
@@ -94,6 +102,15 @@ def _deltas(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter]) -> l
     )  # the rest was settled when it was made
     tensors, _ = stack_tensors(adapters, choice, mixture.head, tensors_of(base))
     return joined(modules, tensors, mixture.head, tensors_of(base))
+
+
+def _written(mixture: Mixture, ref: InputRef) -> str | None:
+    """The adapter that a fit trained, of a mixture that is in memory alone: a folder that goes when the mixture does."""
+    if ref.source != NEW_FOLDER:
+        return None
+    scratch = Path(tempfile.mkdtemp(prefix="wlora-"))
+    weakref.finalize(mixture, shutil.rmtree, scratch, ignore_errors=True)
+    return str(mixture.write_new(scratch))
 
 
 def _located(ref: InputRef, option: str) -> str:

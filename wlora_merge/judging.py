@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +23,17 @@ PARTS = 50
 
 @dataclass(frozen=True)
 class Score:
-    """How a candidate did: its mean loss, the metric's numbers, and the main number with one part of the examples left out."""
+    """How a candidate did: its mean loss, the metric's numbers, and the main number with one part of the examples left out.
+
+    `choice` is the loss by which settings and numbers of steps are chosen, the calibrated one where the metric has it.
+    """
 
     loss: float
     values: dict[str, float]
     name: str
     higher_is_better: bool
     left_out: NDArray[np.float64]
+    choice: float = math.nan
 
     @property
     def value(self) -> float:
@@ -43,7 +47,8 @@ class Score:
 
     def row(self) -> dict[str, float]:
         """For mixture.json and tables."""
-        return {"loss": self.loss, self.name: self.value, f"{self.name}_se": self.standard_error}
+        calibrated = {"calibrated_loss": self.choice} if self.choice != self.loss else {}
+        return {"loss": self.loss, **calibrated, self.name: self.value, f"{self.name}_se": self.standard_error}
 
     def key(self) -> tuple[float, float]:
         """Larger is better: the metric, then the loss."""
@@ -68,12 +73,17 @@ def score(judged: Judged, metric: Metric) -> Score:
     values = _compute(metric, judged, np.arange(n))
     parts = np.array_split(np.arange(n), min(n, PARTS)) if n > 1 else []
     left_out = [_compute(metric, judged, np.setdiff1d(np.arange(n), part))[metric.name] for part in parts]
-    return Score(values.get("loss", judged.loss), values, metric.name, metric.higher_is_better, np.array(left_out))
+    loss = values.get("loss", judged.loss)
+    choice = metric.calibrated(_prediction(judged, np.arange(n))) if metric.calibrated else loss
+    return Score(loss, values, metric.name, metric.higher_is_better, np.array(left_out), choice)
 
 
 def _compute(metric: Metric, judged: Judged, keep: NDArray[np.int_]) -> dict[str, float]:
-    prediction = SimpleNamespace(predictions=_take(judged.outputs, keep), label_ids=_take(judged.labels, keep))
-    return metric.compute(cast("Any", prediction))
+    return metric.compute(_prediction(judged, keep))
+
+
+def _prediction(judged: Judged, keep: NDArray[np.int_]) -> Any:
+    return SimpleNamespace(predictions=_take(judged.outputs, keep), label_ids=_take(judged.labels, keep))
 
 
 def _take(value: Any, keep: NDArray[np.int_]) -> Any:

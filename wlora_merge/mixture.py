@@ -29,7 +29,7 @@ from .mixture_file import (
     read_mixture_table,
     read_mixture_tensors,
 )
-from .names import GRANULARITIES, NORMALIZE, group_of, natural_key
+from .names import GRANULARITIES, NEW_FOLDER, NORMALIZE, group_of, natural_key
 from .staging import staged
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class Mixture:
 
     `mixture_weights` [G, N] float32 are what an export reads; `wlora_weights` [G, N] the logits (free weights with
     `normalize: none`), kept to continue a fit; row g belongs to the g-th group of `groups`. `head_tensors` says which tensor of
-    the base's files each tensor of the head replaces; None where it is new.
+    the base's files each tensor of the head replaces; None where it is new. `new_files` are the files of an adapter that the fit
+    trained and that no folder holds yet; its source is `NEW_FOLDER` alone.
     """
 
     base: InputRef
@@ -102,6 +103,7 @@ class Mixture:
     resize_vocab: str | None = None
     data: dict[str, Any] = field(default_factory=dict)
     prefixes: tuple[str, str] = ("", "")
+    new_files: dict[str, bytes] = field(default_factory=dict)
 
     def live_name(self, delta: ModuleDelta) -> str:
         """A module's name in the model that loads the base: with the prefix that it adds or drops, or as the adapters have it."""
@@ -188,6 +190,16 @@ class Mixture:
         write_tensors({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / TENSOR_FILE)
         text = json.dumps(self._json(final), indent=2, ensure_ascii=False, allow_nan=False)
         (folder / JSON_FILE).write_text(text + "\n", encoding="utf-8")
+        self.write_new(folder)
+
+    def write_new(self, folder: Path) -> Path:
+        """Write the adapter that the fit trained, if there is one and no folder holds it, below `folder`; where it lies then."""
+        own = folder / NEW_FOLDER
+        if self.new_files:
+            own.mkdir()
+        for name, content in self.new_files.items():
+            (own / name).write_bytes(content)
+        return own
 
     def _json(self, final: Path) -> dict[str, Any]:
         table = {
@@ -195,7 +207,12 @@ class Mixture:
             for group, row in zip(self.groups, self.mixture_weights.tolist(), strict=True)
         }
         adapters = [
-            {"name": a.name, "source": _portable(a.source, final), "revision": a.revision, "sha256": a.sha256}
+            {
+                "name": a.name,
+                "source": f"./{NEW_FOLDER}" if a.source == NEW_FOLDER else _portable(a.source, final),
+                "revision": a.revision,
+                "sha256": a.sha256,
+            }
             for a in self.adapters
         ]
         return {
@@ -265,7 +282,7 @@ class Mixture:
             )
         except (KeyError, TypeError, ValueError, OverflowError, AdapterError) as error:
             raise MixtureError(f"{folder / file}: {_complaint(error)}; make the mixture again.") from error
-        mixture.head = {name.removeprefix("head."): tensor for name, tensor in tensors.items()}
+        mixture.head = {name.removeprefix("head."): tensor for name, tensor in sorted(tensors.items())}
         _check(mixture, tensors, folder)
         return mixture
 

@@ -20,6 +20,10 @@ from .errors import AdapterError, UnsupportedError, WloraMergeError
 PEFT_PREFIX = "base_model.model."
 GRANULARITIES = ("module", "layer", "global")
 GLOBAL_GROUP = "all"
+NEW_ADAPTER = "new"
+"""What a mixture calls the adapter that its fit trained."""
+NEW_FOLDER = "new_adapter"
+"""Where a mixture folder has it."""
 FIT_STATE = ".fit-state"
 TASKS = (
     "causal-lm",

@@ -91,6 +91,13 @@ FIT_OPTIONS = together(
         "chosen on the folds, else none if a head is trained.",
     ),
     click.option(
+        "--new-adapter",
+        type=click.IntRange(min=0),
+        metavar="R",
+        help="Rank of a LoRA that is trained from zero beside the given ones, with weight 1; 0: none. Default: 0 or 8, chosen on the "
+        "folds, else 0.",
+    ),
+    click.option(
         "--delta-scale", default="1.0", show_default=True, help="Factor of the whole delta weight, or learned."
     ),
     click.option(
@@ -119,7 +126,7 @@ FIT_OPTIONS = together(
         help="Parts of the shots, each held out once; 0: none.",
     ),
     click.option(
-        "--settings", type=COUNT, default=4, show_default=True, help="Learned settings that the folds compare at most."
+        "--settings", type=COUNT, default=3, show_default=True, help="Learned settings that the folds compare at most."
     ),
     click.option("--epochs", type=ABOVE_0, help="Passes over the shots. Default: --max-steps decides."),
     click.option(
@@ -138,6 +145,9 @@ FIT_OPTIONS = together(
     ),
     click.option("--learning-rate", type=ABOVE_0, help="Of the logits (AdamW). Default: 0.05, of free weights 0.02."),
     click.option("--head-learning-rate", type=ABOVE_0, default=0.01, show_default=True, help="Of a new head (AdamW)."),
+    click.option(
+        "--new-adapter-learning-rate", type=ABOVE_0, default=1e-3, show_default=True, help="Of a new adapter (AdamW)."
+    ),
     click.option(
         "--batch-size", type=COUNT, default=8, show_default=True, help="Examples in a batch, over all processes."
     ),

@@ -40,6 +40,7 @@ class FitRecipe:
     weights: list[float] | None = None
     granularity: str | None = None
     normalize: str | None = None
+    new_adapter: int | None = None
     delta_scale: float | str | None = None
     initial_logits: list[float] | str | None = None
     temperature: float | None = None
@@ -53,6 +54,7 @@ class FitRecipe:
     early_stopping: int | None = None
     learning_rate: float | None = None
     head_learning_rate: float | None = None
+    new_adapter_learning_rate: float | None = None
     batch_size: int | None = None
     gradient_accumulation_steps: int | None = None
     gradient_checkpointing: bool | None = None

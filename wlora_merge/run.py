@@ -12,7 +12,7 @@ from .check import Checked
 from .export import ExportResult, export
 from .inputs import find_inputs
 from .mixture import Mixture
-from .names import human_bytes
+from .names import NEW_FOLDER, human_bytes
 from .recipe import Recipe
 from .sources import is_here
 from .staging import staged
@@ -70,7 +70,9 @@ def run(
             exports[entry.folder] = export(folder, entry.format, target, report=recipe.report, **options)
             if recipe.verify:
                 say(f"verify {entry.folder}")
-                named = [f"{name}={path}" for name, path in adapters]
+                named = [f"{name}={path}" for name, path in adapters if name in mixture.adapter_names]
+                if new := mixture.data.get("new_adapter"):
+                    named.append(f"{new['name']}={folder / NEW_FOLDER}")
                 checked[entry.folder] = verify(target, base=base, adapters=named)
         if recipe.report:
             say("report")

@@ -21,6 +21,7 @@ from .attachment import PARAMETER, SCALE_PARAMETER, attachment_of, regroup, set_
 from .errors import MixtureError
 from .fit_options import FitOptions
 from .mixture import mixture_weights
+from .new_adapter import place_new
 
 if TYPE_CHECKING:
     from .fit_state import FitState
@@ -42,7 +43,7 @@ def logit_rate(options: FitOptions, normalize: str) -> float:
 class Candidate:
     """One way to mix: a row of weights for all groups, or (`row` None) weights learned from the start.
 
-    `scale` 0 is the base model alone.
+    `scale` 0 is the base model alone; `new_adapter` the rank of a LoRA that is trained beside them.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Candidate:
     granularity: str = "global"
     pull: float = 0.0
     scale: float | None = None
+    new_adapter: int = 0
 
     @property
     def learned(self) -> bool:
@@ -136,6 +138,7 @@ class Learner:
         trained = [weights] if candidate.learned else []
         weights.requires_grad_(candidate.learned)
         trained += self._place_scale(candidate)
+        trained += place_new(self.model, candidate.new_adapter, self.options.seed)
         return trained + [self.model.get_parameter(name) for name in self.start]
 
     def _place_scale(self, candidate: Candidate) -> list[nn.Parameter]:
@@ -343,8 +346,14 @@ class _Loop:
         self.done = 0
         model, options = learner.model, learner.options
         head = [model.get_parameter(name) for name in learner.start]
+        factors = [p for name, p in model.named_parameters() if ".wlora_new." in f".{name}"]
+        others = {id(p) for p in (*head, *factors)}
         groups = [
-            {"params": parameters[: len(parameters) - len(head)], "lr": logit_rate(options, candidate.normalize)},
+            {
+                "params": [p for p in parameters if id(p) not in others],
+                "lr": logit_rate(options, candidate.normalize),
+            },
+            {"params": factors, "lr": options.new_adapter_learning_rate},
             {"params": head, "lr": options.head_learning_rate},
         ]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)

@@ -109,7 +109,7 @@ def _train(job: Job, model: Any, shots: list[Row], seed: int, *, rate: float) ->
     head = [p for n, p in named if "classifier" in n]
     body = [p for n, p in named if "classifier" not in n]
     groups = [{"params": body, "lr": rate}, {"params": head, "lr": HEAD_RATE}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0, fused=True)
     drawn, order = random.Random(seed), []
     model.train()
     for _ in range(STEPS[job.task]):

@@ -1,0 +1,151 @@
+"""The new adapter: a LoRA that a fit trains from zero beside the adapters it was given, and the PEFT folder that it becomes.
+
+Where a task is far from all that the given adapters know, no weights of theirs reach it, and a LoRA that starts from their
+composition does (recipes/bench_fit/README.md has the figures). It enters the mixture as one more adapter, with weight 1 in
+every group, so that nothing behind the fit treats it in a way of its own. The given adapters stay frozen.
+
+This room knows the attached model and PEFT's two files; who writes them to disk is the mixture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .adapters import CONFIG_FILE, WEIGHTS_FILE
+from .errors import UnsupportedError
+from .layers import Attachment, StackedLora
+from .layouts import Layout
+from .mixture import InputRef, Mixture
+from .names import NEW_ADAPTER, NEW_FOLDER, PEFT_PREFIX
+
+ALPHA_OVER_R = 2.0
+"""lora_alpha / r: the scaling of the new adapter."""
+LAYOUTS = (Layout.LINEAR, Layout.CONV1D)
+
+
+class NewLora(nn.Module):
+    """delta_scale · scaling · (x @ lora_A.T) @ lora_B.T, trained: lora_A [r, in], lora_B [out, r], float32.
+
+    It starts as PEFT's LoRA does: lora_A uniform within ±1/sqrt(in), lora_B zero (`peft.tuners.lora.layer.reset_lora_parameters`).
+    """
+
+    def __init__(self, lora: StackedLora, r: int, generator: torch.Generator) -> None:
+        super().__init__()
+        wide, out, device = lora.lora_A.shape[1], lora.lora_B.shape[0], lora.lora_A.device
+        bound = 1 / math.sqrt(wide)
+        lora_A = torch.empty(r, wide).uniform_(-bound, bound, generator=generator)
+        self.lora_A, self.lora_B = nn.Parameter(lora_A.to(device)), nn.Parameter(torch.zeros(out, r, device=device))
+        self.kind = lora.layout
+
+    def forward(self, x: torch.Tensor, attachment: Attachment) -> torch.Tensor:
+        """The change of the module's output [..., out], given its input [..., in]."""
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.dtype)
+        return F.linear(F.linear(x, self.lora_A) * (attachment.delta_scale * ALPHA_OVER_R), self.lora_B)
+
+
+def _add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+    """The forward hook of a target module, after the mixture's own."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    change: torch.Tensor = layer.wlora_new(x, layer.wlora.attachment)  # type: ignore[operator, union-attr]
+    return output + change.to(output.dtype)
+
+
+def new_targets(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers that the given adapters change through factors, by name: a new adapter has the same."""
+    found = {}
+    for name, layer in model.named_modules():
+        lora = getattr(layer, "wlora", None)
+        if name and isinstance(lora, StackedLora) and lora.lora_A is not None and lora.layout in LAYOUTS:
+            found[name] = layer
+    return found
+
+
+def place_new(model: nn.Module, r: int, seed: int) -> list[nn.Parameter]:
+    """Put a new adapter of rank r on an attached model, in the place of one that is there; 0 leaves none.
+
+    Args:
+        seed: of lora_A; the same seed gives the same start on every process.
+
+    Returns:
+        Its parameters, lora_A and lora_B of each module in turn.
+
+    Raises:
+        UnsupportedError: the given adapters change no linear layer.
+    """
+    targets = new_targets(model)
+    for layer in targets.values():
+        if hasattr(layer, "wlora_new"):
+            layer.wlora_new_hook.remove()  # type: ignore[operator, union-attr]
+            del layer.wlora_new, layer.wlora_new_hook
+    if not r:
+        return []
+    if not targets:
+        raise UnsupportedError(
+            "a new adapter is trained on the linear layers that the given adapters change, and they change none: leave "
+            "--new-adapter out."
+        )
+    generator, parameters = torch.Generator().manual_seed(seed), list[nn.Parameter]()
+    for layer in targets.values():
+        lora = NewLora(layer.wlora, r, generator)  # type: ignore[arg-type]
+        layer.add_module("wlora_new", lora)
+        layer.wlora_new_hook = layer.register_forward_hook(_add, with_kwargs=True)  # type: ignore[assignment]
+        parameters += [lora.lora_A, lora.lora_B]
+    return parameters
+
+
+def new_files(model: nn.Module, base_name: str) -> dict[str, bytes]:
+    """The model's new adapter as the two files that PEFT's `save_pretrained` writes; empty where it has none."""
+    from safetensors.torch import save
+
+    found = {name: getattr(layer, "wlora_new", None) for name, layer in new_targets(model).items()}
+    placed = {name: lora for name, lora in found.items() if isinstance(lora, NewLora)}
+    if not placed:
+        return {}
+    tensors = {
+        f"{PEFT_PREFIX}{name}.{part}.weight": factor.detach().cpu().contiguous()
+        for name, lora in placed.items()
+        for part, factor in lora.named_parameters()
+    }
+    r = len(next(iter(placed.values())).lora_A)
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_name,
+        "r": r,
+        "lora_alpha": round(ALPHA_OVER_R * r),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(lora.kind is Layout.CONV1D for lora in placed.values()),
+        "target_modules": sorted(placed),
+        "modules_to_save": None,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return {CONFIG_FILE: text.encode(), WEIGHTS_FILE: save(tensors, {"format": "pt"})}
+
+
+def add_new(mixture: Mixture, files: dict[str, bytes]) -> None:
+    """Make a mixture one of the given adapters and of a new one, whose weight is 1 in every group.
+
+    The weights become free ones: what they were after the softmax, and 1.
+    """
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    mixture.adapters = [*mixture.adapters, InputRef(NEW_FOLDER, None, digests, _free_name(mixture.adapter_names))]
+    weights = mixture.mixture_weights
+    mixture.mixture_weights = torch.cat([weights, torch.ones(len(weights), 1)], dim=1)
+    mixture.wlora_weights, mixture.normalize = mixture.mixture_weights.clone(), "none"
+    mixture.new_files = files
+
+
+def _free_name(taken: Sequence[str]) -> str:
+    numbered = (f"{NEW_ADAPTER}-{number}" for number in range(2, len(taken) + 3))
+    return next(name for name in (NEW_ADAPTER, *numbered) if name not in taken)
