@@ -135,7 +135,7 @@ def test_settings_are_chosen_on_the_folds_and_reported(zoo: Zoo) -> None:
     new = ", new adapter of rank 8" if kept["new_adapter"] else ""
     assert best == f"{kept['granularity']}, normalize {kept['normalize']}, pull {kept['pull']:g}{new}"
     assert kept["steps"] == settings[best]["steps"]
-    assert kept["steps"] in (30, 60, 100)
+    assert kept["steps"] == 100  # a head that is stopped early is not finished
     assert mixture.granularity == kept["granularity"]
 
 

@@ -25,7 +25,9 @@ from .training import Candidate, Judged, Learner, Trained
 LEARNED, UNIFORM, BASE, SEARCH, FIXED, BEST_SINGLE, AUTO = (
     "learned", "uniform", "base", "search", "fixed", "best-single", "auto",
 )  # fmt: skip
-CHECKPOINTS = (0.3, 0.6, 1.0)  # shares of the steps after which a candidate is judged
+CHECKPOINTS = (0.3, 0.6, 1.0)
+"""Shares of the steps after which a candidate is judged, where no head is trained: one that is stopped early is not finished, and
+costs more than the weights gain (recipes/bench_fit/README.md)."""
 PULLS = (0.0, 0.3)
 NEW_RANKS = (0, 8)
 SEARCH_EVALUATIONS = 40

@@ -210,7 +210,7 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     if job.parts:
         comparison = c.compare(
             learner, [*fixed.values(), *search, *settings], job.parts, steps,
-            judge_at=(1.0,) if set_by_hand else c.CHECKPOINTS, deadline=job.deadline(FOLD_SHARE),
+            judge_at=(1.0,) if set_by_hand or learner.head else c.CHECKPOINTS, deadline=job.deadline(FOLD_SHARE),
         )  # fmt: skip
     learned = [comparison.learned] if comparison.learned else settings[:1]
     on_folds, best_steps = comparison, comparison.steps

@@ -50,8 +50,8 @@ class FitOptions:
             each costs as many trainings as there are folds.
 
     How long:
-        epochs, max_steps: passes over the shots, or optimizer steps (the latter wins); neither: at most 100 steps where a head
-            is trained, 40 where not, fewer if the folds say so.
+        epochs, max_steps: passes over the shots, or optimizer steps (the latter wins); neither: 100 steps where a head is
+            trained, at most 40 where not, fewer if the folds say so.
         max_minutes: wall-clock budget; the folds get at most half of it.
         early_stopping: stop when so many evaluations on the evaluation data, one every tenth of the steps, brought no lower
             loss, and keep the best step.

@@ -132,7 +132,7 @@ FIT_OPTIONS = together(
     click.option(
         "--max-steps",
         type=COUNT,
-        help="Optimizer steps. Default: chosen on the folds, at most 100 if a head is trained, else 40.",
+        help="Optimizer steps. Default: 100 if a head is trained, else at most 40, chosen on the folds.",
     ),
     click.option(
         "--max-minutes", type=ABOVE_0, help="Wall-clock budget in minutes, half of it for the folds. Default: none."
