@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
+from test_fit import save_tokenizer
 
 from wlora_merge.cli import main
 from wlora_merge.errors import RecipeError, WloraMergeError
@@ -92,3 +95,25 @@ def test_a_file_that_is_no_recipe_is_one_clear_error(tmp_path: Path, text: str) 
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError, match=r"r\.yaml"):
         read_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("options", [{"new_adapter": 2}, {"method": "best-single", "folds": 2}])
+def test_a_run_verifies_what_its_fit_kept_a_new_adapter_or_one_of_those_given(
+    recipe: Path, options: dict[str, Any]
+) -> None:
+    base = recipe.parent / "zoo" / "base"
+    shutil.copytree(base.resolve(), recipe.parent / "base")  # which other tests use as it is
+    save_tokenizer(recipe.parent / "base")
+    (recipe.parent / "shots.jsonl").write_text(
+        "".join(f'{{"prompt": "w{i} w2", "completion": " w4"}}\n' for i in range(4))
+    )
+    job = yaml.safe_load(SOUND) | {
+        "base": "base",
+        "fit": {"data": "shots.jsonl", "task": "causal-lm", "max_steps": 2, "folds": 0} | options,
+    }
+    del job["mix"]
+    recipe.write_text(yaml.safe_dump(job))
+    done = run(read_recipe(recipe), recipe.parent / "tree", where=recipe.parent)
+    kept = done.mixture.adapter_names
+    assert kept == ["first", "second", "new"] if "new_adapter" in options else len(kept) == 1
+    assert {name: checked.skipped for name, checked in done.checked.items()} == {"dense": {}, "lora-3": {}}

@@ -77,6 +77,16 @@ def sha256_files(paths: Iterable[Path], *, fresh: bool = False) -> dict[Path, st
             raise
 
 
+def remember(path: Path, sha256: str) -> None:
+    """Remember the digest of a file that this process has just written and put in place, however young it is.
+
+    A file that somebody else may still be writing is remembered only once it is two seconds old.
+    """
+    real = os.path.realpath(path)
+    with suppress(OSError):  # gone already: nothing to remember
+        _remember({"path": real, "name": os.path.abspath(path), **_seen(real), "sha256": sha256})
+
+
 def path_of(sha256: str) -> Path | None:
     """Find a file by its content: one whose digest is remembered and which has not changed since.
 

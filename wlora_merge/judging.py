@@ -25,7 +25,7 @@ PARTS = 50
 class Score:
     """How a candidate did: its mean loss, the metric's numbers, and the main number with one part of the examples left out.
 
-    `choice` is the loss by which settings and numbers of steps are chosen, the calibrated one where the metric has it.
+    `calibrated` is the calibrated loss, where the metric has one.
     """
 
     loss: float
@@ -33,7 +33,7 @@ class Score:
     name: str
     higher_is_better: bool
     left_out: NDArray[np.float64]
-    choice: float = math.nan
+    calibrated: float | None = None
 
     @property
     def value(self) -> float:
@@ -45,9 +45,14 @@ class Score:
         """Of `value`."""
         return _jackknife(self.left_out)
 
+    @property
+    def choice(self) -> float:
+        """The loss by which settings and numbers of steps are chosen."""
+        return self.loss if self.calibrated is None else self.calibrated
+
     def row(self) -> dict[str, float]:
         """For mixture.json and tables."""
-        calibrated = {"calibrated_loss": self.choice} if self.choice != self.loss else {}
+        calibrated = {} if self.calibrated is None else {"calibrated_loss": self.calibrated}
         return {"loss": self.loss, **calibrated, self.name: self.value, f"{self.name}_se": self.standard_error}
 
     def key(self) -> tuple[float, float]:
@@ -74,8 +79,8 @@ def score(judged: Judged, metric: Metric) -> Score:
     parts = np.array_split(np.arange(n), min(n, PARTS)) if n > 1 else []
     left_out = [_compute(metric, judged, np.setdiff1d(np.arange(n), part))[metric.name] for part in parts]
     loss = values.get("loss", judged.loss)
-    choice = metric.calibrated(_prediction(judged, np.arange(n))) if metric.calibrated else loss
-    return Score(loss, values, metric.name, metric.higher_is_better, np.array(left_out), choice)
+    calibrated = metric.calibrated(_prediction(judged, np.arange(n))) if metric.calibrated else None
+    return Score(loss, values, metric.name, metric.higher_is_better, np.array(left_out), calibrated)
 
 
 def _compute(metric: Metric, judged: Judged, keep: NDArray[np.int_]) -> dict[str, float]:

@@ -8,6 +8,7 @@ Source of the method: Asadi et al. 2024, https://arxiv.org/abs/2402.15414.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from .adapters import Adapter
 from .base_model import OUTPUT_EMBEDDINGS, BaseModel
 from .checkpoint import write_tensors
 from .deltas import ModuleDelta, TensorDelta
+from .digests import remember
 from .errors import AdapterError, MixtureError
 from .mixture_file import (
     FORMAT_VERSION,
@@ -182,6 +184,7 @@ class Mixture:
             self.write(staging.path, out)
             if beside is not None:
                 beside(staging.path)
+        self.remember_new(out)
 
     def write(self, folder: Path, final: Path) -> None:
         """Write the two files into an existing folder that will be renamed to `final`."""
@@ -200,6 +203,11 @@ class Mixture:
         for name, content in self.new_files.items():
             (own / name).write_bytes(content)
         return own
+
+    def remember_new(self, folder: Path) -> None:
+        """Remember where the adapter that the fit trained lies, so that `verify` finds it: below `folder`, put in place just now."""
+        for name, content in self.new_files.items():
+            remember(folder / NEW_FOLDER / name, hashlib.sha256(content).hexdigest())
 
     def _json(self, final: Path) -> dict[str, Any]:
         table = {

@@ -73,12 +73,21 @@ def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -
     on_gpu = fit.device in ("cuda", "mps") or (fit.device in (None, "auto") and torch.cuda.is_available())
     return {
         "step": f"fit (about {learned + heads} trainings of at most {steps} steps)",
-        "disk": 40 * len(inputs.mixture.groups) * len(inputs.adapters),
+        "disk": 40 * len(inputs.mixture.groups) * len(inputs.adapters)
+        + _new_adapter_bytes(inputs, options.new_adapter),
         "memory": int(TRAINER_IMPORTS + parameters * BYTES_PER_PARAMETER[fit.quantize] + activations),
         "seconds": None
         if on_gpu
         else round(seconds if fit.max_minutes is None else min(seconds, 60 * fit.max_minutes), 1),
     }
+
+
+def _new_adapter_bytes(inputs: Inputs, r: int | None) -> int:
+    """Of the float32 factors of a new adapter of rank r on all target modules; None: of the largest that the folds try."""
+    from .candidates import NEW_RANKS
+
+    shapes = [matrix_shape(d.shape) for d in inputs.deltas if isinstance(d, ModuleDelta) and d.R]
+    return 4 * (max(NEW_RANKS) if r is None else r) * sum(rows + columns for rows, columns in shapes)
 
 
 def _trainings(

@@ -77,6 +77,7 @@ def run(
         if recipe.report:
             say("report")
             _write_report(staging.path, mixture, exports, checked)
+    mixture.remember_new(staging.out / "mixture")
     return RunResult(staging.out, mixture, exports, checked)
 
 
