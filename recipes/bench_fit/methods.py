@@ -46,12 +46,23 @@ def _fitted(**options: Any) -> Method:
             mixture = wlora_merge.fit(job.base, adapters, data, job.task, seed=seed, device="cpu", **chosen)
             wlora_merge.export(mixture, "dense", folder / "dense")
             model = _auto(job).from_pretrained(folder / "dense", dtype=torch.float32)
-            learned = (
-                0 if chosen.get("method") in ("fixed", "uniform", "best-single") else mixture.wlora_weights.numel()
-            )
-            return Trained(model, learned + sum(t.numel() for t in mixture.head.values()))
+            frozen = chosen.get("method") in ("fixed", "uniform", "best-single")
+            learned = 0 if frozen else len(mixture.groups) * len(adapters)
+            return Trained(model, learned + _new(mixture) + sum(t.numel() for t in mixture.head.values()))
 
     return run
+
+
+def _new(mixture: wlora_merge.Mixture) -> int:
+    """Parameters of the adapter that the fit trained, if it kept one."""
+    from safetensors.torch import load
+
+    return sum(
+        t.numel()
+        for name, file in mixture.new_files.items()
+        if name.endswith(".safetensors")
+        for t in load(file).values()
+    )
 
 
 def _finetuned(job: Job, shots: list[Row], seed: int) -> Trained:
