@@ -28,7 +28,8 @@ class FitOptions:
             delta-weight space); `auto`, the best of these on what is held out.
         select: `method` keeps what the method gives; `best` keeps uniform composition or one adapter where it did better.
         weights: [N] mixture weights of `fixed`, used as they are.
-        granularity: `module`, `layer` or `global`: who shares a row of weights; None: chosen on the folds.
+        granularity: `module`, `layer` or `global`: who shares a row of weights; None: `module`, and from 4 settings on the folds
+            try `global`.
         normalize: `all`, `present` or `none`: softmax over all adapters, over those present in a module, or free weights that
             start as uniform composition; None: `all` or `none`, chosen on the folds; where nothing is held out `none` if a new
             head is trained, else `all`; always `all` where logits or a temperature are given, or nothing is learned.
@@ -40,14 +41,15 @@ class FitOptions:
             JSON file {group: {adapter: logit}}; None: zero, which is uniform composition.
         temperature: of the softmax, v̂ = softmax(v / temperature).
         pull: strength of the pull towards uniform composition: adds pull · N · mean over groups of Σ_n (v̂_n - 1/N)² to the
-            loss; None: chosen on the folds.
+            loss; None: 0, and from 5 settings on the folds try 0.3.
         prune_below: after the fit, weights (free weights: magnitudes) under this are set to zero in their group and the others
             renormalized; an adapter without weight anywhere leaves the mixture.
 
     How it is judged:
         folds: parts of the shots, each held out once; 0 holds nothing out. Classes with one shot are never held out.
-        settings: how many settings of the learned method (new adapter, normalize, granularity, pull) the folds compare at most;
-            each costs as many trainings as there are folds.
+        settings: how many settings of the learned method the folds compare at most, in this order: the default, with a new
+            adapter, the other normalize, the other granularity, with a pull, then two of these at once; each costs as many trainings
+            as there are folds.
 
     How long:
         epochs, max_steps: passes over the shots, or optimizer steps (the latter wins); neither: 100 steps where a head is
