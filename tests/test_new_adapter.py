@@ -201,3 +201,13 @@ def test_a_new_adapter_needs_learned_weights_that_can_be_made_free_ones(options:
     with pytest.raises(MixtureError, match="leave --new-adapter 8 out"):
         fit_options({"new_adapter": 8, **options})
     fit_options({"new_adapter": 0, **options})
+
+
+def test_the_folds_compare_a_new_adapter_and_the_note_says_that_it_was_kept(zoo: Zoo) -> None:
+    mixture = fitted(zoo, new_adapter=4, settings=1)
+    assert list(mixture.metrics["settings"]) == ["module, normalize none, pull 0, new adapter of rank 4"]
+    assert mixture.metrics["chosen"]["new_adapter"] == 4
+    assert "With a new adapter of rank 4" in mixture.metrics["note"]
+    without = fitted(zoo, new_adapter=0, settings=1)
+    assert without.adapter_names == ["a0", "a1", "a2"]
+    assert "new adapter" not in without.metrics["note"]

@@ -75,6 +75,8 @@ def metrics_of(
         said += _said_of_rivals(better, equal, job.learner.names, metric.name)
     else:
         said.append(f"Kept: {_called(kept, job.learner.names)}.")
+    if candidate.new_adapter:
+        said.append(f"With a new adapter of rank {candidate.new_adapter}, trained on the shots beside those given.")
     if comparison.skipped or on_folds.skipped:
         said.append(f"Not compared for want of time: {', '.join([*on_folds.skipped, *comparison.skipped])}.")
     result: dict[str, Any] = {
