@@ -123,7 +123,8 @@ def fit(
         mixture.data = {"method": chosen.method, "data": data_ref(shots), "fit": recorded(chosen)}
         if files := new_files(work.learner.model, opened.source.name):
             add_new(mixture, files)
-            deltas = [d for d in find_inputs(mixture).deltas if isinstance(d, ModuleDelta)]
+            if report:
+                deltas = [d for d in find_inputs(mixture).deltas if isinstance(d, ModuleDelta)]
             mixture.data["new_adapter"] = {"name": mixture.adapter_names[-1], "r": kept.new_adapter}
         if out is not None and ranks.leads:
             title = f"A mixture on {opened.source.name}"
