@@ -8,7 +8,6 @@ Source of the method: Asadi et al. 2024, https://arxiv.org/abs/2402.15414.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -206,8 +205,9 @@ class Mixture:
 
     def remember_new(self, folder: Path) -> None:
         """Remember where the adapter that the fit trained lies, so that `verify` finds it: below `folder`, put in place just now."""
-        for name, content in self.new_files.items():
-            remember(folder / NEW_FOLDER / name, hashlib.sha256(content).hexdigest())
+        for digests in (a.sha256 for a in self.adapters if a.source == NEW_FOLDER):
+            for name, sha256 in digests.items():
+                remember(folder / NEW_FOLDER / name, sha256)
 
     def _json(self, final: Path) -> dict[str, Any]:
         table = {

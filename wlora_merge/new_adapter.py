@@ -92,21 +92,30 @@ def place_new(model: nn.Module, r: int, seed: int) -> list[nn.Parameter]:
             "a new adapter is trained on the linear layers that the given adapters change, and they change none: leave "
             "--new-adapter out."
         )
-    generator, parameters = torch.Generator().manual_seed(seed), list[nn.Parameter]()
+    generator = torch.Generator().manual_seed(seed)
     for layer in targets.values():
         lora = NewLora(layer.wlora, r, generator)  # type: ignore[arg-type]
         layer.add_module("wlora_new", lora)
         layer.wlora_new_hook = layer.register_forward_hook(_add, with_kwargs=True)  # type: ignore[assignment]
-        parameters += [lora.lora_A, lora.lora_B]
-    return parameters
+    return new_parameters(model)
+
+
+def _placed(model: nn.Module) -> dict[str, NewLora]:
+    """The new adapter's factors by module; empty where there is none."""
+    found = {name: getattr(layer, "wlora_new", None) for name, layer in new_targets(model).items()}
+    return {name: lora for name, lora in found.items() if isinstance(lora, NewLora)}
+
+
+def new_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """lora_A and lora_B of each module in turn, of the model's new adapter; none where it has none."""
+    return [factor for lora in _placed(model).values() for factor in lora.parameters()]
 
 
 def new_files(model: nn.Module, base_name: str) -> dict[str, bytes]:
     """The model's new adapter as the two files that PEFT's `save_pretrained` writes; empty where it has none."""
     from safetensors.torch import save
 
-    found = {name: getattr(layer, "wlora_new", None) for name, layer in new_targets(model).items()}
-    placed = {name: lora for name, lora in found.items() if isinstance(lora, NewLora)}
+    placed = _placed(model)
     if not placed:
         return {}
     tensors = {

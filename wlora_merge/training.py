@@ -21,7 +21,7 @@ from .attachment import PARAMETER, SCALE_PARAMETER, attachment_of, regroup, set_
 from .errors import MixtureError
 from .fit_options import FitOptions
 from .mixture import mixture_weights
-from .new_adapter import place_new
+from .new_adapter import new_parameters, place_new
 
 if TYPE_CHECKING:
     from .fit_state import FitState
@@ -346,7 +346,7 @@ class _Loop:
         self.done = 0
         model, options = learner.model, learner.options
         head = [model.get_parameter(name) for name in learner.start]
-        factors = [p for name, p in model.named_parameters() if ".wlora_new." in f".{name}"]
+        factors = new_parameters(model)
         others = {id(p) for p in (*head, *factors)}
         groups = [
             {
