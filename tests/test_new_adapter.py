@@ -140,7 +140,7 @@ def test_a_mixture_with_a_new_adapter_starts_a_fit_that_goes_on_without_it_or_wi
     with_new(zoo, tmp_path / "m")
     options = {"folds": 0, "max_steps": 1, "initial_logits": str(tmp_path / "m"), "learning_rate": 1e-9}
     given = [*folders, tmp_path / "m" / NEW_FOLDER]
-    again = fit(base, [*folders, ("new", given[-1])], shots, "text-classification", **options)
+    again = fit(base, [*folders, ("new", given[-1])], shots, "text-classification", **options, new_adapter=0)
     assert torch.allclose(again.mixture_weights, Mixture.load(tmp_path / "m").mixture_weights, atol=1e-6)
     two = fit(base, [*folders, ("new", given[-1])], shots, "text-classification", **options, new_adapter=2)
     assert two.adapter_names == ["a0", "a1", "a2", "new", "new-2"]

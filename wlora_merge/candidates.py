@@ -29,7 +29,7 @@ CHECKPOINTS = (0.3, 0.6, 1.0)
 """Shares of the steps after which a candidate is judged, where no head is trained: one that is stopped early is not finished, and
 costs more than the weights gain (recipes/bench_fit/README.md)."""
 PULLS = (0.0, 0.3)
-NEW_RANKS = (0, 8)
+NEW_RANK = 8
 SEARCH_EVALUATIONS = 40
 SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.13269
 
@@ -67,11 +67,16 @@ def fixed_candidates(names: Sequence[str], options: FitOptions) -> dict[str, Can
     return found
 
 
-def learned_settings(options: FitOptions, *, head: bool) -> list[Candidate]:
+def learned_settings(options: FitOptions, *, head: bool, several: bool) -> list[Candidate]:
     """What the folds compare for the learned method: the default, then what differs from it in one option, then in more.
 
-    None for a method that learns nothing by gradients. The default is free weights where a new head is trained, a softmax
-    where the base already does the task (recipes/bench_fit/README.md says what was measured).
+    None for a method that learns nothing by gradients. The default is free weights where a new head is trained, with a new adapter
+    where there are two shots per class or more, and a softmax where the base already does the task (recipes/bench_fit/README.md
+    says what was measured).
+
+    Args:
+        head: whether a new head is trained.
+        several: whether there are two shots per class or more.
     """
     if options.method not in (LEARNED, AUTO):
         return []
@@ -80,7 +85,8 @@ def learned_settings(options: FitOptions, *, head: bool) -> list[Candidate]:
     normalizes = [options.normalize] if options.normalize else ["all"] if softmax else both
     granularities = [options.granularity] if options.granularity else ["module", "global"]
     pulls = [options.pull] if options.pull is not None else list(PULLS)
-    ranks = [options.new_adapter] if options.new_adapter is not None else list(NEW_RANKS)
+    default = NEW_RANK if head and several else 0
+    ranks = [options.new_adapter] if options.new_adapter is not None else [default, NEW_RANK - default]
     table = itertools.product(enumerate(pulls), enumerate(granularities), enumerate(normalizes), enumerate(ranks))
     ordered = sorted(table, key=lambda row: sum(number for number, _ in row))
     settings = [Candidate(LEARNED, None, m, g, p, new_adapter=r) for (_, p), (_, g), (_, m), (_, r) in ordered]
@@ -105,6 +111,11 @@ def fold_indices(keys: Sequence[str], folds: int, seed: int) -> list[list[int]]:
     return [sorted(usable[fold::folds]) for fold in range(folds)] if folds > 1 else []
 
 
+def several_each(keys: Sequence[str]) -> bool:
+    """Whether there are two examples per class or more, on average."""
+    return len(keys) >= 2 * len(set(keys))
+
+
 def compare(
     learner: Learner,
     candidates: Sequence[Candidate],
@@ -119,7 +130,8 @@ def compare(
     """Train each candidate on each part and judge it on what that part holds out.
 
     Args:
-        candidates: the settings of the learned method among them; the best stands for all.
+        candidates: the settings of the learned method among them, the default first. One stands for all: each takes the place of
+            those before it only where it is ahead in the metric by more than the standard error of the difference.
         parts: (rows to train on, rows to judge on).
         steps: optimizer steps, for all or by candidate.
         judge_at: shares of the steps after which to judge.
@@ -141,16 +153,19 @@ def compare(
         if len(parts) == 1:
             result.trained[candidate.name] = found[0][0]
         scores = {step: score(pool([t.judged[step] for t, _ in found]), learner.metric) for step in found[0][0].judged}
-        step = min(scores, key=lambda s: (scores[s].choice, s))
+        step = min(scores, key=lambda s: (scores[s].loss, s))
         if candidate.learned:
             result.settings[setting_name(candidate)] = scores[step].row() | {"steps": step}
-        if candidate.name not in best or scores[step].choice < best[candidate.name].choice:
-            best[candidate.name], result.steps[candidate.name] = scores[step], step
-            if candidate.learned:
-                result.learned = candidate
-                if found[0][1] is not None:
-                    pruned = pool([p for _, p in found if p is not None])
-                    result.pruned = score(pruned, learner.metric).loss - scores[max(scores)].loss
+        if before := best.get(candidate.name):
+            lead, error = scores[step].ahead_of(before)
+            if lead <= error:
+                continue
+        best[candidate.name], result.steps[candidate.name] = scores[step], step
+        if candidate.learned:
+            result.learned = candidate
+            if found[0][1] is not None:
+                pruned = pool([p for _, p in found if p is not None])
+                result.pruned = score(pruned, learner.metric).loss - scores[max(scores)].loss
     result.scores = best
     return result
 

@@ -155,7 +155,7 @@ def _prepare(
     state: Any,
     progress: FitProgress | None,
 ) -> tuple[FitJob, LabelSet | None]:
-    from .candidates import fold_indices
+    from .candidates import fold_indices, several_each
     from .fit_model import load_model
     from .training import Learner
 
@@ -175,7 +175,9 @@ def _prepare(
     keys = keys if keys and isinstance(keys[0], str) else [""] * n
     folds = fold_indices(keys, options.folds, options.seed) if options.folds else []
     parts = [([i for i in range(n) if i not in set(fold)], fold) for fold in folds]
-    return FitJob(learner, list(range(n)), list(range(n, n + len(judged))), parts, options, start), labels
+    return FitJob(
+        learner, list(range(n)), list(range(n, n + len(judged))), parts, several_each(keys), options, start
+    ), labels
 
 
 class _Both(Sequence[Any]):
@@ -203,7 +205,7 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     if options.new_adapter is None and not new_targets(learner.model):
         options = replace(options, new_adapter=0)
     fixed = c.fixed_candidates(names, options)
-    settings = c.learned_settings(options, head=bool(learner.head))
+    settings = c.learned_settings(options, head=bool(learner.head), several=job.several)
     steps = c.total_steps(learner, len(job.shots))
     search = [replace(fixed[c.UNIFORM], name=c.SEARCH)] if options.method in (c.SEARCH, c.AUTO) else []
     set_by_hand = options.max_steps is not None or options.epochs is not None

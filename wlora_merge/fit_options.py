@@ -31,11 +31,11 @@ class FitOptions:
         granularity: `module`, `layer` or `global`: who shares a row of weights; None: `module`, and from 4 settings on the folds
             try `global`.
         normalize: `all`, `present` or `none`: softmax over all adapters, over those present in a module, or free weights that
-            start as uniform composition; None: `all` or `none`, chosen on the folds; where nothing is held out `none` if a new
-            head is trained, else `all`; always `all` where logits or a temperature are given, or nothing is learned.
+            start as uniform composition; None: `none` if a new head is trained, else `all`, and from 3 settings on the folds try
+            the other; always `all` where logits or a temperature are given, or nothing is learned.
         new_adapter: rank of a LoRA that is trained from zero beside the given adapters, on the linear layers that they change; it
-            becomes one more adapter of the mixture, with weight 1, and the weights free ones. 0: none; None: 0 or 8, chosen on the
-            folds; 0 where nothing is held out.
+            becomes one more adapter of the mixture, with weight 1, and the weights free ones. 0: none; None: 8 where a new head is
+            trained on two shots per class or more, else 0, unless the folds prefer the other.
         delta_scale: factor of the whole delta weight, or `learned`.
         initial_logits: [N] logits for all groups (free weights with `normalize: none`), a mixture folder to start from, or a
             JSON file {group: {adapter: logit}}; None: zero, which is uniform composition.
@@ -47,9 +47,10 @@ class FitOptions:
 
     How it is judged:
         folds: parts of the shots, each held out once; 0 holds nothing out. Classes with one shot are never held out.
-        settings: how many settings of the learned method the folds compare at most, in this order: the default, with a new
-            adapter, the other normalize, the other granularity, with a pull, then two of these at once; each costs as many trainings
-            as there are folds.
+        settings: how many settings of the learned method the folds compare at most, in this order: the default, without a new
+            adapter (where it has none: with one), the other normalize, the other granularity, with a pull, then two of these at once;
+            each costs as many trainings as there are folds. One is taken instead of those before it where it is ahead by more than a
+            standard error.
 
     How long:
         epochs, max_steps: passes over the shots, or optimizer steps (the latter wins); neither: 100 steps where a head is
@@ -78,7 +79,7 @@ class FitOptions:
     pull: float | None = None
     prune_below: float = 0.0
     folds: int = 3
-    settings: int = 3
+    settings: int = 2
     epochs: float | None = None
     max_steps: int | None = None
     max_minutes: float | None = None

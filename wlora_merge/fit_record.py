@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class FitJob:
-    """What a fit works on: the learner, and which of its rows are for what."""
+    """What a fit works on: the learner, which of its rows are for what, and whether there are two shots per class or more."""
 
     learner: Learner
     shots: list[int]
     held: list[int]
     parts: list[tuple[list[int], list[int]]]
+    several: bool
     options: FitOptions
     start: float
     losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,17 +23,13 @@ PARTS = 50
 
 @dataclass(frozen=True)
 class Score:
-    """How a candidate did: its mean loss, the metric's numbers, and the main number with one part of the examples left out.
-
-    `calibrated` is the calibrated loss, where the metric has one.
-    """
+    """How a candidate did: its mean loss, the metric's numbers, and the main number with one part of the examples left out."""
 
     loss: float
     values: dict[str, float]
     name: str
     higher_is_better: bool
     left_out: NDArray[np.float64]
-    calibrated: float | None = None
 
     @property
     def value(self) -> float:
@@ -45,15 +41,9 @@ class Score:
         """Of `value`."""
         return _jackknife(self.left_out)
 
-    @property
-    def choice(self) -> float:
-        """The loss by which settings and numbers of steps are chosen."""
-        return self.loss if self.calibrated is None else self.calibrated
-
     def row(self) -> dict[str, float]:
         """For mixture.json and tables."""
-        calibrated = {} if self.calibrated is None else {"calibrated_loss": self.calibrated}
-        return {"loss": self.loss, **calibrated, self.name: self.value, f"{self.name}_se": self.standard_error}
+        return {"loss": self.loss, self.name: self.value, f"{self.name}_se": self.standard_error}
 
     def key(self) -> tuple[float, float]:
         """Larger is better: the metric, then the loss."""
@@ -78,17 +68,12 @@ def score(judged: Judged, metric: Metric) -> Score:
     values = _compute(metric, judged, np.arange(n))
     parts = np.array_split(np.arange(n), min(n, PARTS)) if n > 1 else []
     left_out = [_compute(metric, judged, np.setdiff1d(np.arange(n), part))[metric.name] for part in parts]
-    loss = values.get("loss", judged.loss)
-    calibrated = metric.calibrated(_prediction(judged, np.arange(n))) if metric.calibrated else None
-    return Score(loss, values, metric.name, metric.higher_is_better, np.array(left_out), calibrated)
+    return Score(values.get("loss", judged.loss), values, metric.name, metric.higher_is_better, np.array(left_out))
 
 
 def _compute(metric: Metric, judged: Judged, keep: NDArray[np.int_]) -> dict[str, float]:
-    return metric.compute(_prediction(judged, keep))
-
-
-def _prediction(judged: Judged, keep: NDArray[np.int_]) -> Any:
-    return SimpleNamespace(predictions=_take(judged.outputs, keep), label_ids=_take(judged.labels, keep))
+    prediction = SimpleNamespace(predictions=_take(judged.outputs, keep), label_ids=_take(judged.labels, keep))
+    return metric.compute(cast("Any", prediction))
 
 
 def _take(value: Any, keep: NDArray[np.int_]) -> Any:

@@ -34,15 +34,12 @@ class Metric:
         higher_is_better: whether a larger value is better.
         compute: for `Trainer(compute_metrics=...)`.
         preprocess: for `Trainer(preprocess_logits_for_metrics=...)`; None keeps the logits as they are.
-        calibrated: the loss that is left when all logits are multiplied by the best one number, by which settings are chosen: few
-            shots make a model sure of itself long before they make it wrong. None where the loss itself has to do.
     """
 
     name: str
     higher_is_better: bool
     compute: Callable[[EvalPrediction], dict[str, float]]
     preprocess: Callable[[Any, Any], torch.Tensor] | None = None
-    calibrated: Callable[[EvalPrediction], float] | None = None
 
 
 def classification_metric(labels: LabelSet) -> Metric:
@@ -51,27 +48,7 @@ def classification_metric(labels: LabelSet) -> Metric:
         return Metric("mse", False, _regression, _first)
     if labels.problem_type == MULTI:
         return Metric("f1", True, _multi_label, _first)
-    return Metric("accuracy", True, _accuracy, _first, calibrated_loss)
-
-
-def calibrated_loss(prediction: EvalPrediction) -> float:
-    """min over t >= 0 of the mean cross-entropy of t · logits [E, C]; at most log C.
-
-    Source: temperature scaling, Guo et al. 2017, https://arxiv.org/abs/1706.04599; the loss is convex in t.
-    """
-    logits = np.asarray(prediction.predictions, np.float64)
-    logits = logits - logits.max(-1, keepdims=True)
-    labels = np.asarray(prediction.label_ids)[:, None]
-
-    def loss(t: float) -> float:
-        scaled = t * logits
-        return float((np.log(np.exp(scaled).sum(-1)) - np.take_along_axis(scaled, labels, -1)[:, 0]).mean())
-
-    low, high = 0.0, 100.0 / max(float(np.abs(logits).mean()), 1e-12)
-    for _ in range(60):
-        left, right = low + (high - low) * 0.382, low + (high - low) * 0.618
-        low, high = (low, right) if loss(left) <= loss(right) else (left, high)
-    return loss((low + high) / 2)
+    return Metric("accuracy", True, _accuracy, _first)
 
 
 def causal_lm_metric() -> Metric:

@@ -87,15 +87,15 @@ FIT_OPTIONS = together(
     click.option(
         "--normalize",
         type=click.Choice(names.NORMALIZE),
-        help="Softmax over all adapters, renormalized over those present in a module, or none: free weights. Default: all or none, "
-        "chosen on the folds, else none if a head is trained.",
+        help="Softmax over all adapters, renormalized over those present in a module, or none: free weights. Default: none if a head "
+        "is trained, else all; the folds try the other too from --settings 3 on.",
     ),
     click.option(
         "--new-adapter",
         type=click.IntRange(min=0),
         metavar="R",
-        help="Rank of a LoRA that is trained from zero beside the given ones, with weight 1; 0: none. Default: 0 or 8, chosen on the "
-        "folds, else 0.",
+        help="Rank of a LoRA that is trained from zero beside the given ones, with weight 1; 0: none. Default: 8 if a head is "
+        "trained on two shots per class or more, else 0, unless the folds prefer the other.",
     ),
     click.option(
         "--delta-scale", default="1.0", show_default=True, help="Factor of the whole delta weight, or learned."
@@ -126,7 +126,7 @@ FIT_OPTIONS = together(
         help="Parts of the shots, each held out once; 0: none.",
     ),
     click.option(
-        "--settings", type=COUNT, default=3, show_default=True, help="Learned settings that the folds compare at most."
+        "--settings", type=COUNT, default=2, show_default=True, help="Learned settings that the folds compare at most."
     ),
     click.option("--epochs", type=ABOVE_0, help="Passes over the shots. Default: --max-steps decides."),
     click.option(

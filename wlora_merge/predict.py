@@ -83,11 +83,11 @@ def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -
 
 
 def _new_adapter_bytes(inputs: Inputs, r: int | None) -> int:
-    """Of the float32 factors of a new adapter of rank r on all target modules; None: of the largest that the folds try."""
-    from .candidates import NEW_RANKS
+    """Of the float32 factors of a new adapter of rank r on all target modules; None: of the one that the folds try."""
+    from .candidates import NEW_RANK
 
     shapes = [matrix_shape(d.shape) for d in inputs.deltas if isinstance(d, ModuleDelta) and d.R]
-    return 4 * (max(NEW_RANKS) if r is None else r) * sum(rows + columns for rows, columns in shapes)
+    return 4 * (NEW_RANK if r is None else r) * sum(rows + columns for rows, columns in shapes)
 
 
 def _trainings(
@@ -98,12 +98,13 @@ def _trainings(
     Args:
         head: whether the task brings a new one, without which candidates with fixed weights have nothing to train.
     """
-    from .candidates import fixed_candidates, fold_indices, learned_settings
+    from .candidates import fixed_candidates, fold_indices, learned_settings, several_each
 
-    settings, search = len(learned_settings(options, head=head)), options.method in ("search", "auto")
-    fixed = len(fixed_candidates(names, options)) + 2 * search
     labels = examples.column("label") if "label" in examples.columns else []
     keys = labels if labels and isinstance(labels[0], str) else [""] * len(examples)
+    settings = len(learned_settings(options, head=head, several=several_each(keys)))
+    search = options.method in ("search", "auto")
+    fixed = len(fixed_candidates(names, options)) + 2 * search
     folds = len(fold_indices(keys, options.folds, options.seed)) if options.folds else 0
     held = bool(fit.eval_data)
     learned, heads = folds * settings + (held and settings > 0), (folds + held) * fixed
