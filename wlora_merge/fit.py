@@ -175,9 +175,8 @@ def _prepare(
     keys = keys if keys and isinstance(keys[0], str) else [""] * n
     folds = fold_indices(keys, options.folds, options.seed) if options.folds else []
     parts = [([i for i in range(n) if i not in set(fold)], fold) for fold in folds]
-    return FitJob(
-        learner, list(range(n)), list(range(n, n + len(judged))), parts, several_each(keys), options, start
-    ), labels
+    every, held_rows = list(range(n)), list(range(n, n + len(judged)))
+    return FitJob(learner, every, held_rows, parts, several_each(keys), options, start), labels
 
 
 class _Both(Sequence[Any]):
