@@ -213,7 +213,7 @@ def test_minilm_on_banking77(shared: Path, real_models: Path, tmp_path: Path) ->
         writer.writerows(shots)
     adapters = [shared / "zoo/minilm-banking" / f"g{i}" for i in range(5)]
     base = real_models / "minilm"
-    mixture = fit(base, adapters, tmp_path / "shots.csv", "text-classification", tmp_path / "m", max_steps=25)
+    mixture = fit(base, adapters, tmp_path / "shots.csv", "text-classification", tmp_path / "m", folds=2, max_steps=25)
     assert mixture.head["classifier.weight"].shape == (11, 384)
     candidates = mixture.metrics["candidates"]
     assert candidates["learned"]["accuracy"] > 1.5 / 11  # chance is 1/11, and 25 steps are few
@@ -237,7 +237,7 @@ def test_smollm2_on_movie_reviews(shared: Path, real_models: Path, tmp_path: Pat
     (tmp_path / "shots.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     adapters = [shared / "zoo/smollm2-tasks" / name for name in ("sst2", "subj", "trec", "mpqa")]
     base = real_models / "smollm2"
-    settings: dict[str, Any] = {"granularity": "module", "pull": 0.0, "folds": 2, "max_steps": 3, "batch_size": 3}
+    settings: dict[str, Any] = {"granularity": "module", "pull": 0.0, "folds": 2, "settings": 1, "max_steps": 3}
     mixture = fit(base, adapters, tmp_path / "shots.jsonl", "causal-lm", tmp_path / "m", **settings)
     assert len(mixture.groups) == 210
     export(tmp_path / "m", "dense", tmp_path / "dense")
