@@ -141,12 +141,12 @@ def test_a_setting_is_kept_only_where_it_is_ahead_of_the_default_by_more_than_a_
     name = f"{kept['granularity']}, normalize {kept['normalize']}, pull {kept['pull']:g}{new}"
     lead = settings[name]["accuracy"] - settings[default]["accuracy"]
     assert name == default or lead > 0
-    assert kept["steps"] == 100  # a head that is stopped early is not finished
+    assert kept["steps"] == settings[name]["steps"] == 100  # a head that is stopped early is not finished
     assert mixture.granularity == kept["granularity"]
 
 
 class Scripted:
-    """A learner whose settings do as they are told: right answers of `several` examples, for each candidate in turn."""
+    """A learner whose settings do as they are told: for each granularity, which examples are right."""
 
     options = fit_options({})
     metric = classification_metric(LabelSet(("a", "b"), SINGLE))
