@@ -166,8 +166,8 @@ class Scripted:
     ("second", "expected"),
     [
         ([1, 1, 1, 1, 1, 1, 0, 0, 0, 0], "module"),  # as good
-        ([1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "module"),  # ahead by one of ten, and so is the standard error
-        ([1, 1, 1, 1, 1, 1, 1, 1, 1, 0], "global"),  # ahead by three of ten
+        ([1, 1, 1, 1, 1, 1, 1, 1, 1, 0], "module"),  # ahead by three of ten: 1.96 standard errors
+        ([1, 1, 1, 1, 1, 1, 1, 1, 1, 1], "global"),  # ahead by four of ten: 2.4 standard errors
         ([0, 0, 0, 1, 1, 1, 1, 1, 1, 1], "module"),  # ahead by one, but wrong where the default is right
     ],
 )

@@ -30,6 +30,9 @@ CHECKPOINTS = (0.3, 0.6, 1.0)
 costs more than the weights gain (recipes/bench_fit/README.md)."""
 PULLS = (0.0, 0.3)
 NEW_RANK = 8
+OVERRULES = 2.0
+"""Standard errors of the difference by which a setting must be ahead on the folds to take the place of the default: at one, two examples
+do it, and they mislead (recipes/bench_fit/README.md)."""
 SEARCH_EVALUATIONS = 40
 SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.13269
 
@@ -131,7 +134,7 @@ def compare(
 
     Args:
         candidates: the settings of the learned method among them, the default first. One stands for all: each takes the place of
-            those before it only where it is ahead in the metric by more than the standard error of the difference.
+            those before it only where it is ahead in the metric by more than `OVERRULES` standard errors of the difference.
         parts: (rows to train on, rows to judge on).
         steps: optimizer steps, for all or by candidate.
         judge_at: shares of the steps after which to judge.
@@ -158,7 +161,7 @@ def compare(
             result.settings[setting_name(candidate)] = scores[step].row() | {"steps": step}
         if before := best.get(candidate.name):
             lead, error = scores[step].ahead_of(before)
-            if lead <= error:
+            if lead <= OVERRULES * error:
                 continue
         best[candidate.name], result.steps[candidate.name] = scores[step], step
         if candidate.learned:

@@ -95,13 +95,15 @@ def _mean(values: list[float]) -> str:
 
 
 def speed(options: argparse.Namespace) -> None:
-    from speed import speed_rows
+    from speed import CONTENDERS, TOKENS, speed_rows
 
+    contenders = options.contenders.split(",") if options.contenders else CONTENDERS
     console = Console(highlight=False)
-    table = Table(title="A training step: SmolLM2-135M, 4 × 128 tokens, all seven linear layers", title_justify="left")
+    what = f"SmolLM2-135M, {options.batch} × {TOKENS} tokens, all seven linear layers"
+    table = Table(title=f"A training step: {what}", title_justify="left")
     for column in ("adapters", "what", "seconds", "× floor", "GB", "× floor"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    for row in speed_rows(options.models / "smollm2", options.out, options.rounds):
+    for row in speed_rows(contenders, options.models / "smollm2", options.out, options.batch, options.rounds):
         table.add_row(*row)
     console.print(table)
 
@@ -116,6 +118,8 @@ def main() -> None:
     parser.add_argument("--shots", default="1,2,4,8,16", help="per class, with commas between them")
     parser.add_argument("--seeds", type=int, default=5, help="draws of the shots")
     parser.add_argument("--rounds", type=int, default=7, help="of the speed table")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a step in the speed table")
+    parser.add_argument("--contenders", help="of the speed table, floor first, with commas between them; default: all")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("bench-out/fit"), help="results; a stopped run goes on there")
     parser.add_argument(

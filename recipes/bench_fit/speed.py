@@ -1,8 +1,9 @@
 """One training step of the logits against the base model's own: seconds and peak memory.
 
 The floor is a forward and backward pass of the base alone, with gradients flowing to its input, as they must to reach the
-logits of the first layer. `stacked` is what `wlora_merge.attach` makes; `separate paths` computes each adapter's product on
-its own: PEFT's own layers with all adapters active, and trainable logits in the place of their scalings.
+logits of the first layer. `stacked` is what `wlora_merge.attach` makes; `folded once a step` adds the mixture to each weight and
+multiplies by the sum, forward and backward; `separate paths` computes each adapter's product on its own: PEFT's own layers with
+all adapters active, and trainable logits in the place of their scalings.
 
 Seconds come from one process that takes the contenders in turn; peak memory from a process for each.
 """
@@ -16,17 +17,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import wlora_merge
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK, BATCH, TOKENS = 16, 4, 128
-CONTENDERS = ("floor", "stacked", "separate paths")
+RANK, TOKENS = 16, 128
+CONTENDERS = ("floor", "stacked", "folded once a step", "separate paths")
 
 
 def make_adapters(base: Path, folder: Path, count: int) -> list[Path]:
@@ -48,7 +50,9 @@ def make_adapters(base: Path, folder: Path, count: int) -> list[Path]:
     return folders
 
 
-def make_step(contender: str, base: Path, adapters: list[Path], dtype: torch.dtype, device: str) -> Callable[[], None]:
+def make_step(
+    contender: str, base: Path, adapters: list[Path], batch: int, dtype: torch.dtype, device: str
+) -> Callable[[], None]:
     """A function that takes one forward and backward pass."""
     from transformers import AutoModelForCausalLM
 
@@ -57,12 +61,14 @@ def make_step(contender: str, base: Path, adapters: list[Path], dtype: torch.dty
     before_step = model.zero_grad
     if contender == "stacked":
         wlora_merge.attach(model, adapters)
+    elif contender == "folded once a step":
+        fold_once_a_step(wlora_merge.attach(model, adapters))
     elif contender == "separate paths":
         model, before_step = separate_paths(model, adapters)
     else:
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
     model.train()
-    ids = torch.randint(0, 1000, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(0, 1000, (batch, TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
 
     def step() -> None:
         before_step()
@@ -71,6 +77,34 @@ def make_step(contender: str, base: Path, adapters: list[Path], dtype: torch.dty
             torch.cuda.synchronize()
 
     return step
+
+
+class Folded(torch.autograd.Function):
+    """x @ (weight + lora_B · diag(gains) · lora_A).T; the sum is kept for the backward pass, of the tokens only [tokens, R]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gains: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """x [..., in], gains [R], weight [out, in], lora_A [R, in], lora_B [out, R]."""
+        total = torch.addmm(weight, lora_B * gains, lora_A)
+        ctx.save_for_backward(x.reshape(-1, x.shape[-1]) @ lora_A.T, total, lora_B)
+        return nn.functional.linear(x, total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and gains: the latter needs no gradient of the sum."""
+        hidden, total, lora_B = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (rows @ total).view(*grad.shape[:-1], -1), ((rows @ lora_B) * hidden).sum(0), None, None, None
+
+
+def fold_once_a_step(model: nn.Module) -> None:
+    """Make the target modules of an attached model, linear layers without bias, fold before they multiply."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and hasattr(layer, "wlora"):
+            layer.wlora_hook.remove()
+            layer.forward = lambda x, layer=layer, lora=layer.wlora: Folded.apply(
+                x, lora.gains().to(x.dtype), layer.weight, lora.lora_A, lora.lora_B
+            )
 
 
 def separate_paths(model: nn.Module, adapters: list[Path]) -> tuple[nn.Module, Callable[[], None]]:
@@ -97,10 +131,18 @@ def separate_paths(model: nn.Module, adapters: list[Path]) -> tuple[nn.Module, C
     return model, before_step
 
 
-def measure(base: Path, adapters: list[Path], rounds: int, dtype: torch.dtype, device: str) -> dict[str, float]:
+def measure(
+    contenders: Sequence[str],
+    base: Path,
+    adapters: list[Path],
+    batch: int,
+    rounds: int,
+    dtype: torch.dtype,
+    device: str,
+) -> dict[str, float]:
     """Median seconds of a step for each contender, in turn, after two uncounted rounds."""
-    steps = {name: make_step(name, base, adapters, dtype, device) for name in CONTENDERS}
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    steps = {name: make_step(name, base, adapters, batch, dtype, device) for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 2):
         for name, step in steps.items():
             start = time.perf_counter()
@@ -110,9 +152,9 @@ def measure(base: Path, adapters: list[Path], rounds: int, dtype: torch.dtype, d
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak_memory(contender: str, base: Path, adapters: list[Path], device: str) -> float:
+def peak_memory(contender: str, base: Path, adapters: list[Path], batch: int, device: str) -> float:
     """Peak bytes of a process that takes three steps: RSS, or the GPU's allocations; not a number where it was killed."""
-    command = [sys.executable, __file__, contender, str(base), device, *map(str, adapters)]
+    command = [sys.executable, __file__, contender, str(base), str(batch), device, *map(str, adapters)]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if found.returncode == -signal.SIGKILL:  # as the system does when memory runs out
         return math.nan
@@ -120,16 +162,18 @@ def peak_memory(contender: str, base: Path, adapters: list[Path], device: str) -
     return float(json.loads(found.stdout.splitlines()[-1]))
 
 
-def speed_rows(base: Path, work: Path, rounds: int, counts: tuple[int, ...] = (4, 16)) -> list[tuple[str, ...]]:
+def speed_rows(
+    contenders: Sequence[str], base: Path, work: Path, batch: int, rounds: int, counts: tuple[int, ...] = (4, 16)
+) -> list[tuple[str, ...]]:
     """Rows of the table: adapters, contender, seconds, times the floor, GB, times the floor."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows = []
     for count in counts:
         adapters = make_adapters(base, work / "adapters", count)
-        seconds = measure(base, adapters, rounds, dtype, device)
-        memory = {name: peak_memory(name, base, adapters, device) for name in CONTENDERS}
-        for name in CONTENDERS:
+        seconds = measure(contenders, base, adapters, batch, rounds, dtype, device)
+        memory = {name: peak_memory(name, base, adapters, batch, device) for name in contenders}
+        for name in contenders:
             rows.append(
                 (
                     str(count),
@@ -151,9 +195,9 @@ def resident_peak() -> int:
 
 def main() -> None:
     """The process that `peak_memory` starts."""
-    contender, base, device, *adapters = sys.argv[1:]
+    contender, base, batch, device, *adapters = sys.argv[1:]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    step = make_step(contender, Path(base), [Path(a) for a in adapters], dtype, device)
+    step = make_step(contender, Path(base), [Path(a) for a in adapters], int(batch), dtype, device)
     for _ in range(3):
         step()
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
