@@ -83,10 +83,8 @@ def test_onnxruntime_genai_in_int4_says_how_many_tokens_are_pytorchs(mixture: Pa
 def test_quantized_graphs_stand_beside_the_float_one_and_their_error_is_reported(
     mixture: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cpu = Path("/proc/cpuinfo")
-    saturates = not (cpu.is_file() and "vnni" in cpu.read_text())  # 8-bit products do without VNNI: 0.36 was measured
     for kind, name, operator, most in (
-        ("int8", "model_int8.onnx", "MatMulInteger", 0.6 if saturates else 0.2),
+        ("int8", "model_int8.onnx", "MatMulInteger", 0.2),  # on any CPU: 8-bit weights would overflow without VNNI
         ("int4", "model_q4.onnx", "MatMulNBits", 0.6),
     ):
         arguments = ["export", str(mixture), "--format", "onnx", "--quantize", kind, "--out", str(tmp_path / kind)]

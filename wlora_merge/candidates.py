@@ -31,8 +31,8 @@ costs more than the weights gain (recipes/bench_fit/README.md)."""
 PULLS = (0.0, 0.3)
 NEW_RANK = 8
 OVERRULES = 2.0
-"""Standard errors of the difference by which a setting must be ahead on the folds to take the place of the default: at one, two examples
-do it, and they mislead (recipes/bench_fit/README.md)."""
+"""Standard errors of the difference by which a setting must be ahead on the folds to take the place of the default: at one, two
+examples do it, and they mislead (recipes/bench_fit/README.md)."""
 SEARCH_EVALUATIONS = 40
 SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.13269
 

@@ -1,7 +1,6 @@
 """Examples: rows with the columns of a task, checked, in one form whatever file they came from.
 
-This room knows which values a column may hold, and how to part few examples into a fit part and a held-out part. It
-knows nothing of models, tokenizers or tensors.
+This room knows which values a column may hold, and nothing of models, tokenizers or tensors.
 """
 
 from __future__ import annotations
@@ -59,6 +58,11 @@ class Examples:
     def column(self, name: str) -> list[Any]:
         """All values of one canonical column, [len(self)]."""
         return list(self.rows[name])
+
+    def strata(self) -> list[str]:
+        """What folds are stratified by, [len(self)]: the class of each row, or "" where the task has no classes."""
+        labels = self.column("label") if "label" in self.columns else []
+        return labels if labels and isinstance(labels[0], str) else [""] * len(self)
 
     def select(self, indices: Sequence[int]) -> Examples:
         """The rows at `indices`, in that order."""

@@ -171,8 +171,7 @@ def _prepare(
     learner = Learner(
         model, task, labels, processor, options, _Both(rows, judged), head, ranks, state, initial, progress
     )
-    keys = shots.column("label") if "label" in shots.columns and len(shots) == n else []
-    keys = keys if keys and isinstance(keys[0], str) else [""] * n
+    keys = shots.strata() if len(shots) == n else [""] * n
     folds = fold_indices(keys, options.folds, options.seed) if options.folds else []
     parts = [([i for i in range(n) if i not in set(fold)], fold) for fold in folds]
     every, held_rows = list(range(n)), list(range(n, n + len(judged)))

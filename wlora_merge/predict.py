@@ -100,8 +100,7 @@ def _trainings(
     """
     from .candidates import fixed_candidates, fold_indices, learned_settings, several_each
 
-    labels = examples.column("label") if "label" in examples.columns else []
-    keys = labels if labels and isinstance(labels[0], str) else [""] * len(examples)
+    keys = examples.strata()
     settings = len(learned_settings(options, head=head, several=several_each(keys)))
     search = options.method in ("search", "auto")
     fixed = len(fixed_candidates(names, options)) + 2 * search
