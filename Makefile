@@ -19,6 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 quickstart: $(VENV)/.ready
 	$(BIN)/python recipes/quickstart --out quickstart-out
 
+# WORKERS processes, of one thread each.
 test: $(VENV)/.ready real-models
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

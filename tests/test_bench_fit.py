@@ -1,0 +1,47 @@
+"""The speed table compares ways to compute the same: the loss of uniform composition, and the gradient of its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from wlora_merge.attachment import attach
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "bench_fit"
+IDS = torch.tensor([[5, 17, 3, 80, 41, 2], [9, 9, 60, 1, 7, 33]])
+
+
+def test_what_the_speed_table_compares_gives_one_loss_and_one_gradient(
+    llama_zoo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(RECIPE))
+    import speed
+
+    base, _ = llama_zoo()
+    folders = speed.make_adapters(base, base.parent / "speed", 3)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(input_ids=IDS, labels=IDS).loss.item()
+    losses, gradients = [], []
+    for contender in speed.CONTENDERS[1:]:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).requires_grad_(False)
+        if contender == "separate paths":
+            model, before_step = speed.separate_paths(model, folders)
+            before_step()
+        else:
+            attach(model, folders)
+        if contender == "folded once a step":
+            speed.fold_once_a_step(model)
+        loss = model(input_ids=IDS, labels=IDS).loss
+        losses.append(loss.item())
+        if contender != "separate paths":  # whose logits are its own
+            loss.backward()
+            gradients.append(model.wlora_weights.grad)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    assert abs(losses[0] / plain - 1) > 1e-5  # the adapters do something
+    stacked, folded = gradients
+    assert stacked.abs().max() > 0
+    assert torch.allclose(folded, stacked, rtol=1e-3, atol=1e-5 * float(stacked.abs().max()))
