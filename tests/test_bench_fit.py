@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from wlora_merge.attachment import attach
@@ -45,3 +48,23 @@ def test_what_the_speed_table_compares_gives_one_loss_and_one_gradient(
     stacked, folded = gradients
     assert stacked.abs().max() > 0
     assert torch.allclose(folded, stacked, rtol=1e-3, atol=1e-5 * float(stacked.abs().max()))
+
+
+def test_the_lead_of_the_fit_is_over_the_cells_that_both_methods_have() -> None:
+    ahead = runpy.run_path(str(RECIPE / "__main__.py"))["_ahead"]
+    accuracies = {"wlora-merge fit": [70.0, 80.0, 99.0], "uniform composition": [69.0, 77.0]}  # none for the third draw
+    rows = [
+        {"job": "minilm:mr", "method": method, "shots": 1, "seed": seed, "accuracy": accuracy}
+        for method, found in accuracies.items()
+        for seed, accuracy in enumerate(found)
+    ]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(ahead(rows, ["uniform composition"], [1, 2]))
+    row = console.export_text().splitlines()[-2]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+        "uniform composition",
+        "+2.0 ± 1.0",
+        "–",
+        "+2.0 ± 1.0",
+        "2",
+    ]

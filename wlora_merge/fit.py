@@ -173,8 +173,8 @@ def _prepare(
     )
     keys = shots.strata() if len(shots) == n else [""] * n
     folds = fold_indices(keys, options.folds, options.seed) if options.folds else []
-    parts = [([i for i in range(n) if i not in set(fold)], fold) for fold in folds]
     every, held_rows = list(range(n)), list(range(n, n + len(judged)))
+    parts = [(sorted({*every}.difference(fold)), fold) for fold in folds]
     return FitJob(learner, every, held_rows, parts, several_each(keys), options, start), labels
 
 

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 REPORTED = "banking:g0,banking:g3,banking:g4,banking:g5,minilm:mr,minilm:subj,minilm:sst2,smollm2:mr,bbh:navigate"
+FIT = "wlora-merge fit"
 
 
 def quality(options: argparse.Namespace) -> None:
@@ -85,13 +86,33 @@ def show(
                 seconds = f"{statistics.median(r['seconds'] for r in mine):.1f}"
                 table.add_row(method, *cells, seconds, f"{round(statistics.median(r['parameters'] for r in mine)):,}")
         console.print(table)
+    if FIT in methods:
+        console.print(_ahead(rows, [m for m in methods if m != FIT], numbers))
 
 
-def _mean(values: list[float]) -> str:
+def _ahead(rows: list[dict[str, Any]], others: list[str], numbers: list[int]) -> Table:
+    """By how much the fit is ahead of the other methods, over the cells (job, shots, seed) that both have."""
+    table = Table(title=f"{FIT} ahead of, all jobs, paired", title_justify="left")
+    table.add_column("method")
+    for title in (*map(str, numbers), "all", "cells"):
+        table.add_column(title, justify="right")
+    found = {(r["job"], r["shots"], r["seed"], r["method"]): r["accuracy"] for r in rows}
+    for other in others:
+        leads = [
+            (n, accuracy - found[job, n, seed, other])
+            for (job, n, seed, method), accuracy in found.items()
+            if method == FIT and (job, n, seed, other) in found
+        ]
+        cells = [_mean([lead for n, lead in leads if n == number], sign="+") for number in numbers]
+        table.add_row(other, *cells, _mean([lead for _, lead in leads], sign="+"), str(len(leads)))
+    return table
+
+
+def _mean(values: list[float], sign: str = "") -> str:
     if not values:
         return "–"
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {error:.1f}"
+    return f"{statistics.mean(values):{sign}.1f} ± {error:.1f}"
 
 
 def speed(options: argparse.Namespace) -> None:
