@@ -359,6 +359,11 @@ def test_cma_es_finds_the_minimum_of_a_rotated_ellipsoid() -> None:
         ({"temperature": 0}, "above 0"),
         ({"pull": -1}, "at least 0"),
         ({"granularty": "module"}, "did you mean|granularity"),
+        ({"method": "uniform", "pull": 0.3, "settings": 3}, "so pull, settings would have no effect: leave them out"),
+        ({"method": "best-single", "delta_scale": "learned"}, "so delta_scale: learned would have no effect"),
+        ({"method": "search", "new_adapter": 4}, "so new_adapter would have no effect"),
+        ({"normalize": "none", "temperature": 2.0}, "leave one of them out"),
+        ({"normalize": "present", "new_adapter": 4}, "leave --new-adapter 4 out"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:

@@ -140,7 +140,16 @@ def test_one_shot_per_class_leaves_the_metrics_not_estimated(
     shots.write_text("text,label\nw1 w2,low\nw40 w41,high\n")
     mixture = fit(base, folders, shots, "text-classification", max_steps=3)
     assert "candidates" not in mixture.metrics
-    assert mixture.metrics["note"].startswith("Not estimated")
+    assert mixture.metrics["note"].endswith("Give --eval-data, or two shots per class or more.")
+
+
+@pytest.mark.parametrize("asked", [{"method": "auto"}, {"select": "best"}])
+def test_a_choice_without_anything_to_choose_by_is_said(
+    bert_zoo: tuple[Path, list[Path], Path], asked: dict[str, str]
+) -> None:
+    mixture = fit(*bert_zoo, "text-classification", max_steps=1, folds=0, **asked)
+    end = "Give --eval-data, or --folds 2 or more. Kept: learned, as there was nothing to choose by."
+    assert mixture.metrics["note"].endswith(end)
 
 
 def test_a_causal_lm_fit_lowers_the_loss_on_the_completion(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,21 @@ def test_an_unknown_label_in_other_data_is_refused_and_a_cut_is_counted(tmp_path
         task.encode(data, tok, labels=LabelSet(("x", "y")))
 
 
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("text-classification", {"text": "a", "label": "x"}, "two classes or more; the only label is x"),
+        ("token-classification", {"tokens": ["a", "b"], "tags": ["O", "O"]}, "two tags; the only one is O"),
+    ],
+)
+def test_a_single_class_is_refused_with_the_name_of_the_file(
+    tmp_path: Path, task: str, row: dict[str, Any], message: str
+) -> None:
+    data = examples(tmp_path, task, row, row)
+    with pytest.raises(DataError, match=rf"{re.escape(data.source)}: .* {message}"):
+        get_task(task).labels(data)
+
+
 def test_text_pairs_are_encoded_together(tmp_path: Path) -> None:
     task, tok = get_task("text-classification"), tokenizer(eos=True)
     data = examples(tmp_path, task.name, {"premise": "a", "hypothesis": "b", "label": 0})
@@ -181,7 +197,7 @@ def test_a_long_prompt_loses_its_start_but_neither_bos_nor_completion(tmp_path: 
         encoded = task.encode(data, tok, max_length=5)
     assert encoded[0]["input_ids"] == ids("[bos] c d e f")
     assert learned(encoded[0]) == ids("e f")
-    with pytest.raises(DataError, match="example 1: its completion of 2 tokens leaves no room"):
+    with pytest.raises(DataError, match=r"example 1 of .*: its completion of 2 tokens leaves no room"):
         task.encode(data, tok, max_length=2)
 
 
@@ -294,7 +310,7 @@ def test_seq2seq_targets_are_labels_and_are_never_cut(tmp_path: Path) -> None:
     data = examples(tmp_path, task.name, {"source": "a b c", "target": "d"}, {"source": "a", "target": "d e"})
     batch = task.collator(tok)(list(task.encode(data, tok)))
     assert batch["labels"].tolist() == [[*ids("d [eos]"), -100], ids("d e [eos]")]
-    with pytest.raises(DataError, match="example 2: its target has 3 tokens"), pytest.warns(WloraMergeWarning):
+    with pytest.raises(DataError, match=r"example 2 of .*: its target has 3 tokens"), pytest.warns(WloraMergeWarning):
         task.encode(data, tok, max_length=2)
     logits = torch.nn.functional.one_hot(batch["labels"].clamp(min=0), len(WORDS)) * 50.0
     metric = task.metric()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -99,6 +100,26 @@ def test_two_processes_give_the_result_of_one(llamas: Zoo, tmp_path: Path, shard
     assert float(two.wlora_weights.abs().max()) > 0.05
     assert torch.allclose(one.wlora_weights, two.wlora_weights, atol=1e-5)
     assert not (tmp_path / "two.fit-state").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_gives_the_weights_of_float32_but_for_its_rounding(llamas: Zoo, precision: str) -> None:
+    options = {"batch_size": 7, "granularity": "global", "normalize": "all"}
+    exact, mixed = (fitted_lm(llamas, precision=p, **options).wlora_weights for p in ("float32", precision))
+    assert not torch.equal(mixed, exact)
+    assert torch.allclose(mixed, exact, rtol=0.1)
+
+
+def test_a_step_whose_gradients_overflow_in_fp16_is_left_out_and_the_loss_scaled_by_less(
+    llamas: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"precision": "fp16", "batch_size": 7, "granularity": "global", "normalize": "all"}
+    whole = fitted_lm(llamas, max_steps=3, **options).wlora_weights
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**40, backoff_factor=2.0**-30)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    assert torch.allclose(fitted_lm(llamas, max_steps=4, **options).wlora_weights, whole, rtol=0.1)
+    with pytest.raises(MixtureError, match=r"none of its steps .* fp16"):
+        fitted_lm(llamas, max_steps=1, **options)
 
 
 def test_gradient_checkpointing_and_accumulation_give_the_same_weights(llamas: Zoo) -> None:

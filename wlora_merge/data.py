@@ -59,6 +59,10 @@ class Examples:
         """All values of one canonical column, [len(self)]."""
         return list(self.rows[name])
 
+    def where(self, number: int) -> str:
+        """How messages name the example of a number, from 1."""
+        return f"example {number} of {self.source}"
+
     def strata(self) -> list[str]:
         """What folds are stratified by, [len(self)]: the class of each row, or "" where the task has no classes."""
         labels = self.column("label") if "label" in self.columns else []

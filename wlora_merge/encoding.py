@@ -57,12 +57,16 @@ def encode_causal_lm(
     sequence_of = _form(examples, tokenizer, end)
     encoded, cut = [], 0
     for number, row in enumerate(examples.rows, start=1):
-        sequence = sequence_of(row)
+        where = examples.where(number)
+        try:
+            sequence = sequence_of(row)
+        except (DataError, UnsupportedError) as error:
+            raise type(error)(f"{where}: {error}") from error
         if limit is not None and len(sequence.ids) > limit:
             cut += 1
-            sequence = _cut(sequence, limit, f"example {number}")
+            sequence = _cut(sequence, limit, where)
         if not any(sequence.learned[1:]):
-            raise DataError(f"example {number} of {examples.source} has no token to learn after its first.")
+            raise DataError(f"{where} has no token to learn after its first.")
         encoded.append(_model_input(sequence))
     warn_cut(examples, cut, limit)
     return encoded

@@ -112,6 +112,10 @@ _ABOVE_0 = (
     "new_adapter_learning_rate", "batch_size", "gradient_accumulation_steps", "max_length", "settings",
 )  # fmt: skip
 _AT_LEAST_0 = ("pull", "prune_below", "folds", "new_adapter")
+_LEARNED_ALONE = (
+    "granularity", "pull", "temperature", "initial_logits", "learning_rate", "settings", "new_adapter",
+    "new_adapter_learning_rate",
+)  # fmt: skip
 
 
 def fit_options(given: Mapping[str, Any]) -> FitOptions:
@@ -148,10 +152,21 @@ def _check_together(options: FitOptions) -> None:
         raise MixtureError(
             f"prune_below is {options.prune_below}, expected less than 1: the weights of a group sum to 1."
         )
-    if options.new_adapter and (options.method not in ("learned", "auto") or options.normalize == "present"):
+    if options.method not in ("learned", "auto"):
+        defaults = FitOptions()
+        given = [n for n in _LEARNED_ALONE if getattr(options, n) not in (getattr(defaults, n), 0)]
+        given += ["delta_scale: learned"] * (options.delta_scale == "learned")
+        if given:
+            raise MixtureError(
+                f"method {options.method} learns no weights by gradients, so {', '.join(given)} would have no effect: leave "
+                f"{'it' if len(given) == 1 else 'them'} out, or use method learned."
+            )
+    if options.temperature != 1 and options.normalize == "none":
+        raise MixtureError("the temperature is of a softmax, and normalize none has none: leave one of them out.")
+    if options.new_adapter and options.normalize == "present":
         raise MixtureError(
-            "a new adapter is trained along with learned weights, and with a softmax over all adapters or free weights: leave "
-            f"--new-adapter {options.new_adapter} out, or --method {options.method} and --normalize {options.normalize}."
+            f"a new adapter is in every module, which normalize present does not know: leave --new-adapter {options.new_adapter} "
+            "out, or take --normalize all or none."
         )
     scale = options.delta_scale
     if scale != "learned" and (isinstance(scale, str) or not math.isfinite(scale)):

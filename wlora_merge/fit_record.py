@@ -58,9 +58,12 @@ def metrics_of(
     from . import candidates as c
 
     if not comparison.scores:
-        why = "nothing was held out. Give --eval-data, or two shots per class or more."
+        more = "two shots per class or more" if job.options.folds else "--folds 2 or more"
+        why = f"nothing was held out. Give --eval-data, or {more}."
         if on_folds.skipped:
             why = f"no time was left for {', '.join(on_folds.skipped)}."
+        if job.options.method == c.AUTO or job.options.select == "best":
+            why += f" Kept: {_called(kept, job.learner.names)}, as there was nothing to choose by."
         return {"kept": kept, "note": f"Not estimated: {why}"}
     metric = job.learner.metric
     others = [c.BASE, c.UNIFORM, *job.learner.names]

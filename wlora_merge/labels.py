@@ -85,10 +85,10 @@ def class_name(value: str | float) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def to_number(value: Any) -> float:
-    """The target of a regression, or a `DataError`."""
+def to_number(value: Any, where: str = "an example") -> float:
+    """The target of a regression, or a `DataError` that names `where`."""
     if not _NUMBER.fullmatch(str(value)):
-        raise DataError(f"the label {value!r} is not a number, so this is not a regression.")
+        raise DataError(f"{where} has the label {value!r}, which is not a number, so this is not a regression.")
     return float(value)
 
 

@@ -29,7 +29,9 @@ def encode_answers(examples: Examples, tokenizer: Any, limit: int | None) -> lis
     Raises:
         DataError: a question that leaves no room for its context, or no example whose answer fits.
     """
-    found = [_encode(row, tokenizer, limit, f"example {number}") for number, row in enumerate(examples.rows, start=1)]
+    found = [
+        _encode(row, tokenizer, limit, examples.where(number)) for number, row in enumerate(examples.rows, start=1)
+    ]
     encoded = [item for item in found if item is not None]
     lost = len(found) - len(encoded)
     if not encoded:

@@ -155,7 +155,8 @@ class Seq2SeqLM(Task):
         for number, (item, target) in enumerate(zip(encoded, examples.column("target"), strict=True), start=1):
             item["labels"] = list(processor(text_target=target, verbose=False)["input_ids"])
             if max_length is not None and len(item["labels"]) > max_length:
-                raise DataError(f"example {number}: its target has {len(item['labels'])} tokens, over {max_length}.")
+                where, size = examples.where(number), len(item["labels"])
+                raise DataError(f"{where}: its target has {size} tokens, over {max_length}.")
         return encoded
 
     def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
@@ -174,7 +175,10 @@ class TextClassification(Task):
     """One text or a pair: one of several classes, several of them, or a number."""
 
     def labels(self, examples: Examples, *, problem_type: str | None = None) -> LabelSet:
-        return label_set(examples.column("label"), problem_type)
+        try:
+            return label_set(examples.column("label"), problem_type)
+        except DataError as error:
+            raise DataError(f"{examples.source}: {error}") from error
 
     def config_changes(self, labels: LabelSet | None, processor: Any = None) -> dict[str, Any]:
         # decoders read the class off the last token that is not padding
@@ -220,7 +224,9 @@ class TokenClassification(Task):
     def labels(self, examples: Examples, *, problem_type: str | None = None) -> LabelSet:
         names = order_names(tag for tags in examples.column("tags") for tag in tags)
         if len(names) < 2:
-            raise DataError(f"token-classification needs at least two tags; the only one is {', '.join(names)}.")
+            raise DataError(
+                f"{examples.source}: token-classification needs at least two tags; the only one is {', '.join(names)}."
+            )
         return LabelSet(names)
 
     def encode(
@@ -231,7 +237,7 @@ class TokenClassification(Task):
         limit, encoded, cut = token_limit(processor, max_length), [], 0
         for number, row in enumerate(examples.rows, start=1):
             item = processor(row["tokens"], is_split_into_words=True, truncation=limit is not None, max_length=limit)
-            numbers = [known.index(tag, f"example {number}") for tag in row["tags"]]
+            numbers = [known.index(tag, examples.where(number)) for tag in row["tags"]]
             words = item.word_ids()
             firsts = [word is not None and word != before for before, word in zip([None, *words], words, strict=False)]
             cut += max((word for word in words if word is not None), default=-1) + 1 < len(numbers)
@@ -322,9 +328,9 @@ def targets(examples: Examples, labels: LabelSet | None) -> list[Any]:
     known, task = _needed(labels, examples.task), examples.task
     numbers: list[Any] = []
     for number, value in enumerate(examples.column("label"), start=1):
-        where = f"{task} example {number} of {examples.source}"
+        where = f"{task} {examples.where(number)}"
         if known.problem_type == REGRESSION:
-            numbers.append(to_number(value))
+            numbers.append(to_number(value, where))
         elif known.problem_type == MULTI:
             present = {known.index(name, where) for name in value}
             numbers.append([float(index in present) for index in range(known.size)])

@@ -209,18 +209,24 @@ class Learner:
                     elif sum(s > best[1] for s in result.judged) >= patience:
                         break
             self.state.save_current(key, lambda result=result, best=best: loop.saved(result, best))  # type: ignore[misc]
-        self._check(candidate, parameters)
+        self._check(candidate, loop, result)
         if patience is not None and best[1]:
             loop.load(best[2])
             result.steps = best[1]
         result.tensors = loop.tensors()
         return result
 
-    def _check(self, candidate: Candidate, parameters: list[nn.Parameter]) -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in parameters):
+    def _check(self, candidate: Candidate, loop: _Loop, result: Trained) -> None:
+        if result.steps and not loop.optimizer.state:
             raise MixtureError(
-                f"training {candidate.name!r} diverged: its parameters are not finite after it; use a smaller --learning-rate, "
-                f"now {logit_rate(self.options, candidate.normalize)}."
+                f"training {candidate.name!r}: none of its steps had finite gradients in {self.options.precision}: use --precision "
+                "bf16 or float32, or more steps, as each that overflows halves the loss's scale."
+            )
+        finite = math.isfinite(result.loss) or not result.steps
+        if not (finite and all(bool(torch.isfinite(p).all()) for p in loop.parameters)):
+            raise MixtureError(
+                f"training {candidate.name!r} diverged: its loss or its parameters are not finite after it; use a smaller "
+                f"--learning-rate, now {logit_rate(self.options, candidate.normalize)}."
             )
 
     def batches(self, rows: Sequence[int], steps: int) -> Iterator[list[list[int]]]:
@@ -366,7 +372,8 @@ class _Loop:
             self.done += 1
         self.done = step
         loss = self._backward(next(self.batches))
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # not where a gradient overflowed
+        self.scaler.update()
         return loss
 
     def _backward(self, batches: list[list[int]]) -> float:
@@ -382,11 +389,8 @@ class _Loop:
             loss = learner.loss(mine or batch[:1], self.features) * share
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.scaler.is_enabled():
-            for gradient in gradients:
-                gradient.div_(self.scaler.get_scale())
-        learner.team.sum([loss_sum, *gradients])
+        learner.team.sum([loss_sum, *(p.grad for p in self.parameters if p.grad is not None)])
+        self.scaler.unscale_(self.optimizer)  # after the sum: what overflowed on one process did so on all
         if self.candidate.learned and self.candidate.pull:
             (self.candidate.pull * _distance(learner.model)).backward()  # type: ignore[no-untyped-call]
         return float(loss_sum)
@@ -408,6 +412,7 @@ class _Loop:
             "judged": {step: vars(judged) for step, judged in result.judged.items()},
             "tensors": self.tensors(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),
             "best": list(best),
         }
@@ -416,6 +421,7 @@ class _Loop:
         """Go on where a killed run saved."""
         self.load(saved["tensors"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         judged = {step: Judged(**row) for step, row in saved["judged"].items()}
         best = saved["best"]
