@@ -363,6 +363,8 @@ def test_cma_es_finds_the_minimum_of_a_rotated_ellipsoid() -> None:
         ({"method": "best-single", "delta_scale": "learned"}, "so delta_scale: learned would have no effect"),
         ({"method": "search", "new_adapter": 4}, "so new_adapter would have no effect"),
         ({"normalize": "none", "temperature": 2.0}, "leave one of them out"),
+        ({"method": "fixed", "weights": [1.0, float("nan")]}, "weights are 1.0, nan, expected finite numbers"),
+        ({"problem_type": "binary"}, "expected one of single_label_classification"),
         ({"normalize": "present", "new_adapter": 4}, "leave --new-adapter 4 out"),
     ],
 )

@@ -132,6 +132,69 @@ def test_an_output_folder_that_is_taken_is_refused_before_anything_is_loaded(
         fit(base, folders, shots, "text-classification", base / "out")
 
 
+@pytest.mark.parametrize("which", ["data", "eval_data", "initial_logits"])
+def test_force_replaces_no_folder_that_holds_what_the_fit_reads(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path, which: str
+) -> None:
+    base, folders, shots = bert_zoo
+    out = tmp_path / "mine"
+    out.mkdir()
+    read = out / ("start.json" if which == "initial_logits" else shots.name)
+    read.write_bytes(b"{}" if which == "initial_logits" else shots.read_bytes())
+    given: dict[str, Any] = {"data": shots, which: str(read)}
+    with pytest.raises(OutputError, match=r"holds the input .* which would be removed with it"):
+        fit(base, folders, task="text-classification", out=out, force=True, max_steps=1, **given)
+    assert read.is_file()
+
+
+@pytest.mark.parametrize("name", ["base", "uniform", "learned", "search", "fixed"])
+def test_an_adapter_with_the_name_of_something_that_is_compared_is_refused(
+    bert_zoo: tuple[Path, list[Path], Path], name: str
+) -> None:
+    base, folders, shots = bert_zoo
+    with pytest.raises(MixtureError, match=rf"adapter is called '{name}', .* --adapter other="):
+        fit(base, [(name, folders[0]), folders[1]], shots, "text-classification", max_steps=1)
+
+
+def test_ratings_are_classes_or_a_regression_as_the_problem_type_says(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path
+) -> None:
+    base, folders, _ = bert_zoo
+    shots = tmp_path / "ratings.csv"
+    shots.write_text("text,label\n" + "".join(f"w{i} w{i + 1},{i % 3}\n" for i in range(6)))
+    options: dict[str, Any] = {"max_steps": 2, "folds": 2, "settings": 1}
+    classes = fit(base, folders, shots, "text-classification", **options)
+    assert classes.config["problem_type"] == "single_label_classification"
+    numbers = fit(base, folders, shots, "text-classification", problem_type="regression", **options)
+    assert numbers.config["problem_type"] == "regression"
+    assert numbers.metrics["metric"] == "mse"
+    with pytest.raises(MixtureError, match="not of causal-lm"):
+        fit(base, folders, shots, "causal-lm", problem_type="regression")
+
+
+def test_a_class_with_one_shot_is_said_not_to_be_held_out(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path
+) -> None:
+    base, folders, _ = bert_zoo
+    shots = tmp_path / "five.csv"
+    shots.write_text("text,label\nw1,low\nw2,low\nw3,high\nw4,high\nw5,rare\n")
+    mixture = fit(base, folders, shots, "text-classification", max_steps=1, folds=2, settings=1)
+    assert "(2 folds of 5 shots, 4 of them held out: a class with one shot never is)" in mixture.metrics["note"]
+
+
+def test_evaluation_data_judges_and_the_folds_compare_the_settings_alone(
+    bert_zoo: tuple[Path, list[Path], Path],
+) -> None:
+    base, folders, shots = bert_zoo
+    trained: list[str] = []
+    fit(
+        base, folders, shots, "text-classification", eval_data=shots, max_steps=1, folds=2, settings=2,
+        progress=lambda name, *_: trained.append(name),
+    )  # fmt: skip
+    assert trained.count("learned") == 2 * 2 + 1
+    assert trained.count("uniform") == trained.count("base") == 1
+
+
 def test_one_shot_per_class_leaves_the_metrics_not_estimated(
     bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path
 ) -> None:

@@ -185,7 +185,7 @@ def test_a_time_budget_drops_folds_first_and_then_stops(
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(sys.modules["wlora_merge.fit"], "FOLD_SHARE", -1.0)
     mixture = fitted(zoo, max_minutes=10)
-    assert mixture.metrics["note"].startswith("Not estimated: no time was left for base, uniform")
+    assert mixture.metrics["note"].startswith("Not estimated: no time was left for base; uniform")
 
 
 def test_progress_has_the_loss_and_the_current_weights(llamas: Zoo) -> None:

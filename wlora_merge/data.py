@@ -17,6 +17,7 @@ from .columns import FORMS, choose_columns, nearest
 from .data_sources import read_table
 from .errors import DataError, UnsupportedError
 from .formats import Table, read_bytes_of
+from .labels import REGRESSION
 
 if TYPE_CHECKING:
     import datasets
@@ -63,9 +64,9 @@ class Examples:
         """How messages name the example of a number, from 1."""
         return f"example {number} of {self.source}"
 
-    def strata(self) -> list[str]:
+    def strata(self, problem_type: str | None = None) -> list[str]:
         """What folds are stratified by, [len(self)]: the class of each row, or "" where the task has no classes."""
-        labels = self.column("label") if "label" in self.columns else []
+        labels = self.column("label") if "label" in self.columns and problem_type != REGRESSION else []
         return labels if labels and isinstance(labels[0], str) else [""] * len(self)
 
     def select(self, indices: Sequence[int]) -> Examples:

@@ -96,10 +96,15 @@ def fit(
     if chosen.quantize:
         logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)  # which the command line keeps quiet
     opened, loaded = open_base(base), load_adapters(adapters, residual=residual)
-    folders = [opened.folder, *(a.source.folder for a in loaded)]
+    given = [data, eval_data, chosen.initial_logits if isinstance(chosen.initial_logits, str) else None]
+    sources = [opened.folder, *(a.source.folder for a in loaded), *(Path(p) for p in given if p and Path(p).exists())]
     if out is not None:
-        refuse_out(Path(out), force=force, inputs=folders)
-    _check_count(loaded, chosen)
+        refuse_out(Path(out), force=force, inputs=sources)
+    _check_adapters(loaded, chosen)
+    if chosen.problem_type and task not in ("text-classification", "image-classification"):
+        raise MixtureError(
+            f"problem_type is of text-classification and image-classification, not of {task}: leave it out."
+        )
     refuse_quantized(opened)
     shots = read_examples(data, task=task, columns=columns)
     held = read_examples(eval_data, task=task, columns=columns) if eval_data else None
@@ -111,8 +116,8 @@ def fit(
         loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type
     )  # refuses what no export could write
     with team() as ranks, only_fit(out if ranks.leads else None):
-        given = {"task": task, "columns": dict(columns or {}), "modules_to_save": modules_to_save}
-        state = _state(out if ranks.leads else None, opened, loaded, shots, held, chosen, given, resume)
+        asked = {"task": task, "columns": dict(columns or {}), "modules_to_save": modules_to_save}
+        state = _state(out if ranks.leads else None, opened, loaded, shots, held, chosen, asked, resume)
         work, labels = _prepare(opened, loaded, job, shots, held, chosen, modules_to_save, ranks, state, progress)
         metrics, kept = _work(work)
         mixture = _mixture(work.learner, opened, kept)
@@ -129,12 +134,20 @@ def fit(
         if out is not None and ranks.leads:
             title = f"A mixture on {opened.source.name}"
             beside = partial(write_report, mixture=mixture, deltas=deltas, title=title) if report else None
-            mixture.save(out, force=force, inputs=folders, beside=beside)
+            mixture.save(out, force=force, inputs=sources, beside=beside)
             state.remove()
     return mixture
 
 
-def _check_count(adapters: list[Adapter], options: FitOptions) -> None:
+def _check_adapters(adapters: list[Adapter], options: FitOptions) -> None:
+    from . import candidates as c
+
+    for adapter in adapters:
+        if adapter.name in (c.BASE, c.UNIFORM, c.LEARNED, c.SEARCH, c.FIXED):
+            raise MixtureError(
+                f"an adapter is called {adapter.name!r}, as something that it is compared with: name it, as in --adapter "
+                f"other={adapter.source.folder}."
+            )
     if len(adapters) < 2:
         raise MixtureError(f"a fit needs two adapters or more, got {len(adapters)}: for one, see `wlora-merge mix`.")
     for name in ("weights", "initial_logits"):
@@ -162,7 +175,14 @@ def _prepare(
     start = time.monotonic()
     processor = task.load_processor(base.folder)
     model, head, labels = load_model(
-        base, adapters, task, task.labels(shots), processor, options, modules_to_save, ranks
+        base,
+        adapters,
+        task,
+        task.labels(shots, problem_type=options.problem_type),
+        processor,
+        options,
+        modules_to_save,
+        ranks,
     )
     rows = task.encode(shots, processor, max_length=options.max_length, labels=labels)
     judged = task.encode(held, processor, max_length=options.max_length, labels=labels) if held else []
@@ -171,7 +191,7 @@ def _prepare(
     learner = Learner(
         model, task, labels, processor, options, _Both(rows, judged), head, ranks, state, initial, progress
     )
-    keys = shots.strata() if len(shots) == n else [""] * n
+    keys = shots.strata(options.problem_type) if len(shots) == n else [""] * n
     folds = fold_indices(keys, options.folds, options.seed) if options.folds else []
     every, held_rows = list(range(n)), list(range(n, n + len(judged)))
     parts = [(sorted({*every}.difference(fold)), fold) for fold in folds]
@@ -208,9 +228,10 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     search = [replace(fixed[c.UNIFORM], name=c.SEARCH)] if options.method in (c.SEARCH, c.AUTO) else []
     set_by_hand = options.max_steps is not None or options.epochs is not None
     comparison = c.Comparison()
-    if job.parts:
+    judged = settings if job.held else [*fixed.values(), *search, *settings]
+    if job.parts and judged:
         comparison = c.compare(
-            learner, [*fixed.values(), *search, *settings], job.parts, steps,
+            learner, judged, job.parts, steps,
             judge_at=(1.0,) if set_by_hand or learner.head else c.CHECKPOINTS, deadline=job.deadline(FOLD_SHARE),
         )  # fmt: skip
     learned = [comparison.learned] if comparison.learned else settings[:1]
@@ -230,6 +251,8 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     candidate = (fixed | {s.name: s for s in [*learned, *search]})[kept]
     candidate = _finish(job, candidate, best_steps.get(kept, steps), comparison)
     metrics = metrics_of(job, comparison, on_folds, kept, candidate)
+    if job.stopped:
+        metrics["note"] += f" {job.stopped}"
     metrics["history"] = history(job.losses, kept)
     if options.prune_below:
         metrics["pruned"] = _prune(job, candidate, on_folds)
@@ -247,6 +270,9 @@ def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Compariso
     if (trained := comparison.trained.get(candidate.name)) is not None:
         restore(learner.place(candidate), trained.tensors)
         job.losses = {candidate.name: trained.history}
+        total = c.total_steps(learner, len(job.shots))
+        if job.options.early_stopping and trained.steps < total:
+            job.stopped = f"Stopped early: its weights are those of step {trained.steps} of {total}."
         return candidate
     final = replace(candidate, name=f"{candidate.name}, all shots") if job.parts else candidate
     with tracking(job.options, learner.team.leads) as log:
@@ -255,7 +281,10 @@ def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Compariso
         learner.log = None
     job.losses = {final.name: done.history}
     if not done.complete and not done.steps:
-        raise MixtureError("max_minutes left no time for a single step on all shots: give more, or --folds 0.")
+        less = ", or --folds 0" if job.parts else ""
+        raise MixtureError(f"max_minutes left no time for a single step on all shots: give more{less}.")
+    if not done.complete:
+        job.stopped = f"Stopped after {done.steps} of {steps} steps, for want of time."
     return candidate
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import MixtureError
+from .labels import PROBLEM_TYPES
 from .names import GRANULARITIES, NORMALIZE, nearest
 
 METHODS = ("learned", "uniform", "best-single", "fixed", "search", "auto")
@@ -63,8 +64,9 @@ class FitOptions:
         learning_rate of the logits (None: 0.05, of free weights 0.02), head_learning_rate, and new_adapter_learning_rate (AdamW);
         batch_size in examples, divided among the processes; gradient_accumulation_steps: batches in an optimizer step;
         max_length in tokens; seed; device; precision: `float32`, or `bf16` and `fp16` mixed; quantize: load the base in `4bit` or
-        `8bit` (bitsandbytes); gradient_checkpointing: less memory, more time; report_to: trackers of accelerate (`tensorboard`,
-        `wandb`, ...), with commas between them.
+        `8bit` (bitsandbytes); problem_type, as in a transformers config, of a text or image classification: None takes lists for
+        multi-label, numbers with fractions for a regression, all else for single-label; gradient_checkpointing: less
+        memory, more time; report_to: trackers of accelerate (`tensorboard`, `wandb`, ...), with commas between them.
     """
 
     method: str = "learned"
@@ -94,6 +96,7 @@ class FitOptions:
     device: str = "auto"
     precision: str = "float32"
     quantize: str | None = None
+    problem_type: str | None = None
     gradient_checkpointing: bool = False
     report_to: str = "none"
 
@@ -106,6 +109,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "device": DEVICES,
     "precision": PRECISIONS,
     "quantize": QUANTIZE,
+    "problem_type": PROBLEM_TYPES,
 }
 _ABOVE_0 = (
     "temperature", "epochs", "max_steps", "max_minutes", "early_stopping", "learning_rate", "head_learning_rate",
@@ -148,9 +152,13 @@ def _check_together(options: FitOptions) -> None:
         raise MixtureError("folds is 1, expected 0 (hold nothing out) or 2 and more.")
     if (options.method == "fixed") != (options.weights is not None):
         raise MixtureError("--method fixed and --weights go together: give both, or neither.")
+    for name in ("weights", "initial_logits"):
+        row = getattr(options, name)
+        if row is not None and not isinstance(row, str) and not all(math.isfinite(x) for x in row):
+            raise MixtureError(f"{name} are {', '.join(map(str, row))}, expected finite numbers.")
     if options.prune_below >= 1 and options.normalize != "none":
         raise MixtureError(
-            f"prune_below is {options.prune_below}, expected less than 1: the weights of a group sum to 1."
+            f"prune_below is {options.prune_below}, expected less than 1: no weight of a softmax is larger."
         )
     if options.method not in ("learned", "auto"):
         defaults = FitOptions()

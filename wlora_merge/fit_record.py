@@ -27,6 +27,7 @@ class FitJob:
     options: FitOptions
     start: float
     losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    stopped: str = ""
 
     def deadline(self, share: float = 1.0) -> float | None:
         """In `time.monotonic()`; None without a budget."""
@@ -61,7 +62,7 @@ def metrics_of(
         more = "two shots per class or more" if job.options.folds else "--folds 2 or more"
         why = f"nothing was held out. Give --eval-data, or {more}."
         if on_folds.skipped:
-            why = f"no time was left for {', '.join(on_folds.skipped)}."
+            why = f"no time was left for {'; '.join(on_folds.skipped)}."
         if job.options.method == c.AUTO or job.options.select == "best":
             why += f" Kept: {_called(kept, job.learner.names)}, as there was nothing to choose by."
         return {"kept": kept, "note": f"Not estimated: {why}"}
@@ -71,7 +72,9 @@ def metrics_of(
     if job.held:
         how = f"on {len(job.held)} evaluation examples, every candidate trained on all {len(job.shots)} shots"
     elif job.parts:
-        how = f"out of fold ({len(job.parts)} folds of {len(job.shots)} shots); what is kept was then trained on all shots"
+        tested = sum(len(held) for _, held in job.parts)
+        rest = "" if tested == len(job.shots) else f", {tested} of them held out: a class with one shot never is"
+        how = f"out of fold ({len(job.parts)} folds of {len(job.shots)} shots{rest}); what is kept was then trained on all shots"
     else:
         how = "on the shots themselves, which flatters every candidate"
     said = [f"Loss, {metric.name} and its standard error {how}."]
@@ -82,7 +85,7 @@ def metrics_of(
     if candidate.new_adapter:
         said.append(f"With a new adapter of rank {candidate.new_adapter}, trained on the shots beside those given.")
     if comparison.skipped or on_folds.skipped:
-        said.append(f"Not compared for want of time: {', '.join([*on_folds.skipped, *comparison.skipped])}.")
+        said.append(f"Not compared for want of time: {'; '.join([*on_folds.skipped, *comparison.skipped])}.")
     result: dict[str, Any] = {
         "metric": metric.name,
         "higher_is_better": metric.higher_is_better,

@@ -13,7 +13,7 @@ COMMANDS = {
 }
 OPTIONS = {
     "Inputs": (
-        "mixture", "folder", "recipe", "paths", "base", "adapters", "data", "eval_data", "columns", "task",
+        "mixture", "folder", "recipe", "paths", "base", "adapters", "data", "eval_data", "columns", "task", "problem_type",
         "modules_to_save", "resize_vocab", "base_is_residual", "any_digest",
         "onnx_base",
     ),

@@ -109,6 +109,6 @@ def _single_or_regression(values: Sequence[Any]) -> str:
     if any(not float(text).is_integer() for text in texts):
         return REGRESSION
     raise DataError(
-        f"the labels are whole numbers with a point ({values[0]}): write classes as 1, or set the problem type to "
-        f"{SINGLE} or {REGRESSION}."
+        f"the labels are whole numbers with a point ({values[0]}): write classes as 1, or say --problem-type {SINGLE} or "
+        f"{REGRESSION}."
     )

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from . import fit_options, names
+from .labels import PROBLEM_TYPES
 
 COUNT, ABOVE_0 = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 
@@ -155,6 +156,12 @@ FIT_OPTIONS = together(
         "--gradient-accumulation-steps", type=COUNT, default=1, show_default=True, help="Batches in an optimizer step."
     ),
     click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time."),
+    click.option(
+        "--problem-type",
+        type=click.Choice(PROBLEM_TYPES),
+        help="Of a classification. Default: lists of names are multi-label, numbers with fractions a regression, "
+        "all else single-label.",
+    ),
     click.option("--max-length", type=COUNT, help="Tokens kept of an example. Default: what the tokenizer says."),
     click.option("--seed", type=int, default=0, show_default=True, help="Of the head, the order and the folds."),
     click.option("--eval-data", metavar="FILE_OR_ID", help="Judge the candidates on these. Default: on the folds."),

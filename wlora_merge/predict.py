@@ -100,20 +100,20 @@ def _trainings(
     """
     from .candidates import fixed_candidates, fold_indices, learned_settings, several_each
 
-    keys = examples.strata()
+    keys = examples.strata(options.problem_type)
     settings = len(learned_settings(options, head=head, several=several_each(keys)))
     search = options.method in ("search", "auto")
     fixed = len(fixed_candidates(names, options)) + 2 * search
     folds = len(fold_indices(keys, options.folds, options.seed)) if options.folds else 0
     held = bool(fit.eval_data)
-    learned, heads = folds * settings + (held and settings > 0), (folds + held) * fixed
+    learned, heads = folds * settings + (held and settings > 0), (1 if held else folds) * fixed
     if not held and not folds and options.method == "best-single":
         heads += len(names)
     elif not held and options.method in ("learned", "auto"):
         learned += 1
     elif not held:
         heads += 1 + search
-    return learned, heads * head, bool(folds) * (fixed + settings) + held * (fixed + 1)
+    return learned, heads * head, bool(folds) * (fixed * (not held) + settings) + held * (fixed + 1)
 
 
 def _tokens(fit: FitRecipe, examples: Examples) -> int:

@@ -63,6 +63,7 @@ class FitRecipe:
     device: str | None = None
     precision: str | None = None
     quantize: str | None = None
+    problem_type: str | None = None
     report_to: str | None = None
     modules_to_save: str | None = None
     residual: str | None = None

@@ -57,7 +57,8 @@ def run(
     adapters = [(name, _path(source, where)) for name, source in recipe.adapters.items()]
     exports: dict[str, ExportResult] = {}
     checked: dict[str, Checked] = {}
-    local = [Path(source) for source in (base, *(path for _, path in adapters)) if is_here(source)]
+    data = [_path(path, where) for path in (recipe.fit.data, recipe.fit.eval_data) if path] if recipe.fit else []
+    local = [Path(source) for source in (base, *(path for _, path in adapters), *data) if is_here(source)]
     with staged(Path(out), force=force, inputs=local) as staging:
         folder = staging.path / "mixture"
         mixture = _mixture(recipe, base, adapters, folder, where, say, fit_progress)
