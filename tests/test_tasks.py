@@ -99,7 +99,7 @@ def test_labels_tell_the_problem(values: list[Any], expected: LabelSet) -> None:
 
 
 def test_labels_that_could_be_two_things_are_refused_until_the_problem_type_is_given() -> None:
-    with pytest.raises(DataError, match="set the problem type"):
+    with pytest.raises(DataError, match="say --problem-type"):
         label_set([1.0, 2.0])
     assert label_set([1.0, 2.0], SINGLE) == LabelSet(("1", "2"))
     assert label_set([1.0, 2.0], REGRESSION).size == 1

@@ -29,6 +29,7 @@ from .fit_state import FitState, only_fit, state_file
 from .inputs import find_inputs
 from .mixture import Mixture
 from .report import write_report
+from .sources import is_here
 from .stacking import stack
 from .staging import refuse_out
 from .targets import modules_of, tensors_of
@@ -97,7 +98,7 @@ def fit(
         logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)  # which the command line keeps quiet
     opened, loaded = open_base(base), load_adapters(adapters, residual=residual)
     given = [data, eval_data, chosen.initial_logits if isinstance(chosen.initial_logits, str) else None]
-    sources = [opened.folder, *(a.source.folder for a in loaded), *(Path(p) for p in given if p and Path(p).exists())]
+    sources = [opened.folder, *(a.source.folder for a in loaded), *(Path(p) for p in given if p and is_here(p))]
     if out is not None:
         refuse_out(Path(out), force=force, inputs=sources)
     _check_adapters(loaded, chosen)
