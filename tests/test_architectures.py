@@ -20,9 +20,13 @@ from conftest import make_adapter
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.attachment import attach
+from wlora_merge.base_model import open_base
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.export import export
+from wlora_merge.fit_options import FitOptions
+from wlora_merge.fit_start import initial_logits, like_start
 from wlora_merge.mix import mix
+from wlora_merge.mixture import Mixture
 from wlora_merge.verify import verify
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
@@ -265,6 +269,24 @@ def test_adapters_with_the_names_of_before_a_renaming_are_attached(tmp_path: Pat
         outputs.append(first_output(attached, case))
     assert torch.equal(*outputs)
     assert not torch.equal(outputs[0], first_output(model, case))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("granularity", ["module", "layer"])
+def test_a_fit_starts_from_a_mixture_whose_files_call_the_modules_otherwise(granularity: str, tmp_path: Path) -> None:
+    case = CASES["vit"]
+    model = case.make()
+    model.save_pretrained(tmp_path / "base")
+    folder = make_adapter(model, tmp_path / "a", 0, r=2, target_modules=["q_proj", "fc1"])
+    attach(model, [folder, ("b", folder)], granularity=granularity)
+    with torch.no_grad():
+        model.wlora_weights.normal_()
+    mixture = Mixture.from_model(model, tmp_path / "base")
+    mixture.save(tmp_path / "m")
+    assert not set(mixture.groups) & set(model.wlora.groups)
+    options = like_start(FitOptions(initial_logits=str(tmp_path / "m")))
+    start = initial_logits(options, ["a", "b"], open_base(tmp_path / "base"))
+    assert torch.equal(start(model.wlora.groups, granularity), model.wlora_weights)
 
 
 @pytest.mark.filterwarnings("ignore")

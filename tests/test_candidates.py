@@ -365,6 +365,8 @@ def test_cma_es_finds_the_minimum_of_a_rotated_ellipsoid() -> None:
         ({"normalize": "none", "temperature": 2.0}, "leave one of them out"),
         ({"method": "fixed", "weights": [1.0, float("nan")]}, "weights are 1.0, nan, expected finite numbers"),
         ({"problem_type": "binary"}, "expected one of single_label_classification"),
+        ({"folds": 0, "settings": 3}, "leave one of them out"),
+        ({"epochs": 2, "max_steps": 5}, "give one"),
         ({"normalize": "present", "new_adapter": 4}, "leave --new-adapter 4 out"),
     ],
 )

@@ -253,6 +253,15 @@ def test_a_given_column_wins_over_every_guess() -> None:
         ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"}\n', "line 2: column 'label' has no value"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{"text": 5, "label": 1}\n', "column 'text' holds a number, not text"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y", "label": [1]}\n', "a list, the first example a number"),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": 0}\n{"text": "y", "label": true}\n',
+            "true or false, the first example a n",
+        ),
+        ("a.jsonl", '{"text": "x", "label": "a"}\n{"text": "y", "label": 3}\n', "a number, the first example text"),
+        ("a.jsonl", '[{"text": "x", "label": 1}]\n', "got list; name a file that is one JSON array .json"),
+        ("a.jsonl", '[\n{"text": "x", "label": 1}]\n', "one JSON array .json"),
+        ("a.csv", "text;label\nx;1\n", "the header is the one field 'text;label'; separate fields by commas"),
         ("a.jsonl", '{"text": "x", "label": NaN}\n', "not a finite number"),
         ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', "surrogate"),
         ("a.json", '{"a": [{"x": 1}], "b": [{"x": 1}]}', "several lists of examples: a, b"),
@@ -300,6 +309,8 @@ def test_conversations_tags_and_answers_are_checked(tmp_path: Path) -> None:
     assert "`role` and `content`" in refusal(lines(tmp_path / "b.jsonl", shape), "causal-lm")
     tags = [{"tokens": ["a", "b"], "tags": ["O"]}]
     assert "2 tokens but 1 tags" in refusal(lines(tmp_path / "c.jsonl", tags), "token-classification")
+    table = write(tmp_path / "c.csv", "tokens,tags\nx y,A B\n")
+    assert "use JSONL or Parquet" in refusal(table, "token-classification")
     answer = [{"question": "q", "context": "a cat", "answers": {"text": ["cat"], "answer_start": [1]}}]
     assert "not at character 1" in refusal(lines(tmp_path / "d.jsonl", answer), "question-answering")
 

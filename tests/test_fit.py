@@ -15,6 +15,7 @@ from conftest import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
 from wlora_merge.errors import MixtureError, OutputError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
+from wlora_merge.inspect import setting_rows
 from wlora_merge.mixture import Mixture
 from wlora_merge.verify import verify
 
@@ -72,7 +73,11 @@ def test_a_classifier_fit_trains_a_new_head_judges_every_candidate_and_exports(
     assert mixture.config["id2label"] == {"0": "high", "1": "low"}
     assert mixture.config["architectures"] == ["BertForSequenceClassification"]
     assert bool(mixture.wlora_weights.any())
-    assert set(seen) == {*mixture.metrics["candidates"], "learned, all shots"}
+    assert {name.removesuffix(", new adapter") for name in seen} == {
+        *mixture.metrics["candidates"],
+        "learned, all shots",
+    }
+    assert ["new adapter" in row["setting of learned"] for row in setting_rows(mixture)] == [True, False]
     names = {p.name.rpartition("/")[2] for p in (tmp_path / "mixture").iterdir()}
     new = {"new_adapter"} if "new" in mixture.adapter_names else set()
     assert names == {"mixture.json", "mixture.safetensors"} | new
@@ -112,11 +117,29 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
     assert (tmp_path / "one" / file).read_bytes() != (tmp_path / "other" / file).read_bytes()
 
 
-def test_eval_data_is_judged_on_and_nothing_is_held_out(bert_zoo: tuple[Path, list[Path], Path]) -> None:
+def others(shots: Path, folder: Path) -> Path:
+    """The same examples as a file of its own."""
+    held = folder / f"held{shots.suffix}"
+    held.write_bytes(shots.read_bytes() + b"\n")
+    return held
+
+
+def test_eval_data_is_judged_on_and_nothing_is_held_out(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path
+) -> None:
     base, folders, shots = bert_zoo
-    mixture = fit(base, folders, shots, "text-classification", eval_data=shots, max_steps=3)
+    held = others(shots, tmp_path)
+    mixture = fit(base, folders, shots, "text-classification", eval_data=held, max_steps=3)
     assert mixture.metrics["held_out"]["examples"] == 16
-    assert mixture.metrics["held_out"]["from"]["name"] == "shots.csv"
+    assert mixture.metrics["held_out"]["from"]["name"] == "held.csv"
+
+
+def test_the_shots_are_no_evaluation_data(bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path) -> None:
+    base, folders, shots = bert_zoo
+    copy = tmp_path / "copy.csv"
+    copy.write_bytes(shots.read_bytes())
+    with pytest.raises(MixtureError, match=r"copy.csv: holds the very shots"):
+        fit(base, folders, shots, "text-classification", eval_data=copy)
 
 
 def test_an_output_folder_that_is_taken_is_refused_before_anything_is_loaded(
@@ -183,15 +206,16 @@ def test_a_class_with_one_shot_is_said_not_to_be_held_out(
 
 
 def test_evaluation_data_judges_and_the_folds_compare_the_settings_alone(
-    bert_zoo: tuple[Path, list[Path], Path],
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path
 ) -> None:
     base, folders, shots = bert_zoo
     trained: list[str] = []
     fit(
-        base, folders, shots, "text-classification", eval_data=shots, max_steps=1, folds=2, settings=2,
+        base, folders, shots, "text-classification", eval_data=others(shots, tmp_path), max_steps=1, folds=2, settings=2,
         progress=lambda name, *_: trained.append(name),
     )  # fmt: skip
-    assert trained.count("learned") == 2 * 2 + 1
+    assert trained.count("learned, new adapter") + trained.count("learned") == 2 * 2 + 1
+    assert trained.count("learned, new adapter") >= 2 <= trained.count("learned")
     assert trained.count("uniform") == trained.count("base") == 1
 
 
@@ -228,7 +252,7 @@ def test_a_causal_lm_fit_lowers_the_loss_on_the_completion(tmp_path: Path) -> No
     losses: list[float] = []
     mixture = fit(
         tmp_path / "base", folders, tmp_path / "shots.jsonl", "causal-lm", max_steps=30, learning_rate=0.05,
-        batch_size=20, folds=0, eval_data=tmp_path / "shots.jsonl",
+        batch_size=20, folds=0, eval_data=others(tmp_path / "shots.jsonl", tmp_path),
         normalize="none", progress=lambda name, step, steps, loss, weights: losses.append(loss) if name == "learned" else None,
     )  # fmt: skip
     assert sum(losses[-5:]) < sum(losses[:5])

@@ -103,7 +103,7 @@ def test_a_stopped_fit_names_its_state_and_the_next_one_says_that_it_starts_over
     resumed = CliRunner().invoke(main, [str(w) for w in [*words, "--resume"]])
     assert resumed.exit_code == 0, resumed.output
     assert "starts over" not in resumed.stderr
-    state_file(out).write_bytes(b"")
+    torch.save({"fingerprint": "of another", "done": {}, "current": None}, state_file(out))
     again = CliRunner().invoke(main, [str(w) for w in [*words, "--force"]])
     assert again.exit_code == 0, again.output
     assert again.stderr.count("starts over") == 1
@@ -159,6 +159,9 @@ def test_a_state_that_holds_code_or_nonsense_is_refused_and_nothing_runs(tmp_pat
     for content in (None, pickle.dumps(Evil(tmp_path / "ran")), b"", b"PK\x03\x04nonsense", bytes(range(256))):
         if content is not None:
             file.write_bytes(content)
-        with pytest.raises(MixtureError, match="no state of a fit"):
-            FitState(file, "f", resume=True)
+        before = file.read_bytes()
+        for resume in (True, False):
+            with pytest.raises(MixtureError, match="no state of a fit"):
+                FitState(file, "f", resume=resume)
+        assert file.read_bytes() == before
     assert not (tmp_path / "ran").exists()

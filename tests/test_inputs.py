@@ -81,6 +81,12 @@ def test_an_input_that_is_gone_is_named_with_the_option_that_helps(tree: Path, f
         find_inputs(tree / "m")
 
 
+def test_all_that_is_gone_is_named_at_once(tree: Path) -> None:
+    shutil.move(tree / "m", tree / "deep" / "m")
+    with pytest.raises(MixtureError, match="say --base PATH --adapter a0=PATH --adapter a2=PATH"):
+        find_inputs(tree / "deep" / "m", adapters=[f"a1={tree / 'a1'}"])
+
+
 def test_a_moved_input_must_be_the_one(tree: Path) -> None:
     with pytest.raises(MixtureError, match="adapter 'a1' is not the one"):
         find_inputs(tree / "m", adapters=[f"a1={tree / 'a0'}"])

@@ -106,6 +106,7 @@ def test_labels_that_could_be_two_things_are_refused_until_the_problem_type_is_g
     for values, words in (
         ([["0", "1", "1"]], "repeats"),
         (["a", "a"], "two classes"),
+        (["b", "a", "a "], "'a ' and 'a'|'a' and 'a '"),
     ):
         with pytest.raises(DataError, match=words):
             label_set(values)

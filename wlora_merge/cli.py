@@ -454,11 +454,13 @@ def _show_mixture(mixture: Any, out: str, as_json: bool) -> None:
         mean = dict(zip(mixture.adapter_names, mixture.mixture_weights.mean(0).tolist(), strict=True))
         click.echo(json.dumps({"folder": out, "weights": mean, "metrics": mixture.metrics}))
         return
-    from .inspect import candidate_rows, weight_rows
+    from .inspect import candidate_rows, setting_rows, weight_rows
 
     candidates = candidate_rows(mixture)
     if candidates:
         show_table("Held out", candidates)
+    if settings := setting_rows(mixture):
+        show_table("Out of fold", settings)
     if mixture.metrics.get("note"):
         click.echo(mixture.metrics["note"])
     show_table("Mixture weights over the groups", weight_rows(mixture))

@@ -154,7 +154,9 @@ def _checked(table: Table, name: str, column: str) -> list[Any]:
         try:
             checked.append(check(value))
         except _WrongError as error:
-            raise DataError(f"{table.where(index)}: column {column!r} {error}.") from error
+            lists = name not in _TEXT and isinstance(value, str)
+            hint = "; where the values are lists, use JSONL or Parquet" if lists else ""
+            raise DataError(f"{table.where(index)}: column {column!r} {error}{hint}.") from error
     return checked
 
 
@@ -225,7 +227,7 @@ def _labels(table: Table, column: str, values: list[Any]) -> list[Label]:
             checked.append(_label(value, numeric))
         except _WrongError as error:
             raise DataError(f"{table.where(index)}: column {column!r} {error}.") from error
-        if type(checked[-1]) is not type(checked[0]):
+        if _kind(value) != _kind(values[0]):
             raise DataError(
                 f"{table.where(index)}: column {column!r} holds {_kind(value)}, the first example {_kind(values[0])}."
             )

@@ -109,6 +109,11 @@ def fit(
     refuse_quantized(opened)
     shots = read_examples(data, task=task, columns=columns)
     held = read_examples(eval_data, task=task, columns=columns) if eval_data else None
+    if held is not None and held.sha256 is not None and held.sha256 == shots.sha256:
+        raise MixtureError(
+            f"{eval_data}: holds the very shots ({data}), and says nothing of a model that was trained on them: give other "
+            "examples, or leave --eval-data out."
+        )
     if chosen.early_stopping and held is None:
         raise MixtureError(
             "early_stopping needs eval_data to look at; on the shots alone, the folds choose the number of steps."
@@ -188,7 +193,7 @@ def _prepare(
     rows = task.encode(shots, processor, max_length=options.max_length, labels=labels)
     judged = task.encode(held, processor, max_length=options.max_length, labels=labels) if held else []
     n = len(rows)
-    initial = initial_logits(options, [a.name for a in adapters])
+    initial = initial_logits(options, [a.name for a in adapters], base)
     learner = Learner(
         model, task, labels, processor, options, _Both(rows, judged), head, ranks, state, initial, progress
     )

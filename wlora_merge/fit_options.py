@@ -36,7 +36,7 @@ class FitOptions:
             the other; always `all` where logits or a temperature are given, or nothing is learned.
         new_adapter: rank of a LoRA that is trained from zero beside the given adapters, on the linear layers that they change; it
             becomes one more adapter of the mixture, with weight 1, and the weights free ones. 0: none; None: 8 where a new head is
-            trained on two shots per class or more, else 0, unless the folds prefer the other.
+            trained on two shots per class or more, else 0, unless the folds prefer the other; always 0 with `normalize: present`.
         delta_scale: factor of the whole delta weight, or `learned`.
         initial_logits: [N] logits for all groups (free weights with `normalize: none`), a mixture folder to start from, or a
             JSON file {group: {adapter: logit}}; None: zero, which is uniform composition.
@@ -54,7 +54,7 @@ class FitOptions:
             two standard errors.
 
     How long:
-        epochs, max_steps: passes over the shots, or optimizer steps (the latter wins); neither: 100 steps where a head is
+        epochs, max_steps: passes over the shots, or optimizer steps; neither: 100 steps where a head is
             trained, at most 40 where not, fewer if the folds say so.
         max_minutes: wall-clock budget; the folds get at most half of it.
         early_stopping: stop when so many evaluations on the evaluation data, one every tenth of the steps, brought no lower
@@ -150,6 +150,10 @@ def fit_options(given: Mapping[str, Any]) -> FitOptions:
 def _check_together(options: FitOptions) -> None:
     if options.folds == 1:
         raise MixtureError("folds is 1, expected 0 (hold nothing out) or 2 and more.")
+    if options.folds == 0 and options.settings != FitOptions.settings:
+        raise MixtureError("settings are compared on the folds, and folds 0 makes none: leave one of them out.")
+    if options.epochs is not None and options.max_steps is not None:
+        raise MixtureError("epochs and max_steps both say how long to train: give one.")
     if (options.method == "fixed") != (options.weights is not None):
         raise MixtureError("--method fixed and --weights go together: give both, or neither.")
     for name in ("weights", "initial_logits"):

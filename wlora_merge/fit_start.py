@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 from .errors import MixtureError
 from .fit_options import FitOptions
 from .mixture import Mixture
+from .names import group_of
 
 if TYPE_CHECKING:
     import torch
+
+    from .base_model import BaseModel
 
 
 def like_start(options: FitOptions) -> FitOptions:
@@ -34,20 +37,24 @@ def like_start(options: FitOptions) -> FitOptions:
     return replace(options, normalize=normalize, granularity=options.granularity or start.granularity)
 
 
-def initial_logits(options: FitOptions, names: list[str]) -> Any:
-    """groups -> the [G, N] logits that the user gives, or None for uniform composition."""
+def initial_logits(options: FitOptions, names: list[str], base: BaseModel) -> Any:
+    """(the model's groups, granularity) -> the [G, N] logits that the user gives, or None for uniform composition.
+
+    A file calls its groups as the base's files call their modules, or as the model does.
+    """
     import torch
 
     given = options.initial_logits
     if given is None:
-        return lambda groups: None
+        return lambda groups, granularity: None
     if not isinstance(given, str):
         row = torch.tensor([float(x) for x in given])
-        return lambda groups: row.expand(len(groups), -1)
+        return lambda groups, granularity: row.expand(len(groups), -1)
     table = _logit_table(Path(given))
 
-    def read(groups: dict[str, list[str]]) -> torch.Tensor:
-        keys = {key.removeprefix(_prefix(key, groups)): key for key in groups}
+    def read(groups: dict[str, list[str]], granularity: str) -> torch.Tensor:
+        stored = {key: group_of(base.find_module(modules[0]) or key, granularity) for key, modules in groups.items()}
+        keys = [key if key in table else stored[key] for key in groups]
         missing = [g for g in keys if g not in table] or [n for g in keys for n in names if n not in table[g]]
         if missing:
             raise MixtureError(
@@ -55,9 +62,6 @@ def initial_logits(options: FitOptions, names: list[str]) -> Any:
                 "granularity and adapters."
             )
         return torch.tensor([[float(table[g][n]) for n in names] for g in keys])
-
-    def _prefix(key: str, groups: dict[str, list[str]]) -> str:
-        return next((key.removesuffix(g) for g in table if key.endswith(f".{g}")), "")
 
     return read
 

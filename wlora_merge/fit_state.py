@@ -32,15 +32,29 @@ class FitState:
         file: where it is kept; None keeps none.
         fingerprint: of all that decides the result; a state with another is not taken up.
         resume: take up what a killed run left; otherwise start anew.
+
+    Raises:
+        MixtureError: what lies there is no state of a fit, or, to be taken up, that of another.
     """
 
     def __init__(self, file: Path | None, fingerprint: str, *, resume: bool) -> None:
         self.file, self.last = file, time.monotonic()
         self.table: dict[str, Any] = {"fingerprint": fingerprint, "done": {}, "current": None}
-        if resume and file is not None and file.is_file():
-            self.table = _read(file, fingerprint)
-        elif file is not None and file.is_file():
-            _LOG.info("%s: a fit to this folder was stopped; it starts over, as --resume is not given.", file)
+        if file is None:
+            return
+        found = _read(file) if os.path.lexists(file) else None
+        if not resume:
+            if found:
+                _LOG.info("%s: a fit to this folder was stopped; it starts over, as --resume is not given.", file)
+        elif found is None:
+            _LOG.info("%s: there is no stopped fit to take up; it starts from the beginning.", file)
+        elif found["fingerprint"] != fingerprint:
+            raise MixtureError(
+                f"{file}: belongs to a fit with other inputs, options or versions, so it would not give the same result: delete "
+                "it, or run without --resume."
+            )
+        else:
+            self.table = found
 
     def done(self, key: str) -> Any:
         """What a finished training left; None if it has not finished."""
@@ -113,10 +127,10 @@ def only_fit(out: str | Path | None) -> Iterator[None]:
         yield
 
 
-def _read(file: Path, fingerprint: str) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     import torch
 
-    again = "delete it, or run without --resume."
+    again = "move it away, or choose another --out, as a fit keeps its state there."
     try:
         table = torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:  # the reader of pickles raises all kinds; whatever it is, the file is at fault
@@ -125,8 +139,4 @@ def _read(file: Path, fingerprint: str) -> dict[str, Any]:
         ) from error
     if not isinstance(table, dict) or set(table) != {"fingerprint", "done", "current"}:
         raise MixtureError(f"{file}: is no state of a fit: {again}")
-    if table["fingerprint"] != fingerprint:
-        raise MixtureError(
-            f"{file}: belongs to a fit with other inputs, options or versions, so it would not give the same result: {again}"
-        )
     return table

@@ -121,12 +121,18 @@ def _json_lines(path: Path, data: bytes) -> Table:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}).") from error
+            raise DataError(f"{path}, line {number}: not JSON ({error}){_no_array(line)}.") from error
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: expected an object {{...}}, got {type(row).__name__}.")
+            raise DataError(
+                f"{path}, line {number}: expected an object {{...}}, got {type(row).__name__}{_no_array(line)}."
+            )
         rows.append(row)
         lines.append(number)
     return _table(path, data, rows, lines)
+
+
+def _no_array(line: str) -> str:
+    return "; name a file that is one JSON array .json" if line.lstrip().startswith("[") else ""
 
 
 def _json(path: Path, data: bytes) -> Table:
@@ -180,6 +186,10 @@ def _header(path: Path, record: Sequence[str]) -> list[str]:
     twice = sorted({name for name in record if record.count(name) > 1})
     if twice:
         raise DataError(f"{path}: the header names {', '.join(map(repr, twice))} twice.")
+    if len(record) == 1 and any(other in record[0] for other in ";\t|,"):
+        raise DataError(
+            f"{path}: the header is the one field {record[0]!r}; separate fields by commas (.csv) or tabs (.tsv)."
+        )
     return list(record)
 
 

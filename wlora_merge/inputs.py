@@ -65,13 +65,14 @@ def find_inputs(
         MixtureError: an input that has moved, or whose sha256 is another one.
     """
     made = mixture if isinstance(mixture, Mixture) else Mixture.load(mixture)
-    opened = open_base(base or _located(made.base, "--base PATH"))
-    opened.known = made.head_tensors
     moved = _moved(adapters, made.adapter_names)
+    _refuse_gone(made, moved if base is None else {"": str(base), **moved})
+    opened = open_base(base or _source(made.base))
+    opened.known = made.head_tensors
     with one_torch_thread():
         loaded = [
             load_adapter(
-                moved.get(a.name) or _written(made, a) or _located(a, f"--adapter {a.name}=PATH"),
+                moved.get(a.name) or _written(made, a) or _source(a),
                 a.name,
                 base_is_residual=True,
             )
@@ -113,15 +114,21 @@ def _written(mixture: Mixture, ref: InputRef) -> str | None:
     return str(mixture.write_new(scratch))
 
 
-def _located(ref: InputRef, option: str) -> str:
-    source = ref.source
-    if not Path(source).is_absolute() and ref.revision:
-        return f"{source}@{ref.revision}"  # the hub's main branch may be another by now
-    if Path(source).is_absolute() and not is_here(source):
+def _source(ref: InputRef) -> str:
+    hub = not Path(ref.source).is_absolute() and ref.revision
+    return f"{ref.source}@{ref.revision}" if hub else ref.source  # the hub's main branch may be another by now
+
+
+def _refuse_gone(mixture: Mixture, moved: Mapping[str, str]) -> None:
+    """Refuse a mixture whose folders are not where it says and not among `moved`, by name; the base's name is ""."""
+    refs = [mixture.base, *mixture.adapters]
+    gone = [r for r in refs if r.name not in moved and Path(r.source).is_absolute() and not is_here(r.source)]
+    if gone:
+        options = " ".join(f"--adapter {ref.name}=PATH" if ref.name else "--base PATH" for ref in gone)
         raise MixtureError(
-            f"{source}: the mixture was made from this folder, which is not there any more: say {option}."
+            f"{', '.join(ref.source for ref in gone)}: the mixture was made from {'this folder' if len(gone) == 1 else 'these'}, "
+            f"which it looks for beside its own place, and nothing is there: say {options}."
         )
-    return source
 
 
 def _moved(specs: Iterable[str | Path], names: Sequence[str]) -> dict[str, str]:

@@ -39,6 +39,8 @@ def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:
             tables[f"Mixture weights of {path}, over the groups"] = weight_rows(mixture)
             if candidates := candidate_rows(mixture):
                 tables[f"Held out, {path}"] = candidates
+            if settings := setting_rows(mixture):
+                tables[f"Out of fold, {path}"] = settings
         elif here and (folder / CONFIG_FILE).exists():
             adapters.append(path)
         elif here and not (folder / "config.json").exists() and (found := below(folder)):
@@ -90,6 +92,12 @@ def weight_rows(mixture: Mixture) -> Rows:
 def candidate_rows(mixture: Mixture) -> Rows:
     """Held-out loss and metric of every candidate of a fit."""
     return [{"candidate": name, **row} for name, row in (mixture.metrics.get("candidates") or {}).items()]
+
+
+def setting_rows(mixture: Mixture) -> Rows:
+    """Held-out loss and metric of every setting of the learned method, where a fit compared several."""
+    settings = mixture.metrics.get("settings") or {}
+    return [{"setting of learned": name, **row} for name, row in settings.items()] if len(settings) > 1 else []
 
 
 def export_rows(manifest: dict[str, Any]) -> Rows:

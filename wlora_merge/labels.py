@@ -73,6 +73,10 @@ def label_set(values: Sequence[Any], problem_type: str | None = None) -> LabelSe
             to_number(value)
         return LabelSet((), REGRESSION)
     names = order_names(_class_names(values))
+    bare = {name.strip(): name for name in names}
+    if len(bare) < len(names):
+        twin = next(name for name in names if bare[name.strip()] != name)
+        raise DataError(f"the labels {twin!r} and {bare[twin.strip()]!r} differ in the spaces around them alone.")
     if len(names) < 2:
         raise DataError(
             f"a classification needs two classes or more; the only label is {', '.join(names) or 'missing'}."

@@ -96,7 +96,7 @@ FIT_OPTIONS = together(
         type=click.IntRange(min=0),
         metavar="R",
         help="Rank of a LoRA that is trained from zero beside the given ones, with weight 1; 0: none. Default: 8 if a head is "
-        "trained on two shots per class or more, else 0, unless the folds prefer the other.",
+        "trained on two shots per class or more, else 0, unless the folds prefer the other; always 0 with --normalize present.",
     ),
     click.option(
         "--delta-scale", default="1.0", show_default=True, help="Factor of the whole delta weight, or learned."
@@ -129,7 +129,7 @@ FIT_OPTIONS = together(
     click.option(
         "--settings", type=COUNT, default=2, show_default=True, help="Learned settings that the folds compare at most."
     ),
-    click.option("--epochs", type=ABOVE_0, help="Passes over the shots. Default: --max-steps decides."),
+    click.option("--epochs", type=ABOVE_0, help="Passes over the shots, in place of --max-steps."),
     click.option(
         "--max-steps",
         type=COUNT,

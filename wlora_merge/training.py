@@ -88,7 +88,7 @@ class Learner:
     Args:
         rows: encoded examples, the shots first.
         head: names of the head's modules; its parameters start from what they are now.
-        initial: logits (free weights) to start from: granularity -> [G, N], or None for uniform composition.
+        initial: logits (free weights) to start from: (groups, granularity) -> [G, N], or None for uniform composition.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Learner:
         head: list[str],
         team: Team,
         state: FitState,
-        initial: Callable[[dict[str, list[str]]], torch.Tensor | None] = lambda _: None,
+        initial: Callable[[dict[str, list[str]], str], torch.Tensor | None] = lambda groups, granularity: None,
         progress: FitProgress | None = None,
     ) -> None:
         self.model, self.task, self.labels, self.options = model, task, labels, options
@@ -130,7 +130,7 @@ class Learner:
         with torch.no_grad():
             weights = regroup(self.model, candidate.granularity, candidate.normalize)
             groups = attachment_of(self.model).groups
-            start = self.initial(groups) if candidate.learned else torch.tensor(candidate.row)
+            start = self.initial(groups, candidate.granularity) if candidate.learned else torch.tensor(candidate.row)
             if start is not None:
                 weights.copy_(start.to(weights).expand_as(weights))
             for name, value in self.start.items():
@@ -198,7 +198,8 @@ class Learner:
             result.loss, result.steps = loop.step(step), step
             result.history.append((step, float(f"{result.loss:.5g}")))
             if self.progress:
-                self.progress(candidate.name, step, steps, result.loss, self.weights())
+                shown = f"{candidate.name}, new adapter" if candidate.new_adapter else candidate.name
+                self.progress(shown, step, steps, result.loss, self.weights())
             if self.log:
                 self.log({"loss": result.loss, **{f"weight/{n}": w for n, w in self.weights().items()}}, step)
             if step in judge_at:
