@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_adapter, tiny_bert
-from test_fit import WORDS, save_tokenizer
+from test_fit import WORDS, others, save_tokenizer
 
 from wlora_merge.candidates import LEARNED, Comparison, chosen, compare, fold_indices, learned_settings, rivals
 from wlora_merge.errors import MixtureError
@@ -24,7 +25,7 @@ from wlora_merge.labels import SINGLE, LabelSet
 from wlora_merge.metrics import Metric, classification_metric
 from wlora_merge.mixture import Mixture
 from wlora_merge.search import minimize
-from wlora_merge.training import Candidate, Judged, Trained
+from wlora_merge.training import Candidate, Judged, Learner, Trained
 from wlora_merge.verify import verify
 
 Zoo = tuple[Path, list[Path], Path]
@@ -99,6 +100,24 @@ def test_best_single_keeps_one_adapter_and_drops_the_others(zoo: Zoo, tmp_path: 
     for kind in ("dense", "lora"):
         export(tmp_path / "m", kind, tmp_path / kind)
         assert difference(zoo, tmp_path / kind, mixture) < 1e-5
+
+
+def test_a_search_is_made_once_and_ends_with_its_time(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = minimize
+    monkeypatch.setattr("wlora_merge.candidates.minimize", lambda *a, **k: seen.append(1) or real(*a, **k))
+    held = others(zoo[2], tmp_path)
+    fitted(zoo, method="search", folds=0, eval_data=held, max_steps=1)
+    assert seen == [1]
+    judged: list[int] = []
+    judge = Learner.judge
+    monkeypatch.setattr(Learner, "judge", lambda self, *a, **k: judged.append(1) or judge(self, *a, **k))
+    monkeypatch.setattr(sys.modules["wlora_merge.fit"], "JUDGED_SHARE", -1.0)
+    found = fitted(zoo, method="search", folds=0, max_minutes=10, max_steps=1)
+    assert judged == []
+    assert torch.allclose(found.mixture_weights, torch.full((1, 3), 1 / 3))
 
 
 def test_search_finds_global_weights_and_auto_keeps_what_is_best_on_the_folds(zoo: Zoo) -> None:
@@ -196,9 +215,31 @@ def test_initial_logits_by_numbers_by_file_and_by_mixture(zoo: Zoo, tmp_path: Pa
     (tmp_path / "logits.json").write_text(json.dumps({"all": {"a2": 3.0, "a0": 1.0, "a1": 2.0}}))
     for source in ("m", "logits.json"):
         again = fitted(zoo, initial_logits=str(tmp_path / source), **tiny)
-        assert torch.allclose(again.wlora_weights, numbers.wlora_weights, atol=1e-6)
+        assert torch.allclose(again.mixture_weights, numbers.mixture_weights, atol=1e-6)
     with pytest.raises(MixtureError, match="same granularity"):
         fitted(zoo, initial_logits=str(tmp_path / "m"), **(tiny | {"granularity": "layer"}))
+    per_module = fitted(zoo, folds=0, max_steps=1, normalize="all").groups
+    (tmp_path / "logits.json").write_text(json.dumps({g: {"a0": 1.0, "a1": 2.0, "a2": 3.0} for g in per_module}))
+    options = {"normalize": "all", "settings": 6, "max_steps": 1}
+    assert fitted(zoo, initial_logits=tmp_path / "logits.json", **options).granularity == "module"
+
+
+def test_a_fit_starts_where_the_mixture_folder_ended_whatever_its_temperature_and_scale(
+    zoo: Zoo, tmp_path: Path
+) -> None:
+    tiny = {"folds": 0, "granularity": "global", "normalize": "all"}
+    options = {"temperature": 5.0, "delta_scale": "learned", "initial_logits": [0.0, 4.0, -4.0], "learning_rate": 0.2}
+    first = fitted(zoo, tmp_path / "m", **tiny, **options)
+    assert first.delta_scale != 1
+    still = {"folds": 0, "max_steps": 1, "learning_rate": 1e-9, "initial_logits": str(tmp_path / "m")}
+    for scale in (None, "learned"):
+        again = fitted(zoo, delta_scale=scale, **still)
+        assert torch.allclose(again.mixture_weights, first.mixture_weights, atol=1e-6)
+        assert again.delta_scale == pytest.approx(first.delta_scale, abs=1e-6)
+    assert fitted(zoo, delta_scale=2.0, **still).delta_scale == 2.0
+    fitted(zoo, tmp_path / "free", folds=0, max_steps=1)
+    with pytest.raises(MixtureError, match="leave one of them out"):
+        fitted(zoo, initial_logits=str(tmp_path / "free"), temperature=2.0)
 
 
 def test_a_mixture_per_module_continues_a_fit_under_the_files_own_names(zoo: Zoo, tmp_path: Path) -> None:
@@ -366,6 +407,15 @@ def test_cma_es_finds_the_minimum_of_a_rotated_ellipsoid() -> None:
         ({"method": "fixed", "weights": [1.0, float("nan")]}, "weights are 1.0, nan, expected finite numbers"),
         ({"problem_type": "binary"}, "expected one of single_label_classification"),
         ({"folds": 0, "settings": 3}, "leave one of them out"),
+        ({"method": "auto", "select": "best"}, "leave --select best out"),
+        ({"method": "best-single", "normalize": "present"}, "leave --normalize out"),
+        ({"new_adapter": 0, "new_adapter_learning_rate": 1e-4}, "leave --new-adapter-learning-rate out"),
+        ({"seed": -1}, "from 0 to"),
+        ({"seed": 2**32}, "from 0 to"),
+        ({"max_steps": 2.5}, "max_steps is 2.5, expected a whole number"),
+        ({"batch_size": True}, "expected a whole number"),
+        ({"temperature": "warm"}, "expected a number"),
+        ({"weights": "0.2,0.8", "method": "fixed"}, "expected a list of numbers"),
         ({"epochs": 2, "max_steps": 5}, "give one"),
         ({"normalize": "present", "new_adapter": 4}, "leave --new-adapter 4 out"),
     ],

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from wlora_merge.columns import choose_columns
-from wlora_merge.data import Examples, read_examples
+from wlora_merge.data import EVAL_SPLITS, Examples, read_examples
 from wlora_merge.errors import DataError, UnsupportedError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -188,6 +188,8 @@ def test_splits_of_a_folder_are_its_train_files_unless_another_is_named(tmp_path
     assert read_examples(tmp_path, task="text-classification").column("text") == ["a", "b"]
     assert read_examples(tmp_path, task="text-classification", split="test").column("text") == ["c"]
     assert "'validation'" in refusal(tmp_path, split="validation")
+    judged = read_examples(tmp_path, task="text-classification", default_splits=EVAL_SPLITS)
+    assert judged.column("text") == ["c"]
     write(tmp_path / "more.csv", "text,label\nd,1\n")
     assert "more.csv" in refusal(tmp_path)
 
@@ -345,7 +347,12 @@ def test_a_hub_data_set_is_read_by_configuration_and_split(monkeypatch: pytest.M
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args: asked.append(args) or Builder())
     examples = read_examples("owner/name:config", task="causal-lm")
     assert asked == [("owner/name", "config")]
-    assert (examples.column("text"), examples.sha256) == (["a", "b"], None)
+    assert examples.column("text") == ["a", "b"]
+    rows = datasets.Dataset.from_dict({"text": ["a", "c"]})
+    other = read_examples("owner/name:config", task="causal-lm")
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    again = read_examples("owner/name:config", task="causal-lm")
+    assert examples.sha256 == again.sha256 != other.sha256
 
 
 @real_data
@@ -355,4 +362,4 @@ def test_the_real_data_is_read() -> None:
     assert len(set(banking.column("label"))) == 66
     bbh = read_examples(DATA / "bbh" / "navigate.json", task="causal-lm")
     assert (len(bbh), bbh.columns) == (250, {"prompt": "input", "completion": "target"})
-    assert "name one file" in refusal(DATA / "banking77")
+    assert "or one file" in refusal(DATA / "banking77")

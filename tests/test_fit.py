@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
 
-from wlora_merge.errors import MixtureError, OutputError
+from wlora_merge.errors import DataError, MixtureError, OutputError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
 from wlora_merge.inspect import setting_rows
@@ -132,6 +133,65 @@ def test_eval_data_is_judged_on_and_nothing_is_held_out(
     mixture = fit(base, folders, shots, "text-classification", eval_data=held, max_steps=3)
     assert mixture.metrics["held_out"]["examples"] == 16
     assert mixture.metrics["held_out"]["from"]["name"] == "held.csv"
+
+
+@pytest.mark.parametrize("options", [{}, {"problem_type": "regression"}])
+def test_a_regression_is_held_out_in_folds_however_its_numbers_are_written(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path, options: dict[str, str]
+) -> None:
+    base, folders, _ = bert_zoo
+    rows = [(" ".join(f"w{i + j}" for j in range(4)), f"{i / 7:.3f}") for i in range(12)]
+    (tmp_path / "r.csv").write_text("text,label\n" + "\n".join(map(",".join, rows)))
+    lines = [json.dumps({"text": text, "label": float(label)}) for text, label in rows]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    for name in ("r.csv", "r.jsonl"):
+        mixture = fit(base, folders, tmp_path / name, "text-classification", max_steps=1, settings=1, **options)
+        assert mixture.config["problem_type"] == "regression"
+        assert mixture.metrics["held_out"] == {"examples": 12, "of": 12, "folds": 3}
+
+
+def test_classes_written_as_floats_are_stratified(bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path) -> None:
+    base, folders, _ = bert_zoo
+    lines = [json.dumps({"text": f"w{i} w5", "label": x}) for i, x in enumerate([1.0] * 6 + [2.0, 3.0])]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    options = {"problem_type": "single_label_classification", "max_steps": 1, "settings": 1}
+    mixture = fit(base, folders, tmp_path / "c.jsonl", "text-classification", **options)
+    assert mixture.metrics["held_out"]["examples"] == 6
+
+
+def test_an_example_without_a_token_that_counts_is_refused(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path
+) -> None:
+    _, folders, _ = bert_zoo
+    base = shutil.copytree(bert_zoo[0], tmp_path / "base")
+    table = json.loads((base / "tokenizer.json").read_text())
+    table["normalizer"] = {"type": "Replace", "pattern": {"String": "\u200b"}, "content": ""}
+    (base / "tokenizer.json").write_text(json.dumps(table))
+    rows = [{"tokens": [f"w{i}", "w2"], "tags": ["A", "B"]} for i in range(8)] + [{"tokens": ["\u200b"], "tags": ["A"]}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"example 9 of .*t.jsonl has no token that the loss counts"):
+        fit(base, folders, tmp_path / "t.jsonl", "token-classification", max_steps=2, folds=0)
+
+
+def test_evaluation_data_with_splits_are_their_validation_split(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path
+) -> None:
+    base, folders, shots = bert_zoo
+    rows = [json.dumps({"text": f"w{i} w5", "label": "low" if i % 2 else "high"}) for i in range(9)]
+    for name, part in {"train": rows[:5], "validation": rows[5:7], "test": rows[6:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+    options = {"eval_data": tmp_path, "max_steps": 1, "folds": 0}
+    sizes = {
+        split: fit(base, folders, shots, "text-classification", eval_split=split, **options).metrics["held_out"][
+            "examples"
+        ]
+        for split in (None, "test", "train")
+    }
+    assert sizes == {None: 2, "test": 3, "train": 5}
+    mixture = fit(base, folders, tmp_path, "text-classification", split="test", max_steps=1, folds=0)
+    assert mixture.data["data"]["examples"] == 3
+    with pytest.raises(MixtureError, match="eval_split is of eval_data"):
+        fit(base, folders, shots, "text-classification", eval_split="test")
 
 
 def test_the_shots_are_no_evaluation_data(bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path) -> None:

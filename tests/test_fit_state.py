@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -122,6 +123,26 @@ def test_a_state_is_not_taken_up_with_other_inputs_or_options(
         fitted(zoo, tmp_path / "m", progress=stop, max_steps=2)
     with pytest.raises(MixtureError, match="other inputs, options or versions"):
         fitted(zoo, tmp_path / "m", resume=True, max_steps=2, **other)
+
+
+def test_a_state_is_not_taken_up_with_other_logits_in_the_file(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        if state_file(tmp_path / "m").is_file():
+            raise KeyboardInterrupt
+
+    def write(*logits: float) -> Path:
+        (tmp_path / "start.json").write_text(json.dumps({"all": dict(zip(("a0", "a1", "a2"), logits, strict=True))}))
+        return tmp_path / "start.json"
+
+    monkeypatch.setattr("wlora_merge.fit_state.SAVE_EVERY_S", 0.0)
+    options = {"max_steps": 2, "granularity": "global"}
+    with pytest.raises(KeyboardInterrupt):
+        fitted(zoo, tmp_path / "m", progress=stop, initial_logits=write(1, 2, 3), **options)
+    with pytest.raises(MixtureError, match="other inputs, options or versions"):
+        fitted(zoo, tmp_path / "m", resume=True, initial_logits=write(1, 2, 4), **options)
+    fitted(zoo, tmp_path / "m", resume=True, initial_logits=write(1, 2, 3), **options)
 
 
 def test_of_two_fits_to_one_out_one_wins_and_the_other_says_so_before_it_trains(zoo: Zoo, tmp_path: Path) -> None:

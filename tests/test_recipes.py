@@ -57,8 +57,8 @@ def texts(folder: Path) -> None:
 
 
 def pairs(folder: Path) -> None:
-    for name in ("shots.jsonl", "judge.jsonl"):
-        lines(folder, name, [{"source": f"w{i} w2", "target": f"w{i + 1}"} for i in range(5)])
+    for name, start in {"shots.jsonl": 0, "judge.jsonl": 20}.items():
+        lines(folder, name, [{"source": f"w{i} w2", "target": f"w{i + 1}"} for i in range(start, start + 5)])
 
 
 def pictures(folder: Path) -> None:

@@ -74,8 +74,6 @@ def test_tasks_are_found_by_name_and_a_misspelling_gets_the_nearest() -> None:
     assert get_task("causal-lm").auto_class().__name__ == "AutoModelForCausalLM"
     with pytest.raises(WloraMergeError, match="Did you mean 'text-classification'"):
         get_task("text-clasification")
-    with pytest.raises(UnsupportedError, match="causal-lm only"):
-        get_task("seq2seq-lm", append_eos=True)
 
 
 # labels
@@ -87,9 +85,9 @@ def test_tasks_are_found_by_name_and_a_misspelling_gets_the_nearest() -> None:
         (["b", "a", "b"], LabelSet(("a", "b"))),
         (["10", "9"], LabelSet(("9", "10"))),
         (["01", "1"], LabelSet(("01", "1"))),
-        (["nan", "1.5"], LabelSet(("1.5", "nan"))),
         (["-1", "1"], LabelSet(("-1", "1"))),
         (["0.5", "2"], LabelSet((), REGRESSION)),
+        ([".5", "1.2E-05", "+3.", "2"], LabelSet((), REGRESSION)),
         ([1.0, 2.5], LabelSet((), REGRESSION)),
         ([["b"], [], ["a", "b"]], LabelSet(("a", "b"), MULTI)),
     ],
@@ -104,9 +102,12 @@ def test_labels_that_could_be_two_things_are_refused_until_the_problem_type_is_g
     assert label_set([1.0, 2.0], SINGLE) == LabelSet(("1", "2"))
     assert label_set([1.0, 2.0], REGRESSION).size == 1
     for values, words in (
-        ([["0", "1", "1"]], "repeats"),
+        ([["0", "1", "1"]], "0/1 vectors"),
+        ([["a", "b", "b"]], "repeats"),
         (["a", "a"], "two classes"),
         (["b", "a", "a "], "'a ' and 'a'|'a' and 'a '"),
+        (["nan", "1.5"], "the label 1.5 is a number with a point, 'nan' is none"),
+        ([["0", "1"], ["1", "0"]], "0/1 vectors"),
     ):
         with pytest.raises(DataError, match=words):
             label_set(values)
@@ -187,8 +188,6 @@ def test_the_loss_is_on_the_completion_alone(tmp_path: Path) -> None:
     assert batch["input_ids"].tolist() == [ids("[bos] a b c d"), ids("[bos] a e [pad] [pad]")]
     assert batch["labels"].tolist() == [[-100] * 3 + ids("c d"), [-100] * 2 + ids("e") + [-100] * 2]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
-    with_eos = get_task("causal-lm", append_eos=True).encode(data, tok)
-    assert learned(with_eos[0]) == ids("c d [eos]")
 
 
 def test_a_long_prompt_loses_its_start_but_neither_bos_nor_completion(tmp_path: Path) -> None:
@@ -242,6 +241,14 @@ def test_with_marks_in_the_template_every_turn_of_the_assistant_is_learned(tmp_p
     assert learned(encoded[0]) == ids("b d e")
     with pytest.warns(WloraMergeWarning, match="shortened to 7"):
         assert task.encode(data, tok, max_length=7)[0]["input_ids"] == ids("c . assistant : d e .")
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_conversation_that_is_cut_keeps_the_bos_of_its_template(tmp_path: Path, marked: bool) -> None:
+    tok = tokenizer(bos=True, chat_template="[bos] " + (MARKED if marked else CHAT))
+    with pytest.warns(WloraMergeWarning, match="shortened to 8"):
+        encoded = get_task("causal-lm").encode(conversation(tmp_path, "a", "b", "c", "d e"), tok, max_length=8)
+    assert encoded[0]["input_ids"] == ids("[bos] c . assistant : d e .")
 
 
 def test_messages_need_a_template_that_only_appends(tmp_path: Path) -> None:

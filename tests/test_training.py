@@ -13,7 +13,7 @@ import torch
 from conftest import EVERY_LINEAR, make_adapter, tiny_llama
 from test_candidates import Zoo, fitted
 from test_candidates import zoo as zoo
-from test_fit import WORDS, save_tokenizer
+from test_fit import WORDS, others, save_tokenizer
 from test_ranks import free_port, launch
 
 import wlora_merge
@@ -102,6 +102,35 @@ def test_two_processes_give_the_result_of_one(llamas: Zoo, tmp_path: Path, shard
     assert not (tmp_path / "two.fit-state").exists()
 
 
+DIES = """
+import os, wlora_merge.fit_state as state
+real, count = state.FitState.finish, [0]
+def finish(self, key, value):
+    real(self, key, value)
+    count[0] += 1
+    if count[0] == 8: os._exit(9)
+state.FitState.finish = finish
+"""
+
+
+def test_a_fit_of_two_processes_that_was_killed_is_resumed_by_two(zoo: Zoo, tmp_path: Path) -> None:
+    base, folders, shots = zoo
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        f"import wlora_merge; wlora_merge.fit({str(base)!r}, {[str(f) for f in folders]!r}, {str(shots)!r}, "
+        f"'text-classification', {str(tmp_path / 'two')!r}, folds=2, max_steps=4, new_adapter=0, device='cpu', resume=True)"
+    )
+    ranks = launch(DIES + code, free_port())
+    said = [rank.communicate(timeout=240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [9, 9], said
+    assert (tmp_path / "two.fit-state").is_file()
+    for rank in launch(code, free_port()):
+        _, errors = rank.communicate(timeout=240)
+        assert rank.returncode == 0, errors
+    one, two = fitted(zoo), Mixture.load(tmp_path / "two")
+    assert torch.allclose(one.wlora_weights, two.wlora_weights, atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_gives_the_weights_of_float32_but_for_its_rounding(llamas: Zoo, precision: str) -> None:
     options = {"batch_size": 7, "granularity": "global", "normalize": "all"}
@@ -162,12 +191,13 @@ def test_a_fit_on_a_quantized_base_exports_over_the_whole_one(llamas: Zoo, tmp_p
     assert checked.largest_difference < 1e-5
 
 
-def test_early_stopping_goes_back_to_the_best_step(llamas: Zoo) -> None:
-    _, _, shots = llamas
-    options = {"eval_data": shots, "learning_rate": 3.0, "max_steps": 30}
+def test_early_stopping_goes_back_to_the_best_step(llamas: Zoo, tmp_path: Path) -> None:
+    options = {"eval_data": others(llamas[2], tmp_path), "learning_rate": 3.0, "max_steps": 30}
     stopped = fitted_lm(llamas, early_stopping=2, **options)
     steps = stopped.metrics["chosen"]["steps"]
     assert steps < 30
+    assert f"Stopped early: its weights are those of step {steps} of 30." in stopped.metrics["note"]
+    assert "Stopped early" not in fitted_lm(llamas, early_stopping=50, **(options | {"max_steps": 3})).metrics["note"]
     again = fitted_lm(llamas, **(options | {"max_steps": steps}))
     assert torch.allclose(stopped.wlora_weights, again.wlora_weights, atol=1e-6)
     rows = [m.metrics["candidates"]["learned"]["loss"] for m in (stopped, again, fitted_lm(llamas, **options))]
@@ -186,6 +216,17 @@ def test_a_time_budget_drops_folds_first_and_then_stops(
     monkeypatch.setattr(sys.modules["wlora_merge.fit"], "FOLD_SHARE", -1.0)
     mixture = fitted(zoo, max_minutes=10)
     assert mixture.metrics["note"].startswith("Not estimated: no time was left for base; uniform")
+
+
+def test_a_time_budget_leaves_time_to_train_what_is_kept(llamas: Zoo, zoo: Zoo, tmp_path: Path) -> None:
+    held = others(llamas[2], tmp_path)
+    stopped = fitted_lm(llamas, eval_data=held, max_steps=10**6, max_minutes=0.1)
+    assert "Stopped after " in stopped.metrics["note"]
+    assert bool(stopped.wlora_weights.any())
+    unjudged = fitted(zoo, folds=0, eval_data=others(zoo[2], tmp_path), method="uniform", max_minutes=10, max_steps=1)
+    assert unjudged.metrics["kept"] == "uniform"
+    with pytest.raises(MixtureError, match="no time to judge a single adapter"):
+        fitted(zoo, method="best-single", max_minutes=1e-9)
 
 
 def test_progress_has_the_loss_and_the_current_weights(llamas: Zoo) -> None:

@@ -7,6 +7,7 @@ folds; each is judged after several numbers of steps, on examples that it was no
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from .attachment import attachment_of
+from .errors import MixtureError
 from .fit_options import FitOptions
 from .judging import Score, pool, score
 from .mixture import mixture_weights, uniform
@@ -41,8 +43,8 @@ SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.132
 class Comparison:
     """What the candidates gave on examples that they were not trained on.
 
-    `scores` and `steps` (the best number) by candidate; `settings` the learned method's, by what was set; `on` says which
-    examples; `skipped` what the time did not allow; `trained` what was trained, where there was one part.
+    `scores` and `steps` (the best number) by candidate; `settings` the learned method's, by what was set; `skipped` what the
+    time did not allow; `trained` what was trained, where there was one part.
     """
 
     scores: dict[str, Score] = field(default_factory=dict)
@@ -86,7 +88,8 @@ def learned_settings(options: FitOptions, *, head: bool, several: bool) -> list[
     softmax = options.initial_logits is not None or options.temperature != 1
     both = ["none", "all"] if head else ["all", "none"]
     normalizes = [options.normalize] if options.normalize else ["all"] if softmax else both
-    granularities = [options.granularity] if options.granularity else ["module", "global"]
+    from_file = isinstance(options.initial_logits, str)  # which has its own groups
+    granularities = [options.granularity or "module"] if options.granularity or from_file else ["module", "global"]
     pulls = [options.pull] if options.pull is not None else list(PULLS)
     default = NEW_RANK if head and several else 0
     ranks = [options.new_adapter] if options.new_adapter is not None else [default, NEW_RANK - default]
@@ -146,7 +149,7 @@ def compare(
         total = steps if isinstance(steps, int) else steps[candidate.name]
         points = sorted({max(1, round(total * share)) for share in judge_at})
         found = [
-            _one(learner, candidate, part, total, points, f"{tag}{i}", deadline, patience)
+            _one(learner, candidate, part, total, points, f"{tag}{i}", deadline, patience, keep=len(parts) == 1)
             for i, part in enumerate(parts)
         ]
         what = setting_name(candidate) if candidate.learned and settings > 1 else candidate.name
@@ -188,8 +191,14 @@ def _one(
     tag: str,
     deadline: float | None,
     patience: int | None,
+    *,
+    keep: bool,
 ) -> tuple[Trained, Judged | None]:
-    """One training and what it gave when it was judged; taken from the fit's state where it has been done."""
+    """One training and what it gave when it was judged; taken from the fit's state where it has been done.
+
+    Args:
+        keep: what was trained too, not the judgements alone.
+    """
     key = f"{candidate} {tag}"
     if saved := learner.state.done(key):
         judged = {step: Judged(**row) for step, row in saved["judged"].items()}
@@ -200,7 +209,7 @@ def _one(
         return Trained(complete=False), None
     rows, held = part
     if candidate.name == SEARCH:
-        candidate = searched(learner, candidate, rows, key=f"{key} row")
+        candidate = searched(learner, candidate, rows, tag, deadline)
     trained = learner.train(
         candidate, rows, steps, key=key, held=held, judge_at=points, patience=patience, deadline=deadline
     )
@@ -213,7 +222,7 @@ def _one(
             "steps": trained.steps,
             "loss": trained.loss,
             "pruned": vars(pruned) if pruned else None,
-            "tensors": trained.tensors,
+            "tensors": trained.tensors if keep else [],
             "history": trained.history,
         }
         learner.state.finish(key, table | {"judged": {s: vars(j) for s, j in trained.judged.items()}})
@@ -230,19 +239,25 @@ def prune(learner: Learner) -> int:
     return int(under.sum())
 
 
-def searched(learner: Learner, candidate: Candidate, rows: Sequence[int], *, key: str) -> Candidate:
+def searched(
+    learner: Learner, candidate: Candidate, rows: Sequence[int], tag: str, deadline: float | None
+) -> Candidate:
     """Global weights by CMA-ES on the loss of some rows, from uniform composition; the head is trained on that first.
 
-    Free weights are bounded and pulled to zero as LoraHub does; logits are searched as they are.
+    Free weights are bounded and pulled to zero as LoraHub does; logits are searched as they are. The same tag has the same result
+    within a fit; after the deadline nothing more is evaluated.
     """
+    key = f"{candidate} {tag} row"
     saved = learner.state.done(key)
     if saved is None:
         start = list(candidate.row or ())
         steps = total_steps(learner, len(rows))
-        learner.train(replace(candidate, name=UNIFORM), rows, steps, key=f"{key} head")
+        learner.train(replace(candidate, name=UNIFORM), rows, steps, key=f"{key} head", deadline=deadline)
         free = candidate.normalize == "none"
 
         def loss(point: Sequence[float]) -> float:
+            if deadline is not None and learner.team.share(time.monotonic() > deadline):
+                return math.inf
             row = [max(-SEARCH_BOUND, min(SEARCH_BOUND, x)) for x in point] if free else list(point)
             with torch.no_grad():
                 weights = attachment_of(learner.model).weights
@@ -259,13 +274,17 @@ def searched(learner: Learner, candidate: Candidate, rows: Sequence[int], *, key
 
 def total_steps(learner: Learner, shots: int) -> int:
     """Optimizer steps that the options ask for."""
-    options = learner.options
+    return steps_of(learner.options, shots, head=bool(learner.start))
+
+
+def steps_of(options: FitOptions, shots: int, *, head: bool) -> int:
+    """Optimizer steps on so many shots; `head`: whether a new head is trained."""
     if options.max_steps is not None:
         return options.max_steps
     if options.epochs is not None:
         batches = -(-shots // options.batch_size)
         return max(1, round(options.epochs * batches / options.gradient_accumulation_steps))
-    return 100 if learner.start else 40
+    return 100 if head else 40
 
 
 def chosen(method: str, select: str, comparison: Comparison, names: Sequence[str]) -> str:
@@ -275,7 +294,10 @@ def chosen(method: str, select: str, comparison: Comparison, names: Sequence[str
     """
     scores = comparison.scores
     if method == BEST_SINGLE:
-        return max(names, key=lambda name: scores[name].key())
+        among = [name for name in ([UNIFORM, *names] if select == "best" else names) if name in scores]
+        if not among:
+            raise MixtureError("max_minutes left no time to judge a single adapter: give more.")
+        return max(among, key=lambda name: scores[name].key())
     if method == AUTO:
         among = [n for n in scores if n != BASE]
         return max(among, key=lambda name: scores[name].key()) if LEARNED in scores else LEARNED

@@ -334,7 +334,7 @@ def export_model(folder: Path, manifest: Mapping[str, Any], base: BaseModel | No
         raise UnsupportedError("a lora export can be loaded only with its base: say --base PATH.")
     from peft import PeftModel
 
-    options = {key: config[key] for key in ("id2label", "label2id", "problem_type") if key in config}
+    options = {key: config[key] for key in ("id2label", "label2id", "problem_type", "pad_token_id") if key in config}
     model = load_model(base.folder, task, complete=not manifest.get("head"), **options)
     with quiet_libraries(), _library_errors(f"{folder}: PEFT cannot load it"):
         loaded: nn.Module = PeftModel.from_pretrained(model, folder).eval()

@@ -145,7 +145,7 @@ def fit(
     eval_data: str | None,
     columns: tuple[str, ...],
     weights: str | None,
-    delta_scale: str,
+    delta_scale: str | None,
     initial_logits: str | None,
     modules_to_save: str | None,
     base_is_residual: str | None,
@@ -163,7 +163,7 @@ def fit(
         raise click.UsageError("a fit needs --adapter twice or more; for one adapter, see wlora-merge mix.")
     options |= {
         "weights": _numbers(weights, len(adapters)),
-        "delta_scale": delta_scale if delta_scale == "learned" else _number("--delta-scale", delta_scale),
+        "delta_scale": _number("--delta-scale", delta_scale) if delta_scale not in (None, "learned") else delta_scale,
         "initial_logits": _numbers_or_path(initial_logits),
     }
     own = {f.name for f in fields(FitOptions)}
@@ -181,7 +181,7 @@ def fit(
             task,
             out,
             eval_data=eval_data,
-            columns=dict(_pair(c) for c in columns),
+            columns=_columns(columns),
             modules_to_save=modules_to_save,
             residual=base_is_residual,
             force=force,
@@ -492,6 +492,13 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals:
         raise click.UsageError(f"{text!r}: expected NAME=VALUE.")
     return name, value
+
+
+def _columns(given: tuple[str, ...]) -> dict[str, str]:
+    pairs = [_pair(text) for text in given]
+    if twice := [name for name, _ in pairs if [n for n, _ in pairs].count(name) > 1]:
+        raise click.UsageError(f"--column {twice[0]}=... is given twice.")
+    return dict(pairs)
 
 
 def _numbers(text: str | None, count: int) -> list[float] | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,16 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .columns import FORMS, choose_columns, nearest
-from .data_sources import read_table
+from .data_sources import TRAIN, read_table
 from .errors import DataError, UnsupportedError
 from .formats import Table, read_bytes_of
-from .labels import REGRESSION
+from .labels import SINGLE, LabelSet, class_name
 
 if TYPE_CHECKING:
     import datasets
 
 Label: TypeAlias = "str | float | list[str]"
 _TEXT = ("text", "text_pair", "prompt", "completion", "source", "target", "question", "context")
+EVAL_SPLITS = ("validation", "test")
+"""What evaluation data are by default, of a folder or hub data set with splits."""
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -40,14 +43,14 @@ class Examples:
         task: the task that they are for.
         columns: {canonical name: name in the file}.
         source: the path or hub id as it was given.
-        sha256: of the local file or files; None for a hub data set.
+        sha256: of the local file or files; of a hub data set, of its values.
     """
 
     rows: datasets.Dataset
     task: str
     columns: Mapping[str, str]
     source: str
-    sha256: str | None
+    sha256: str
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -64,10 +67,11 @@ class Examples:
         """How messages name the example of a number, from 1."""
         return f"example {number} of {self.source}"
 
-    def strata(self, problem_type: str | None = None) -> list[str]:
-        """What folds are stratified by, [len(self)]: the class of each row, or "" where the task has no classes."""
-        labels = self.column("label") if "label" in self.columns and problem_type != REGRESSION else []
-        return labels if labels and isinstance(labels[0], str) else [""] * len(self)
+    def strata(self, labels: LabelSet | None) -> list[str]:
+        """What folds are stratified by, [len(self)]: the class of each row, or "" where it has not one."""
+        if "label" not in self.columns or labels is None or labels.problem_type != SINGLE:
+            return [""] * len(self)
+        return [class_name(value) for value in self.column("label")]
 
     def select(self, indices: Sequence[int]) -> Examples:
         """The rows at `indices`, in that order."""
@@ -75,7 +79,12 @@ class Examples:
 
 
 def read_examples(
-    source: str | Path, *, task: str, columns: Mapping[str, str] | None = None, split: str | None = None
+    source: str | Path,
+    *,
+    task: str,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+    default_splits: Sequence[str] = (TRAIN,),
 ) -> Examples:
     """Read and check the examples of a task.
 
@@ -84,7 +93,7 @@ def read_examples(
             folder for each class; or a hub id, `owner/name[:config]`. Only the last uses the network.
         task: a task name.
         columns: {canonical column: column in the file}, where the names do not follow the conventions or are not clear.
-        split: which split of a folder or hub data set; default: train, or the only one.
+        split: which split of a folder or hub data set; None: the first of `default_splits` that there is, or the only one.
 
     Raises:
         DataError: nothing to read, or a column or a value is missing or wrong; the message names the file and the line.
@@ -92,14 +101,23 @@ def read_examples(
     """
     if task not in FORMS:
         raise UnsupportedError(f"task {task!r} reads no examples.{nearest(task, FORMS)}")
-    table = read_table(source, split=split)
+    table = read_table(source, split=split, default_splits=default_splits)
     if not len(table.rows):
         raise DataError(f"{table.name} holds no examples.")
     chosen = choose_columns(task, table.columns, columns, source=table.name)
     checked = {name: _checked(table, name, column) for name, column in chosen.items() if name != "image"}
     _check_lengths(table, checked)
     rows, digest = _dataset(table, chosen, checked)
+    if digest is None:
+        digest = _digest_of_values(checked, table.values(chosen["image"]) if "image" in chosen else ())
     return Examples(rows, task, chosen, str(source), digest)
+
+
+def _digest_of_values(checked: Mapping[str, list[Any]], images: Sequence[Mapping[str, Any]]) -> str:
+    digest = hashlib.sha256(json.dumps(checked, sort_keys=True).encode())
+    for image in images:
+        digest.update(hashlib.sha256(image["bytes"] or read_bytes_of(Path(image["path"]))).digest())
+    return digest.hexdigest()
 
 
 def _dataset(

@@ -27,12 +27,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(?:/[A-Za-z0-9_.-]+)?(?::[^/\\]+)?")
 _HUB_BUILDERS = ("parquet", "json", "csv", "text", "arrow", "imagefolder")
 
 
-def read_table(source: str | Path, *, split: str | None = None) -> Table:
+def read_table(source: str | Path, *, split: str | None = None, default_splits: Sequence[str] = (TRAIN,)) -> Table:
     """Read a local file or folder, or download a hub data set.
 
     Args:
         source: a path, or a hub id with an optional configuration, `owner/name[:config]`.
-        split: which split of a folder or hub data set; default: train, or the only one.
+        split: which split of a folder or hub data set; None: the first of `default_splits` that there is, or the only one.
 
     Raises:
         DataError: nothing is there, it cannot be read, or the split is missing or not clear.
@@ -44,9 +44,9 @@ def read_table(source: str | Path, *, split: str | None = None) -> Table:
     elif path.suffix.lower() in TABLES + TEXTS or not _HUB_ID.fullmatch(str(source)):
         raise DataError(f"{redacted(str(source))} does not exist.")
     else:
-        return _hub(str(source), split)
+        return _hub(str(source), split, default_splits)
     if path.is_dir():
-        return _folder(path, split)
+        return _folder(path, split, default_splits)
     if path.is_file():
         if split is not None:
             raise DataError(f"{path} is one file and has no split {split!r}; leave the split out.")
@@ -54,7 +54,7 @@ def read_table(source: str | Path, *, split: str | None = None) -> Table:
     raise DataError(f"{path} is a pipe or a device; give a file or a folder.")
 
 
-def _folder(folder: Path, split: str | None) -> Table:
+def _folder(folder: Path, split: str | None, default_splits: Sequence[str]) -> Table:
     """Tables of one kind, one after another; or texts or images, whose class is the folder that they lie in."""
     files = sorted(
         path
@@ -69,11 +69,13 @@ def _folder(folder: Path, split: str | None) -> Table:
         examples = ", ".join(str(paths[0].relative_to(folder)) for paths in present.values())
         raise DataError(f"{folder} holds several kinds of data ({examples}); name one file, or a folder of one kind.")
     ((kind, paths),) = present.items()
-    paths = _of_split(folder, paths, kind, split)
+    paths = _of_split(folder, paths, kind, split, default_splits)
     return _joined(folder, [read_file(path) for path in paths]) if kind == TABLES else _documents(folder, paths, kind)
 
 
-def _of_split(folder: Path, paths: list[Path], kind: tuple[str, ...], split: str | None) -> list[Path]:
+def _of_split(
+    folder: Path, paths: list[Path], kind: tuple[str, ...], split: str | None, default_splits: Sequence[str]
+) -> list[Path]:
     by_split: dict[str | None, list[Path]] = {}
     for path in paths:
         by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
@@ -82,12 +84,12 @@ def _of_split(folder: Path, paths: list[Path], kind: tuple[str, ...], split: str
     if split is None and list(by_split) == [None]:
         return paths
     named = sorted(name for name in by_split if name)
-    wanted = _SPLITS.get(split, split) if split else TRAIN if TRAIN in named else named[0]
-    unclear = split is None and (None in by_split or (wanted != TRAIN and len(named) > 1))
+    wanted = _SPLITS.get(split, split) if split else next((s for s in default_splits if s in named), named[0])
+    unclear = split is None and (None in by_split or (wanted not in default_splits and len(named) > 1))
     if unclear or wanted not in by_split:
         files = ", ".join(str(paths[0].relative_to(folder)) for paths in by_split.values())
         raise DataError(
-            f"{folder}: no split {split or TRAIN!r}, or none that is clear (it has {files}); name one file."
+            f"{folder}: no split {split or default_splits[0]!r}, or none that is clear (it has {files}); name a split, or one file."
         )
     return by_split[wanted]
 
@@ -142,7 +144,7 @@ def _digest_of_many(digests: Sequence[tuple[Path, str]], folder: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _hub(name: str, split: str | None) -> Table:
+def _hub(name: str, split: str | None, default_splits: Sequence[str]) -> Table:
     import datasets
 
     identifier, _, config = name.partition(":")
@@ -154,7 +156,8 @@ def _hub(name: str, split: str | None) -> Table:
                 raise UnsupportedError(f"hub data set {name} is of kind {kind!r}, not {', '.join(_HUB_BUILDERS)}.")
             builder.download_and_prepare()
             splits = list(builder.info.splits or {})
-            chosen = split or (TRAIN if TRAIN in splits or len(splits) != 1 else splits[0])
+            only = splits[0] if len(splits) == 1 else default_splits[0]
+            chosen = split or next((s for s in default_splits if s in splits), only)
             rows = builder.as_dataset(split=chosen)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import DataError, UnsupportedError, WloraMergeWarning
@@ -34,7 +34,7 @@ class _Sequence:
 
 
 def encode_causal_lm(
-    examples: Examples, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, append_eos: bool = False
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
 ) -> list[dict[str, list[int]]]:
     """Token ids and labels for each example.
 
@@ -46,15 +46,13 @@ def encode_causal_lm(
         examples: [E] of the task causal-lm.
         tokenizer: of the base model.
         max_length: in tokens; None for what the tokenizer says.
-        append_eos: whether a completion or a text ends with the EOS token, which is then learned as well.
 
     Raises:
         DataError: a completion that is too long, or an example with nothing to learn; with its number.
         UnsupportedError: messages without a chat template, or with one that rewrites earlier turns.
     """
     limit = token_limit(tokenizer, max_length)
-    end = [_eos(tokenizer)] if append_eos else []
-    sequence_of = _form(examples, tokenizer, end)
+    sequence_of = _form(examples, tokenizer)
     encoded, cut = [], 0
     for number, row in enumerate(examples.rows, start=1):
         where = examples.where(number)
@@ -94,9 +92,7 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(full[: next(starts, 0)])
 
 
-def _form(
-    examples: Examples, tokenizer: PreTrainedTokenizerBase, end: list[int]
-) -> Callable[[Mapping[str, Any]], _Sequence]:
+def _form(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Callable[[Mapping[str, Any]], _Sequence]:
     lead = leading_ids(tokenizer)
     if "messages" in examples.columns:
         if not tokenizer.chat_template:
@@ -104,24 +100,16 @@ def _form(
         marked = bool(_MARKS_TURNS.search(tokenizer.get_chat_template()))
         return lambda row: _marked_chat(row, tokenizer) if marked else _last_turn(row, tokenizer)
     if "text" in examples.columns:
-        return lambda row: _plain_text(row["text"], tokenizer, lead, end)
-    return lambda row: _prompt_completion(row, tokenizer, lead, end)
+        return lambda row: _plain_text(row["text"], tokenizer, lead)
+    return lambda row: _joined(row["prompt"], row["completion"], tokenizer, lead)
 
 
-def _plain_text(text: str, tokenizer: PreTrainedTokenizerBase, lead: list[int], end: list[int]) -> _Sequence:
-    ids = lead + _ids(text, tokenizer) + end
+def _plain_text(text: str, tokenizer: PreTrainedTokenizerBase, lead: list[int]) -> _Sequence:
+    ids = lead + _ids(text, tokenizer)
     return _Sequence(ids, [True] * len(ids), len(lead))
 
 
-def _prompt_completion(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, lead: list[int], end: list[int]
-) -> _Sequence:
-    return _joined(row["prompt"], row["completion"], tokenizer, lead, end)
-
-
-def _joined(
-    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, lead: list[int], end: list[int]
-) -> _Sequence:
+def _joined(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, lead: list[int]) -> _Sequence:
     """The prompt's ids are those of the prompt alone, as when the model is used; the completion's follow.
 
     Where the ids of the whole text start with the prompt's, the completion's are the rest: a SentencePiece tokenizer
@@ -130,8 +118,8 @@ def _joined(
     before, whole = _ids(prompt, tokenizer), _ids(prompt + completion, tokenizer)
     splits = whole[: len(before)] == before and len(whole) > len(before)
     after = whole[len(before) :] if splits else _ids(completion, tokenizer)
-    learned = [False] * len(lead + before) + [True] * len(after + end)
-    return _Sequence(lead + before + after + end, learned, len(lead))
+    learned = [False] * len(lead + before) + [True] * len(after)
+    return _Sequence(lead + before + after, learned, len(lead))
 
 
 def _last_turn(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> _Sequence:
@@ -145,14 +133,22 @@ def _last_turn(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> _S
         raise UnsupportedError(
             "the chat template does not render a conversation as its start plus an answer; use prompt/completion."
         )
-    return _joined(prompt, whole[len(prompt) :], tokenizer, [], [])
+    return _with_lead(_joined(prompt, whole[len(prompt) :], tokenizer, []), tokenizer)
 
 
 def _marked_chat(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> _Sequence:
     encoded: Any = tokenizer.apply_chat_template(
         _messages(row), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    return _Sequence(list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]])
+    learned = [bool(mark) for mark in encoded["assistant_masks"]]
+    return _with_lead(_Sequence(list(encoded["input_ids"]), learned), tokenizer)
+
+
+def _with_lead(sequence: _Sequence, tokenizer: PreTrainedTokenizerBase) -> _Sequence:
+    """The same, a cut of which keeps the BOS that the chat template begins with."""
+    starts = (leading_ids(tokenizer), [tokenizer.bos_token_id])
+    lead = next((len(start) for start in starts if start and sequence.ids[: len(start)] == start), 0)
+    return replace(sequence, lead=lead)
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -180,9 +176,3 @@ def _model_input(sequence: _Sequence) -> dict[str, list[int]]:
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # verbose=False: the tokenizer's own note on long inputs is ours to give
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no EOS token to append.")
-    return int(tokenizer.eos_token_id)

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import Adapter, load_adapters
 from .base_model import BaseModel, open_base, refuse_quantized
-from .data import Examples, read_examples
+from .data import EVAL_SPLITS, Examples, read_examples
 from .deltas import ModuleDelta
-from .errors import MixtureError
+from .errors import DataError, MixtureError
 from .fit_options import FitOptions, fit_options
 from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded
-from .fit_start import initial_logits, like_start
+from .fit_start import initial_logits, initial_scale, like_start
 from .fit_state import FitState, only_fit, state_file
 from .inputs import find_inputs
 from .mixture import Mixture
@@ -42,7 +42,10 @@ if TYPE_CHECKING:
     from .ranks import Team
     from .training import Candidate, FitProgress, Learner
 
-FOLD_SHARE = 0.5  # of the time that `max_minutes` allows
+FOLD_SHARE, JUDGED_SHARE = (
+    0.5,
+    0.75,
+)  # of `max_minutes`: when the folds, and what evaluation data judge or a search tries, must end
 
 
 def fit(
@@ -54,6 +57,8 @@ def fit(
     *,
     eval_data: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+    eval_split: str | None = None,
     modules_to_save: str | None = None,
     residual: str | None = None,
     force: bool = False,
@@ -73,6 +78,8 @@ def fit(
         out: folder to write the mixture to; None writes nothing.
         eval_data: judge the candidates on these examples; `method: auto` and `select: best` then choose on them.
         columns: {canonical column: column in the file}, where the names follow no convention.
+        split: which split of `data`, a folder or hub data set; None: train, or the only one.
+        eval_split: which split of `eval_data`; None: validation, else test, or the only one.
         modules_to_save: what becomes of whole tensors that the adapters carry and the head does not replace: an adapter's name,
             `drop` or `mix`; None refuses them.
         residual: name of the adapter whose residual the base is.
@@ -107,9 +114,12 @@ def fit(
             f"problem_type is of text-classification and image-classification, not of {task}: leave it out."
         )
     refuse_quantized(opened)
-    shots = read_examples(data, task=task, columns=columns)
-    held = read_examples(eval_data, task=task, columns=columns) if eval_data else None
-    if held is not None and held.sha256 is not None and held.sha256 == shots.sha256:
+    if eval_split and not eval_data:
+        raise MixtureError("eval_split is of eval_data: give both, or neither.")
+    shots, held = read_examples(data, task=task, columns=columns, split=split), None
+    if eval_data:
+        held = read_examples(eval_data, task=task, columns=columns, split=eval_split, default_splits=EVAL_SPLITS)
+    if held is not None and held.sha256 == shots.sha256:
         raise MixtureError(
             f"{eval_data}: holds the very shots ({data}), and says nothing of a model that was trained on them: give other "
             "examples, or leave --eval-data out."
@@ -124,13 +134,13 @@ def fit(
     with team() as ranks, only_fit(out if ranks.leads else None):
         asked = {"task": task, "columns": dict(columns or {}), "modules_to_save": modules_to_save}
         state = _state(out if ranks.leads else None, opened, loaded, shots, held, chosen, asked, resume)
+        state.table = ranks.share(state.table)  # what a killed fit has trained, no process trains again
         work, labels = _prepare(opened, loaded, job, shots, held, chosen, modules_to_save, ranks, state, progress)
         metrics, kept = _work(work)
         mixture = _mixture(work.learner, opened, kept)
         mixture.task, mixture.metrics, mixture.modules_to_save = task, metrics, modules_to_save
         mixture.metrics["held_out"] = held_out(work, shots, held)
-        if work.learner.head:
-            mixture.config = _config(work.learner, job, labels)
+        mixture.config = _config(work.learner, job, labels, opened)
         mixture.data = {"method": chosen.method, "data": data_ref(shots), "fit": recorded(chosen)}
         if files := new_files(work.learner.model, opened.source.name):
             add_new(mixture, files)
@@ -175,7 +185,7 @@ def _prepare(
     progress: FitProgress | None,
 ) -> tuple[FitJob, LabelSet | None]:
     from .candidates import fold_indices, several_each
-    from .fit_model import load_model
+    from .fit_model import load_model, max_tokens
     from .training import Learner
 
     start = time.monotonic()
@@ -190,18 +200,32 @@ def _prepare(
         modules_to_save,
         ranks,
     )
-    rows = task.encode(shots, processor, max_length=options.max_length, labels=labels)
-    judged = task.encode(held, processor, max_length=options.max_length, labels=labels) if held else []
+    length = max_tokens(model, processor, options.max_length)
+    rows, judged = (
+        _encoded(task, examples, processor, length, labels) if examples else [] for examples in (shots, held)
+    )
     n = len(rows)
     initial = initial_logits(options, [a.name for a in adapters], base)
     learner = Learner(
-        model, task, labels, processor, options, _Both(rows, judged), head, ranks, state, initial, progress
-    )
-    keys = shots.strata(options.problem_type) if len(shots) == n else [""] * n
+        model, task, labels, processor, options, _Both(rows, judged), head, ranks, state, initial, progress,
+        initial_scale(options),
+    )  # fmt: skip
+    keys = shots.strata(labels) if len(shots) == n else [""] * n
     folds = fold_indices(keys, options.folds, options.seed) if options.folds else []
     every, held_rows = list(range(n)), list(range(n, n + len(judged)))
     parts = [(sorted({*every}.difference(fold)), fold) for fold in folds]
     return FitJob(learner, every, held_rows, parts, several_each(keys), options, start), labels
+
+
+def _encoded(task: Task, examples: Examples, processor: Any, length: int | None, labels: LabelSet | None) -> Any:
+    rows = task.encode(examples, processor, max_length=length, labels=labels)
+    for number, row in enumerate(rows if isinstance(rows, list) else [], start=1):  # images are decoded later
+        if not task.items(row):
+            raise DataError(
+                f"{examples.where(number)} has no token that the loss counts, as its labels were cut off or lie on none: leave it "
+                "out, or give a larger --max-length."
+            )
+    return rows
 
 
 class _Both(Sequence[Any]):
@@ -241,13 +265,13 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
             judge_at=(1.0,) if set_by_hand or learner.head else c.CHECKPOINTS, deadline=job.deadline(FOLD_SHARE),
         )  # fmt: skip
     learned = [comparison.learned] if comparison.learned else settings[:1]
-    on_folds, best_steps = comparison, comparison.steps
+    on_folds, best_steps, planned = comparison, comparison.steps, dict[str, int]()
     if job.held:
+        planned = {name: best_steps.get(name, steps) for name in [*fixed, c.SEARCH, c.LEARNED]}
         comparison = c.compare(
-            learner, [*fixed.values(), *search, *learned], [(job.shots, job.held)],
-            {name: best_steps.get(name, steps) for name in [*fixed, c.SEARCH, c.LEARNED]},
+            learner, [*fixed.values(), *search, *learned], [(job.shots, job.held)], planned,
             judge_at=tuple(i / 10 for i in range(1, 11)) if options.early_stopping else (1.0,), tag="all, ",
-            deadline=job.deadline(), patience=options.early_stopping,
+            deadline=job.deadline(JUDGED_SHARE), patience=options.early_stopping,
         )  # fmt: skip
         best_steps = comparison.steps
     elif not job.parts and options.method == c.BEST_SINGLE:
@@ -257,6 +281,8 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     candidate = (fixed | {s.name: s for s in [*learned, *search]})[kept]
     candidate = _finish(job, candidate, best_steps.get(kept, steps), comparison)
     metrics = metrics_of(job, comparison, on_folds, kept, candidate)
+    if (done := comparison.trained.get(kept)) and 0 < done.steps < planned.get(kept, 0):
+        job.stopped = f"Stopped early: its weights are those of step {done.steps} of {planned[kept]}."
     if job.stopped:
         metrics["note"] += f" {job.stopped}"
     metrics["history"] = history(job.losses, kept)
@@ -272,13 +298,11 @@ def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Compariso
 
     learner = job.learner
     if candidate.name == c.SEARCH:
-        candidate = c.searched(learner, candidate, job.shots, key="all row")
+        tag = "all, 0" if job.held else "all"
+        candidate = c.searched(learner, candidate, job.shots, tag, job.deadline(JUDGED_SHARE))
     if (trained := comparison.trained.get(candidate.name)) is not None:
         restore(learner.place(candidate), trained.tensors)
         job.losses = {candidate.name: trained.history}
-        total = c.total_steps(learner, len(job.shots))
-        if job.options.early_stopping and trained.steps < total:
-            job.stopped = f"Stopped early: its weights are those of step {trained.steps} of {total}."
         return candidate
     final = replace(candidate, name=f"{candidate.name}, all shots") if job.parts else candidate
     with tracking(job.options, learner.team.leads) as log:
@@ -337,8 +361,11 @@ def _state(
 ) -> Any:
     from .manifest import versions
 
+    start = options.initial_logits if isinstance(options.initial_logits, str) else None
+    files = sorted(Path(start).glob("mixture.*")) if start and Path(start).is_dir() else [Path(start)] if start else []
     table = {
         "base": base.sha256(),
+        "initial_logits": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()],
         "adapters": [[a.name, a.sha256] for a in adapters],
         "data": [data_ref(shots), data_ref(held) if held else None],
         "options": {k: v for k, v in asdict(options).items() if k not in ("report_to", "max_minutes")},
@@ -349,9 +376,12 @@ def _state(
     return FitState(state_file(out) if out is not None else None, fingerprint, resume=resume)
 
 
-def _config(learner: Learner, task: Task, labels: LabelSet | None) -> dict[str, Any]:
-    """The config keys that the new head changes, as JSON has them."""
+def _config(learner: Learner, task: Task, labels: LabelSet | None, base: BaseModel) -> dict[str, Any]:
+    """The config keys that the new head changes, as JSON has them; with the base's own head, the padding that it lacks."""
     changes = task.config_changes(labels, learner.processor)
+    if not learner.head:
+        pad = changes.get("pad_token_id")
+        return {"pad_token_id": pad} if pad is not None and base.config.get("pad_token_id") is None else {}
     if "id2label" in changes:
         changes["id2label"] = {str(key): value for key, value in changes["id2label"].items()}
     return {"architectures": [type(learner.model).__name__], **changes}

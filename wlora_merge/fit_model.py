@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .adapters import Adapter
 from .base_model import BaseModel
 from .check import quiet_libraries
-from .errors import MixtureError, UnsupportedError
+from .encoding import token_limit
+from .errors import BaseModelError, MixtureError, UnsupportedError
 from .fit_options import FitOptions
 from .ranks import Team
 from .tasks import Task
@@ -45,7 +47,7 @@ def load_model(
         adapters,
         granularity=options.granularity or "module",
         normalize=options.normalize or "all",
-        delta_scale=options.delta_scale,
+        delta_scale=1.0 if options.delta_scale is None else options.delta_scale,
         temperature=options.temperature,
         head=head,
         modules_to_save=modules_to_save,
@@ -67,6 +69,36 @@ def device_of(options: FitOptions) -> str:
     if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
         raise MixtureError(f"device is {name}, which torch does not find here: use --device auto.")
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
+
+
+def max_tokens(model: Any, processor: Any, asked: int | None) -> int | None:
+    """The most tokens of an example: as asked, else what the tokenizer says, within the positions that the model has learned.
+
+    None where nothing limits it.
+
+    Raises:
+        MixtureError: more were asked for than it has.
+    """
+    from torch import nn
+
+    positions = [
+        layer.num_embeddings - (0 if layer.padding_idx is None else layer.padding_idx + 1)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Embedding)
+        and name.rpartition(".")[2] in ("position_embeddings", "wpe", "embed_positions")
+    ]
+    positions += (
+        [int(model.config.max_position_embeddings)]
+        if positions and hasattr(model.config, "max_position_embeddings")
+        else []
+    )
+    if asked is not None and positions and asked > min(positions):
+        raise MixtureError(
+            f"max_length is {asked}, and {type(model).__name__} has {min(positions)} positions: give no more."
+        )
+    if asked is not None or not positions or not hasattr(processor, "model_max_length"):
+        return asked
+    return min([*positions, token_limit(processor, None) or min(positions)])
 
 
 def _shard(model: Any, device: str, size: int) -> None:
@@ -121,10 +153,9 @@ def _load(
     from .labels import LabelSet
 
     own = _own_labels(base)
-    keep = labels is not None and own is not None and set(labels.names) <= set(own) and bool(labels.names)
+    keep = labels is not None and own is not None and _is_head_of(base, own, labels)
     if keep and labels is not None and own is not None:
         labels = LabelSet(tuple(own), labels.problem_type)
-    changes = {} if keep else task.config_changes(labels, processor)
     with quiet_libraries():
         model, info = task.auto_class().from_pretrained(
             base.folder,
@@ -135,17 +166,57 @@ def _load(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **(_quantization(base, task, options) if options.quantize else {}),
-            **changes,
+            **task.config_changes(labels, processor),
         )
-    new = {str(key) for key in info["missing_keys"]} | {str(row[0]) for row in info["mismatched_keys"]}
-    if labels is not None and not keep:
-        prefix = f"{model.base_model_prefix}."
-        new |= {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
-        for name, module in model.named_modules():
-            if name and not name.startswith(prefix) and name != model.base_model_prefix:
-                model._init_weights(module)
-    known = {name for name, _ in model.named_parameters()}
-    return model, sorted(new & known), labels
+    shapes = {str(name): shape for name, shape, _ in info["mismatched_keys"]}
+    known = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    absent = {str(key): None for key in info["missing_keys"]} | shapes
+    absent = {name: absent[name] for name in known if name in absent}
+    in_head = _head_of(model, list(absent), known) if task.has_head else set()
+    for name, shape in absent.items():
+        if name not in in_head:
+            got = "has no tensor for it" if shape is None else f"has {list(shape)}"
+            raise BaseModelError(
+                f"{base.folder}: {type(model).__name__} needs {name!r} as {list(known[name])}, and the base {got}: it is not whole, "
+                "or its config.json is that of another; fetch it again."
+            )
+    new = set(absent) if keep or labels is None else in_head
+    if labels is not None and not (keep or new):
+        raise UnsupportedError(
+            f"{base.folder}: which part of {type(model).__name__} is its head cannot be told, so no new one can be trained for these "
+            "labels: use a base without a head."
+        )
+    _draw_again(model, new - set(absent))
+    return model, sorted(new), labels
+
+
+def _head_of(model: Any, absent: list[str], names: Iterable[str]) -> set[str]:
+    """The parameters beside the model's body, and a pooler that the base lacks.
+
+    A class that does not name its body (CLIP's) has as its head what the base lacks altogether.
+    """
+    if model.base_model is model:
+        parts: dict[str, set[str]] = {}
+        for name in names:
+            parts.setdefault(name.partition(".")[0], set()).add(name)
+        return {name for part in parts.values() if part <= set(absent) for name in part}
+    prefix = f"{model.base_model_prefix}."
+    return {name for name in names if not name.startswith(prefix)} | {name for name in absent if "pooler" in name}
+
+
+def _draw_again(model: Any, names: Collection[str]) -> None:
+    """Give parameters that were loaded the initial values of new ones; transformers leaves alone what it has loaded."""
+    for name in sorted({name.rpartition(".")[0] for name in names}):
+        module = model.get_submodule(name)
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = False
+        model._init_weights(module)
+
+
+def _is_head_of(base: BaseModel, own: list[str], labels: LabelSet) -> bool:
+    """Whether the base has a head for these labels, of this problem type as far as it says."""
+    problem = base.config.get("problem_type") in (None, labels.problem_type)
+    return problem and bool(labels.names) and set(labels.names) <= set(own)
 
 
 def _own_labels(base: BaseModel) -> list[str] | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike, fspath
 from typing import Any
 
 from .errors import MixtureError
@@ -37,14 +39,14 @@ class FitOptions:
         new_adapter: rank of a LoRA that is trained from zero beside the given adapters, on the linear layers that they change; it
             becomes one more adapter of the mixture, with weight 1, and the weights free ones. 0: none; None: 8 where a new head is
             trained on two shots per class or more, else 0, unless the folds prefer the other; always 0 with `normalize: present`.
-        delta_scale: factor of the whole delta weight, or `learned`.
+        delta_scale: factor of the whole delta weight, or `learned`; None: 1, or that of the mixture folder to start from.
         initial_logits: [N] logits for all groups (free weights with `normalize: none`), a mixture folder to start from, or a
             JSON file {group: {adapter: logit}}; None: zero, which is uniform composition.
         temperature: of the softmax, v̂ = softmax(v / temperature).
         pull: strength of the pull towards uniform composition: adds pull · N · mean over groups of Σ_n (v̂_n - 1/N)² to the
             loss; None: 0, and from 5 settings on the folds try 0.3.
         prune_below: after the fit, weights (free weights: magnitudes) under this are set to zero in their group and the others
-            renormalized; an adapter without weight anywhere leaves the mixture.
+            renormalized (free weights stay as they are); an adapter without weight anywhere leaves the mixture.
 
     How it is judged:
         folds: parts of the shots, each held out once; 0 holds nothing out. Classes with one shot are never held out.
@@ -75,7 +77,7 @@ class FitOptions:
     granularity: str | None = None
     normalize: str | None = None
     new_adapter: int | None = None
-    delta_scale: float | str = 1.0
+    delta_scale: float | str | None = None
     initial_logits: str | Sequence[float] | None = None
     temperature: float = 1.0
     pull: float | None = None
@@ -132,7 +134,7 @@ def fit_options(given: Mapping[str, Any]) -> FitOptions:
     for name in given:
         if name not in known:
             raise MixtureError(f"fit has no option {name!r}{nearest(name, known)}.")
-    chosen = FitOptions(**{name: value for name, value in given.items() if value is not None})
+    chosen = FitOptions(**{name: _plain(name, value) for name, value in given.items() if value is not None})
     for name, choices in _CHOICES.items():
         value = getattr(chosen, name)
         if value is not None and value not in choices:
@@ -143,11 +145,35 @@ def fit_options(given: Mapping[str, Any]) -> FitOptions:
             raise MixtureError(
                 f"{name} is {value}, expected a number {'above' if name in _ABOVE_0 else 'of at least'} 0."
             )
-    _check_together(chosen)
+    if not 0 <= chosen.seed < 2**32:
+        raise MixtureError(f"seed is {chosen.seed}, expected a whole number from 0 to 2^32 - 1.")
+    check_together(chosen)
     return chosen
 
 
-def _check_together(options: FitOptions) -> None:
+def _plain(name: str, value: Any) -> Any:
+    """The value of an option as a recipe or a command line gives it."""
+    kind = next(f.type for f in dataclasses.fields(FitOptions) if f.name == name)
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    number = whole or isinstance(value, numbers.Real)
+    expected = {
+        "int": (whole, "a whole number"), "int | None": (whole, "a whole number"),
+        "float": (number, "a number"), "float | None": (number, "a number"),
+    }.get(str(kind), (True, ""))  # fmt: skip
+    if name == "weights" or (name == "initial_logits" and not isinstance(value, str | PathLike)):
+        listed = isinstance(value, Sequence) and not isinstance(value, str)
+        expected = (listed and all(isinstance(x, numbers.Real) for x in value), "a list of numbers")
+    if not expected[0]:
+        raise MixtureError(f"{name} is {value!r}, expected {expected[1]}.")
+    return fspath(value) if isinstance(value, PathLike) else value
+
+
+def check_together(options: FitOptions) -> None:
+    """Refuse options that exclude each other, or that would have no effect.
+
+    Raises:
+        MixtureError: with the options' names.
+    """
     if options.folds == 1:
         raise MixtureError("folds is 1, expected 0 (hold nothing out) or 2 and more.")
     if options.folds == 0 and options.settings != FitOptions.settings:
@@ -173,6 +199,12 @@ def _check_together(options: FitOptions) -> None:
                 f"method {options.method} learns no weights by gradients, so {', '.join(given)} would have no effect: leave "
                 f"{'it' if len(given) == 1 else 'them'} out, or use method learned."
             )
+    if options.method == "auto" and options.select == "best":
+        raise MixtureError("method auto keeps what is best anyway: leave --select best out.")
+    if options.method in ("fixed", "best-single") and options.normalize is not None:
+        raise MixtureError(f"method {options.method} uses weights as they are: leave --normalize out.")
+    if options.new_adapter == 0 and options.new_adapter_learning_rate != FitOptions.new_adapter_learning_rate:
+        raise MixtureError("new_adapter 0 trains none: leave --new-adapter-learning-rate out.")
     if options.temperature != 1 and options.normalize == "none":
         raise MixtureError("the temperature is of a softmax, and normalize none has none: leave one of them out.")
     if options.new_adapter and options.normalize == "present":
@@ -181,5 +213,5 @@ def _check_together(options: FitOptions) -> None:
             "out, or take --normalize all or none."
         )
     scale = options.delta_scale
-    if scale != "learned" and (isinstance(scale, str) or not math.isfinite(scale)):
+    if scale not in (None, "learned") and (isinstance(scale, str) or not math.isfinite(scale)):
         raise MixtureError(f"delta_scale is {scale!r}, expected a finite number, or learned.")

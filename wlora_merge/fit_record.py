@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -58,11 +59,10 @@ def metrics_of(
     """The scores of all candidates, what was kept, and in words what they were measured on and what else is as good."""
     from . import candidates as c
 
+    skipped = "; ".join(dict.fromkeys([*on_folds.skipped, *comparison.skipped]))
     if not comparison.scores:
         more = "two shots per class or more" if job.options.folds else "--folds 2 or more"
-        why = f"nothing was held out. Give --eval-data, or {more}."
-        if on_folds.skipped:
-            why = f"no time was left for {'; '.join(on_folds.skipped)}."
+        why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
         if job.options.method == c.AUTO or job.options.select == "best":
             why += f" Kept: {_called(kept, job.learner.names)}, as there was nothing to choose by."
         return {"kept": kept, "note": f"Not estimated: {why}"}
@@ -84,8 +84,8 @@ def metrics_of(
         said.append(f"Kept: {_called(kept, job.learner.names)}.")
     if candidate.new_adapter:
         said.append(f"With a new adapter of rank {candidate.new_adapter}, trained on the shots beside those given.")
-    if comparison.skipped or on_folds.skipped:
-        said.append(f"Not compared for want of time: {'; '.join([*on_folds.skipped, *comparison.skipped])}.")
+    if skipped:
+        said.append(f"Not compared for want of time: {skipped}.")
     result: dict[str, Any] = {
         "metric": metric.name,
         "higher_is_better": metric.higher_is_better,
@@ -111,8 +111,9 @@ def history(losses: Mapping[str, list[tuple[int, float]]], kept: str) -> dict[st
     name = next((name for name in (f"{kept}, all shots", kept) if losses.get(name)), None)
     if name is None:
         return {}
-    step = -(-len(losses[name]) // 200)
-    return {name: losses[name][::-1][::step][::-1]}
+    finite = [point for point in losses[name] if math.isfinite(point[1])]  # fp16 leaves out steps that overflow
+    step = -(-len(finite) // 200) or 1
+    return {name: finite[::-1][::step][::-1]}
 
 
 def held_out(job: FitJob, shots: Examples, held: Examples | None) -> dict[str, Any]:

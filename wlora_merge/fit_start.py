@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import MixtureError
-from .fit_options import FitOptions
+from .fit_options import FitOptions, check_together
 from .mixture import Mixture
 from .names import group_of
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def like_start(options: FitOptions) -> FitOptions:
-    """The options, with the granularity and normalize of the mixture folder to start from, where there is one.
+    """The options, with the granularity, normalize and delta_scale of the mixture folder to start from, where there is one.
 
     Raises:
-        MixtureError: logits are to start from free weights, or free weights from logits.
+        MixtureError: logits are to start from free weights, or free weights from logits; or options that exclude each other then.
     """
     given = options.initial_logits
     if not isinstance(given, str) or not Path(given).is_dir():
-        return options
+        return replace(options, delta_scale=1.0 if options.delta_scale is None else options.delta_scale)
     start = Mixture.load(given)
     normalize = options.normalize or start.normalize
     if (normalize == "none") != (start.normalize == "none"):
@@ -34,7 +34,17 @@ def like_start(options: FitOptions) -> FitOptions:
             f"initial_logits {given}: it holds {'free weights' if start.normalize == 'none' else 'logits'} (normalize: "
             f"{start.normalize}), which cannot start normalize: {normalize}; leave --normalize out, or give another mixture."
         )
-    return replace(options, normalize=normalize, granularity=options.granularity or start.granularity)
+    scale = start.delta_scale if options.delta_scale is None else options.delta_scale
+    granularity = options.granularity or start.granularity
+    found = replace(options, normalize=normalize, granularity=granularity, delta_scale=scale)
+    check_together(found)
+    return found
+
+
+def initial_scale(options: FitOptions) -> float:
+    """Where a learned delta_scale starts: at 1, or at that of the mixture folder to start from."""
+    given = options.initial_logits
+    return Mixture.load(given).delta_scale if isinstance(given, str) and Path(given).is_dir() else 1.0
 
 
 def initial_logits(options: FitOptions, names: list[str], base: BaseModel) -> Any:
@@ -50,7 +60,7 @@ def initial_logits(options: FitOptions, names: list[str], base: BaseModel) -> An
     if not isinstance(given, str):
         row = torch.tensor([float(x) for x in given])
         return lambda groups, granularity: row.expand(len(groups), -1)
-    table = _logit_table(Path(given))
+    table = _logit_table(Path(given), options.temperature)
 
     def read(groups: dict[str, list[str]], granularity: str) -> torch.Tensor:
         stored = {key: group_of(base.find_module(modules[0]) or key, granularity) for key, modules in groups.items()}
@@ -66,10 +76,16 @@ def initial_logits(options: FitOptions, names: list[str], base: BaseModel) -> An
     return read
 
 
-def _logit_table(path: Path) -> dict[str, dict[str, float]]:
+def _logit_table(path: Path, temperature: float) -> dict[str, dict[str, float]]:
+    import torch
+
     if path.is_dir():
         mixture = Mixture.load(path)
-        rows = zip(mixture.groups, mixture.wlora_weights.tolist(), strict=True)
+        values = mixture.wlora_weights
+        if mixture.normalize != "none":  # its own temperature may have been another
+            lowest = torch.finfo(torch.float32).min
+            values = (temperature * mixture.mixture_weights.double().log()).clamp(min=lowest).float()
+        rows = zip(mixture.groups, values.tolist(), strict=True)
         return {group: dict(zip(mixture.adapter_names, row, strict=True)) for group, row in rows}
     try:
         table = json.loads(path.read_bytes())

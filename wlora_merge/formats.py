@@ -195,7 +195,8 @@ def _header(path: Path, record: Sequence[str]) -> list[str]:
 
 def _text(path: Path, data: bytes) -> Table:
     """One example for each line that is not blank."""
-    kept = [(n, line) for n, line in enumerate(decode(path, data).splitlines(), start=1) if line.strip()]
+    lines = enumerate(decode(path, data).replace("\r\n", "\n").split("\n"), start=1)
+    kept = [(n, line) for n, line in lines if line.strip()]
     return _table(path, data, [{"text": line} for _, line in kept], [number for number, _ in kept])
 
 

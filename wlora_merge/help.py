@@ -13,8 +13,8 @@ COMMANDS = {
 }
 OPTIONS = {
     "Inputs": (
-        "mixture", "folder", "recipe", "paths", "base", "adapters", "data", "eval_data", "columns", "task", "problem_type",
-        "modules_to_save", "resize_vocab", "base_is_residual", "any_digest",
+        "mixture", "folder", "recipe", "paths", "base", "adapters", "data", "split", "eval_data", "eval_split", "columns", "task",
+        "problem_type", "modules_to_save", "resize_vocab", "base_is_residual", "any_digest",
         "onnx_base",
     ),
     "How they are mixed": (

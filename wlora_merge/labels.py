@@ -15,7 +15,7 @@ from .errors import DataError
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
-_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _WHOLE = re.compile(r"0|-?[1-9][0-9]*")
 
 
@@ -97,6 +97,9 @@ def to_number(value: Any, where: str = "an example") -> float:
 
 
 def _class_names(values: Sequence[Any]) -> list[str]:
+    lists = [value for value in values if isinstance(value, list)]
+    if len({len(value) for value in lists}) == 1 and len(lists[0]) > 1 and {x for v in lists for x in v} == {"0", "1"}:
+        raise DataError(f"the label lists, as {lists[0]}, are 0/1 vectors; give the names of the classes that apply.")
     for value in values:
         if isinstance(value, list) and len(set(value)) < len(value):
             raise DataError(
@@ -108,8 +111,14 @@ def _class_names(values: Sequence[Any]) -> list[str]:
 def _single_or_regression(values: Sequence[Any]) -> str:
     """Numbers with fractions are a regression; whole numbers written as 1.0 could be either, so they are refused."""
     texts = [str(value) for value in values]
-    if not all(_NUMBER.fullmatch(text) for text in texts) or all(text.lstrip("-").isdigit() for text in texts):
+    points = [text for text in texts if _NUMBER.fullmatch(text) and not text.lstrip("+-").isdigit()]
+    if not points:
         return SINGLE
+    if odd := [text for text in texts if not _NUMBER.fullmatch(text)]:
+        raise DataError(
+            f"the label {points[0]} is a number with a point, {odd[0]!r} is none: mend it, or say --problem-type {SINGLE} if both "
+            "are names of classes."
+        )
     if any(not float(text).is_integer() for text in texts):
         return REGRESSION
     raise DataError(

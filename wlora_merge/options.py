@@ -99,7 +99,8 @@ FIT_OPTIONS = together(
         "trained on two shots per class or more, else 0, unless the folds prefer the other; always 0 with --normalize present.",
     ),
     click.option(
-        "--delta-scale", default="1.0", show_default=True, help="Factor of the whole delta weight, or learned."
+        "--delta-scale",
+        help="Factor of the whole delta weight, or learned. Default: 1, or that of the mixture to start from.",
     ),
     click.option(
         "--initial-logits",
@@ -165,6 +166,8 @@ FIT_OPTIONS = together(
     click.option("--max-length", type=COUNT, help="Tokens kept of an example. Default: what the tokenizer says."),
     click.option("--seed", type=int, default=0, show_default=True, help="Of the head, the order and the folds."),
     click.option("--eval-data", metavar="FILE_OR_ID", help="Judge the candidates on these. Default: on the folds."),
+    click.option("--split", help="Split of --data, a folder or hub data set. Default: train, or the only one."),
+    click.option("--eval-split", help="Split of --eval-data. Default: validation, else test, or the only one."),
     click.option(
         "--column",
         "columns",

@@ -19,6 +19,7 @@ from .export import lora_bytes
 from .inputs import Inputs
 from .layouts import matrix_shape
 from .recipe import ExportRecipe, FitRecipe
+from .tasks import get_task
 from .writers.dense import folder_bytes, plan
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def predict(
 def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -> dict[str, Any]:
     import torch
 
+    from .candidates import steps_of
     from .fit_options import FitOptions, fit_options
 
     entries = inputs.base.entries.values()
@@ -60,10 +62,10 @@ def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -
     tokens = _tokens(fit, examples)
     known = {f.name for f in dataclasses.fields(FitOptions)}
     options = fit_options({name: value for name, value in dataclasses.asdict(fit).items() if name in known})
-    head = fit.task not in ("causal-lm", "seq2seq-lm")
+    head = get_task(fit.task).has_head
     learned, heads, judgings = _trainings(options, fit, examples, [a.name for a in inputs.adapters], head)
     batch = options.batch_size * options.gradient_accumulation_steps
-    steps = options.max_steps or math.ceil((options.epochs or 0) * len(examples) / batch) or (100 if head else 40)
+    steps = steps_of(options, len(examples), head=head)
     judged = len(examples) * judgings
     work = 2 * max(1, parameters - embedding) * tokens * (2 * learned * steps * batch + judged)
     config = inputs.base.config
@@ -100,7 +102,7 @@ def _trainings(
     """
     from .candidates import fixed_candidates, fold_indices, learned_settings, several_each
 
-    keys = examples.strata(options.problem_type)
+    keys = examples.strata(get_task(fit.task).labels(examples, problem_type=options.problem_type))
     settings = len(learned_settings(options, head=head, several=several_each(keys)))
     search = options.method in ("search", "auto")
     fixed = len(fixed_candidates(names, options)) + 2 * search

@@ -34,6 +34,8 @@ class FitRecipe:
     data: str
     task: str
     eval_data: str | None = None
+    split: str | None = None
+    eval_split: str | None = None
     columns: dict[str, str] | None = None
     method: str | None = None
     select: str | None = None

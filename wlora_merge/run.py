@@ -141,11 +141,17 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
     examples = None
     rows = [{"what": "base", "path": base}, *({"what": f"adapter {n}", "path": p} for n, p in adapters)]
     if recipe.fit is not None:
-        from .data import read_examples
+        from .data import EVAL_SPLITS, read_examples
 
+        task, columns = recipe.fit.task, recipe.fit.columns
         data = _path(recipe.fit.data, where)
-        examples = read_examples(data, task=recipe.fit.task, columns=recipe.fit.columns)
+        examples = read_examples(data, task=task, columns=columns, split=recipe.fit.split)
         rows.append({"what": f"data ({len(examples)} examples)", "path": data})
+        if recipe.fit.eval_data:
+            data = _path(recipe.fit.eval_data, where)
+            split = recipe.fit.eval_split
+            held = read_examples(data, task=task, columns=columns, split=split, default_splits=EVAL_SPLITS)
+            rows.append({"what": f"eval_data ({len(held)} examples)", "path": data})
     from .predict import predict
 
     rows += [{"what": f"export {e.folder}", "path": e.format} for e in recipe.exports]

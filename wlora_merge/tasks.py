@@ -7,7 +7,7 @@ of transformers. It knows neither adapters nor mixtures, and it runs no model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -45,6 +45,11 @@ class Task:
     name: str
     auto_class_name: str
 
+    @property
+    def has_head(self) -> bool:
+        """Whether its models have a head that a base may lack."""
+        return True
+
     def auto_class(self) -> type[Any]:
         """The transformers class that builds the model of this task."""
         import transformers
@@ -57,7 +62,7 @@ class Task:
 
         Args:
             examples: all that there are, so that no class is missed.
-            problem_type: as a transformers config spells it; None: told by the labels. For text-classification only.
+            problem_type: as a transformers config spells it; None: told by the labels. For text and image classification only.
         """
         return None
 
@@ -120,18 +125,18 @@ class Task:
 class CausalLM(Task):
     """Next-token prediction; the loss is on completions alone.
 
-    Attributes:
-        append_eos: whether a completion or a text ends with a learned EOS token (chat templates end turns themselves). Not
-            by default: the weights of a mixture are too few to teach a model to stop, and adapters made for short
-            answers were trained without.
+    No EOS is put behind a completion or a text (chat templates end turns themselves): the weights of a mixture are too few to teach
+    a model to stop, and adapters made for short answers were trained without. Data may spell one.
     """
 
-    append_eos: bool = False
+    @property
+    def has_head(self) -> bool:
+        return False
 
     def encode(
         self, examples: Examples, processor: Any, *, max_length: int | None = None, labels: LabelSet | None = None
     ) -> Encoded:
-        return encode_causal_lm(examples, processor, max_length=max_length, append_eos=self.append_eos)
+        return encode_causal_lm(examples, processor, max_length=max_length)
 
     def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         import transformers
@@ -147,6 +152,10 @@ class CausalLM(Task):
 
 class Seq2SeqLM(Task):
     """Source to target; the source is cut from the right when too long, the target never."""
+
+    @property
+    def has_head(self) -> bool:
+        return False
 
     def encode(
         self, examples: Examples, processor: Any, *, max_length: int | None = None, labels: LabelSet | None = None
@@ -240,7 +249,8 @@ class TokenClassification(Task):
             numbers = [known.index(tag, examples.where(number)) for tag in row["tags"]]
             words = item.word_ids()
             firsts = [word is not None and word != before for before, word in zip([None, *words], words, strict=False)]
-            cut += max((word for word in words if word is not None), default=-1) + 1 < len(numbers)
+            whole = max((word for word in words if word is not None), default=-1) + 1 == len(numbers)
+            cut += limit is not None and len(words) == limit and not whole
             tags = [numbers[word] if first else IGNORED for word, first in zip(words, firsts, strict=True)]
             encoded.append(dict(item) | {"labels": tags})
         warn_cut(examples, cut, limit)
@@ -283,23 +293,18 @@ _TASKS = (
 TASK_NAMES = tuple(task.name for task in _TASKS)
 
 
-def get_task(name: str, *, append_eos: bool = False) -> Task:
+def get_task(name: str) -> Task:
     """The task of that name.
 
     Args:
         name: one of `TASK_NAMES`.
-        append_eos: for causal-lm, see `CausalLM`.
 
     Raises:
         WloraMergeError: there is none; with the nearest name.
     """
     for task in _TASKS:
         if task.name == name:
-            if not append_eos:
-                return task
-            if not isinstance(task, CausalLM):
-                raise UnsupportedError(f"an EOS token is appended for causal-lm only, not for {name}.")
-            return replace(task, append_eos=True)
+            return task
     raise WloraMergeError(f"no task {name!r}; tasks are {', '.join(TASK_NAMES)}.{nearest(name, TASK_NAMES)}")
 
 

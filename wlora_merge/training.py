@@ -89,6 +89,7 @@ class Learner:
         rows: encoded examples, the shots first.
         head: names of the head's modules; its parameters start from what they are now.
         initial: logits (free weights) to start from: (groups, granularity) -> [G, N], or None for uniform composition.
+        initial_scale: where a learned delta_scale starts.
     """
 
     def __init__(
@@ -104,7 +105,9 @@ class Learner:
         state: FitState,
         initial: Callable[[dict[str, list[str]], str], torch.Tensor | None] = lambda groups, granularity: None,
         progress: FitProgress | None = None,
+        initial_scale: float = 1.0,
     ) -> None:
+        self.initial_scale = initial_scale
         self.model, self.task, self.labels, self.options = model, task, labels, options
         self.rows, self.head, self.team, self.state, self.initial, self.progress = (
             rows,
@@ -144,10 +147,10 @@ class Learner:
     def _place_scale(self, candidate: Candidate) -> list[nn.Parameter]:
         if candidate.scale is not None or not isinstance(self.options.delta_scale, str):
             fixed = self.options.delta_scale if candidate.scale is None else candidate.scale
-            set_delta_scale(self.model, float(fixed))
+            set_delta_scale(self.model, 1.0 if fixed is None else float(fixed))
             return []
         scale = self.model.get_parameter(SCALE_PARAMETER)
-        scale.data.fill_(1.0)
+        scale.data.fill_(self.initial_scale if candidate.learned else 1.0)
         scale.requires_grad_(candidate.learned)
         set_delta_scale(self.model, scale)
         return [scale] if candidate.learned else []
@@ -225,9 +228,10 @@ class Learner:
             )
         finite = math.isfinite(result.loss) or not result.steps
         if not (finite and all(bool(torch.isfinite(p).all()) for p in loop.parameters)):
+            rates = ", ".join(f"{group['lr']:g}" for group in loop.optimizer.param_groups)
             raise MixtureError(
-                f"training {candidate.name!r} diverged: its loss or its parameters are not finite after it; use a smaller "
-                f"--learning-rate, now {logit_rate(self.options, candidate.normalize)}."
+                f"training {candidate.name!r} diverged: its loss or its parameters are not finite after it; use smaller learning "
+                f"rates than {rates}."
             )
 
     def batches(self, rows: Sequence[int], steps: int) -> Iterator[list[list[int]]]:
@@ -256,7 +260,7 @@ class Learner:
 
     def judge(self, rows: Sequence[int], features: torch.Tensor | None = None) -> Judged:
         """What the model gives on some rows, in batches, kept as small as the metric allows."""
-        size = max(self.options.batch_size, 16)
+        size = self.options.batch_size
         outputs, labels, losses, items = [], [], [], []
         with torch.no_grad():
             for i in range(0, len(rows), size):
@@ -278,7 +282,7 @@ class Learner:
                 items.append(sum(self.task.items(self.rows[r]) for r in part))
         loss = sum(a * n for a, n in zip(losses, items, strict=True)) / max(sum(items), 1)
         if not math.isfinite(loss):
-            raise MixtureError(f"the loss on held-out examples is {loss}; use a smaller --learning-rate.")
+            raise MixtureError(f"the loss on held-out examples is {loss}; use smaller learning rates.")
         return Judged(joined(outputs), joined(labels), loss, sum(items))
 
     def _inputs(self, rows: list[int]) -> dict[str, Any]:
@@ -316,7 +320,7 @@ class Learner:
         return self._features[1]
 
     def _pooled(self) -> torch.Tensor:
-        size, parts = max(self.options.batch_size, 16), []
+        size, parts = self.options.batch_size, []
         with torch.no_grad(), self._autocast():
             for i in range(0, len(self.rows), size):
                 inputs = self._inputs(list(range(i, min(i + size, len(self.rows)))))
@@ -458,7 +462,10 @@ def _quiet(model: nn.Module, gradient_checkpointing: bool) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         for module in model.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.training = True  # of this module alone: dropout inside it stays off
+                module.training = True  # of this module alone: dropout modules inside it stay off
+                for name, value in vars(module).items():
+                    if "drop" in name and isinstance(value, float):
+                        setattr(module, name, 0.0)  # what it hands to functional.dropout, and a layerdrop
 
 
 def _on_cpu(value: Any) -> Any:

@@ -85,7 +85,9 @@ def _check_outputs(
     if not manifest.get("probe"):
         checked.skipped["outputs"] = "the manifest has no probe inputs for this kind of model"
         return
-    head_options = {k: mixture.config[k] for k in ("id2label", "label2id", "problem_type") if k in mixture.config}
+    head_options = {
+        k: mixture.config[k] for k in ("id2label", "label2id", "problem_type", "pad_token_id") if k in mixture.config
+    }
     model = load_model(opened.folder, mixture.task, complete=not mixture.head, **head_options)
     try:
         attach_mixture(model, mixture, found.adapters, opened, found.tensors)
