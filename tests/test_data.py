@@ -216,8 +216,8 @@ def test_conventional_names_are_found(task: str, found: list[str], chosen: dict[
     [
         ("text-classification", ["text", "sentence", "label"], {}, ["'text', 'sentence'", "--column text="]),
         ("text-classification", ["utterance", "label"], {}, ["'utterance', 'label'", "--column text=NAME"]),
-        ("text-classification", ["text", "label"], {"text": "txt"}, ["'txt'", "Did you mean 'text'"]),
-        ("text-classification", ["text", "label"], {"lable": "label"}, ["Did you mean 'label'"]),
+        ("text-classification", ["text", "label"], {"text": "txt"}, ["'txt'", "did you mean 'text'"]),
+        ("text-classification", ["text", "label"], {"lable": "label"}, ["did you mean 'label'"]),
         ("text-classification", ["text", "label"], {"text": "label", "label": "label"}, ["cannot be both"]),
         ("causal-lm", ["text", "prompt", "completion"], {}, ["text or as prompt + completion"]),
         ("causal-lm", ["instruction", "input", "output"], {}, ["'instruction', 'input'"]),

@@ -72,7 +72,7 @@ def test_importing_the_room_is_cheap() -> None:
 def test_tasks_are_found_by_name_and_a_misspelling_gets_the_nearest() -> None:
     assert [get_task(name).name for name in TASK_NAMES] == list(TASK_NAMES)
     assert get_task("causal-lm").auto_class().__name__ == "AutoModelForCausalLM"
-    with pytest.raises(WloraMergeError, match="Did you mean 'text-classification'"):
+    with pytest.raises(WloraMergeError, match="did you mean 'text-classification'"):
         get_task("text-clasification")
 
 

@@ -7,11 +7,11 @@ only: no files, no values.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import DataError
+from .names import nearest
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,6 @@ CONVENTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean X?`, or nothing when no known name is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
 def choose_columns(
     task: str, found: Sequence[str], given: Mapping[str, str] | None = None, *, source: str = "the data"
 ) -> dict[str, str]:
@@ -149,9 +143,9 @@ def _check_given(task: str, found: Sequence[str], given: Mapping[str, str], sour
     known = list(CONVENTIONS[task])
     for name, column in given.items():
         if name not in known:
-            raise DataError(f"{task} has no column {name!r}; its columns are {_list(known)}.{nearest(name, known)}")
+            raise DataError(f"{task} has no column {name!r}; its columns are {_list(known)}{nearest(name, known)}.")
         if column not in found:
-            raise DataError(f"{source} has no column {column!r}; it has {_list(found)}.{nearest(column, found)}")
+            raise DataError(f"{source} has no column {column!r}; it has {_list(found)}{nearest(column, found)}.")
 
 
 def _missing(

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .columns import FORMS, choose_columns, nearest
+from .columns import FORMS, choose_columns
 from .data_sources import TRAIN, read_table
 from .errors import DataError, UnsupportedError
 from .formats import Table, read_bytes_of
 from .labels import SINGLE, LabelSet, class_name
+from .names import nearest
 
 if TYPE_CHECKING:
     import datasets
@@ -100,7 +101,7 @@ def read_examples(
         UnsupportedError: a task that reads no data, or a format that is not read.
     """
     if task not in FORMS:
-        raise UnsupportedError(f"task {task!r} reads no examples.{nearest(task, FORMS)}")
+        raise UnsupportedError(f"task {task!r} reads no examples{nearest(task, FORMS)}.")
     table = read_table(source, split=split, default_splits=default_splits)
     if not len(table.rows):
         raise DataError(f"{table.name} holds no examples.")

@@ -113,6 +113,8 @@ def fit(
         raise MixtureError(
             f"problem_type is of text-classification and image-classification, not of {task}: leave it out."
         )
+    if chosen.max_length and task == "image-classification":
+        raise MixtureError("max_length is of texts, not of images: leave it out.")
     refuse_quantized(opened)
     if eval_split and not eval_data:
         raise MixtureError("eval_split is of eval_data: give both, or neither.")
@@ -137,7 +139,7 @@ def fit(
         state.table = ranks.share(state.table)  # what a killed fit has trained, no process trains again
         work, labels = _prepare(opened, loaded, job, shots, held, chosen, modules_to_save, ranks, state, progress)
         metrics, kept = _work(work)
-        mixture = _mixture(work.learner, opened, kept)
+        mixture = _mixture(work.learner, opened)
         mixture.task, mixture.metrics, mixture.modules_to_save = task, metrics, modules_to_save
         mixture.metrics["held_out"] = held_out(work, shots, held)
         mixture.config = _config(work.learner, job, labels, opened)
@@ -200,6 +202,10 @@ def _prepare(
         modules_to_save,
         ranks,
     )
+    if not head and options.head_learning_rate != FitOptions.head_learning_rate:
+        raise MixtureError(
+            f"{base.folder}: no new head is trained on it for {task.name}: leave --head-learning-rate out."
+        )
     length = max_tokens(model, processor, options.max_length)
     rows, judged = (
         _encoded(task, examples, processor, length, labels) if examples else [] for examples in (shots, held)
@@ -332,15 +338,13 @@ def _prune(job: FitJob, candidate: Candidate, on_folds: Comparison) -> dict[str,
     return {"below": job.options.prune_below, "weights_set_to_zero": dropped, "loss_added": cost, "on": where}
 
 
-def _mixture(learner: Learner, base: BaseModel, kept: Candidate) -> Mixture:
+def _mixture(learner: Learner, base: BaseModel) -> Mixture:
     """The mixture that the model holds; an adapter without weight anywhere leaves it."""
     import torch
 
     mixture = Mixture.from_model(learner.model, base)
     logits = mixture.wlora_weights
     mixture.wlora_weights = torch.where(logits.isfinite(), logits, torch.finfo(torch.float32).min)
-    if kept.scale == 0:
-        return mixture
     used = [n for n in range(len(mixture.adapters)) if bool(mixture.mixture_weights[:, n].any())]
     if not used:
         return mixture

@@ -64,7 +64,7 @@ class FitOptions:
 
     How it is trained:
         learning_rate of the logits (None: 0.05, of free weights 0.02), head_learning_rate, and new_adapter_learning_rate (AdamW);
-        batch_size in examples, divided among the processes; gradient_accumulation_steps: batches in an optimizer step;
+        batch_size in examples, of a step divided among the processes; gradient_accumulation_steps: batches in an optimizer step;
         max_length in tokens; seed; device; precision: `float32`, or `bf16` and `fp16` mixed; quantize: load the base in `4bit` or
         `8bit` (bitsandbytes); problem_type, as in a transformers config, of a text or image classification: None takes lists for
         multi-label, numbers with fractions for a regression, all else for single-label; gradient_checkpointing: less

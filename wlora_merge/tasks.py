@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .columns import nearest
 from .encoding import encode_causal_lm, token_limit, warn_cut
 from .errors import BaseModelError, DataError, UnsupportedError, WloraMergeError
 from .images import encode_images
@@ -25,6 +24,7 @@ from .metrics import (
     seq2seq_metric,
     tagging_metric,
 )
+from .names import nearest
 from .spans import encode_answers
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ def get_task(name: str) -> Task:
     for task in _TASKS:
         if task.name == name:
             return task
-    raise WloraMergeError(f"no task {name!r}; tasks are {', '.join(TASK_NAMES)}.{nearest(name, TASK_NAMES)}")
+    raise WloraMergeError(f"no task {name!r}; tasks are {', '.join(TASK_NAMES)}{nearest(name, TASK_NAMES)}.")
 
 
 def task_of(model: Any) -> str | None:
