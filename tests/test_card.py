@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from wlora_merge.card import write_card
+from wlora_merge.fit_options import FitOptions
 from wlora_merge.mixture import InputRef, Mixture
 from wlora_merge.names import TASKS
 from wlora_merge.serving import AUTO_CLASSES, PIPELINE_TAGS
@@ -201,6 +203,20 @@ def test_a_metric_that_the_hub_knows_stands_in_the_metadata(tmp_path: Path) -> N
 def test_revisions_stand_in_the_commands(tmp_path: Path) -> None:
     made = mixture(base=InputRef("org/base", "abc", {}))
     assert "--base org/base@abc --adapter a=org/a" in card(tmp_path, made).text
+
+
+def test_the_command_has_the_columns_the_splits_and_the_adapters_that_were_not_kept(tmp_path: Path) -> None:
+    fitted = {
+        "method": "best-single", "data": {"name": "set", "split": "dev"}, "columns": {"text": "my body"}, "residual": "a",
+        "adapters": {"x": "org/x@abc", "a": "org/a", "b": "org/b"},
+        "fit": asdict(FitOptions(method="best-single", initial_logits="start.json")),
+    }  # fmt: skip
+    metrics = {"held_out": {"from": {"name": "judge.csv", "split": "test"}}}
+    text = card(tmp_path, mixture(data=fitted, metrics=metrics)).text
+    assert "--adapter x=org/x@abc --adapter a=org/a --adapter b=org/b --task" in text
+    assert "--data set --split dev --method best-single --initial-logits start.json" in text
+    assert "--column 'text=my body' --eval-data judge.csv --eval-split test --base-is-residual a" in text
+    assert "--delta-scale" not in text
 
 
 def test_the_card_says_how_the_mixture_weights_came_about(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 from conftest import EVERY_LINEAR, make_adapter, tiny_llama
 from test_candidates import Zoo, fitted
 from test_candidates import zoo as zoo
@@ -157,6 +158,41 @@ def test_gradient_checkpointing_and_accumulation_give_the_same_weights(llamas: Z
     whole = fitted_lm(llamas, batch_size=7)
     parts = fitted_lm(llamas, batch_size=4, gradient_accumulation_steps=2)
     assert torch.allclose(whole.wlora_weights, parts.wlora_weights, atol=1e-4)
+
+
+def test_packed_examples_give_the_same_weights_and_a_model_that_mixes_them_is_refused(
+    llamas: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    loss = training.Learner.loss
+
+    def seen(self: Any, rows: list[int], features: Any = None) -> torch.Tensor:
+        shapes.append(tuple(self._inputs(rows, self.pack)["input_ids"].shape))
+        return loss(self, rows, features)
+
+    plain = fitted_lm(llamas)
+    monkeypatch.setattr(training.Learner, "loss", seen)
+    packed = fitted_lm(llamas, packing=True)
+    assert {rows for rows, _ in shapes} == {1}
+    assert torch.allclose(packed.wlora_weights, plain.wlora_weights, atol=1e-5)
+    base, folders, shots = llamas
+    with pytest.raises(MixtureError, match="packing is of causal-lm, not of seq2seq-lm"):
+        wlora_merge.fit(base, folders, shots, "seq2seq-lm", packing=True)
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=len(WORDS), hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config)  # counts its positions itself
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    folders = [make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=["q_proj"]) for i in range(2)]
+    with pytest.raises(
+        MixtureError, match="OPTForCausalLM does not keep packed examples apart, so leave --packing out"
+    ):
+        fitted_lm((tmp_path / "base", folders, shots), packing=True)
 
 
 def test_gradient_checkpointing_keeps_less_for_the_backward_pass(llamas: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from .mixture import TRAINING_LOOP, Mixture
 from .report import CAPTIONS, FIGURES
 from .report import FILE as REPORT
 from .serving import PIPELINE_TAGS, serving
-from .sources import public_name
+from .sources import at_revision, public_name
 
 LIBRARIES = {"dense": "transformers", "lora": "peft", "onnx": "transformers.js"}
 KNOWN_METRICS = ("accuracy", "f1", "exact_match", "rouge", "bleu", "perplexity", "squad", "seqeval")
@@ -172,20 +172,22 @@ def _figures(names: Sequence[str]) -> str:
 def _commands(mixture: Mixture, kind: str, base_name: str, options: Mapping[str, Any]) -> str:
     """The commands that make this folder again; local inputs stand under their own names."""
     data, fitted, looped = mixture.data, "fit" in mixture.data, mixture.data.get("method") == TRAINING_LOOP
-    words = ["wlora-merge", "fit" if fitted else "mix", "--base", _at(base_name, mixture.base.revision)]
+    words = ["wlora-merge", "fit" if fitted else "mix", "--base", at_revision(base_name, mixture.base.revision)]
     trained = data.get("new_adapter") or {}
-    for ref in mixture.adapters:
-        if ref.name == trained.get("name"):
-            continue  # the fit makes it
-        words += ["--adapter", f"{ref.name}={_at(public_name(ref.source), ref.revision)}"]
+    given = {ref.name: at_revision(public_name(ref.source), ref.revision) for ref in mixture.adapters}
+    given.pop(str(trained.get("name")), None)  # the fit makes it
+    for name, source in (data.get("adapters") or given).items():  # those too that the fit did not keep
+        words += ["--adapter", f"{name}={source}"]
     if mixture.task:
         words += ["--task", mixture.task]
     if fitted:
         defaults = asdict(FitOptions())
         changed = {key: value for key, value in data["fit"].items() if key in defaults and value != defaults[key]}
-        words += ["--data", str(data["data"]["name"]), *_flags(changed)]
-        judged = (mixture.metrics.get("held_out") or {}).get("from")
-        words += ["--eval-data", str(judged["name"])] if judged else []
+        words += ["--data", str(data["data"]["name"]), *_flags({"split": data["data"].get("split")}), *_flags(changed)]
+        for name, column in (data.get("columns") or {}).items():
+            words += ["--column", f"{name}={column}"]
+        if judged := (mixture.metrics.get("held_out") or {}).get("from"):
+            words += _flags({"eval_data": str(judged["name"]), "eval_split": judged.get("split")})
     else:
         rows = mixture.mixture_weights.double()
         if mixture.normalize == "none":
@@ -193,6 +195,7 @@ def _commands(mixture: Mixture, kind: str, base_name: str, options: Mapping[str,
         words += _flags({"normalize": mixture.normalize} if mixture.normalize == "present" else {})
         words += _flags({"delta_scale": mixture.delta_scale} if mixture.delta_scale != 1 else {})
     words += _flags({"modules_to_save": mixture.modules_to_save, "resize_vocab": mixture.resize_vocab})
+    words += _flags({"base_is_residual": data.get("residual")})
     export = ["wlora-merge", "export", "mixture", "--format", kind]
     renamed = {"max_shard_bytes": "max_shard_size", "server": "for"}
     export += _flags({renamed.get(key, key): value for key, value in options.items() if key != "format"})
@@ -222,10 +225,6 @@ def _flags(table: Mapping[str, Any]) -> list[str]:
         elif value is not None and value is not False:
             words += [flag, f"{value:.12g}" if isinstance(value, float) else str(value)]
     return words
-
-
-def _at(name: str, revision: str | None) -> str:
-    return f"{name}@{revision}" if revision and _HUB_ID.fullmatch(name) else name
 
 
 def _front(folder: Path) -> dict[str, Any]:

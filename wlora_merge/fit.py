@@ -27,9 +27,9 @@ from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorde
 from .fit_start import initial_logits, initial_scale, like_start
 from .fit_state import FitState, only_fit, state_file
 from .inputs import find_inputs
-from .mixture import Mixture
+from .mixture import Mixture, adapter_ref
 from .report import write_report
-from .sources import is_here
+from .sources import at_revision, is_here, public_name
 from .stacking import stack
 from .staging import refuse_out
 from .targets import modules_of, tensors_of
@@ -113,6 +113,8 @@ def fit(
         raise MixtureError(
             f"problem_type is of text-classification and image-classification, not of {task}: leave it out."
         )
+    if chosen.packing and task != "causal-lm":
+        raise MixtureError(f"packing is of causal-lm, not of {task}: leave it out.")
     if chosen.max_length and task == "image-classification":
         raise MixtureError("max_length is of texts, not of images: leave it out.")
     refuse_quantized(opened)
@@ -141,9 +143,13 @@ def fit(
         metrics, kept = _work(work)
         mixture = _mixture(work.learner, opened)
         mixture.task, mixture.metrics, mixture.modules_to_save = task, metrics, modules_to_save
-        mixture.metrics["held_out"] = held_out(work, shots, held)
+        mixture.metrics["held_out"] = held_out(work, shots, held, eval_split)
         mixture.config = _config(work.learner, job, labels, opened)
-        mixture.data = {"method": chosen.method, "data": data_ref(shots), "fit": recorded(chosen)}
+        mixture.data = {"method": chosen.method, "data": data_ref(shots, split), "fit": recorded(chosen)}
+        mixture.data |= {"columns": dict(columns)} if columns else {}
+        mixture.data |= {"residual": residual} if residual else {}
+        if len(mixture.adapters) < len(loaded):
+            mixture.data["adapters"] = {a.name: _public(a) for a in loaded}
         if files := new_files(work.learner.model, opened.source.name):
             add_new(mixture, files)
             if report:
@@ -155,6 +161,12 @@ def fit(
             mixture.save(out, force=force, inputs=sources, beside=beside)
             state.remove()
     return mixture
+
+
+def _public(adapter: Adapter) -> str:
+    """How a command names an adapter, though the mixture has not kept it."""
+    ref = adapter_ref(adapter)
+    return at_revision(public_name(ref.source), ref.revision)
 
 
 def _check_adapters(adapters: list[Adapter], options: FitOptions) -> None:

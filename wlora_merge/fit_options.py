@@ -67,7 +67,8 @@ class FitOptions:
         batch_size in examples, of a step divided among the processes; gradient_accumulation_steps: batches in an optimizer step;
         max_length in tokens; seed; device; precision: `float32`, or `bf16` and `fp16` mixed; quantize: load the base in `4bit` or
         `8bit` (bitsandbytes); problem_type, as in a transformers config, of a text or image classification: None takes lists for
-        multi-label, numbers with fractions for a regression, all else for single-label; gradient_checkpointing: less
+        multi-label, numbers with fractions for a regression, all else for single-label; packing, of a causal-lm: the
+        examples of a training batch end to end in one row, to the same loss without padding; gradient_checkpointing: less
         memory, more time; report_to: trackers of accelerate (`tensorboard`, `wandb`, ...), with commas between them.
     """
 
@@ -99,6 +100,7 @@ class FitOptions:
     precision: str = "float32"
     quantize: str | None = None
     problem_type: str | None = None
+    packing: bool = False
     gradient_checkpointing: bool = False
     report_to: str = "none"
 

@@ -116,18 +116,21 @@ def history(losses: Mapping[str, list[tuple[int, float]]], kept: str) -> dict[st
     return {name: finite[::-1][::step][::-1]}
 
 
-def held_out(job: FitJob, shots: Examples, held: Examples | None) -> dict[str, Any]:
+def held_out(job: FitJob, shots: Examples, held: Examples | None, split: str | None) -> dict[str, Any]:
     """Which examples the candidates were judged on."""
     if held is not None:
-        return {"examples": len(job.held), "from": data_ref(held)}
+        return {"examples": len(job.held), "from": data_ref(held, split)}
     return {"examples": sum(len(fold) for _, fold in job.parts), "of": len(shots), "folds": len(job.parts)}
 
 
-def data_ref(examples: Examples) -> dict[str, Any]:
-    """What a mixture remembers of its data: the file's own name, its digest, how many rows."""
-    return {"name": Path(examples.source).name, "sha256": examples.sha256, "examples": len(examples)}
+def data_ref(examples: Examples, split: str | None = None) -> dict[str, Any]:
+    """What a mixture remembers of its data: the file's own name, its digest, how many rows, and the split that was named."""
+    ref = {"name": Path(examples.source).name, "sha256": examples.sha256, "examples": len(examples)}
+    return ref | ({"split": split} if split else {})
 
 
 def recorded(options: FitOptions) -> dict[str, Any]:
-    """The options that decide what comes out."""
-    return {key: value for key, value in asdict(options).items() if key not in ("device", "report_to")}
+    """The options that decide what comes out; a file's own name, as of the data."""
+    table = {key: value for key, value in asdict(options).items() if key not in ("device", "report_to")}
+    start = table["initial_logits"]
+    return table | {"initial_logits": Path(start).name if isinstance(start, str) else start}

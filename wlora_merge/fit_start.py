@@ -26,7 +26,7 @@ def like_start(options: FitOptions) -> FitOptions:
     """
     given = options.initial_logits
     if not isinstance(given, str) or not Path(given).is_dir():
-        return replace(options, delta_scale=1.0 if options.delta_scale is None else options.delta_scale)
+        return options
     start = Mixture.load(given)
     normalize = options.normalize or start.normalize
     if (normalize == "none") != (start.normalize == "none"):

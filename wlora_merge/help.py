@@ -24,8 +24,8 @@ OPTIONS = {
     "How it is judged": ("folds", "settings"),
     "How it is trained": (
         "epochs", "max_steps", "max_minutes", "early_stopping", "learning_rate", "head_learning_rate",
-        "new_adapter_learning_rate", "batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_length", "seed",
-        "device", "precision", "quantize", "resume",
+        "new_adapter_learning_rate", "batch_size", "gradient_accumulation_steps", "packing", "gradient_checkpointing", "max_length",
+        "seed", "device", "precision", "quantize", "resume",
     ),
     "Format": (
         "format_", "dtype", "rank", "energy", "server", "max_rank", "max_shard_size", "opset", "onnx_runtime", "ort_fusions",

@@ -84,7 +84,7 @@ def mix(
         config=_config_of(head, opened, task) | resized_config(opened),
         resize_vocab=resize_vocab,
         prefixes=prefixes((d.module, d.name or d.module) for d in deltas),
-        data=_recorded(weights),
+        data=_recorded(weights) | ({"residual": residual} if residual else {}),
     )
     if out is not None:
         mixture.save(out, force=force, inputs=[opened.folder, *(a.source.folder for a in loaded)])

@@ -156,6 +156,11 @@ FIT_OPTIONS = together(
     click.option(
         "--gradient-accumulation-steps", type=COUNT, default=1, show_default=True, help="Batches in an optimizer step."
     ),
+    click.option(
+        "--packing",
+        is_flag=True,
+        help="causal-lm: the examples of a batch end to end in one row; the same loss, no padding.",
+    ),
     click.option("--gradient-checkpointing", is_flag=True, help="Less memory, more time."),
     click.option(
         "--problem-type",

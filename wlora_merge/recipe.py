@@ -59,6 +59,7 @@ class FitRecipe:
     new_adapter_learning_rate: float | None = None
     batch_size: int | None = None
     gradient_accumulation_steps: int | None = None
+    packing: bool | None = None
     gradient_checkpointing: bool | None = None
     max_length: int | None = None
     seed: int | None = None

@@ -90,3 +90,8 @@ def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
 def public_name(source: str) -> str:
     """How a source is told to others: a hub id as it is; of a local folder its own name."""
     return Path(source).name if Path(source).is_absolute() else source
+
+
+def at_revision(name: str, revision: str | None) -> str:
+    """A hub id with its revision, as commands take it."""
+    return f"{name}@{revision}" if revision and _HUB_ID.fullmatch(name) else name

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 FitProgress = Callable[[str, int, int, float, dict[str, float]], None]
 """Called with (candidate, step, steps, loss, mean mixture weight of each adapter) after every step."""
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PACKED_TOLERANCE = {None: 1e-4, "8bit": 1e-2, "4bit": 1e-2}
+"""By how much, relative to it, the loss of packed examples may differ: by rounding alone."""
 
 
 def logit_rate(options: FitOptions, normalize: str) -> float:
@@ -125,6 +127,23 @@ class Learner:
         self.log: Callable[[dict[str, float], int], None] | None = None
         self._features: tuple[Candidate, torch.Tensor] | None = None
         _quiet(model, options.gradient_checkpointing)
+        self.pack = self.collate
+        if options.packing:
+            from transformers import DataCollatorWithFlattening
+
+            self.pack = DataCollatorWithFlattening()  # type: ignore[no-untyped-call]
+            self._check_packing()
+
+    def _check_packing(self) -> None:
+        """Refuse a model for which an example in a packed row is not what it is alone: its layers mix what stands in one row."""
+        rows = list(range(min(2, len(self.rows))))
+        with torch.no_grad():
+            padded, packed = (float(self.model(**self._inputs(rows, c)).loss) for c in (self.collate, self.pack))
+        if not math.isclose(padded, packed, rel_tol=PACKED_TOLERANCE[self.options.quantize]):
+            raise MixtureError(
+                f"packing: the loss of two examples in one row is {packed:.6g}, and {padded:.6g} apart: {type(self.model).__name__} "
+                "does not keep packed examples apart, so leave --packing out."
+            )
 
     # ------------------------------------------------------------------------------------------------ candidates
 
@@ -253,7 +272,7 @@ class Learner:
         """The mean loss of some rows."""
         if features is not None:
             return self._head_loss(features[rows], rows)
-        inputs = self._inputs(rows)
+        inputs = self._inputs(rows, self.pack)
         with self._autocast():
             loss: torch.Tensor = self.model(**inputs).loss
         return loss.float()
@@ -285,8 +304,8 @@ class Learner:
             raise MixtureError(f"the loss on held-out examples is {loss}; use smaller learning rates.")
         return Judged(joined(outputs), joined(labels), loss, sum(items))
 
-    def _inputs(self, rows: list[int]) -> dict[str, Any]:
-        batch = self.collate([self.rows[r] for r in rows])
+    def _inputs(self, rows: list[int], collate: Callable[[list[dict[str, Any]]], Any] | None = None) -> dict[str, Any]:
+        batch = (collate or self.collate)([self.rows[r] for r in rows])
         return {name: value.to(self.device) for name, value in batch.items()}
 
     def _autocast(self) -> Any:
