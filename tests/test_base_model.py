@@ -68,11 +68,53 @@ def test_a_sharded_checkpoint_is_opened_in_the_order_of_its_files(sharded: Path)
 def test_shards_that_the_index_does_not_name_are_ignored(sharded: Path) -> None:
     before = open_base(sharded)
     save_file({"model.norm.weight": torch.zeros(3), "x": torch.zeros(1)}, sharded / "model-00001-of-00002.safetensors")
-    save_file({"y": torch.zeros(1)}, sharded / SINGLE)
     (sharded / "consolidated.safetensors").write_bytes(b"broken")
     after = open_base(sharded)
     assert after.entries == before.entries
     assert after.sha256() == before.sha256()
+
+
+def test_of_a_single_file_and_shards_that_which_transformers_loads_is_read(sharded: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tiny_llama(seed=7).save_pretrained(tmp_path / "other")
+    save_file(load_file(tmp_path / "other" / SINGLE), sharded / SINGLE, {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(sharded).state_dict()
+    base = open_base(sharded)
+    assert all(torch.equal(base.read(name), loaded[name]) for name in base.entries)
+
+
+def test_the_modules_that_modules_json_names_are_carried_but_not_hidden_files(single: Path) -> None:
+    rows = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    rows += [{"path": p, "type": "x"} for p in ("1_SpladePooling", "2_LayerNorm")]
+    (single / "modules.json").write_text(json.dumps(rows))
+    for name in (
+        "1_SpladePooling/config.json",
+        "2_LayerNorm/config.json",
+        "2_LayerNorm/.DS_Store",
+        "3_Other/config.json",
+    ):
+        (single / name).parent.mkdir(exist_ok=True)
+        (single / name).write_text("{}")
+    carried = {str(name) for name in open_base(single).carried_files()}
+    assert {"modules.json", "1_SpladePooling/config.json", "2_LayerNorm/config.json"} <= carried
+    assert not carried & {"2_LayerNorm/.DS_Store", "3_Other/config.json"}
+    (single / "modules.json").write_text('{"path": 1}')
+    with pytest.raises(BaseModelError, match="is no list of modules"):
+        open_base(single).carried_files()
+
+
+@pytest.mark.parametrize("name", ["a:b.txt", "caf\udce9.txt"])
+def test_a_file_whose_name_no_manifest_takes_is_refused(single: Path, name: str) -> None:
+    (single / name).write_text("x")
+    with pytest.raises(BaseModelError, match="rename it"):
+        open_base(single).carried_files()
+
+
+def test_a_link_to_nothing_is_refused(single: Path) -> None:
+    (single / "tokenizer.json").symlink_to("gone")
+    with pytest.raises(BaseModelError, match=r"tokenizer\.json"):
+        open_base(single).carried_files()
 
 
 def test_a_tensor_that_lies_in_two_shards_is_read_where_the_index_says(sharded: Path) -> None:
@@ -217,7 +259,7 @@ def test_what_a_server_reads_is_carried_and_weights_and_cards_are_not(single: Pa
     ]  # fmt: skip
     for name in (*kept, *left):
         (single / name).parent.mkdir(parents=True, exist_ok=True)
-        (single / name).write_text("x")
+        (single / name).write_text("[]" if name == "modules.json" else "x")
     found = [p.as_posix() for p in open_base(single).carried_files()]
     assert sorted(found) == sorted([*kept, "config.json", "generation_config.json"])
 

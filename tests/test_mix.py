@@ -145,6 +145,17 @@ def test_heads_are_refused_unasked(classifiers: tuple[Path, list[Path]]) -> None
         mix(base, folders)
 
 
+def test_adapters_that_change_no_module_are_refused(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    folder = make_adapter(model, tmp_path / "a", 0, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "lora" not in k}, folder / "adapter_model.safetensors")
+    with pytest.raises(WloraMergeError, match=r"adapter 'a' .*"):
+        mix(tmp_path / "base", [folder], tmp_path / "m", modules_to_save="drop")
+    assert not (tmp_path / "m").exists()
+
+
 def test_one_adapters_head_replaces_the_bases(classifiers: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, folders = classifiers
     mix(base, folders, tmp_path / "m", modules_to_save="a1", task="text-classification")

@@ -97,6 +97,25 @@ def test_a_file_that_is_no_recipe_is_one_clear_error(tmp_path: Path, text: str) 
         read_recipe(tmp_path / "r.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: b\nadapters: [x/lora, y/lora]\nmix: {}\nexports: [{format: dense}]", "two adapters are called 'lora'"),
+        ("base: b\nadapters: {a: x, a: y}\nmix: {}\nexports: [{format: dense}]", "the key 'a' stands twice in one table, line 2"),
+        ("base: b\nadapters: [x]\nmix: {}\nmix: {task: causal-lm}\nexports: [{format: dense}]", "the key 'mix' stands twice"),
+    ],
+)  # fmt: skip
+def test_nothing_that_is_written_twice_is_dropped(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_an_adapter_of_a_list_has_its_name_without_the_revision(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("base: b\nadapters: [org/one@abc, ./two]\nmix: {}\nexports: [{format: dense}]")
+    assert read_recipe(tmp_path / "r.yaml").adapters == {"one": "org/one@abc", "two": "./two"}
+
+
 @pytest.mark.parametrize("options", [{"new_adapter": 2}, {"method": "best-single", "folds": 2}])
 def test_a_run_verifies_what_its_fit_kept_a_new_adapter_or_one_of_those_given(
     recipe: Path, options: dict[str, Any]

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import inputs_of, make_adapter, tiny_bert
+import torch
+import transformers
+from conftest import inputs_of, make_adapter, tiny_bert, tiny_llama
+from onnx_models import T5
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.digests import sha256_file
@@ -50,15 +54,77 @@ def test_a_sound_export_passes_every_check(dense: tuple[Path, dict[str, Any]]) -
 def test_an_export_that_is_just_the_base_is_found_out(dense: tuple[Path, dict[str, Any]]) -> None:
     folder, inputs = dense
     forge(folder, lambda t: t.update(load_file(inputs["base"] / "model.safetensors")))
-    with pytest.raises(VerifyError, match="differ from the unmerged mixture"):
+    with pytest.raises(VerifyError, match="is not the mixture's in 1792 of its 1792 numbers"):
         verify(folder, **inputs)
+
+
+def test_of_a_16_bit_export_a_small_adapter_that_is_missing_is_found_out(tmp_path: Path) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    folders = [
+        make_adapter(model.float(), tmp_path / f"a{i}", i, scale=0.02, target_modules=["q_proj"]) for i in range(2)
+    ]
+    inputs = {"base": tmp_path / "base", "adapters": [f"{f.name}={f}" for f in folders]}
+    for kind in ("dense", "lora"):
+        export(mix(tmp_path / "base", folders, task="causal-lm"), kind, tmp_path / kind, dtype="bfloat16")
+        assert any("for a last bit" in done for done in verify(tmp_path / kind, **inputs).done) is (kind == "dense")
+    forge(tmp_path / "dense", lambda t: t.update(load_file(tmp_path / "base" / "model.safetensors")))
+    with pytest.raises(VerifyError, match="is not the mixture's"):
+        verify(tmp_path / "dense", **inputs)
+    name = "adapter_model.safetensors"
+    forge(tmp_path / "lora", lambda t: t.update({k: torch.zeros_like(v) for k, v in t.items()}), name)
+    with pytest.raises(VerifyError, match="differ from the unmerged mixture"):
+        verify(tmp_path / "lora", **inputs)
+
+
+def test_an_export_that_went_through_a_repository_is_still_whole(dense: tuple[Path, dict[str, Any]]) -> None:
+    (dense[0] / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (dense[0] / ".cache" / "huggingface").mkdir(parents=True)
+    (dense[0] / ".cache" / "huggingface" / "x.metadata").write_text("x")
+    assert verify(dense[0], quick=True).files
+    (dense[0] / "other.txt").write_text("x")
+    with pytest.raises(VerifyError, match="is not in the manifest"):
+        verify(dense[0], quick=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_the_features_of_a_whole_checkpoint_are_verified_and_a_lora_over_them_has_an_effect(
+    name: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model: Any = {
+        "llama": tiny_llama,
+        "bert": lambda: transformers.BertForMaskedLM(tiny_bert().config),
+        "t5": lambda: transformers.T5ForConditionalGeneration(T5),
+    }[name]()
+    model.eval().save_pretrained(tmp_path / "base")
+    targets = {"llama": ["q_proj"], "bert": ["query"], "t5": ["q"]}[name]
+    folders = [make_adapter(model, tmp_path / f"a{i}", i, scale=2.0, r=2, target_modules=targets) for i in range(2)]
+    inputs = {"base": tmp_path / "base", "adapters": [f"{f.name}={f}" for f in folders]}
+    outputs = {}
+    for kind in ("dense", "lora"):
+        export(mix(tmp_path / "base", folders, task="feature-extraction"), kind, tmp_path / kind)
+        checked = verify(tmp_path / kind, **inputs)
+        assert checked.largest_difference is not None
+        assert checked.largest_difference < 1e-4
+        assert not checked.skipped
+    probe = {"input_ids": torch.tensor([[5, 6, 7]])} | (
+        {"decoder_input_ids": torch.tensor([[1, 2]])} if name == "t5" else {}
+    )
+    for kind in ("base", "dense"):
+        outputs[kind] = transformers.AutoModel.from_pretrained(tmp_path / kind).eval()(**probe).last_hidden_state
+    bare = transformers.AutoModel.from_pretrained(tmp_path / "base")
+    outputs["lora"] = PeftModel.from_pretrained(bare, tmp_path / "lora").eval()(**probe).last_hidden_state
+    assert torch.allclose(outputs["lora"], outputs["dense"], atol=1e-5)
+    assert not torch.allclose(outputs["base"], outputs["dense"], atol=1e-2)
 
 
 def test_a_dropped_module_is_found_out(dense: tuple[Path, dict[str, Any]]) -> None:
     folder, inputs = dense
     name = "model.layers.0.self_attn.v_proj.weight"
     forge(folder, lambda t: t.update({name: load_file(inputs["base"] / "model.safetensors")[name]}))
-    with pytest.raises(VerifyError, match="differ from the unmerged mixture"):
+    with pytest.raises(VerifyError, match=rf"{name}' is not the mixture's"):
         verify(folder, **inputs)
 
 

@@ -22,6 +22,7 @@ from wlora_merge.errors import WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.inputs import find_inputs
 from wlora_merge.mix import mix
+from wlora_merge.verify import verify
 from wlora_merge.writers import stream
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -100,6 +101,62 @@ def test_a_tensor_larger_than_the_block_is_folded_the_same(
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
+def test_every_spelling_of_the_dtype_follows_dtype(tmp_path: Path) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base", max_shard_size="30kB")
+    file, index = tmp_path / "base" / "config.json", tmp_path / "base" / "model.safetensors.index.json"
+    part = {"text_config": {"torch_dtype": "bfloat16", "x": 1}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"torch_dtype": "bfloat16", "dtype": "bfloat16"} | part))
+    table = json.loads(index.read_text())
+    count = sum(p.numel() for p in model.parameters())
+    assert table["metadata"]["total_parameters"] == count
+    table["metadata"]["total_parameters"] = 1
+    index.write_text(json.dumps(table))
+    folder = make_adapter(model.float(), tmp_path / "a", 0, r=2, target_modules=["q_proj"])
+    export(mix(tmp_path / "base", [folder]), "dense", tmp_path / "out", dtype="float32")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [config["torch_dtype"], config["dtype"], config["text_config"]] == [
+        "float32", "float32", {"torch_dtype": "float32", "x": 1},
+    ]  # fmt: skip
+    metadata = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]
+    assert metadata == {"total_parameters": count, "total_size": 4 * count}
+
+
+@pytest.mark.parametrize("which", ["base", "a"])
+def test_an_input_that_is_replaced_while_it_is_used_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    folder = make_adapter(model, tmp_path / "a", 0, r=2, target_modules=["q_proj"])
+    mixture, name = mix(tmp_path / "base", [folder]), "model" if which == "base" else "adapter_model"
+    file = tmp_path / which / f"{name}.safetensors"
+    module = sys.modules["wlora_merge.export"]
+    real = module.plan
+
+    def swapped(*args: Any, **options: Any) -> Any:
+        planned = real(*args, **options)
+        save_file({k: 50 * v for k, v in load_file(file).items()}, tmp_path / "new", {"format": "pt"})
+        os.replace(tmp_path / "new", file)
+        return planned
+
+    monkeypatch.setattr(module, "plan", swapped)
+    with pytest.raises(WloraMergeError, match=f"{file}: changed meanwhile"):
+        export(mixture, "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_of_a_shard_that_the_index_does_not_know_is_not_exported(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base", max_shard_size="30kB")
+    folder = make_adapter(model, tmp_path / "a", 0, r=2, target_modules=["q_proj"])
+    shard = min((tmp_path / "base").glob("model-*.safetensors"))
+    save_file(load_file(shard) | {"stray": torch.zeros(3)}, shard, {"format": "pt"})
+    export(mix(tmp_path / "base", [folder], task="causal-lm"), "dense", tmp_path / "out")
+    assert "stray" not in load_file(tmp_path / "out" / shard.name)
+    assert verify(tmp_path / "out", base=tmp_path / "base", adapters=[f"a={folder}"]).largest_difference is not None
+
+
 def test_dtype_casts_every_floating_tensor_after_the_sum(
     zoo: tuple[Path, list[Path]], tmp_path: Path, dtype: str
 ) -> None:

@@ -6,6 +6,7 @@ never opened for writing.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import Entry, Header, read_header, read_tensor
 from .digests import sha256_files
 from .errors import BaseModelError, UnsupportedError
-from .input_files import find_file, read_table
-from .names import FIT_STATE, NameResolver, is_plain_file_name
+from .input_files import find_file, read_bytes, read_table
+from .names import FIT_STATE, NameResolver, is_plain_file_name, is_utf8
 from .quantized import quantized_format
 from .sources import BASE_PATTERNS, Source, resolve_source
 
@@ -32,7 +33,9 @@ WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf",
     ".ot", ".npz", ".npy", ".tflite", ".mlmodel", ".data", ".index.json",
 )  # fmt: skip
-NOT_CARRIED = ("README.md", "wlora_merge.json", "adapter_config.json", "trainer_state.json", "training_args.bin")
+NOT_CARRIED = (
+    "README.md", "wlora_merge.json", "report.html", "adapter_config.json", "trainer_state.json", "training_args.bin",
+)  # fmt: skip
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "chat_template.jinja",
@@ -44,7 +47,9 @@ OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "proj_out", "output_projection", "o
 INPUT_EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "shared", "tok_embeddings")
 HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForImageClassification")
 CARRIED_FOLDERS = re.compile(r"additional_chat_templates|\d+_(Pooling|Normalize|Dense|Dropout)")
-"""Folders of a base that are copied: chat templates, and the modules of sentence-transformers behind the model."""
+"""Folders of a base that are copied, beside those that `modules.json` names: chat templates, and modules of sentence-transformers
+behind the model."""
+MODULES = "modules.json"
 
 
 @dataclass
@@ -90,6 +95,15 @@ class BaseModel:
         from .module_tree import build_tree
 
         return build_tree(self.folder, self.entries)
+
+    @cached_property
+    def body_prefix(self) -> str:
+        """What the files put before the names of the model's body (`model.`, `bert.`); empty where they put nothing."""
+        import transformers
+
+        cls = getattr(transformers, str((self.config.get("architectures") or [""])[0]), None)
+        prefix = f"{getattr(cls, 'base_model_prefix', '')}."
+        return prefix if prefix != "." and any(name.startswith(prefix) for name in self.entries) else ""
 
     def find_tensor(self, name: str) -> Entry | None:
         """The tensor called so by a model built on this base: with or without the model prefix, or renamed on loading."""
@@ -178,8 +192,8 @@ def open_base(path_or_id: str | Path) -> BaseModel:
         raise BaseModelError(_gguf(folder) or missing)
     config = read_table(config_file, BaseModelError)
     _check_config(config, config_file)
-    index_file = find_file(folder, INDEX, BaseModelError)
-    single = None if index_file else find_file(folder, SINGLE, BaseModelError)
+    single = find_file(folder, SINGLE, BaseModelError)  # where both are there, transformers loads this one
+    index_file = None if single else find_file(folder, INDEX, BaseModelError)
     if index_file is not None:
         index = read_table(index_file, BaseModelError)
         headers = _open_shards(folder, index)
@@ -263,24 +277,42 @@ def carried_files(folder: Path) -> list[Path]:
         BaseModelError: a link that leaves the folder: it would publish what it leads to; a module of sentence-transformers whose
             weights are a pickle.
     """
-    return sorted(name for name in _candidates(folder) if find_file(folder, name, BaseModelError) is not None)
+    names = sorted(name for name in _candidates(folder) if find_file(folder, name, BaseModelError) is not None)
+    for name in names:
+        if not all(map(is_plain_file_name, name.parts)) or not is_utf8(str(name)):
+            raise BaseModelError(
+                f"{folder}: the name of its file {str(name)!r} is none that every system takes: rename it."
+            )
+    return names
+
+
+def _module_folders(folder: Path) -> set[str]:
+    """The folders of the modules of sentence-transformers that stand behind the model."""
+    if (file := find_file(folder, MODULES, BaseModelError)) is None:
+        return set()
+    try:
+        rows = json.loads(read_bytes(file, BaseModelError))
+        return {row["path"] for row in rows if row["path"] and not row["type"].endswith("Transformer")}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BaseModelError(f"{file}: is no list of modules with a path and a type ({error}): mend it.") from error
 
 
 def _candidates(folder: Path) -> Iterable[Path]:
+    modules = _module_folders(folder)
     for path in folder.iterdir():
         if path.name.startswith(".") or path.name in NOT_CARRIED or path.name.endswith(WEIGHT_SUFFIXES):
             continue
         if FIT_STATE in path.name:
             continue
-        if path.is_file():
+        if path.is_file() or (path.is_symlink() and not path.exists()):  # a link to nothing is refused, not left out
             yield path.relative_to(folder)
-        elif CARRIED_FOLDERS.fullmatch(path.name):
+        elif CARRIED_FOLDERS.fullmatch(path.name) or path.name in modules:
             yield from (p.relative_to(folder) for p in _module_files(path))
 
 
 def _module_files(folder: Path) -> list[Path]:
     """The files of a sentence-transformers module: a Dense has weights of its own, which no adapter changes."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     weights = [p for p in files if p.name.endswith(WEIGHT_SUFFIXES)]
     kept = [p for p in weights if p.suffix == ".safetensors"]
     if weights and not kept:

@@ -19,7 +19,7 @@ from .digests import sha256_files
 from .errors import UnsupportedError, VerifyError, WloraMergeError
 from .input_files import find_file
 from .layouts import matrix_shape
-from .manifest import FILE
+from .manifest import FILE, is_probe
 from .progress import Meter
 from .structure import bounded, check_structure
 
@@ -36,6 +36,8 @@ SAFE = {"local_files_only": True, "trust_remote_code": False, "use_safetensors":
 """For `from_pretrained`: nothing is fetched, no code of the folder is run, no pickle is loaded."""
 TOLERANCE = {"F32": 1e-4, "F16": 5e-2, "BF16": 1e-1, "F64": 1e-4}
 """Largest difference of an output allowed, relative to the largest output: rounding of the weights, amplified by the layers."""
+OF_THE_HUB = (".gitattributes", ".git", ".cache")
+"""What a repository, or a download of one, has beside what was uploaded."""
 TRUNCATION = 4.0
 """Share of the adapters' effect on the outputs that a truncated LoRA may lose, per share of the delta weights' norm that it lost:
 to first order 1 on average; up to 2.6 was seen on tiny models, where little averages out."""
@@ -66,6 +68,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> int:
     """
     expected = manifest["files"]
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()} - {FILE}
+    found = {name for name in found if name.split("/")[0] not in OF_THE_HUB or name in expected}
     if missing := sorted(set(expected) - found):
         raise VerifyError(f"{folder / missing[0]}: is missing; the manifest lists it: export again.")
     if foreign := sorted(found - set(expected)):
@@ -95,12 +98,18 @@ def make_probe(config: Mapping[str, Any], task: str | None) -> dict[str, Any]:
 
     Token ids come from a linear congruential generator over the vocabulary; pixels, given by shape, from torch's seed 0.
     """
+    probe = _probe(config, task)
+    return probe if all(is_probe(name, value) for name, value in probe.items()) else {}
+
+
+def _probe(config: Mapping[str, Any], task: str | None) -> dict[str, Any]:
     if "image_size" in config and "num_channels" in config:
         size = config["image_size"]
-        height, width = size if isinstance(size, list) else (size, size)
-        return {"pixel_values": {"shape": [2, config["num_channels"], height, width], "seed": 0}}
-    if config.get("num_mel_bins") and config.get("model_type") != "whisper":
-        return {}
+        sizes = size if isinstance(size, list) else [size, size]
+        frames = "num_frames" in config  # of a video
+        return {} if frames else {"pixel_values": {"shape": [2, config["num_channels"], *sizes], "seed": 0}}
+    if "conv_dim" in config or (config.get("num_mel_bins") and config.get("model_type") != "whisper"):
+        return {}  # of sounds
     vocabulary = config.get("vocab_size")
     if not isinstance(vocabulary, int) or vocabulary < 2:
         return {}
@@ -109,12 +118,17 @@ def make_probe(config: Mapping[str, Any], task: str | None) -> dict[str, Any]:
         state = (1103515245 * state + 12345) % 2**31
         ids.append(state % vocabulary)
     if config.get("model_type") == "whisper":
-        shape = [2, config["num_mel_bins"], 2 * config["max_source_positions"]]
-        return {"input_features": {"shape": shape, "seed": 0}, "decoder_input_ids": [ids[4:8], ids[16:20]]}
-    probe: dict[str, Any] = {"input_ids": [ids[:12], ids[12:]]}
-    if task == "seq2seq-lm":
-        probe["decoder_input_ids"] = [ids[4:8], ids[16:20]]
-    return probe
+        sizes = [config.get("num_mel_bins"), 2 * config.get("max_source_positions", 0)]
+        return {"input_features": {"shape": [2, *sizes], "seed": 0}, "decoder_input_ids": [ids[4:8], ids[16:20]]}
+    rows = [ids[:12], ids[12:]]
+    if task == "text-classification" and config.get("pad_token_id") is None:
+        rows = rows[
+            :1
+        ]  # a decoder reads the class off the last token that is not padding, and takes no batch without one
+    decodes = task == "seq2seq-lm" or (
+        config.get("is_encoder_decoder") is True and task in (None, "feature-extraction")
+    )
+    return {"input_ids": rows} | ({"decoder_input_ids": [ids[4:8], ids[16:20]]} if decodes else {})
 
 
 def probe_tensors(probe: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -188,8 +202,13 @@ def load_model(
         model, info = _class_for(folder, task).from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=complete, **SAFE, **options
         )
+    missing = {str(key) for key in info["missing_keys"]}
+    if complete and task in (None, "feature-extraction") and any(key.startswith("pooler.") for key in missing):
+        model.pooler = None  # of a base that was trained without; one drawn anew would say nothing
+        missing = {key for key in missing if not key.startswith("pooler.")}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if complete else ():
-        left = sorted(key for key in map(str, info[kind]) if kind != "unexpected_keys" or not unused(key))
+        keys = missing if kind == "missing_keys" else set(map(str, info[kind]))
+        left = sorted(key for key in keys if kind != "unexpected_keys" or not unused(key))
         if left:
             raise VerifyError(f"{folder}: loading it as {task} leaves {kind.replace('_', ' ')}: {left[:3]}.")
     result: nn.Module = model.eval()
@@ -335,18 +354,19 @@ def export_model(folder: Path, manifest: Mapping[str, Any], base: BaseModel | No
     from peft import PeftModel
 
     options = {key: config[key] for key in ("id2label", "label2id", "problem_type", "pad_token_id") if key in config}
-    model = load_model(base.folder, task, complete=not manifest.get("head"), **options)
+    model = load_model(base.folder, task, complete=not manifest.get("head"), unused=unused_by(manifest), **options)
     with quiet_libraries(), _library_errors(f"{folder}: PEFT cannot load it"):
         loaded: nn.Module = PeftModel.from_pretrained(model, folder).eval()
     return loaded
 
 
 def unused_by(manifest: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Which tensors of a dense export its model may have no place for: of a fit with a new head, those of the base that neither an
-    adapter nor the head changes. A ViT has a pooler, for instance, and a classifier made of it has none."""
+    """Which tensors of an export, or of its base, the task's model may have no place for: those that neither an adapter nor the head
+    changes. A ViT has a pooler, for instance, and a classifier made of it has none; a causal-lm has an output embedding, and its
+    features have none."""
     head = set(manifest.get("head") or [])
     changed = {module for modules in manifest["groups"].values() for module in modules}
-    return lambda name: bool(head) and name not in head and name.rpartition(".")[0] not in changed
+    return lambda name: name not in head and name.rpartition(".")[0] not in changed
 
 
 @dataclass(frozen=True)
@@ -362,13 +382,15 @@ def tolerance_of(folder: Path, manifest: Mapping[str, Any], effect: float) -> To
     """How much an export's outputs may differ from its mixture's.
 
     Args:
-        effect: how much the adapters change the outputs, relative to the largest. In float32, where rounding is small, half of it
-            is too much: an export that lost an adapter must not pass because its adapters do little on the probe. A LoRA of a
+        effect: how much the adapters change the outputs, relative to the largest. In float32 and of a LoRA, where rounding is small,
+            half of it is too much:
+            an export that lost an adapter must not pass because its adapters do little on the probe. A LoRA of a
             low rank may lose of the effect `TRUNCATION` times the share that its report says it lost of the delta weights.
     """
     dtype = max(_dtypes(folder, manifest), key=lambda name: TOLERANCE[name])
     exact = TOLERANCE[dtype] == TOLERANCE["F32"]
-    allowed = min(TOLERANCE[dtype], max(effect / 2, 1e-6)) if exact else TOLERANCE[dtype]
+    small = exact or manifest["format"] == "lora"  # whose rounding is as small as the effect is
+    allowed = min(TOLERANCE[dtype], max(effect / 2, 1e-6)) if small else TOLERANCE[dtype]
     report = manifest.get("report") or {}
     lost = min(float(report.get("relative_error", 0.0)), 1.0)
     if lost > 1e-6:

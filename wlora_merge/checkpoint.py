@@ -52,6 +52,8 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     end: int
+    stamp: tuple[int, ...] = ()
+    """What the file was when its header was read; see `opened`."""
 
     @property
     def nbytes(self) -> int:
@@ -76,8 +78,9 @@ def read_header(file: Path) -> Header:
         WloraMergeError: a file that is not safetensors, is truncated, or whose header lies.
     """
     try:
-        size = file.stat().st_size
         with open(file, "rb") as f:
+            stamp = _stamp(f.fileno())
+            size = os.fstat(f.fileno()).st_size
             prefix = f.read(8)
             (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
@@ -97,13 +100,34 @@ def read_header(file: Path) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _broken(file, "its __metadata__ is not a table of strings")
     entries = sorted(
-        (_entry(file, 8 + length, name, row) for name, row in table.items()), key=lambda e: (e.start, e.end)
+        (_entry(file, 8 + length, name, row, stamp) for name, row in table.items()), key=lambda e: (e.start, e.end)
     )
     _check_tiling(file, entries, 8 + length, size)
     return Header(file, {e.name: e for e in entries}, metadata, prefix + text)
 
 
-def _entry(file: Path, data: int, name: str, row: Any) -> Entry:
+def _stamp(descriptor: int) -> tuple[int, ...]:
+    found = os.fstat(descriptor)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def opened(entry: Entry) -> int:
+    """A descriptor of an entry's file, to be closed.
+
+    Raises:
+        WloraMergeError: it cannot be read, or is not what it was when its header was read.
+    """
+    try:
+        descriptor = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise WloraMergeError(f"{entry.file}: cannot be read ({error.strerror}).") from error
+    if entry.stamp and _stamp(descriptor) != entry.stamp:
+        os.close(descriptor)
+        raise WloraMergeError(f"{entry.file}: changed meanwhile; run this again when nothing writes to it.")
+    return descriptor
+
+
+def _entry(file: Path, data: int, name: str, row: Any, stamp: tuple[int, ...]) -> Entry:
     try:
         if len(row) != 3:
             raise ValueError(f"it has {', '.join(map(str, row))}, expected dtype, shape, data_offsets")
@@ -120,7 +144,7 @@ def _entry(file: Path, data: int, name: str, row: Any) -> Entry:
         raise _broken(
             file, f"tensor {name!r} of dtype {dtype} and shape {list(shape)} needs {bits // 8} bytes, has {end - start}"
         )
-    return Entry(name, file, dtype, shape, data + start, data + end)
+    return Entry(name, file, dtype, shape, data + start, data + end, stamp)
 
 
 def _check_tiling(file: Path, entries: list[Entry], data: int, size: int) -> None:
@@ -232,11 +256,7 @@ def read_tensor(entry: Entry) -> torch.Tensor:
         raise UnsupportedError(
             f"{entry.file}: tensor {entry.name!r} has dtype {entry.dtype}, which is not read: give the original 16-bit tensors."
         )
-    data = bytearray(entry.nbytes)
-    try:
-        fd = os.open(entry.file, os.O_RDONLY)
-    except OSError as error:
-        raise WloraMergeError(f"{entry.file}: cannot be read ({error.strerror}).") from error
+    data, fd = bytearray(entry.nbytes), opened(entry)
     try:
         read_rows(fd, entry, memoryview(data))
     finally:

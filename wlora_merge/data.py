@@ -19,7 +19,7 @@ from .data_sources import TRAIN, read_table
 from .errors import DataError, UnsupportedError
 from .formats import Table, read_bytes_of
 from .labels import SINGLE, LabelSet, class_name
-from .names import nearest
+from .names import is_utf8, nearest
 
 if TYPE_CHECKING:
     import datasets
@@ -190,7 +190,7 @@ def _text(value: Any) -> str:
         raise _WrongError(f"holds {_kind(value)}, not text")
     if not value.strip():
         raise _WrongError("is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if not is_utf8(value):
         raise _WrongError("holds half of a surrogate pair")
     return value
 

@@ -31,7 +31,7 @@ from .report import write_report
 from .serving import check_rank, check_server
 from .staging import Staging, staged
 from .tying import untied_config
-from .writers.dense import OutputFile, changed_config, folder_bytes, index_bytes, plan
+from .writers.dense import OutputFile, changed_config, dtype_keys, folder_bytes, index_bytes, plan
 from .writers.stream import write_files
 
 if TYPE_CHECKING:
@@ -309,8 +309,8 @@ def write_beside(
     if split:
         changes |= untied_config(inputs.base.config | changes)
     if dtype is not None:
-        key = "torch_dtype" if "torch_dtype" in inputs.base.config else "dtype"
-        changes[key] = dtype
+        changes = {"dtype": dtype, **changes} if not {"torch_dtype", "dtype"} & {*inputs.base.config} else changes
+        changes |= dtype_keys(inputs.base.config | changes, dtype)
     copy_carried(inputs.base, out)
     (out / "config.json").write_bytes(changed_config(inputs.base, changes))
 
@@ -318,7 +318,7 @@ def write_beside(
 def copy_carried(base: BaseModel, out: Path, *, config: bool = True) -> None:
     """Copy what a base carries beside its weights: tokenizer, processor, generation config, chat template."""
     for name, path in base.carried_files().items():
-        if config or name.name not in ("config.json", "generation_config.json"):
+        if config or str(name) not in ("config.json", "generation_config.json"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             with open(out / name, "xb") as stream:
                 stream.writelines(_chunks(path))
@@ -376,9 +376,10 @@ def _write_refold(inputs: Inputs, refold: Refold, out: Path) -> tuple[dict[str, 
     written = write_refold(refold, folder, inputs.mixture)
     names = {stored: name for name, stored in DTYPES.items()}
     dtypes = sorted(names.get(dtype, dtype) for dtype in refold.dtypes)
-    key = "torch_dtype" if "torch_dtype" in inputs.base.config else "dtype"
     copy_carried(inputs.base, out)
-    (out / "config.json").write_bytes(changed_config(inputs.base, {**inputs.mixture.config, key: dtypes[0]}))
+    changes = {"dtype": dtypes[0]} if not {"torch_dtype", "dtype"} & {*inputs.base.config} else {}
+    changes |= dtype_keys(inputs.base.config | changes, dtypes[0])
+    (out / "config.json").write_bytes(changed_config(inputs.base, {**inputs.mixture.config, **changes}))
     originals = [path for graph in refold.graphs for path in (graph.path, *graph.data)]
     return {f"onnx/{name}": digest for name, digest in written.items()}, {
         "onnx_base": {path.name: digest for path, digest in sha256_files(originals).items()},

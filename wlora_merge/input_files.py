@@ -77,12 +77,19 @@ def parse_yaml(text: str) -> Any:
     """What a YAML text says, by safe load: nothing in it is executed.
 
     Raises:
-        ValueError: it is not YAML.
+        ValueError: it is not YAML, or a table has a key twice, of which the last would win.
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for key in set(keys) if keys.count(key) > 1]:
+                raise ValueError(f"the key {min(twice)!r} stands twice in one table, line {node.start_mark.line + 1}")
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as failure:
         # PyYAML lets the errors of its scalars through: `!!bool maybe`, `!!int ""`, `!!timestamp x`, 2026-13-45
         raise ValueError(" ".join(str(failure).split()) or type(failure).__name__) from failure

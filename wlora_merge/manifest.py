@@ -166,7 +166,7 @@ def _check(table: Mapping[str, Any]) -> None:
             raise TypeError("one of its inputs has no name or no table of sha256")
     _check_strings(table)
     probe = table.get("probe") or {}
-    if not isinstance(probe, dict) or not all(_is_probe(name, value) for name, value in probe.items()):
+    if not isinstance(probe, dict) or not all(is_probe(name, value) for name, value in probe.items()):
         raise TypeError("its probe is not a table of small inputs")
     if not isinstance((table.get("report") or {}).get("relative_error", 0.0), int | float):
         raise TypeError("its report has a relative_error that is no number")
@@ -194,8 +194,8 @@ def _check_strings(table: Mapping[str, Any]) -> None:
             raise TypeError("one of its inputs has a sha256 that is no text")
 
 
-def _is_probe(name: str, value: Any) -> bool:
-    """A table {shape, seed} or rows of token ids, as `check.make_probe` makes them, of a bounded size."""
+def is_probe(name: str, value: Any) -> bool:
+    """Whether it is a table {shape, seed} or rows of token ids, as `check.make_probe` makes them, of a bounded size."""
     if isinstance(value, dict):
         shape = value.get("shape")
         numbers: list[Any] = [*shape, value.get("seed")] if isinstance(shape, list) else [None]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .base_model import BaseModel
-from .checkpoint import Entry, byte_length, one_torch_thread, read_header, read_rows, torch_dtype
+from .checkpoint import Entry, byte_length, one_torch_thread, opened, read_header, read_rows, torch_dtype
 from .deltas import ModuleDelta, TensorDelta
 from .errors import BaseModelError
 from .fold import fold_factor, fold_factors, fold_rows
@@ -142,7 +142,7 @@ def _sampled(entry: Entry, rows: list[int]) -> torch.Tensor:
     _, cols = matrix_shape(entry.shape)
     width = byte_length(entry.dtype, (cols,))
     data = bytearray(width * len(rows))
-    fd = os.open(entry.file, os.O_RDONLY)
+    fd = opened(entry)
     try:
         for i, row in enumerate(rows):
             read_rows(fd, entry, memoryview(data)[i * width : (i + 1) * width], row * width)

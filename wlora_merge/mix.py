@@ -65,7 +65,13 @@ def mix(
     row = uniform(len(loaded)) if weights is None else _checked(weights, len(loaded))
     deltas = stack(loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type)
     tensors, head = stack_tensors(loaded, modules_to_save, (), tensors_of(opened))
-    groups = make_groups([d.module for d in joined(deltas, tensors, head, tensors_of(opened))], "global")
+    changed = joined(deltas, tensors, head, tensors_of(opened))
+    if not changed:
+        raise AdapterError(
+            f"{', '.join(a.where for a in loaded)}: no module of the base is changed, by factors or by mixed tensors, so there is "
+            "nothing to mix: give other adapters, or say --modules-to-save mix."
+        )
+    groups = make_groups([d.module for d in changed], "global")
     values = torch.tensor([row], dtype=torch.float32)
     logits = torch.zeros_like(values) if weights is None else values
     mixture = Mixture(

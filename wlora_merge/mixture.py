@@ -106,13 +106,17 @@ class Mixture:
     prefixes: tuple[str, str] = ("", "")
     new_files: dict[str, bytes] = field(default_factory=dict)
 
-    def live_name(self, delta: ModuleDelta) -> str:
-        """A module's name in the model that loads the base: with the prefix that it adds or drops, or as the adapters have it."""
+    def live_name(self, delta: ModuleDelta, body_prefix: str = "") -> str:
+        """A module's name in the model that loads the base: with the prefix that it adds or drops, or as the adapters have it.
+
+        Args:
+            body_prefix: what the base's files put before the names of its body (`model.`), which a bare model does not have.
+        """
         if delta.module in OUTPUT_EMBEDDINGS:
             return delta.name or delta.module  # it stands beside the model that has the prefix
         in_file, in_model = self.prefixes
         if self.task == "feature-extraction" and not in_file:
-            return delta.module  # the bare model has no prefix, whatever head the adapters were trained under
+            return delta.module.removeprefix(body_prefix)  # whatever head the adapters were trained under
         if in_file or in_model:
             return in_model + delta.module.removeprefix(in_file)
         return delta.name or delta.module

@@ -213,6 +213,11 @@ def is_plain_file_name(name: object) -> bool:
     return isinstance(name, str) and bool(name) and not name.startswith(".") and not re.search(r"[/\\:\0]", name)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a name can be written as UTF-8: one that a file system has in other bytes has halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def nearest(word: str, known: Collection[str]) -> str:
     """`; did you mean 'x'?` for the known word nearest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -190,7 +190,12 @@ def _recipe(table: Mapping[str, Any], path: Path) -> Recipe:
 
 def _adapters(value: Any, path: Path) -> dict[str, str]:
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
-        value = {Path(v).name: v for v in value}
+        names = [Path(v if v.startswith((".", "/", "~")) else v.partition("@")[0]).name for v in value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise RecipeError(
+                f"{path}: two adapters are called {twice[0]!r}: name them, as in adapters: {{first: PATH, second: PATH}}."
+            )
+        value = dict(zip(names, value, strict=True))
     if not isinstance(value, dict) or not value or not all(isinstance(v, str) for v in value.values()):
         raise RecipeError(f"{path}: adapters must be a table NAME: PATH_OR_ID or a list of them, got {short(value)}.")
     return {str(k): v for k, v in value.items()}

@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import WloraMergeError
-from .names import redacted
+from .names import is_utf8, redacted
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-BASE_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "*.py")
+BASE_PATTERNS = (
+    "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.py", "LICENSE*",
+    "NOTICE*", "*.md",
+)  # fmt: skip
+NOT_FETCHED = ("consolidated*", "original/*")
+"""A second copy of the weights in another layout."""
 ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
@@ -65,6 +70,10 @@ def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
     try:
         folder = Path(text).expanduser()
         if text and folder.is_dir():
+            if not is_utf8(str(folder.resolve())):
+                raise WloraMergeError(
+                    f"{text!r}: this path is not UTF-8, as a manifest must have it: rename the folder."
+                )
             return Source(folder)
         there = bool(text) and folder.exists()
     except (OSError, RuntimeError, ValueError):  # a name too long, a user unknown, a NUL
@@ -78,8 +87,12 @@ def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
 
     hub_id, _, revision = text.partition("@")
     try:
-        found = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=list(patterns)))
-    except (OSError, ValueError) as error:  # HfHubHTTPError is an OSError, HFValidationError a ValueError
+        found = Path(
+            snapshot_download(
+                hub_id, revision=revision or None, allow_patterns=list(patterns), ignore_patterns=list(NOT_FETCHED)
+            )
+        )
+    except Exception as error:  # the hub's library lets those of its HTTP and transfer libraries through
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WloraMergeError(
             redacted(f"{text}: no such folder here, and the hub did not give it: {reason}")

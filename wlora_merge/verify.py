@@ -27,7 +27,7 @@ from .inputs import find_inputs
 from .manifest import FILE, read_manifest
 from .mixture import Mixture
 from .names import nearest
-from .structure import check_untouched
+from .structure import check_folded, check_untouched
 
 
 def verify(
@@ -82,13 +82,17 @@ def _check_outputs(
         )
         count = check_untouched(folder, planned)
         checked.done.append(f"{count} tensors that no adapter changes are the base's, byte for byte")
+        count = check_folded(folder, planned, mixture)
+        checked.done.append(f"{count} tensors that adapters change are the mixture's, folded again, but for a last bit")
     if not manifest.get("probe"):
         checked.skipped["outputs"] = "the manifest has no probe inputs for this kind of model"
         return
     head_options = {
         k: mixture.config[k] for k in ("id2label", "label2id", "problem_type", "pad_token_id") if k in mixture.config
     }
-    model = load_model(opened.folder, mixture.task, complete=not mixture.head, **head_options)
+    model = load_model(
+        opened.folder, mixture.task, complete=not mixture.head, unused=unused_by(manifest), **head_options
+    )
     try:
         attach_mixture(model, mixture, found.adapters, opened, found.tensors)
     except UnsupportedError as error:

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -143,12 +144,16 @@ def _plan_file(
     header = base.headers[name]
     pieces = []
     for entry in header.entries.values():
+        if base.entries.get(entry.name) is not entry:
+            continue  # the index does not know it, or places the tensor in another file
         piece = _from_base(base, entry.name, entry, changed.get(entry.name, ()))
         if entry.name in head:
             tensor = head[entry.name]
             piece = Piece(entry.name, entry.dtype, tuple(tensor.shape), tensor=tensor)
         pieces.append(_cast(piece, dtype))
-    same = all(p.source is not None and (p.dtype, p.shape) == (p.source.dtype, p.source.shape) for p in pieces)
+    same = len(pieces) == len(header.entries) and all(
+        p.source is not None and (p.dtype, p.shape) == (p.source.dtype, p.source.shape) for p in pieces
+    )
     return OutputFile(name, pieces, header.metadata, header.raw if same else None)
 
 
@@ -183,6 +188,8 @@ def index_bytes(base: BaseModel, files: Sequence[OutputFile]) -> bytes | None:
     if base.index is not None and all(file.raw_header for file in files):
         return (base.folder / INDEX).read_bytes()
     metadata = dict((base.index or {}).get("metadata") or {}) | {"total_size": total}
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(math.prod(p.shape) for file in files for p in file.pieces)
     table = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(table, indent=2) + "\n").encode()
 
@@ -190,6 +197,16 @@ def index_bytes(base: BaseModel, files: Sequence[OutputFile]) -> bytes | None:
 def folder_bytes(files: Sequence[OutputFile]) -> int:
     """Bytes that the planned files will take."""
     return sum(file.nbytes for file in files)
+
+
+def dtype_keys(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The keys of a config that say which dtype the weights have, changed: old and new spelling, and those of its parts."""
+    keys = [key for key in ("torch_dtype", "dtype") if key in config]
+    parts = {name: value for name, value in config.items() if isinstance(value, dict) and name.endswith("_config")}
+    changes = {
+        name: dict(part) | dtype_keys(part, dtype) for name, part in parts.items() if {"torch_dtype", "dtype"} & {*part}
+    }
+    return dict.fromkeys(keys, dtype) | changes
 
 
 def changed_config(base: BaseModel, changes: Mapping[str, Any]) -> bytes:

@@ -242,7 +242,8 @@ def _saved_modules(mixture: Mixture, base: BaseModel, targets: Sequence[str]) ->
 
 def _live_names(mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta]) -> list[str]:
     """The modules' names in the model; where adapters spell its prefix in several ways, as the module tree does."""
-    names = [mixture.live_name(delta) for delta in deltas]
+    prefix = base.body_prefix if mixture.task == "feature-extraction" else ""
+    names = [mixture.live_name(delta, prefix) for delta in deltas]
     if any(mixture.prefixes) or all(n == d.module for n, d in zip(names, deltas, strict=True)) or base.tree is None:
         return names
     tree = {name: found for name in names if (found := base.tree.find_module(name))}

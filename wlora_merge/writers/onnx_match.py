@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from wlora_merge.base_model import BaseModel
-from wlora_merge.checkpoint import FLOATING, Entry, byte_length, read_rows, torch_dtype
+from wlora_merge.checkpoint import FLOATING, Entry, byte_length, opened, read_rows, torch_dtype
 from wlora_merge.layouts import matrix_shape
 from wlora_merge.writers.onnx_file import OnnxFile
 from wlora_merge.writers.stream import BLOCK_ELEMENTS, Workspace
@@ -170,7 +170,7 @@ class Matcher:
 
 def read_into(entry: Entry, data: memoryview, offset: int = 0) -> None:
     """Read a tensor's bytes from `offset` on."""
-    fd = os.open(entry.file, os.O_RDONLY)
+    fd = opened(entry)
     try:
         read_rows(fd, entry, data, offset)
     finally:
@@ -185,7 +185,7 @@ def _corner(entry: Entry, row: int, col: int, height: int, width: int) -> torch.
     height, width = min(height, rows - row), min(width, cols - col)
     length, stride = byte_length(entry.dtype, (width,)), byte_length(entry.dtype, (cols,))
     data = bytearray(length * height)
-    fd = os.open(entry.file, os.O_RDONLY)
+    fd = opened(entry)
     try:
         for i in range(height):
             at = (row + i) * stride + byte_length(entry.dtype, (col,))

@@ -28,6 +28,7 @@ from ..checkpoint import (
     all_finite,
     byte_length,
     one_torch_thread,
+    opened,
     overflow_advice,
     read_rows,
     read_tensor,
@@ -35,7 +36,7 @@ from ..checkpoint import (
 )
 from ..deltas import ModuleDelta, TensorDelta
 from ..direct import DirectFile
-from ..errors import BaseModelError, OutputError, WloraMergeError
+from ..errors import OutputError, WloraMergeError
 from ..fold import bias_factors, fold_factor, fold_factors, fold_rows, fold_saved
 from ..layouts import matrix_shape
 from ..mixture import Mixture
@@ -272,15 +273,8 @@ def fold_into(piece: Piece, mixture: Mixture, space: Workspace, out: torch.Tenso
 
 def _opened(inputs: dict[Path, int], entry: Entry) -> int:
     if entry.file not in inputs:
-        inputs[entry.file] = _open_input(entry.file)
+        inputs[entry.file] = opened(entry)
     return inputs[entry.file]
-
-
-def _open_input(file: Path) -> int:
-    try:
-        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise BaseModelError(f"{file}: cannot be read ({error.strerror}).") from error
 
 
 def _continues(last: Entry, piece: Piece) -> Entry | None:
