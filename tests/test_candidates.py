@@ -102,6 +102,20 @@ def test_best_single_keeps_one_adapter_and_drops_the_others(zoo: Zoo, tmp_path: 
         assert difference(zoo, tmp_path / kind, mixture) < 1e-5
 
 
+def test_the_standard_error_does_not_depend_on_the_order_of_the_examples() -> None:
+    from wlora_merge.metrics import classification_metric
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(1000) // 500
+    right = torch.rand(1000, generator=generator) < 0.3 + 0.4 * labels
+    logits = torch.nn.functional.one_hot(torch.where(right, labels, 1 - labels), 2).float()
+    order = torch.randperm(1000, generator=generator)
+    metric = classification_metric(LabelSet(("a", "b"), SINGLE))
+    for rows in (torch.arange(1000), order):
+        found = score(Judged(logits[rows], labels[rows], 1.0, 1000), metric)
+        assert found.standard_error == pytest.approx((found.value * (1 - found.value) / 1000) ** 0.5, rel=0.25)
+
+
 def test_a_search_is_made_once_and_ends_with_its_time(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

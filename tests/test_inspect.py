@@ -22,6 +22,21 @@ from wlora_merge.mix import mix
 COLUMNS = ["adapter", "r", "alpha", "scaling", "modules", "parameters", "delta / base norm", "mixes"]
 
 
+def test_names_with_brackets_are_shown_as_they_are(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:
+    base, folders = llama_zoo()
+    odd = tmp_path / "we[/x]rd" / "a[i]0"
+    shutil.copytree(folders[0], odd)
+    from click.testing import CliRunner
+
+    from wlora_merge.cli import main
+
+    done = CliRunner().invoke(main, ["inspect", str(base), f"x={odd}"])
+    assert done.exit_code == 1 or "we[/x]rd" in done.output
+    done = CliRunner().invoke(main, ["inspect", str(shutil.copytree(base, tmp_path / "b[/x]"))])
+    assert done.exit_code == 0, done.output
+    assert "b[/x]" in done.output
+
+
 def test_adapters_on_a_base_are_two_tables_with_a_row_for_each(llama_zoo: Callable[..., Any]) -> None:
     base, folders = llama_zoo()
     tables = inspect_paths([base, *folders])

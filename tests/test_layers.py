@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from wlora_merge.attachment import attach, detach, read_mixture, regroup
 from wlora_merge.errors import MixtureError, WloraMergeError
 from wlora_merge.export import export
+from wlora_merge.layers import StackedLora
 
 IDS = torch.tensor([[5, 17, 3, 80, 41, 2], [9, 9, 60, 1, 7, 33]])
 
@@ -296,3 +297,62 @@ def test_regrouping_starts_other_groups_at_uniform_composition(llama_zoo: Callab
         assert parameter is model.wlora_weights
         assert torch.allclose(model(IDS).logits, uniform_logits, atol=1e-6)
         assert read_mixture(model).granularity == granularity
+
+
+def attached_llama(tmp_path: Path, **options: Any) -> Any:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    folders = [make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=["q_proj", "v_proj"]) for i in range(2)]
+    return attach(model, folders, **options)
+
+
+def test_inputs_of_no_tokens_have_a_backward_pass(tmp_path: Path) -> None:
+    layer = attached_llama(tmp_path).model.layers[0].self_attn.q_proj
+    for shape in ((0, 32), (2, 0, 32)):
+        x = torch.zeros(shape, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == shape
+
+
+def test_an_attach_that_is_stopped_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    folders = [make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=["q_proj", "v_proj"]) for i in range(2)]
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(ids).logits
+    real, made = StackedLora.__init__, list[int]()
+
+    def stopping(*args: Any) -> None:
+        made.append(1)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StackedLora, "__init__", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            attach(model, folders)
+    assert not [name for name, _ in model.named_modules() if "wlora" in name]
+    assert torch.equal(model(ids).logits, before)
+    once = attach(copy.deepcopy(model), folders)(ids).logits
+    assert torch.equal(attach(model, folders)(ids).logits, once)
+
+
+def test_a_mixture_that_would_not_be_what_the_model_computes_is_refused(tmp_path: Path) -> None:
+    model = attached_llama(tmp_path)
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(MixtureError, match=r"'lm_head.weight' is trained, and belongs to no head"):
+        read_mixture(model, tmp_path / "base")
+    model.lm_head.weight.requires_grad_(False)
+    with torch.no_grad():
+        model.wlora_weights[0, 0] = float("nan")
+    with pytest.raises(MixtureError, match="hold a NaN"):
+        read_mixture(model, tmp_path / "base")
+    state = {"wlora_weights": torch.nn.Parameter(torch.ones_like(model.wlora_weights))}
+    model.load_state_dict(state, strict=False, assign=True)
+    with pytest.raises(MixtureError, match="without assign=True"):
+        read_mixture(model, tmp_path / "base")
+    with pytest.raises(MixtureError, match="expected one of all, present, none"):
+        regroup(model, "layer", "al")
+    with pytest.raises(MixtureError, match="delta_scale is nan"):
+        attach(detach(model), [tmp_path / "a0", tmp_path / "a1"], delta_scale=float("nan"))

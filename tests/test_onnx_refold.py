@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -88,6 +89,20 @@ def test_a_refold_equals_a_traced_export_bit_for_bit(made: tuple[Path, Path, Pat
     manifest = json.loads((tmp_path / "out/wlora_merge.json").read_text())
     assert set(manifest["report"]["onnx_base"]) == {"model.onnx"}
     assert f"--format onnx --onnx-base {base.name} " in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_graph_of_another_name_becomes_the_one_that_is_looked_for(
+    made: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    mixture, base, _ = made
+    (tmp_path / "base" / "onnx").mkdir(parents=True)
+    shutil.copyfile(base, tmp_path / "base/onnx/model_optimized.onnx")
+    export(mixture, "onnx", tmp_path / "out", onnx_base=tmp_path / "base")
+    assert [p.name for p in (tmp_path / "out" / "onnx").iterdir()] == ["model.onnx"]
+    assert verify(tmp_path / "out", **inputs_of(mixture)).largest_difference is not None
+    shutil.copyfile(base, tmp_path / "base/onnx/model_other.onnx")
+    with pytest.raises(UnsupportedError, match=r"holds model_optimized.onnx, model_other.onnx, expected model.onnx"):
+        export(mixture, "onnx", tmp_path / "other", onnx_base=tmp_path / "base")
 
 
 @pytest.mark.parametrize("one_file", [True, False])

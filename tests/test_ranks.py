@@ -13,8 +13,10 @@ import pytest
 import torch
 from conftest import make_adapter, tiny_llama
 
+from wlora_merge.errors import WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.mix import mix
+from wlora_merge.ranks import is_leader
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,18 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def test_an_environment_that_starts_no_processes_is_one_sentence(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert is_leader()  # of one
+    for size in ("x", "2"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.delenv("MASTER_ADDR", raising=False)
+        with pytest.raises(WloraMergeError, match=f"WORLD_SIZE is {size}, and the processes cannot be joined"):
+            export(mixture, "dense", tmp_path / "out")
 
 
 def test_two_ranks_write_the_bytes_of_one(mixture: Path, tmp_path: Path) -> None:

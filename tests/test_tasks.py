@@ -368,6 +368,25 @@ def test_an_answer_becomes_its_tokens(tmp_path: Path) -> None:
         task.encode(examples(tmp_path, task.name, rows[0]), tok, max_length=2)
 
 
+def test_answers_lie_in_the_context_whatever_stands_beside_them_in_a_batch(tmp_path: Path) -> None:
+    task, tok = get_task("question-answering"), tokenizer(bos=True)
+    answer = {"text": ["cat"], "answer_start": [4]}
+    rows = [{"question": "a", "context": text, "answers": answer} for text in ("the cat .", "the cat sat . . .")]
+    encoded = task.encode(examples(tmp_path, task.name, *rows), tok)
+    assert [item["context"] for item in encoded] == [[2, 4], [2, 7]]
+    batch = task.collator(tok)(encoded)
+    assert set(batch) == {"input_ids", "attention_mask", "start_positions", "end_positions"}
+    logits = torch.randn(2, 8), torch.randn(2, 8)
+    logits[0][:, 1] = logits[1][:, 7] = 50.0  # the question, and what is padding in one of them
+    spans = [
+        task.metric().preprocess(task.allowed(tuple(part[i : i + 1] for part in logits), [encoded[i]])) for i in (0, 1)
+    ]
+    together = task.metric().preprocess(task.allowed(logits, encoded))
+    assert torch.equal(torch.cat(spans), together)
+    assert 2 <= together[0, 0] <= together[0, 1] <= 4 or together[0, 0] == 0
+    assert together[1, 1] == 7
+
+
 def test_a_span_never_ends_before_it_starts() -> None:
     start, end = torch.tensor([[0.0, 1.0, 5.0]]), torch.tensor([[4.0, 3.0, 0.0]])
     assert best_span((start, end)).tolist() == [[2, 2]]

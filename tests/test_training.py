@@ -280,7 +280,12 @@ def test_report_to_logs_the_final_training_with_accelerates_trackers(
 
     logged: list[tuple[int, dict[str, float]]] = []
 
+    started: list[bool] = []
+
     class Memory(tracking.GeneralTracker):  # type: ignore[misc]
+        def start(self) -> None:  # accelerate opens its files here
+            started.append(True)
+
         name = "memory"
         requires_logging_directory = False
         tracker: ClassVar[None] = None
@@ -298,6 +303,7 @@ def test_report_to_logs_the_final_training_with_accelerates_trackers(
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["memory"])
     fitted_lm(llamas, report_to="memory", device="cpu")
     assert [step for step, _ in logged] == [1, 2, 3, 4, -1]
+    assert started == [True]
     assert set(logged[0][1]) == {"loss", "weight/a0", "weight/a1"}
     with pytest.raises(UnsupportedError, match=r"finds no such tracker.*memory"):
         fitted_lm(

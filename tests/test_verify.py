@@ -15,10 +15,12 @@ from onnx_models import T5
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from wlora_merge.attachment import attach
 from wlora_merge.digests import sha256_file
 from wlora_merge.errors import VerifyError
 from wlora_merge.export import export
 from wlora_merge.mix import mix
+from wlora_merge.mixture import Mixture
 from wlora_merge.verify import verify
 
 
@@ -118,6 +120,34 @@ def test_the_features_of_a_whole_checkpoint_are_verified_and_a_lora_over_them_ha
     outputs["lora"] = PeftModel.from_pretrained(bare, tmp_path / "lora").eval()(**probe).last_hidden_state
     assert torch.allclose(outputs["lora"], outputs["dense"], atol=1e-5)
     assert not torch.allclose(outputs["base"], outputs["dense"], atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["tags", "answers", "distil"])
+def test_an_onnx_export_with_a_head_of_its_own_is_verified(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    if kind == "distil":
+        config = transformers.DistilBertConfig(vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+        body, cls, head = (
+            transformers.DistilBertModel(config),
+            transformers.DistilBertForSequenceClassification,
+            ["classifier"],
+        )
+        head, target = ["classifier", "pre_classifier"], "q_lin"
+    else:
+        body, target = tiny_bert(), "query"
+        cls = transformers.BertForTokenClassification if kind == "tags" else transformers.BertForQuestionAnswering
+        head = ["classifier"] if kind == "tags" else ["qa_outputs"]
+    body.save_pretrained(tmp_path / "base")
+    model = cls.from_pretrained(tmp_path / "base").eval()
+    folders = [make_adapter(body, tmp_path / f"a{i}", i, r=2, scale=0.5, target_modules=[target]) for i in range(2)]
+    attach(model, folders, head=head)
+    mixture = Mixture.from_model(model)
+    mixture.save(tmp_path / "m")
+    export(tmp_path / "m", "onnx", tmp_path / "onnx")
+    checked = verify(tmp_path / "onnx", base=tmp_path / "base", adapters=[f"{f.name}={f}" for f in folders])
+    assert not checked.skipped
+    assert checked.largest_difference is not None
 
 
 def test_a_dropped_module_is_found_out(dense: tuple[Path, dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ This room knows modules and tensors, no paths but those that a Mixture names.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,7 @@ def attach(
         raise AdapterError("a mixture needs an adapter or more, got none.")
     if normalize not in NORMALIZE:
         raise MixtureError(f"normalize is {normalize!r}, expected one of {', '.join(NORMALIZE)}.")
-    if isinstance(delta_scale, str) and delta_scale != LEARNED:
+    if delta_scale != LEARNED and (isinstance(delta_scale, str) or not math.isfinite(delta_scale)):
         raise MixtureError(f"delta_scale is {delta_scale!r}, expected a number or {LEARNED}.")
     if not temperature > 0:
         raise MixtureError(f"temperature is {temperature}, expected a number above 0.")
@@ -133,10 +134,14 @@ def attach(
     attachment = Attachment(
         loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken, modules_to_save
     )
-    for delta in deltas:
-        layer = layers[delta.module]
-        layer.add_module("wlora", StackedLora(delta, layer, attachment))
-        layer.wlora_hook = layer.register_forward_hook(add_delta, with_kwargs=True)
+    try:
+        for delta in deltas:
+            layer = layers[delta.module]
+            layer.add_module("wlora", StackedLora(delta, layer, attachment))
+            layer.wlora_hook = layer.register_forward_hook(add_delta, with_kwargs=True)
+    except BaseException:  # out of memory, Ctrl-C: a second attempt must not add to half of a first
+        detach(model)
+        raise
     model.wlora = attachment  # type: ignore[assignment]
     return model
 
@@ -153,8 +158,14 @@ def set_delta_scale(model: nn.Module, delta_scale: float | nn.Parameter) -> None
 
 
 def regroup(model: nn.Module, granularity: str, normalize: str) -> nn.Parameter:
-    """Give an attached model a new `wlora_weights` for other groups or another normalization, at uniform composition."""
+    """Give an attached model a new `wlora_weights` for other groups or another normalization, at uniform composition.
+
+    Raises:
+        MixtureError: an unknown granularity or normalize.
+    """
     attachment = attachment_of(model)
+    if normalize not in NORMALIZE:
+        raise MixtureError(f"normalize is {normalize!r}, expected one of {', '.join(NORMALIZE)}.")
     modules = [m for group in attachment.groups.values() for m in group]
     attachment.granularity, attachment.normalize = granularity, normalize
     attachment.groups = make_groups(modules, granularity)
@@ -166,19 +177,19 @@ def regroup(model: nn.Module, granularity: str, normalize: str) -> nn.Parameter:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Undo `attach`: the base model as it was, but frozen; a trained head stays."""
+    """Undo `attach`: the base model as it was, but frozen; a trained head stays, and so do tensors taken from an adapter."""
     for layer in list(model.modules()):
         if isinstance(getattr(layer, "wlora", None), StackedLora):
-            layer.wlora_hook.remove()  # type: ignore[operator, union-attr]
-            del layer.wlora_hook, layer.wlora
+            if hasattr(layer, "wlora_hook"):
+                layer.wlora_hook.remove()  # type: ignore[operator, union-attr]
+                del layer.wlora_hook
+            del layer.wlora
         if hasattr(layer, "wlora_new"):
             layer.wlora_new_hook.remove()  # type: ignore[operator, union-attr]
             del layer.wlora_new_hook, layer.wlora_new
-    if hasattr(model, "wlora"):
-        del model.wlora
-        for name in (PARAMETER, SCALE_PARAMETER):
-            if hasattr(model, name):
-                delattr(model, name)
+    for name in ("wlora", PARAMETER, SCALE_PARAMETER):
+        if hasattr(model, name):
+            delattr(model, name)
     return model
 
 
@@ -254,6 +265,7 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
             "the model does not say which base it was loaded from: call Mixture.from_model(model, base=PATH)."
         )
     opened = source if isinstance(source, BaseModel) else open_base(source)
+    _check_trained(model, attachment)
     names = {m: _base_name(opened, m) for modules in attachment.groups.values() for m in modules}
     groups = make_groups(names.values(), attachment.granularity)
     row = {names[m]: g for g, modules in enumerate(attachment.groups.values()) for m in modules}
@@ -280,6 +292,23 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
         head=head,
         head_tensors=opened.stored_names(head),
     )
+
+
+def _check_trained(model: nn.Module, attachment: Attachment) -> None:
+    """Refuse a model whose mixture would not be what it computes."""
+    if model.get_parameter(PARAMETER) is not attachment.weights:
+        raise MixtureError(
+            f"the model's {PARAMETER} is not the one that its layers use any more: load a state dict without assign=True."
+        )
+    if bool(attachment.weights.isnan().any()):
+        raise MixtureError(f"the model's {PARAMETER} hold a NaN: the training diverged; use a smaller learning rate.")
+    known = {PARAMETER, SCALE_PARAMETER, *attachment.head}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in known and ".wlora" not in name:
+            raise MixtureError(
+                f"parameter {name!r} is trained, and belongs to no head, so no export would have it: name it in "
+                "attach(head=[...]), or freeze it."
+            )
 
 
 def _config_of(model: nn.Module, base: BaseModel) -> dict[str, Any]:

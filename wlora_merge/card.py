@@ -63,7 +63,7 @@ def write_card(
         note,
         _figures(figures),
         "## How to serve it",
-        serving(mixture, kind, base_name, measured.get("r")),
+        serving(mixture, kind, base_name, measured.get("r"), (options or {}).get("onnx_runtime")),
         _commands(mixture, kind, base_name, options or {}),
         _license_note([base_name, *mixture.adapter_names], fronts),
     ]
@@ -98,7 +98,7 @@ def _measured(kind: str, measured: Mapping[str, Any]) -> str:
             f"{measured['energy_kept']:.4%} of its squared norm kept."
         )
     if kind == "onnx" and "largest_difference" in measured:
-        return f"ONNX Runtime's outputs are within {measured['largest_difference']:.2e} of PyTorch's, relative to the largest."
+        return f"ONNX Runtime's outputs are within {measured['largest_difference']:.2e} of PyTorch's."
     return ""
 
 

@@ -248,7 +248,7 @@ def mix(
 @click.option("--max-rank", type=COUNT, help="lora: refuse a larger r, as a server's --max-lora-rank does.")
 @click.option("--dtype", type=DTYPES, help="Of the weights. Default: dense the base's, lora and onnx float32.")
 @click.option("--max-shard-size", metavar="SIZE", help="dense: file size, as 5GB. Default: the base's own shards.")
-@click.option("--opset", type=int, help="onnx: opset version. Default: 20.")
+@click.option("--opset", type=click.IntRange(7, 30), help="onnx: opset version. Default: 20.")
 @click.option(
     "--onnx-base", metavar="PATH", help="onnx: an ONNX export of the base; rewrite its weights, trace nothing."
 )
@@ -256,7 +256,9 @@ def mix(
     "--onnx-runtime", type=click.Choice(names.ONNX_RUNTIMES), help="onnx: write an onnxruntime-genai folder instead."
 )
 @click.option(
-    "--ort-fusions", metavar="PROVIDER", help="onnx: ONNX Runtime's own operators for cpu, cuda, dml or webgpu."
+    "--ort-fusions",
+    type=click.Choice(["cpu", "cuda", "dml", "webgpu"]),
+    help="onnx: ONNX Runtime's own operators for cpu, cuda, dml or webgpu.",
 )
 @click.option(
     "--quantize", type=click.Choice(names.ONNX_QUANTIZE), help="onnx: a quantized graph beside the float one."

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .base_model import INDEX, BaseModel, refuse_quantized
 from .card import write_card
-from .check import make_probe
+from .check import locate_head, make_probe
 from .checkpoint import DTYPES, Entry
 from .deltas import ModuleDelta
 from .digests import sha256_files
@@ -382,6 +382,7 @@ def _write_refold(inputs: Inputs, refold: Refold, out: Path) -> tuple[dict[str, 
     (out / "config.json").write_bytes(changed_config(inputs.base, {**inputs.mixture.config, **changes}))
     originals = [path for graph in refold.graphs for path in (graph.path, *graph.data)]
     return {f"onnx/{name}": digest for name, digest in written.items()}, {
+        **({"head": locate_head(out, inputs.mixture.head)} if inputs.mixture.head else {}),
         "onnx_base": {path.name: digest for path, digest in sha256_files(originals).items()},
         "rewritten": len(refold.weights),
         "dtypes": dtypes,
@@ -402,6 +403,12 @@ def _write_onnx(
     task = inputs.mixture.task
     if task is None:
         raise UnsupportedError("an ONNX export needs the mixture's task: make the mixture with --task TASK.")
+    from .writers.onnx import refuse_provider
+    from .writers.onnx_quantize import refuse_quantize
+
+    if extra["onnx_runtime"] is None:
+        refuse_quantize(task, extra["quantize"], dtype or "float32")
+        refuse_provider(extra["ort_fusions"])
     dense = out / ".dense"
     dense.mkdir()
     write_shards(inputs, files, dense, Team())
@@ -424,5 +431,6 @@ def _write_onnx(
         "outputs": list(report.output_names),
         "opset": report.opset,
         "largest_difference": report.largest_difference,
+        **({"head": locate_head(out, inputs.mixture.head)} if inputs.mixture.head else {}),
         **({"quantized": report.quantized} if report.quantized else {}),
     }

@@ -43,9 +43,12 @@ class EncodedImages(Sequence[dict[str, Any]]):
     def _pixels(self, index: int) -> torch.Tensor:
         if index in self._kept:
             return self._kept[index]
+        import PIL.Image
+
         try:
             image = self.examples[index]["image"].convert(self.mode)
-        except (OSError, SyntaxError, ValueError, AttributeError) as error:  # an AttributeError: no image at all
+        except (OSError, SyntaxError, ValueError, AttributeError, PIL.Image.DecompressionBombError) as error:
+            # an AttributeError: no image at all
             raise DataError(f"image {index + 1} of {self.examples.source} cannot be decoded: {error}.") from error
         pixels: torch.Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         if (len(self._kept) + 1) * pixels.numel() * pixels.element_size() <= KEEP_BYTES:

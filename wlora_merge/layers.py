@@ -183,7 +183,7 @@ class AddProduct(torch.autograd.Function):
         back = rows @ lora_B
         to_x = to_gains = None
         if ctx.needs_input_grad[1]:
-            to_x = (rows @ weight).addmm_(back * gains, lora_A).view(*grad.shape[:-1], -1)
+            to_x = (rows @ weight).addmm_(back * gains, lora_A).view(*grad.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[2]:
             to_gains = (back * hidden).sum(0)
         return None, to_x, to_gains, None, None, None

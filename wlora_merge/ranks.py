@@ -85,21 +85,26 @@ def _spoken(call: Callable[[], object]) -> None:
 
 def is_leader() -> bool:
     """True for a process that no launcher started, or for its rank 0."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 @contextmanager
 def team() -> Iterator[Team]:
     """The processes that a launcher started, joined over gloo; alone without one."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield Team()
         return
     import torch.distributed as dist
 
     joined_here = not dist.is_initialized()
     if joined_here:
-        dist.init_process_group("gloo")
+        try:
+            dist.init_process_group("gloo")
+        except (ValueError, RuntimeError) as error:
+            raise WloraMergeError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the processes cannot be joined ({str(error).splitlines()[0]}): start "
+                "with torchrun or accelerate launch, or unset it."
+            ) from error
     try:
         yield Team(dist.get_rank(), dist.get_world_size())
     finally:

@@ -98,11 +98,12 @@ def vllm_rank(r: int) -> int | None:
 # ------------------------------------------------------------------------------------------------ how to serve it
 
 
-def serving(mixture: Mixture, kind: str, base_name: str, r: int | None = None) -> str:
+def serving(mixture: Mixture, kind: str, base_name: str, r: int | None = None, runtime: str | None = None) -> str:
     """The lines that load and serve an export of this kind, as Markdown.
 
     Args:
         r: of a LoRA: its rank.
+        runtime: of an ONNX export: `genai` for a folder of onnxruntime-genai.
     """
     task = mixture.task or "feature-extraction"
     auto = f"AutoModel{'For' if AUTO_CLASSES[task] else ''}{AUTO_CLASSES[task]}"
@@ -110,7 +111,21 @@ def serving(mixture: Mixture, kind: str, base_name: str, r: int | None = None) -
         return _dense(task, auto)
     if kind == "lora":
         return _lora(mixture, task, auto, base_name, r)
-    return _onnx(task)
+    return _genai() if runtime == "genai" else _onnx(task)
+
+
+def _genai() -> str:
+    lines = (
+        "import onnxruntime_genai as og",
+        f'model = og.Model("{FOLDER}")',
+        "tokenizer, parameters = og.Tokenizer(model), og.GeneratorParams(model)",
+        "generator = og.Generator(model, parameters)",
+        'generator.append_tokens(tokenizer.encode("..."))',
+        "while not generator.is_done():",
+        "    generator.generate_next_token()",
+        "print(tokenizer.decode(generator.get_sequence(0)))",
+    )
+    return "onnxruntime-genai:\n\n" + _code("python", *lines)
 
 
 def _dense(task: str, auto: str) -> str:

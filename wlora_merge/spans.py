@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def encode_answers(examples: Examples, tokenizer: Any, limit: int | None) -> list[dict[str, Any]]:
-    """Model inputs with `start_positions` and `end_positions`: of the first answer, or of the first token without one.
+    """Model inputs with `start_positions` and `end_positions`: of the first answer, or of the first token without one; and
+    `context`, its first and last token, which no model takes.
 
     A context is cut from the right. An example whose answer is cut off cannot be learned from, nor judged: it is left
     out, and counted in a `WloraMergeWarning`, so the result may be shorter than `examples`.
@@ -54,7 +55,9 @@ def _encode(row: Mapping[str, Any], tokenizer: Any, limit: int | None, where: st
     if span is None:
         return None
     inputs = {name: value for name, value in item.items() if name != "offset_mapping"}
-    return inputs | {"start_positions": span[0], "end_positions": span[1]}
+    context = [index for index, part in enumerate(item.sequence_ids()) if part == 1]
+    ends = [context[0], context[-1]] if context else [0, 0]
+    return inputs | {"start_positions": span[0], "end_positions": span[1], "context": ends}
 
 
 def _span(

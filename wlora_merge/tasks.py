@@ -116,6 +116,10 @@ class Task:
         """How many predictions of an encoded example the model's mean loss counts."""
         return 1
 
+    def allowed(self, logits: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """The logits [B, ...] of some encoded examples with what no answer can be at the lowest number."""
+        return logits
+
     def metric(self, labels: LabelSet | None = None) -> Metric:
         """How the task is judged."""
         raise UnsupportedError(f"{self.name} has no metric.")
@@ -276,6 +280,20 @@ class QuestionAnswering(Task):
     ) -> Encoded:
         _need_fast(processor, self.name)
         return encode_answers(examples, processor, token_limit(processor, max_length))
+
+    def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        padded = super().collator(processor)
+        return lambda rows: padded([{name: value for name, value in row.items() if name != "context"} for row in rows])
+
+    def allowed(self, logits: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Start and end lie in the context, or at the first token, which says that there is no answer."""
+        import torch
+
+        inside = torch.zeros(logits[0].shape, dtype=torch.bool, device=logits[0].device)
+        for kept, row in zip(inside, rows, strict=True):
+            kept[0] = True
+            kept[row["context"][0] : row["context"][1] + 1] = True
+        return tuple(part.float().masked_fill(~inside, torch.finfo(torch.float32).min / 4) for part in logits)
 
     def metric(self, labels: LabelSet | None = None) -> Metric:
         return answering_metric()

@@ -110,15 +110,16 @@ def amount_of(done: Done) -> str:
 def show_table(title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows as a table on stdout; every key that one of them has is a column."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for column in columns:
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
-        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
+        table.add_column(escape(column), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
+        table.add_row(*(escape(_cell(row.get(column))) for column in columns))
     Console().print(table)
 
 

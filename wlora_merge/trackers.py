@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from .errors import UnsupportedError
 from .fit_options import FitOptions
@@ -42,18 +42,19 @@ def tracking(options: FitOptions, leads: bool) -> Iterator[Log | None]:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState(cpu=options.device == "cpu")
-    trackers = []
-    for name in names:
-        cls = LOGGER_TYPE_TO_CLASS[name]
-        place = {"logging_dir": LOG_FOLDER} if cls.requires_logging_directory else {}
-        trackers.append(cls(RUN_NAME, **place))
+    with ExitStack() as stack:
+        trackers = []
+        for name in names:
+            cls = LOGGER_TYPE_TO_CLASS[name]
+            place = {"logging_dir": LOG_FOLDER} if cls.requires_logging_directory else {}
+            tracker = cls(RUN_NAME, **place)
+            if hasattr(tracker, "start"):  # from accelerate 1.11 on, which opens its files there
+                tracker.start()
+            stack.callback(tracker.finish)
+            trackers.append(tracker)
 
-    def log(values: dict[str, float], step: int) -> None:
-        for tracker in trackers:
-            tracker.log(values, step=step)
+        def log(values: dict[str, float], step: int) -> None:
+            for tracker in trackers:
+                tracker.log(values, step=step)
 
-    try:
         yield log
-    finally:
-        for tracker in trackers:
-            tracker.finish()

@@ -294,6 +294,7 @@ class Learner:
                         result = self.model(**inputs)
                     logits = result.logits if "logits" in result else (result.start_logits, result.end_logits)
                     losses.append(float(result.loss))
+                logits = self.task.allowed(logits, [self.rows[r] for r in part])
                 if self.metric.preprocess:
                     logits = self.metric.preprocess(logits, found)
                 outputs.append(_on_cpu(logits))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,11 @@ def _check_outputs(
         checked.skipped["outputs"] = f"not found here: {', '.join(missing)}; say --base PATH and --adapter NAME=PATH"
         return
     opened = open_base(str(base_folder))
-    mixture = _mixture(manifest, opened, adapters, folder)
+    try:
+        mixture = _mixture(manifest, opened, adapters, folder)
+    except UnsupportedError as error:
+        checked.skipped["outputs"] = str(error)
+        return
     found = find_inputs(mixture)
     opened = found.base
     if manifest["format"] == "dense":
@@ -107,10 +112,11 @@ def _check_outputs(
         _check_genai(folder, manifest, model, checked)
         return
     if manifest["format"] == "onnx":
-        from .writers.onnx_check import compare_with
+        from .writers.onnx_check import compare_with, is_half
         from .writers.onnx_tasks import GENERATING
 
-        compare_with(folder, model, task=str(mixture.task))
+        half = copy.deepcopy(model).half() if is_half(folder) else None
+        compare_with(folder, model, task=str(mixture.task), half=half)
         generated = ", and in a greedy generation" if mixture.task in GENERATING else ""
         checked.done.append(f"ONNX Runtime agrees with the unmerged mixture at several shapes{generated}")
     set_delta_scale(model, 0.0)

@@ -92,7 +92,7 @@ def write_onnx(
     task_named(task)
     refuse_dtype(dtype)
     _require_extra()
-    _refuse_provider(ort_fusions)
+    refuse_provider(ort_fusions)
     folder = out / "onnx"
     if folder.exists():
         raise OutputError(f"{folder}: exists already; give an empty output folder")
@@ -162,8 +162,12 @@ def _fuse(graph: Any, provider: str) -> None:
     fuse_for_onnxruntime(graph, provider)
 
 
-def _refuse_provider(provider: str | None) -> None:
-    """Refuse fusions that ONNX Runtime cannot run here: the graph could not be checked."""
+def refuse_provider(provider: str | None) -> None:
+    """Refuse fusions that ONNX Runtime cannot run here: the graph could not be checked.
+
+    Raises:
+        UnsupportedError: with what it can.
+    """
     import onnxruntime
 
     here = [name.removesuffix("ExecutionProvider").lower() for name in onnxruntime.get_available_providers()]

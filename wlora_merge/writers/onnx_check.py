@@ -48,11 +48,15 @@ def check_onnx(onnx_folder: Path, dense: Path, *, task: str) -> float:
     import torch
 
     task_named(task)
-    sessions = open_graphs(onnx_folder)
+    half = load_model(dense, task, torch.float16) if is_half(onnx_folder) else None
     model = load_model(dense, task, torch.float32)
-    rounded = [dtype_of(main_session(sessions), name) == "float16" for name in output_names(main_session(sessions))]
-    half = load_model(dense, task, torch.float16) if any(rounded) else None
     return compare_with(onnx_folder, model, task=task, half=half)
+
+
+def is_half(onnx_folder: Path) -> bool:
+    """Whether an output of the export's graph is float16."""
+    session = main_session(open_graphs(onnx_folder))
+    return any(dtype_of(session, name) == "float16" for name in output_names(session))
 
 
 def compare_with(onnx_folder: Path, model: torch.nn.Module, *, task: str, half: torch.nn.Module | None = None) -> float:

@@ -115,6 +115,7 @@ def _greedy(folder: Path, row: list[int], prompt: int) -> list[int]:
 
 
 def _generator(og: Any, folder: Path, length: int) -> Any:
-    parameters = og.GeneratorParams(og.Model(str(folder)))
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=length, do_sample=False)
-    return og.Generator(og.Model(str(folder)), parameters)
+    return og.Generator(model, parameters)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wlora_merge.errors import UnsupportedError
+from wlora_merge.formats import first_line
 from wlora_merge.writers.onnx_check import differences
 from wlora_merge.writers.onnx_graph import INLINE_LIMIT, MODEL, data_file, graph_file
 from wlora_merge.writers.onnx_tasks import quiet
@@ -40,19 +41,38 @@ def quantize_onnx(out: Path, model: torch.nn.Module, *, task: str, kind: str) ->
         `same_choice`, the share (0 to 1) of positions whose largest score is the same.
 
     Raises:
-        UnsupportedError: an encoder-decoder, whose merged decoder the tools do not enter.
+        UnsupportedError: the tools cannot.
     """
     folder, suffix = out / "onnx", SUFFIXES[kind]
-    if task == "seq2seq-lm":
+    target = folder / graph_file(f"{MODEL}{suffix}")
+    try:
+        with quiet():
+            (_int8 if kind == "int8" else _int4)(folder / graph_file(MODEL), target)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # the tools have errors of many kinds
+        raise UnsupportedError(
+            f"--quantize {kind}: ONNX Runtime's tools cannot quantize this ({first_line(error)}): leave it or --ort-fusions out."
+        ) from error
+    off = differences(out, model, task=task, suffix=suffix)
+    sizes = sum(p.stat().st_size for p in (target, folder / data_file(f"{MODEL}{suffix}")) if p.is_file())
+    return {"file": f"onnx/{target.name}", "bytes": sizes, **off}
+
+
+def refuse_quantize(task: str, kind: str | None, dtype: str) -> None:
+    """Refuse what the tools cannot quantize, before anything is written.
+
+    Raises:
+        UnsupportedError: an encoder-decoder, whose merged decoder they do not enter; int8 of a float16 graph.
+    """
+    if kind is not None and task == "seq2seq-lm":
         raise UnsupportedError(
             f"--quantize {kind}: ONNX Runtime's tools do not enter the branches of a merged decoder: export without it."
         )
-    target = folder / graph_file(f"{MODEL}{suffix}")
-    with quiet():
-        (_int8 if kind == "int8" else _int4)(folder / graph_file(MODEL), target)
-    error = differences(out, model, task=task, suffix=suffix)
-    sizes = sum(p.stat().st_size for p in (target, folder / data_file(f"{MODEL}{suffix}")) if p.is_file())
-    return {"file": f"onnx/{target.name}", "bytes": sizes, **error}
+    if kind == "int8" and dtype == "float16":
+        raise UnsupportedError(
+            "--quantize int8: ONNX Runtime quantizes float32 activations alone: leave --dtype float16 out."
+        )
 
 
 def _int8(source: Path, target: Path) -> None:
@@ -85,5 +105,5 @@ def _loaded(path: Path) -> Any:
 def _save(model: Any, target: Path) -> None:
     import onnx
 
-    large = model.ByteSize() > INLINE_LIMIT
+    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > INLINE_LIMIT  # ByteSize fails above 2 GiB
     onnx.save(model, str(target), save_as_external_data=large, location=data_file(target.stem) if large else None)

@@ -25,6 +25,7 @@ from wlora_merge.writers.onnx_match import Matcher, Tile, as_matrix, read_into
 from wlora_merge.writers.stream import fold_into, write_files
 
 _LOG = logging.getLogger("wlora_merge")
+PAIR = ("encoder_model.onnx", "decoder_model_merged.onnx")
 MODEL_FILE = "model.onnx"  # what the graph of a single file is called, whatever that file was
 TRACE_INSTEAD = "leave --onnx-base out to trace the mixture anew"
 
@@ -90,8 +91,12 @@ def plan_refold(onnx_base: Path, base: BaseModel, pieces: Iterable[Piece], mixtu
             )
     matcher = Matcher(base)
     refold = Refold(graphs, [], {}, {graph.path: graph.path.name for graph in graphs})
-    if onnx_base.is_file():
-        refold.names[onnx_base] = MODEL_FILE
+    if len(graphs) == 1:
+        refold.names[graphs[0].path] = MODEL_FILE
+    elif not {MODEL_FILE} & (names := set(refold.names.values())) and not {*PAIR} <= names:
+        raise UnsupportedError(
+            f"{onnx_base}: holds {', '.join(sorted(names))}, expected {MODEL_FILE}, or {' and '.join(PAIR)}: name one file."
+        )
     places: set[str] = set()
     for graph in graphs:
         known, unknown = matcher.match(graph, set(changed))
@@ -100,7 +105,11 @@ def plan_refold(onnx_base: Path, base: BaseModel, pieces: Iterable[Piece], mixtu
     for name in changed:
         if name not in places:
             raise BaseModelError(_missing(onnx_base, name, base.entries[name], graphs))
-    refold.files = [file for graph in graphs for file in _files_of(graph, refold, matcher, changed, mixture)]
+    written = set[Path]()
+    for graph in graphs:
+        paths = [path for path in (graph.path, *graph.data) if path not in written]  # several may share their data
+        written.update(paths)
+        refold.files += _files_of(graph, paths, refold, matcher, changed, mixture)
     return refold
 
 
@@ -197,10 +206,15 @@ def _missing(onnx_base: Path, name: str, entry: Entry, graphs: Sequence[OnnxFile
 
 
 def _files_of(
-    graph: OnnxFile, refold: Refold, matcher: Matcher, changed: Mapping[str, Piece], mixture: Mixture
+    graph: OnnxFile,
+    paths: Iterable[Path],
+    refold: Refold,
+    matcher: Matcher,
+    changed: Mapping[str, Piece],
+    mixture: Mixture,
 ) -> Iterator[OutputFile]:
-    """The graph's files: ranges that are copied, between weights that are made anew."""
-    for path in (graph.path, *graph.data):
+    """Files of the graph: ranges that are copied, between weights that are made anew."""
+    for path in paths:
         pieces, at = [], 0
         for key in sorted(key for key in refold.weights if key[0] == path):
             entry, tiles = refold.weights[key]

@@ -240,6 +240,7 @@ def sample_inputs(
         )
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     pad = config.pad_token_id
+    pad = pad if pad is not None and 0 <= pad < config.vocab_size else None  # older Llamas say -1
     ids = torch.randint(0, config.vocab_size, (batch, sequence), generator=generator)
     if tokens is not None and max(tokens) < config.vocab_size:
         ids = torch.tensor(list(tokens)).repeat(1 + ids.numel() // len(tokens))[: ids.numel()].view(ids.shape).clone()
