@@ -92,7 +92,9 @@ def test_a_head_for_other_labels_is_drawn_anew(tmp_path: Path) -> None:
     for a, b in ((one, other), (one, old), (other, old)):
         assert float((a - b).abs().max()) > 1e-3
     assert 0.01 < float(one.std()) < 0.03  # BERT's initializer_range is 0.02
-    assert classifier(tmp_path, folders, ["p", "q"], **still).head == {}
+    assert classifier(tmp_path, folders, ["p", "q"], max_steps=1).head == {}
+    with pytest.raises(MixtureError, match=r"no new head is trained .* leave --head-learning-rate out"):
+        classifier(tmp_path, folders, ["p", "q"], **still)
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 from test_architectures import CASES
 
 from wlora_merge.base_model import BaseModel, open_base
 from wlora_merge.checkpoint import Entry
-from wlora_merge.errors import UnsupportedError
+from wlora_merge.errors import UnsupportedError, VerifyError
 from wlora_merge.module_tree import ModuleTree, build_tree
 
 
@@ -37,6 +39,16 @@ def read_rows(tree: ModuleTree, name: str, shape: torch.Size) -> torch.Tensor:
         tensor = load_file(part.entry.file)[part.entry.name]
         rows[part.rows] = tensor.reshape(-1, tensor.shape[-1])[part.start : part.start + len(part.rows)]
     return rows.reshape(shape)
+
+
+def test_a_config_of_far_more_layers_than_the_files_have_is_refused_at_once(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10_000_000}))
+    with pytest.raises(
+        VerifyError, match=r"config.json: describes a model of .* it is not the config of these weights"
+    ):
+        open_base(tmp_path).find_tensor("model.layers.0.other.weight")
 
 
 @pytest.mark.parametrize("name", ["vit", "llava", "mixtral", "qwen3_moe", "gpt_neox", "bart"])

@@ -100,7 +100,6 @@ def test_a_tensor_larger_than_the_block_is_folded_the_same(
         assert (tmp_path / "blocks" / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES))
 def test_every_spelling_of_the_dtype_follows_dtype(tmp_path: Path) -> None:
     model = tiny_llama().to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base", max_shard_size="30kB")
@@ -157,6 +156,7 @@ def test_a_tensor_of_a_shard_that_the_index_does_not_know_is_not_exported(tmp_pa
     assert verify(tmp_path / "out", base=tmp_path / "base", adapters=[f"a={folder}"]).largest_difference is not None
 
 
+@pytest.mark.parametrize("dtype", list(DTYPES))
 def test_dtype_casts_every_floating_tensor_after_the_sum(
     zoo: tuple[Path, list[Path]], tmp_path: Path, dtype: str
 ) -> None:

@@ -302,9 +302,9 @@ def _check_trained(model: nn.Module, attachment: Attachment) -> None:
         )
     if bool(attachment.weights.isnan().any()):
         raise MixtureError(f"the model's {PARAMETER} hold a NaN: the training diverged; use a smaller learning rate.")
-    known = {PARAMETER, SCALE_PARAMETER, *attachment.head}
+    known = {id(model.get_parameter(name)) for name in (PARAMETER, *attachment.head)}  # a tied one has two names
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name not in known and ".wlora" not in name:
+        if parameter.requires_grad and id(parameter) not in known and name != SCALE_PARAMETER and ".wlora" not in name:
             raise MixtureError(
                 f"parameter {name!r} is trained, and belongs to no head, so no export would have it: name it in "
                 "attach(head=[...]), or freeze it."

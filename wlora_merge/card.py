@@ -81,7 +81,7 @@ def _metadata(mixture: Mixture, kind: str, base_name: str, fronts: Sequence[Mapp
     data = ModelCardData(
         base_model=on_hub or None,
         library_name=LIBRARIES[kind],
-        license=licenses.pop() if len(licenses) == 1 else None,
+        license=licenses.pop() if len(licenses) == 1 and _named(next(iter(fronts), {}), "license", _LICENSE) else None,
         datasets=list(datasets) or None,
         metrics=[metric] if metric in KNOWN_METRICS else None,
         tags=["merge", "lora", "wlora-merge"],

@@ -89,7 +89,7 @@ def parse_yaml(text: str) -> Any:
             return super().construct_mapping(node, deep)
 
     try:
-        return yaml.load(text, Loader)
+        return Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as failure:
         # PyYAML lets the errors of its scalars through: `!!bool maybe`, `!!int ""`, `!!timestamp x`, 2026-13-45
         raise ValueError(" ".join(str(failure).split()) or type(failure).__name__) from failure

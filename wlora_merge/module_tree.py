@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -181,15 +182,21 @@ def _runs(entry: Entry, here: torch.Tensor, there: torch.Tensor) -> list[Part]:
 
 
 def build_tree(folder: Path, entries: dict[str, Entry]) -> ModuleTree | None:
-    """The module tree of the model that a folder's config names; None where Transformers has no class for it."""
+    """The module tree of the model that a folder's config names; None where Transformers has no class for it.
+
+    Raises:
+        VerifyError: the config describes a model that the folder's files cannot hold, unless they are quantized.
+    """
     import torch
     import transformers
+
+    from .structure import bounded
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         names = getattr(config, "architectures", None) or [""]
         known = getattr(transformers, names[0], None) if names[0] else None
-        with torch.device("meta"):
+        with nullcontext() if hasattr(config, "quantization_config") else bounded(folder), torch.device("meta"):
             model = known(config) if known is not None else transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError):
         return None
