@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from wlora_merge.attachment import attach
-from wlora_merge.errors import AdapterError, MixtureError, UnsupportedError
+from wlora_merge.errors import AdapterError, MixtureError, UnsupportedError, WloraMergeWarning
 from wlora_merge.export import export
 from wlora_merge.inspect import inspect_paths
 from wlora_merge.mix import mix
@@ -182,6 +182,19 @@ def test_what_cannot_be_resized_is_refused_with_what_to_do(tmp_path: Path) -> No
         export(mixture, "lora", tmp_path / "lora")
     rows = inspect_paths([folder, *folders])["Adapters"]
     assert [row["mixes"] for row in rows][2:] == ["yes, with --modules-to-save or a fit that trains a head", "yes"]
+
+
+def test_an_end_that_the_config_does_not_know_is_told(tmp_path: Path) -> None:
+    _, base, folders = zoo(tmp_path)
+    file = folders[0] / "tokenizer_config.json"
+    name = next(
+        t["content"] for t in json.loads((folders[0] / "tokenizer.json").read_text())["added_tokens"] if t["id"] == 96
+    )
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": name}))
+    with pytest.warns(
+        WloraMergeWarning, match=rf"ends a text with '{name}' \(96\), the base's config says eos_token_id"
+    ):
+        mix(base, folders[:1], modules_to_save="drop", resize_vocab="a0")
 
 
 def test_an_adapter_that_lacks_an_embedding_or_a_tokenizer_cannot_resize(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from .names import NORMALIZE, TASKS, nearest
 from .saved_tensors import joined, stack_tensors
 from .stacking import stack
 from .targets import modules_of, tensors_of
-from .vocabulary import resized, resized_config
+from .vocabulary import resized, resized_config, warn_of_end
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,7 @@ def mix(
     _check_options(task, delta_scale)
     opened, loaded = open_base(base), load_adapters(adapters, residual=residual)
     opened = resized(opened, loaded, resize_vocab)
+    warn_of_end(opened)
     chosen = _normalize(normalize, weights)
     row = uniform(len(loaded)) if weights is None else _checked(weights, len(loaded))
     deltas = stack(loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type)

@@ -9,14 +9,15 @@ ones, are deltas; an adapter of the base's own vocabulary changes no added row.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .adapters import Adapter
 from .base_model import TOKENIZER_FILES, BaseModel
 from .checkpoint import equal
-from .errors import AdapterError, UnsupportedError
+from .errors import AdapterError, UnsupportedError, WloraMergeWarning
 from .input_files import find_file, read_table
 from .names import NameResolver
 from .sources import resolve_source
@@ -73,6 +74,25 @@ def resized_config(base: BaseModel) -> dict[str, Any]:
     return tables | ({KEY: new} if base.config.get(KEY) == old or not tables else {})
 
 
+def warn_of_end(base: BaseModel) -> None:
+    """Say so where the new tokenizer ends a text with another token than the base's config says: generation would not stop there."""
+    file = base.tokenizer.get("tokenizer_config.json")
+    if file is None:
+        return
+    table = read_table(file, AdapterError)
+    end = table.get("eos_token")
+    text = end.get("content") if isinstance(end, dict) else end
+    found = [number for number, content in _added(base.tokenizer) if content == text]
+    told = base.config.get("eos_token_id")
+    if found and found[0] not in (told if isinstance(told, list) else [told]):
+        warnings.warn(
+            f"{file}: the tokenizer ends a text with {text!r} ({found[0]}), the base's config says eos_token_id {told}: set it in "
+            "the export's config.json and generation_config.json, or generation does not stop.",
+            WloraMergeWarning,
+            stacklevel=3,
+        )
+
+
 def _sizes(base: BaseModel, adapter: Adapter) -> tuple[int, int]:
     """Rows of the base's embeddings, and of the adapter's."""
     found = set()
@@ -120,15 +140,26 @@ def _tokenizer_files(adapter: Adapter, new: int) -> dict[str, Path]:
             f"--resize-vocab {adapter.name}: {folder} has no tokenizer, and the base's lacks the added tokens: save the one that the "
             "adapter was trained with there: tokenizer.save_pretrained(folder)."
         )
-    ids = [-1]
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        table = read_table(files[name], AdapterError) if name in files else {}
-        added = table.get("added_tokens") or []
-        ids += [row["id"] for row in added if isinstance(row, dict) and isinstance(row.get("id"), int)]
-        ids += [int(key) for key in table.get("added_tokens_decoder") or {} if str(key).isdecimal()]
-    if max(ids) >= new:
+    largest = max((number for number, _ in _added(files)), default=-1)
+    if largest >= new:
         raise AdapterError(
-            f"{folder}: its tokenizer has a token {max(ids)}, and its embeddings have {new} rows: it is not the tokenizer that this "
+            f"{folder}: its tokenizer has a token {largest}, and its embeddings have {new} rows: it is not the tokenizer that this "
             "adapter was trained with."
         )
     return files
+
+
+def _added(files: Mapping[str, Path]) -> list[tuple[int, Any]]:
+    """Ids and contents of the tokens that were added to a tokenizer."""
+    found: list[tuple[int, Any]] = []
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        table = read_table(files[name], AdapterError) if name in files else {}
+        rows = [row for row in table.get("added_tokens") or [] if isinstance(row, dict)]
+        found += [(row["id"], row.get("content")) for row in rows if isinstance(row.get("id"), int)]
+        rows_by_id = table.get("added_tokens_decoder") or {}
+        found += [
+            (int(key), row.get("content"))
+            for key, row in rows_by_id.items()
+            if key.isdecimal() and isinstance(row, dict)
+        ]
+    return found
