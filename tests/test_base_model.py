@@ -100,6 +100,8 @@ def test_the_modules_that_modules_json_names_are_carried_but_not_hidden_files(si
     assert {"modules.json", "1_SpladePooling/config.json", "2_LayerNorm/config.json"} <= carried
     assert not carried & {"2_LayerNorm/.DS_Store", "3_Other/config.json"}
     (single / "modules.json").write_text('{"path": 1}')
+    assert "modules.json" in {str(name) for name in open_base(single).carried_files()}
+    (single / "modules.json").write_text('[{"path": "1_Pooling"}]')
     with pytest.raises(BaseModelError, match="is no list of modules"):
         open_base(single).carried_files()
 

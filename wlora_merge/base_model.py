@@ -292,6 +292,8 @@ def _module_folders(folder: Path) -> set[str]:
         return set()
     try:
         rows = json.loads(read_bytes(file, BaseModelError))
+        if not isinstance(rows, list):
+            return set()  # a file of that name is not theirs alone
         return {row["path"] for row in rows if row["path"] and not row["type"].endswith("Transformer")}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BaseModelError(f"{file}: is no list of modules with a path and a type ({error}): mend it.") from error
