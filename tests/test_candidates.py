@@ -437,3 +437,9 @@ def test_cma_es_finds_the_minimum_of_a_rotated_ellipsoid() -> None:
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MixtureError, match=message):
         fit_options(options)
+
+
+def test_arrays_are_lists_of_numbers() -> None:
+    for row in (np.array([0.25, 0.75]), torch.tensor([0.25, 0.75])):
+        assert fit_options({"method": "fixed", "weights": row}).weights == [0.25, 0.75]
+        assert fit_options({"initial_logits": row}).initial_logits == [0.25, 0.75]

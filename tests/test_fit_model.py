@@ -17,6 +17,7 @@ from test_fit import WORDS, save_tokenizer
 from wlora_merge.errors import BaseModelError, MixtureError, UnsupportedError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
+from wlora_merge.fit_model import max_tokens
 from wlora_merge.mixture import Mixture
 from wlora_merge.verify import verify
 
@@ -176,6 +177,33 @@ def test_gradient_checkpointing_leaves_dropout_off(tmp_path: Path) -> None:
     assert torch.allclose(kept.wlora_weights, whole.wlora_weights, atol=1e-6)
     for name, row in kept.metrics["candidates"].items():
         assert row == pytest.approx(whole.metrics["candidates"][name], abs=1e-5)
+
+
+def test_a_table_that_is_computed_need_not_be_in_the_files(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.PegasusConfig(
+        vocab_size=len(WORDS), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32,
+    )  # fmt: skip
+    folders = placed(transformers.PegasusForConditionalGeneration(config).eval(), tmp_path, target_modules=["q_proj"])
+    rewritten(tmp_path / "base", lambda t: [t.pop(name) for name in list(t) if "embed_positions" in name])
+    lines = [json.dumps({"source": text, "target": "w1 w2"}) for text in TEXTS]
+    (tmp_path / "shots.jsonl").write_text("\n".join(lines))
+    mixture = fit(tmp_path / "base", folders, tmp_path / "shots.jsonl", "seq2seq-lm", max_steps=1, folds=0)
+    assert mixture.head == {}
+
+
+def test_an_encoder_decoder_reads_as_much_as_its_encoder_has_positions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.LEDConfig(
+        vocab_size=len(WORDS), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, max_encoder_position_embeddings=128, max_decoder_position_embeddings=32,
+        attention_window=8,
+    )  # fmt: skip
+    model = transformers.LEDForConditionalGeneration(config)
+    assert max_tokens(model, None, 100) == 100
+    with pytest.raises(MixtureError, match="has 128 positions"):
+        max_tokens(model, None, 129)
 
 
 def test_texts_are_cut_to_the_positions_that_the_model_has_learned(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from test_fit import save_tokenizer
 
 from wlora_merge.cli import main
 from wlora_merge.errors import RecipeError, WloraMergeError
+from wlora_merge.input_files import parse_yaml
 from wlora_merge.recipe import read_recipe
 from wlora_merge.run import run
 
@@ -109,6 +110,12 @@ def test_nothing_that_is_written_twice_is_dropped(tmp_path: Path, text: str, mes
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError, match=message):
         read_recipe(tmp_path / "r.yaml")
+
+
+def test_a_yaml_merge_is_no_repetition() -> None:
+    text = "d: [&a {x: 1, y: 2}]\nouter: {inner: &b {<<: *a, x: 2}}\nc: {<<: *b}\n1: a\n'1': b"
+    table = parse_yaml(text)
+    assert (table["c"], table[1], table["1"]) == ({"x": 2, "y": 2}, "a", "b")
 
 
 def test_an_adapter_of_a_list_has_its_name_without_the_revision(tmp_path: Path) -> None:

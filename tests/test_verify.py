@@ -79,6 +79,14 @@ def test_of_a_16_bit_export_a_small_adapter_that_is_missing_is_found_out(tmp_pat
         verify(tmp_path / "lora", **inputs)
 
 
+def test_a_nan_is_never_the_mixtures(dense: tuple[Path, dict[str, Any]]) -> None:
+    folder, inputs = dense
+    name = "model.layers.0.self_attn.q_proj.weight"
+    forge(folder, lambda t: t[name].view(-1)[5].fill_(float("nan")))
+    with pytest.raises(VerifyError, match=rf"{name}' is not the mixture's in 1 of its"):
+        verify(folder, **inputs)
+
+
 def test_an_export_that_went_through_a_repository_is_still_whole(dense: tuple[Path, dict[str, Any]]) -> None:
     (dense[0] / ".gitattributes").write_text("*.safetensors filter=lfs")
     (dense[0] / ".cache" / "huggingface").mkdir(parents=True)

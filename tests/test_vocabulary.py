@@ -191,9 +191,7 @@ def test_an_end_that_the_config_does_not_know_is_told(tmp_path: Path) -> None:
         t["content"] for t in json.loads((folders[0] / "tokenizer.json").read_text())["added_tokens"] if t["id"] == 96
     )
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": name}))
-    with pytest.warns(
-        WloraMergeWarning, match=rf"ends a text with '{name}' \(96\), the base's config says eos_token_id"
-    ):
+    with pytest.warns(WloraMergeWarning, match=rf"ends a text with '{name}' \(96\), the base's config says"):
         mix(base, folders[:1], modules_to_save="drop", resize_vocab="a0")
 
 

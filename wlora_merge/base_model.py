@@ -202,8 +202,10 @@ def open_base(path_or_id: str | Path) -> BaseModel:
     else:
         raise BaseModelError(_no_weights(folder))
     entries = {name: entry for header in headers.values() for name, entry in header.entries.items()}
-    if index is not None:
-        entries = {name: headers[file].entries[name] for name, file in index["weight_map"].items()}
+    if (
+        index is not None
+    ):  # which says where a tensor that lies in two shards is read; what it forgets is loaded all the same
+        entries |= {name: headers[file].entries[name] for name, file in index["weight_map"].items()}
     return BaseModel(source, config, headers, index, entries)
 
 
@@ -304,7 +306,7 @@ def _candidates(folder: Path) -> Iterable[Path]:
     for path in folder.iterdir():
         if path.name.startswith(".") or path.name in NOT_CARRIED or path.name.endswith(WEIGHT_SUFFIXES):
             continue
-        if FIT_STATE in path.name:
+        if FIT_STATE in path.name or path.name.endswith(":Zone.Identifier"):  # the latter is Windows', of a download
             continue
         if path.is_file() or (path.is_symlink() and not path.exists()):  # a link to nothing is refused, not left out
             yield path.relative_to(folder)
@@ -314,7 +316,11 @@ def _candidates(folder: Path) -> Iterable[Path]:
 
 def _module_files(folder: Path) -> list[Path]:
     """The files of a sentence-transformers module: a Dense has weights of its own, which no adapter changes."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    )
     weights = [p for p in files if p.name.endswith(WEIGHT_SUFFIXES)]
     kept = [p for p in weights if p.suffix == ".safetensors"]
     if weights and not kept:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .deltas import TensorDelta
     from .mixture import Mixture
 
+HEAD_KEYS = ("id2label", "label2id", "problem_type", "pad_token_id")
+"""Keys of a mixture's config that make its head."""
 SAFE = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
 """For `from_pretrained`: nothing is fetched, no code of the folder is run, no pickle is loaded."""
 TOLERANCE = {"F32": 1e-4, "F16": 5e-2, "BF16": 1e-1, "F64": 1e-4}
@@ -353,7 +355,7 @@ def export_model(folder: Path, manifest: Mapping[str, Any], base: BaseModel | No
         raise UnsupportedError("a lora export can be loaded only with its base: say --base PATH.")
     from peft import PeftModel
 
-    options = {key: config[key] for key in ("id2label", "label2id", "problem_type", "pad_token_id") if key in config}
+    options = {key: config[key] for key in HEAD_KEYS if key in config}
     model = load_model(base.folder, task, complete=not manifest.get("head"), unused=unused_by(manifest), **options)
     with quiet_libraries(), _library_errors(f"{folder}: PEFT cannot load it"):
         loaded: nn.Module = PeftModel.from_pretrained(model, folder).eval()
@@ -365,6 +367,10 @@ def unused_by(manifest: Mapping[str, Any]) -> Callable[[str], bool]:
     changes. A ViT has a pooler, for instance, and a classifier made of it has none; a causal-lm has an output embedding, and its
     features have none."""
     head = set(manifest.get("head") or [])
+    if manifest.get("task") == "feature-extraction":
+        return lambda name: (
+            name not in head
+        )  # features have no place for an output embedding, though an adapter changes it
     changed = {module for modules in manifest["groups"].values() for module in modules}
     return lambda name: name not in head and name.rpartition(".")[0] not in changed
 

@@ -31,7 +31,7 @@ from .report import write_report
 from .serving import check_rank, check_server
 from .staging import Staging, staged
 from .tying import untied_config
-from .writers.dense import OutputFile, changed_config, dtype_keys, folder_bytes, index_bytes, plan
+from .writers.dense import OutputFile, changed_config, folder_bytes, index_bytes, plan, with_dtype
 from .writers.stream import write_files
 
 if TYPE_CHECKING:
@@ -309,8 +309,7 @@ def write_beside(
     if split:
         changes |= untied_config(inputs.base.config | changes)
     if dtype is not None:
-        changes = {"dtype": dtype, **changes} if not {"torch_dtype", "dtype"} & {*inputs.base.config} else changes
-        changes |= dtype_keys(inputs.base.config | changes, dtype)
+        changes = with_dtype(inputs.base, changes, dtype)
     copy_carried(inputs.base, out)
     (out / "config.json").write_bytes(changed_config(inputs.base, changes))
 
@@ -377,9 +376,9 @@ def _write_refold(inputs: Inputs, refold: Refold, out: Path) -> tuple[dict[str, 
     names = {stored: name for name, stored in DTYPES.items()}
     dtypes = sorted(names.get(dtype, dtype) for dtype in refold.dtypes)
     copy_carried(inputs.base, out)
-    changes = {"dtype": dtypes[0]} if not {"torch_dtype", "dtype"} & {*inputs.base.config} else {}
-    changes |= dtype_keys(inputs.base.config | changes, dtypes[0])
-    (out / "config.json").write_bytes(changed_config(inputs.base, {**inputs.mixture.config, **changes}))
+    (out / "config.json").write_bytes(
+        changed_config(inputs.base, with_dtype(inputs.base, inputs.mixture.config, dtypes[0]))
+    )
     originals = [path for graph in refold.graphs for path in (graph.path, *graph.data)]
     return {f"onnx/{name}": digest for name, digest in written.items()}, {
         **({"head": locate_head(out, inputs.mixture.head)} if inputs.mixture.head else {}),

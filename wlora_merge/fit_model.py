@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from .labels import LabelSet
 
 
+POSITIONS = ("position_embeddings", "position_embedding", "wpe", "embed_positions", "positions_embed")
+"""How models call their table of learned positions."""
+UNUSED = ("contact_head.", "mask_token")
+"""Parts of bodies that only other tasks use, and that some bases lack."""
+
+
 def load_model(
     base: BaseModel,
     adapters: list[Adapter],
@@ -81,17 +87,15 @@ def max_tokens(model: Any, processor: Any, asked: int | None) -> int | None:
     """
     from torch import nn
 
+    encodes = getattr(model.config, "is_encoder_decoder", False)
     positions = [
         layer.num_embeddings - (0 if layer.padding_idx is None else layer.padding_idx + 1)
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Embedding)
-        and name.rpartition(".")[2] in ("position_embeddings", "wpe", "embed_positions")
+        for name, layer in (model.get_encoder() if encodes else model).named_modules()
+        if isinstance(layer, nn.Embedding) and name.rpartition(".")[2] in POSITIONS
     ]
-    positions += (
-        [int(model.config.max_position_embeddings)]
-        if positions and hasattr(model.config, "max_position_embeddings")
-        else []
-    )
+    told = getattr(model.config, "max_encoder_position_embeddings", None)  # LED's, whose decoder has fewer
+    told = told or getattr(model.config, "max_position_embeddings", None)
+    positions += [int(told)] if positions and told else []
     if asked is not None and positions and asked > min(positions):
         raise MixtureError(
             f"max_length is {asked}, and {type(model).__name__} has {min(positions)} positions: give no more."
@@ -171,8 +175,14 @@ def _load(
     shapes = {str(name): shape for name, shape, _ in info["mismatched_keys"]}
     known = {name: tuple(p.shape) for name, p in model.named_parameters()}
     absent = {str(key): None for key in info["missing_keys"]} | shapes
-    absent = {name: absent[name] for name in known if name in absent}
+    absent = {name: absent[name] for name in known if name in absent and not _is_made(model, name)}
     in_head = _head_of(model, list(absent), known) if task.has_head else set()
+    body = [name for name in known if name.startswith(f"{model.base_model_prefix}.")]
+    if body and set(body) <= set(absent):
+        raise UnsupportedError(
+            f"{base.folder}: {type(model).__name__} reads none of this base's tensors: transformers has no way from this base to "
+            f"{task.name}; use another base or task."
+        )
     for name, shape in absent.items():
         if name not in in_head:
             got = "has no tensor for it" if shape is None else f"has {list(shape)}"
@@ -202,6 +212,13 @@ def _head_of(model: Any, absent: list[str], names: Iterable[str]) -> set[str]:
         return {name for part in parts.values() if part <= set(absent) for name in part}
     prefix = f"{model.base_model_prefix}."
     return {name for name in names if not name.startswith(prefix)} | {name for name in absent if "pooler" in name}
+
+
+def _is_made(model: Any, name: str) -> bool:
+    """Whether a parameter that the base lacks is computed and no weight (a sinusoidal table), or used by other tasks alone."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    sinusoidal = getattr(model.config, "sinusoidal_pos_embds", False) and name.endswith("position_embeddings.weight")
+    return "Sinusoidal" in type(module).__name__ or sinusoidal or any(part in name for part in UNUSED)
 
 
 def _draw_again(model: Any, names: Collection[str]) -> None:

@@ -162,6 +162,8 @@ def _plain(name: str, value: Any) -> Any:
         "int": (whole, "a whole number"), "int | None": (whole, "a whole number"),
         "float": (number, "a number"), "float | None": (number, "a number"),
     }.get(str(kind), (True, ""))  # fmt: skip
+    if hasattr(value, "tolist"):  # numpy's and torch's
+        value = value.tolist()
     if name == "weights" or (name == "initial_logits" and not isinstance(value, str | PathLike)):
         listed = isinstance(value, Sequence) and not isinstance(value, str)
         expected = (listed and all(isinstance(x, numbers.Real) for x in value), "a list of numbers")

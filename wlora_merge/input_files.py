@@ -82,11 +82,14 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if twice := [key for key in set(keys) if keys.count(key) > 1]:
-                raise ValueError(f"the key {min(twice)!r} stands twice in one table, line {node.start_mark.line + 1}")
-            return super().construct_mapping(node, deep)
+                raise ValueError(
+                    f"the key {min(twice)[1]!r} stands twice in one table, line {node.start_mark.line + 1}"
+                )
+            return node
 
     try:
         return Loader(text).get_single_data()

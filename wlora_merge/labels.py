@@ -112,6 +112,7 @@ def _single_or_regression(values: Sequence[Any]) -> str:
     """Numbers with fractions are a regression; whole numbers written as 1.0 could be either, so they are refused."""
     texts = [str(value) for value in values]
     points = [text for text in texts if _NUMBER.fullmatch(text) and not text.lstrip("+-").isdigit()]
+    points = points if any("." in text for text in points) or len(points) == len(texts) else []  # 1e5 may be a name
     if not points:
         return SINGLE
     if odd := [text for text in texts if not _NUMBER.fullmatch(text)]:

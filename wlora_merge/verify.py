@@ -9,6 +9,7 @@ from typing import Any
 
 from .base_model import BaseModel, open_base
 from .check import (
+    HEAD_KEYS,
     Checked,
     attach_mixture,
     check_files,
@@ -88,13 +89,13 @@ def _check_outputs(
         count = check_untouched(folder, planned)
         checked.done.append(f"{count} tensors that no adapter changes are the base's, byte for byte")
         count = check_folded(folder, planned, mixture)
-        checked.done.append(f"{count} tensors that adapters change are the mixture's, folded again, but for a last bit")
+        checked.done.append(
+            f"{count} tensors that adapters change or --dtype rounds are the mixture's, folded again, but for a last bit"
+        )
     if not manifest.get("probe"):
         checked.skipped["outputs"] = "the manifest has no probe inputs for this kind of model"
         return
-    head_options = {
-        k: mixture.config[k] for k in ("id2label", "label2id", "problem_type", "pad_token_id") if k in mixture.config
-    }
+    head_options = {k: mixture.config[k] for k in HEAD_KEYS if k in mixture.config}
     model = load_model(
         opened.folder, mixture.task, complete=not mixture.head, unused=unused_by(manifest), **head_options
     )

@@ -17,7 +17,7 @@ from typing import Any
 from .adapters import Adapter
 from .base_model import TOKENIZER_FILES, BaseModel
 from .checkpoint import equal
-from .errors import AdapterError, UnsupportedError, WloraMergeWarning
+from .errors import AdapterError, BaseModelError, UnsupportedError, WloraMergeWarning
 from .input_files import find_file, read_table
 from .names import NameResolver
 from .sources import resolve_source
@@ -83,10 +83,14 @@ def warn_of_end(base: BaseModel) -> None:
     end = table.get("eos_token")
     text = end.get("content") if isinstance(end, dict) else end
     found = [number for number, content in _added(base.tokenizer) if content == text]
-    told = base.config.get("eos_token_id")
-    if found and found[0] not in (told if isinstance(told, list) else [told]):
+    generation = find_file(base.folder, "generation_config.json", BaseModelError)
+    parts = [base.config, *(v for v in base.config.values() if isinstance(v, dict))]
+    parts += [read_table(generation, BaseModelError)] if generation else []
+    told = [part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None]
+    known = [number for value in told for number in (value if isinstance(value, list) else [value])]
+    if found and known and found[0] not in known:
         warnings.warn(
-            f"{file}: the tokenizer ends a text with {text!r} ({found[0]}), the base's config says eos_token_id {told}: set it in "
+            f"{file}: the tokenizer ends a text with {text!r} ({found[0]}), the base's config says {known}: set eos_token_id in "
             "the export's config.json and generation_config.json, or generation does not stop.",
             WloraMergeWarning,
             stacklevel=3,

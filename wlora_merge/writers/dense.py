@@ -145,7 +145,7 @@ def _plan_file(
     pieces = []
     for entry in header.entries.values():
         if base.entries.get(entry.name) is not entry:
-            continue  # the index does not know it, or places the tensor in another file
+            continue  # the index places this tensor in another file
         piece = _from_base(base, entry.name, entry, changed.get(entry.name, ()))
         if entry.name in head:
             tensor = head[entry.name]
@@ -185,7 +185,7 @@ def index_bytes(base: BaseModel, files: Sequence[OutputFile]) -> bytes | None:
         return None
     weight_map = {piece.name: file.name for file in files for piece in file.pieces}
     total = sum(p.nbytes for file in files for p in file.pieces)
-    if base.index is not None and all(file.raw_header for file in files):
+    if base.index is not None and all(file.raw_header for file in files) and base.index["weight_map"] == weight_map:
         return (base.folder / INDEX).read_bytes()
     metadata = dict((base.index or {}).get("metadata") or {}) | {"total_size": total}
     if "total_parameters" in metadata:
@@ -202,11 +202,18 @@ def folder_bytes(files: Sequence[OutputFile]) -> int:
 def dtype_keys(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The keys of a config that say which dtype the weights have, changed: old and new spelling, and those of its parts."""
     keys = [key for key in ("torch_dtype", "dtype") if key in config]
-    parts = {name: value for name, value in config.items() if isinstance(value, dict) and name.endswith("_config")}
+    parts = {k: v for k, v in config.items() if isinstance(v, dict) and k != "quantization_config"}
     changes = {
         name: dict(part) | dtype_keys(part, dtype) for name, part in parts.items() if {"torch_dtype", "dtype"} & {*part}
     }
     return dict.fromkeys(keys, dtype) | changes
+
+
+def with_dtype(base: BaseModel, changes: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Changes of the base's config, and with them every key that says which dtype the weights have; `dtype` where none does."""
+    said = {"torch_dtype", "dtype"} & {*base.config}
+    full = base.config | dict(changes) | ({} if said else {"dtype": dtype})
+    return {**changes, **dtype_keys(full, dtype)}
 
 
 def changed_config(base: BaseModel, changes: Mapping[str, Any]) -> bytes:

@@ -271,6 +271,33 @@ def fold_into(piece: Piece, mixture: Mixture, space: Workspace, out: torch.Tenso
         out.copy_(whole.view(out.shape))
 
 
+def differing(piece: Piece, mixture: Mixture, space: Workspace, stored: Entry) -> int:
+    """How many numbers of a tensor that was written are not those of its fold, but for the last bit; a block at a time.
+
+    Args:
+        piece: what `plan` laid out.
+        stored: where it was written, in the piece's dtype and shape.
+    """
+    import torch
+
+    dtype, count, at = torch_dtype(piece.dtype), 0, 0
+    inputs, descriptor = dict[Path, int](), opened(stored)
+    try:
+        for job in _piece_jobs(space, piece, mixture, inputs):
+            data = job()
+            got = _read(space, descriptor, stored, at, len(data))
+            at += len(data)
+            found, wanted = (torch.frombuffer(part, dtype=dtype).double() for part in (got, data))
+            last = torch.finfo(dtype).eps * wanted.abs().add(1e-6 * wanted.abs().max())
+            count += int((~((found - wanted).abs() <= last)).sum())  # a NaN is not near
+            space.give_back(data)
+            space.give_back(got)
+    finally:
+        for fd in (descriptor, *inputs.values()):
+            os.close(fd)
+    return count
+
+
 def _opened(inputs: dict[Path, int], entry: Entry) -> int:
     if entry.file not in inputs:
         inputs[entry.file] = opened(entry)
