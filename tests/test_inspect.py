@@ -30,8 +30,8 @@ def test_names_with_brackets_are_shown_as_they_are(llama_zoo: Callable[..., Any]
 
     from wlora_merge.cli import main
 
-    done = CliRunner().invoke(main, ["inspect", str(base), f"x={odd}"])
-    assert done.exit_code == 1 or "we[/x]rd" in done.output
+    done = CliRunner().invoke(main, ["inspect", str(base), str(odd)])
+    assert "a[i]0" in done.output
     done = CliRunner().invoke(main, ["inspect", str(shutil.copytree(base, tmp_path / "b[/x]"))])
     assert done.exit_code == 0, done.output
     assert "b[/x]" in done.output

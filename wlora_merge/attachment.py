@@ -87,8 +87,7 @@ def attach(
     loaded = [a if isinstance(a, Adapter) else next(read) for a in given]
     if not loaded:
         raise AdapterError("a mixture needs an adapter or more, got none.")
-    if normalize not in NORMALIZE:
-        raise MixtureError(f"normalize is {normalize!r}, expected one of {', '.join(NORMALIZE)}.")
+    _check_normalize(normalize)
     if delta_scale != LEARNED and (isinstance(delta_scale, str) or not math.isfinite(delta_scale)):
         raise MixtureError(f"delta_scale is {delta_scale!r}, expected a number or {LEARNED}.")
     if not temperature > 0:
@@ -146,6 +145,11 @@ def attach(
     return model
 
 
+def _check_normalize(normalize: str) -> None:
+    if normalize not in NORMALIZE:
+        raise MixtureError(f"normalize is {normalize!r}, expected one of {', '.join(NORMALIZE)}.")
+
+
 def _start(groups: int, n: int, normalize: str, device: torch.device) -> nn.Parameter:
     """Uniform composition: logits [G, N] of zero, or free weights of 1/N."""
     row = uniform(n) if normalize == "none" else [0.0] * n
@@ -164,8 +168,7 @@ def regroup(model: nn.Module, granularity: str, normalize: str) -> nn.Parameter:
         MixtureError: an unknown granularity or normalize.
     """
     attachment = attachment_of(model)
-    if normalize not in NORMALIZE:
-        raise MixtureError(f"normalize is {normalize!r}, expected one of {', '.join(NORMALIZE)}.")
+    _check_normalize(normalize)
     modules = [m for group in attachment.groups.values() for m in group]
     attachment.granularity, attachment.normalize = granularity, normalize
     attachment.groups = make_groups(modules, granularity)

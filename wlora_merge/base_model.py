@@ -18,7 +18,7 @@ from .checkpoint import Entry, Header, read_header, read_tensor
 from .digests import sha256_files
 from .errors import BaseModelError, UnsupportedError
 from .input_files import find_file, read_bytes, read_table
-from .names import FIT_STATE, NameResolver, is_plain_file_name, is_utf8
+from .names import FIT_STATE, NameResolver, is_hidden, is_plain_file_name, is_utf8
 from .quantized import quantized_format
 from .sources import BASE_PATTERNS, Source, resolve_source
 
@@ -202,9 +202,8 @@ def open_base(path_or_id: str | Path) -> BaseModel:
     else:
         raise BaseModelError(_no_weights(folder))
     entries = {name: entry for header in headers.values() for name, entry in header.entries.items()}
-    if (
-        index is not None
-    ):  # which says where a tensor that lies in two shards is read; what it forgets is loaded all the same
+    if index is not None:
+        # it says where a tensor that lies in two shards is read; what it forgets is loaded all the same
         entries |= {name: headers[file].entries[name] for name, file in index["weight_map"].items()}
     return BaseModel(source, config, headers, index, entries)
 
@@ -316,11 +315,7 @@ def _candidates(folder: Path) -> Iterable[Path]:
 
 def _module_files(folder: Path) -> list[Path]:
     """The files of a sentence-transformers module: a Dense has weights of its own, which no adapter changes."""
-    files = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-    )
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not is_hidden(p.relative_to(folder)))
     weights = [p for p in files if p.name.endswith(WEIGHT_SUFFIXES)]
     kept = [p for p in weights if p.suffix == ".safetensors"]
     if weights and not kept:

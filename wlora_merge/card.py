@@ -16,7 +16,7 @@ from .mixture import TRAINING_LOOP, Mixture
 from .report import CAPTIONS, FIGURES
 from .report import FILE as REPORT
 from .serving import PIPELINE_TAGS, serving
-from .sources import at_revision, public_name
+from .sources import at_revision
 
 LIBRARIES = {"dense": "transformers", "lora": "peft", "onnx": "transformers.js"}
 KNOWN_METRICS = ("accuracy", "f1", "exact_match", "rouge", "bleu", "perplexity", "squad", "seqeval")
@@ -174,7 +174,7 @@ def _commands(mixture: Mixture, kind: str, base_name: str, options: Mapping[str,
     data, fitted, looped = mixture.data, "fit" in mixture.data, mixture.data.get("method") == TRAINING_LOOP
     words = ["wlora-merge", "fit" if fitted else "mix", "--base", at_revision(base_name, mixture.base.revision)]
     trained = data.get("new_adapter") or {}
-    given = {ref.name: at_revision(public_name(ref.source), ref.revision) for ref in mixture.adapters}
+    given = {ref.name: ref.spec for ref in mixture.adapters}
     given.pop(str(trained.get("name")), None)  # the fit makes it
     for name, source in (data.get("adapters") or given).items():  # those too that the fit did not keep
         words += ["--adapter", f"{name}={source}"]

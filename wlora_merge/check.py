@@ -124,9 +124,8 @@ def _probe(config: Mapping[str, Any], task: str | None) -> dict[str, Any]:
         return {"input_features": {"shape": [2, *sizes], "seed": 0}, "decoder_input_ids": [ids[4:8], ids[16:20]]}
     rows = [ids[:12], ids[12:]]
     if task == "text-classification" and config.get("pad_token_id") is None:
-        rows = rows[
-            :1
-        ]  # a decoder reads the class off the last token that is not padding, and takes no batch without one
+        # a decoder reads the class off the last token that is not padding, and takes no batch without one
+        rows = rows[:1]
     decodes = task == "seq2seq-lm" or (
         config.get("is_encoder_decoder") is True and task in (None, "feature-extraction")
     )
@@ -368,9 +367,7 @@ def unused_by(manifest: Mapping[str, Any]) -> Callable[[str], bool]:
     features have none."""
     head = set(manifest.get("head") or [])
     if manifest.get("task") == "feature-extraction":
-        return lambda name: (
-            name not in head
-        )  # features have no place for an output embedding, though an adapter changes it
+        return lambda name: name not in head  # no place for an output embedding, though an adapter changes it
     changed = {module for modules in manifest["groups"].values() for module in modules}
     return lambda name: name not in head and name.rpartition(".")[0] not in changed
 
@@ -389,9 +386,8 @@ def tolerance_of(folder: Path, manifest: Mapping[str, Any], effect: float) -> To
 
     Args:
         effect: how much the adapters change the outputs, relative to the largest. In float32 and of a LoRA, where rounding is small,
-            half of it is too much:
-            an export that lost an adapter must not pass because its adapters do little on the probe. A LoRA of a
-            low rank may lose of the effect `TRUNCATION` times the share that its report says it lost of the delta weights.
+            half of it is too much: an export that lost an adapter must not pass because its adapters do little on the probe. A LoRA
+            of a low rank may lose of the effect `TRUNCATION` times the share that its report says it lost of the delta weights.
     """
     dtype = max(_dtypes(folder, manifest), key=lambda name: TOLERANCE[name])
     exact = TOLERANCE[dtype] == TOLERANCE["F32"]
@@ -460,13 +456,19 @@ def locate_head(folder: Path, head: Mapping[str, torch.Tensor]) -> dict[str, lis
         for tensor in (onnx.load(str(file)).graph.initializer if head else ())
         if tuple(tensor.dims) in shapes
     }
-    found: dict[str, list[Any]] = {}
-    for name, value in wanted.items():
-        for at, array in sorted(stored.items(), key=lambda item: item[0].removeprefix("model.") != name):
-            for transposed, form in ((False, value), (True, value.T)):
-                if name not in found and array.shape == form.shape and np.array_equal(array, form.astype(array.dtype)):
-                    found[name] = [at, transposed]
-    return found
+    places = {
+        name: next(
+            (
+                [at, transposed]
+                for at, array in sorted(stored.items(), key=lambda item: item[0].removeprefix("model.") != name)
+                for transposed, form in ((False, value), (True, value.T))
+                if np.array_equal(array, form.astype(array.dtype))
+            ),
+            None,
+        )
+        for name, value in wanted.items()
+    }
+    return {name: place for name, place in places.items() if place is not None}
 
 
 def _located(file: Path, places: Mapping[str, Any], wanted: set[str]) -> dict[str, torch.Tensor]:

@@ -79,8 +79,7 @@ def read_header(file: Path) -> Header:
     """
     try:
         with open(file, "rb") as f:
-            stamp = _stamp(f.fileno())
-            size = os.fstat(f.fileno()).st_size
+            stamp = _, size, _ = _stamp(f.fileno())
             prefix = f.read(8)
             (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
@@ -106,7 +105,7 @@ def read_header(file: Path) -> Header:
     return Header(file, {e.name: e for e in entries}, metadata, prefix + text)
 
 
-def _stamp(descriptor: int) -> tuple[int, ...]:
+def _stamp(descriptor: int) -> tuple[int, int, int]:
     found = os.fstat(descriptor)
     return found.st_ino, found.st_size, found.st_mtime_ns
 

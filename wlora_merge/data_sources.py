@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import DataError, UnsupportedError
 from .formats import TABLES, TEXTS, Table, decode, first_line, read_bytes_of, read_file
-from .names import redacted
+from .names import is_hidden, redacted
 from .sources import is_here
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -56,11 +56,7 @@ def read_table(source: str | Path, *, split: str | None = None, default_splits: 
 
 def _folder(folder: Path, split: str | None, default_splits: Sequence[str]) -> Table:
     """Tables of one kind, one after another; or texts or images, whose class is the folder that they lie in."""
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not is_hidden(path.relative_to(folder)))
     kinds = {kind: [path for path in files if path.suffix.lower() in kind] for kind in (TABLES, TEXTS, IMAGES)}
     present = {kind: paths for kind, paths in kinds.items() if paths}
     if not present:

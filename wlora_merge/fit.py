@@ -21,6 +21,7 @@ from .adapters import Adapter, load_adapters
 from .base_model import BaseModel, open_base, refuse_quantized
 from .data import EVAL_SPLITS, Examples, read_examples
 from .deltas import ModuleDelta
+from .digests import sha256_file
 from .errors import DataError, MixtureError
 from .fit_options import FitOptions, fit_options
 from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded
@@ -29,7 +30,7 @@ from .fit_state import FitState, only_fit, state_file
 from .inputs import find_inputs
 from .mixture import Mixture, adapter_ref
 from .report import write_report
-from .sources import at_revision, is_here, public_name
+from .sources import is_here
 from .stacking import stack
 from .staging import refuse_out
 from .targets import modules_of, tensors_of
@@ -42,10 +43,8 @@ if TYPE_CHECKING:
     from .ranks import Team
     from .training import Candidate, FitProgress, Learner
 
-FOLD_SHARE, JUDGED_SHARE = (
-    0.5,
-    0.75,
-)  # of `max_minutes`: when the folds, and what evaluation data judge or a search tries, must end
+FOLD_SHARE, JUDGED_SHARE = 0.5, 0.75
+"""Of `max_minutes`: when the folds must end, and what evaluation data judge or a search tries."""
 
 
 def fit(
@@ -149,7 +148,7 @@ def fit(
         mixture.data |= {"columns": dict(columns)} if columns else {}
         mixture.data |= {"residual": residual} if residual else {}
         if len(mixture.adapters) < len(loaded):
-            mixture.data["adapters"] = {a.name: _public(a) for a in loaded}
+            mixture.data["adapters"] = {a.name: adapter_ref(a).spec for a in loaded}
         if files := new_files(work.learner.model, opened.source.name):
             add_new(mixture, files)
             if report:
@@ -161,12 +160,6 @@ def fit(
             mixture.save(out, force=force, inputs=sources, beside=beside)
             state.remove()
     return mixture
-
-
-def _public(adapter: Adapter) -> str:
-    """How a command names an adapter, though the mixture has not kept it."""
-    ref = adapter_ref(adapter)
-    return at_revision(public_name(ref.source), ref.revision)
 
 
 def _check_adapters(adapters: list[Adapter], options: FitOptions) -> None:
@@ -381,7 +374,7 @@ def _state(
     files = sorted(Path(start).glob("mixture.*")) if start and Path(start).is_dir() else [Path(start)] if start else []
     table = {
         "base": base.sha256(),
-        "initial_logits": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()],
+        "initial_logits": [sha256_file(file) for file in files if file.is_file()],
         "adapters": [[a.name, a.sha256] for a in adapters],
         "data": [data_ref(shots), data_ref(held) if held else None],
         "options": {k: v for k, v in asdict(options).items() if k not in ("report_to", "max_minutes")},

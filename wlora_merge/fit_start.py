@@ -44,7 +44,8 @@ def like_start(options: FitOptions) -> FitOptions:
 def initial_scale(options: FitOptions) -> float:
     """Where a learned delta_scale starts: at 1, or at that of the mixture folder to start from."""
     given = options.initial_logits
-    return Mixture.load(given).delta_scale if isinstance(given, str) and Path(given).is_dir() else 1.0
+    learned = options.delta_scale == "learned"  # else nobody asks, and the folder is not read again
+    return Mixture.load(given).delta_scale if learned and isinstance(given, str) and Path(given).is_dir() else 1.0
 
 
 def initial_logits(options: FitOptions, names: list[str], base: BaseModel) -> Any:

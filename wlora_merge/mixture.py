@@ -31,6 +31,7 @@ from .mixture_file import (
     read_mixture_tensors,
 )
 from .names import GRANULARITIES, NEW_FOLDER, NORMALIZE, group_of, natural_key
+from .sources import at_revision, public_name
 from .staging import staged
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ class InputRef:
     revision: str | None
     sha256: dict[str, str]
     name: str = ""
+
+    @property
+    def spec(self) -> str:
+        """How a command names it to others: a hub id with its commit; of a local folder its own name."""
+        return at_revision(public_name(self.source), self.revision)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TypeVar
 
 from .errors import AdapterError, UnsupportedError, WloraMergeError
@@ -211,6 +212,11 @@ def check_adapter_name(name: str) -> str:
 def is_plain_file_name(name: object) -> bool:
     """True for the name of a file in its own folder: no separator, no `..`, no drive, nothing hidden."""
     return isinstance(name, str) and bool(name) and not name.startswith(".") and not re.search(r"[/\\:\0]", name)
+
+
+def is_hidden(path: PurePath) -> bool:
+    """Whether a relative path is that of a hidden file, or lies in a hidden folder."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def is_utf8(text: str) -> bool:

@@ -113,11 +113,10 @@ def _check_outputs(
         _check_genai(folder, manifest, model, checked)
         return
     if manifest["format"] == "onnx":
-        from .writers.onnx_check import compare_with, is_half
+        from .writers.onnx_check import compare_with
         from .writers.onnx_tasks import GENERATING
 
-        half = copy.deepcopy(model).half() if is_half(folder) else None
-        compare_with(folder, model, task=str(mixture.task), half=half)
+        compare_with(folder, model, task=str(mixture.task), halved=lambda: copy.deepcopy(model).half())
         generated = ", and in a greedy generation" if mixture.task in GENERATING else ""
         checked.done.append(f"ONNX Runtime agrees with the unmerged mixture at several shapes{generated}")
     set_delta_scale(model, 0.0)

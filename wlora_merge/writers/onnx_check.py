@@ -48,28 +48,25 @@ def check_onnx(onnx_folder: Path, dense: Path, *, task: str) -> float:
     import torch
 
     task_named(task)
-    half = load_model(dense, task, torch.float16) if is_half(onnx_folder) else None
     model = load_model(dense, task, torch.float32)
-    return compare_with(onnx_folder, model, task=task, half=half)
+    return compare_with(onnx_folder, model, task=task, halved=lambda: load_model(dense, task, torch.float16))
 
 
-def is_half(onnx_folder: Path) -> bool:
-    """Whether an output of the export's graph is float16."""
-    session = main_session(open_graphs(onnx_folder))
-    return any(dtype_of(session, name) == "float16" for name in output_names(session))
-
-
-def compare_with(onnx_folder: Path, model: torch.nn.Module, *, task: str, half: torch.nn.Module | None = None) -> float:
+def compare_with(
+    onnx_folder: Path, model: torch.nn.Module, *, task: str, halved: Callable[[], torch.nn.Module]
+) -> float:
     """As `check_onnx`, with the PyTorch model itself: one in float32, or one with the adapters attached.
 
     The tokens are those of a few English sentences where the folder has a tokenizer, else random.
 
     Args:
-        half: the same model in float16, where the graph is: what float16 costs PyTorch, the graph may cost too.
+        halved: gives the same model in float16, asked where the graph is: what float16 costs PyTorch, the graph may cost too.
     """
     import torch
 
     sessions = open_graphs(onnx_folder)
+    main = main_session(sessions)
+    half = halved() if any(dtype_of(main, name) == "float16" for name in output_names(main)) else None
     image = getattr(model, "main_input_name", "") == "pixel_values"
     shapes = IMAGE_SHAPES if image else DECODER_SHAPES if task in GENERATING else ENCODER_SHAPES
     tokens = None if image else sentence_tokens(onnx_folder)

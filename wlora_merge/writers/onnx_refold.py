@@ -21,12 +21,14 @@ from wlora_merge.names import NameResolver
 from wlora_merge.sources import is_here
 from wlora_merge.writers.dense import OutputFile, Piece
 from wlora_merge.writers.onnx_file import OnnxFile, read_onnx
+from wlora_merge.writers.onnx_graph import MODEL, graph_file
 from wlora_merge.writers.onnx_match import Matcher, Tile, as_matrix, read_into
+from wlora_merge.writers.onnx_seq2seq import DECODER, ENCODER
 from wlora_merge.writers.stream import fold_into, write_files
 
 _LOG = logging.getLogger("wlora_merge")
-PAIR = ("encoder_model.onnx", "decoder_model_merged.onnx")
-MODEL_FILE = "model.onnx"  # what the graph of a single file is called, whatever that file was
+PAIR = (graph_file(ENCODER), graph_file(DECODER))
+MODEL_FILE = graph_file(MODEL)  # what the graph of a single file is called, whatever that file was
 TRACE_INSTEAD = "leave --onnx-base out to trace the mixture anew"
 
 
