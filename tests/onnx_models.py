@@ -11,8 +11,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from wlora_merge.tasks import get_task
 from wlora_merge.writers.onnx import OnnxReport, write_onnx
-from wlora_merge.writers.onnx_tasks import TASKS
 
 VOCABULARY = 99
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -70,7 +70,7 @@ class Exported(NamedTuple):
         return self.out / "onnx" / "model.onnx"
 
     def model(self) -> Any:
-        return getattr(transformers, TASKS[self.task].auto_class).from_pretrained(self.dense).eval()
+        return get_task(self.task).auto_class().from_pretrained(self.dense).eval()
 
     def session(self) -> Any:
         import onnxruntime

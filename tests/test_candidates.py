@@ -383,7 +383,7 @@ def test_a_check_predicts_as_many_trainings_as_a_fit_makes(zoo: Zoo) -> None:
         trained: list[str] = []
         fitted(zoo, progress=lambda n, step, *_, to=trained: to.append(n) if step == 1 else None, **given)
         options = fit_options({"folds": 2} | given)
-        fit_recipe = FitRecipe("shots.csv", "text-classification")
+        fit_recipe = FitRecipe(data="shots.csv", task="text-classification")
         learned, heads, _ = _trainings(options, fit_recipe, examples, ["a0", "a1", "a2"], True)
         assert abs(learned + heads - len(trained)) <= (1 if options.method == "auto" else 0), (given, trained)
 

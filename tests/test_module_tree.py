@@ -15,7 +15,7 @@ from test_architectures import CASES
 
 from wlora_merge.base_model import BaseModel, open_base
 from wlora_merge.checkpoint import Entry
-from wlora_merge.errors import UnsupportedError, VerifyError
+from wlora_merge.errors import BaseModelError, UnsupportedError
 from wlora_merge.module_tree import ModuleTree, build_tree
 
 
@@ -46,7 +46,7 @@ def test_a_config_of_far_more_layers_than_the_files_have_is_refused_at_once(tmp_
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10_000_000}))
     with pytest.raises(
-        VerifyError, match=r"config.json: describes a model of .* it is not the config of these weights"
+        BaseModelError, match=r"config.json: describes a model of .* it is not the config of these weights"
     ):
         open_base(tmp_path).find_tensor("model.layers.0.other.weight")
 

@@ -76,7 +76,7 @@ def test_a_step_that_fails_leaves_no_tree(recipe: Path) -> None:
         ("exports=3", "expected a list"),
         ("exports=[{format: dense}, {format: dense}]", "no other has"),
         ("exports=[{format: dense, name: ../up}]", "plain name"),
-        ("exports=[{format: gguf}]", "expected dense, lora or onnx"),
+        ("exports=[{format: gguf}]", "expected one of dense, lora, onnx"),
         ("exports=[{rank: 3}]", "lacks format"),
         ("fit={data: x, task: causal-lm}", "one of the sections"),
         ("adapters=7", "adapters must be"),

@@ -175,7 +175,7 @@ def test_a_lora_for_vllm_says_how_to_start_it(mixture: Path, tmp_path: Path) -> 
         ({"server": "vllm", "max_rank": 8}, ["r = 11", "--rank 8", "--max-lora-rank 16"]),
         ({"max_rank": 10}, ["r = 11", "--rank 10"]),
         ({"server": "vllm", "max_rank": 12}, ["--max-lora-rank is one of 1, 8, 16"]),
-        ({"server": "tgi"}, ["--for tgi", "vllm"]),
+        ({"server": "tgi"}, ["--for is 'tgi'", "vllm"]),
     ],
 )
 def test_a_rank_that_the_server_does_not_take_is_refused_with_what_to_change(

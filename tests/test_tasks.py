@@ -21,7 +21,8 @@ from wlora_merge.encoding import leading_ids
 from wlora_merge.errors import BaseModelError, DataError, UnsupportedError, WloraMergeError, WloraMergeWarning
 from wlora_merge.labels import MULTI, REGRESSION, SINGLE, LabelSet, label_set
 from wlora_merge.metrics import best_span, token_sums
-from wlora_merge.tasks import TASK_NAMES, get_task, task_of
+from wlora_merge.names import TASKS as TASK_NAMES
+from wlora_merge.tasks import get_task, task_of
 
 WORDS = [
     "[pad]",

@@ -14,14 +14,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import DTYPES, TORCH_NAMES, read_header
+from .checkpoint import TORCH_NAMES, read_header
 from .digests import sha256_files
 from .errors import UnsupportedError, VerifyError, WloraMergeError
 from .input_files import find_file
 from .layouts import matrix_shape
 from .manifest import FILE, is_probe
+from .module_tree import bounded
+from .names import DTYPES, PEFT_PREFIX
 from .progress import Meter
-from .structure import bounded, check_structure
+from .structure import check_structure
 
 if TYPE_CHECKING:
     import torch
@@ -199,7 +201,11 @@ def load_model(
     import torch
 
     Meter("loading the model")
-    with quiet_libraries(), _library_errors(f"{folder}: transformers cannot load it as {task}"), bounded(folder):
+    with (
+        quiet_libraries(),
+        _library_errors(f"{folder}: transformers cannot load it as {task}"),
+        bounded(folder, VerifyError),
+    ):
         model, info = _class_for(folder, task).from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=complete, **SAFE, **options
         )
@@ -242,6 +248,7 @@ def attach_mixture(
     from .fold import fold_saved
     from .layers import StackedLora
     from .live_model import live_tensors, set_parameter
+    from .mixture import rows_of
     from .targets import tensors_of
 
     with torch.no_grad():
@@ -252,7 +259,7 @@ def attach_mixture(
         )  # fmt: skip
         weights = mixture.mixture_weights
         logits = weights if mixture.normalize == "none" else weights.log()
-        row = {module: g for g, modules in enumerate(mixture.groups.values()) for module in modules}
+        row = rows_of(mixture.groups)
         parameter = model.get_parameter(PARAMETER)
         for g, modules in enumerate(attachment_of(model).groups.values()):
             module = base.find_module(modules[0])
@@ -420,7 +427,6 @@ def read_head(folder: Path, manifest: Mapping[str, Any], base: BaseModel) -> dic
         UnsupportedError: a graph has it in no form that can be read back.
     """
     from .checkpoint import read_tensor
-    from .names import PEFT_PREFIX
 
     wanted = set(manifest.get("head") or [])
     if wanted and manifest["format"] == "onnx":

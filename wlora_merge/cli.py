@@ -20,7 +20,8 @@ from typing import Any
 import click
 
 from . import names
-from .errors import MixtureError, RecipeError, WloraMergeError
+from .errors import MixtureError, RecipeError, UnsupportedError, WloraMergeError
+from .export_options import ExportOptions, export_options
 from .fit_options import FitOptions, fit_options
 from .help import COLUMNS, Group
 from .options import (
@@ -40,7 +41,7 @@ from .signals import terminate_as_exit
 from .terminal import fit_progress, human_time, say, show_table, shown_log, shown_warnings, work_progress
 
 TASKS = click.Choice(names.TASKS)
-DTYPES = click.Choice(["float32", "bfloat16", "float16"])
+DTYPES = click.Choice(list(names.DTYPES))
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -236,7 +237,7 @@ def mix(
 
 @main.command()
 @click.argument("mixture", metavar="MIXTURE_DIR", type=click.Path())
-@click.option("--format", "format_", required=True, type=click.Choice(["dense", "lora", "onnx"]), help="What to write.")
+@click.option("--format", "format_", required=True, type=click.Choice(names.FORMATS), help="What to write.")
 @OUT
 @click.option("--rank", type=COUNT, help="lora: the uniform r. Default: the smallest that is exact.")
 @click.option(
@@ -244,7 +245,7 @@ def mix(
     type=click.FloatRange(0, 1, min_open=True),
     help="lora: smallest r that keeps this share (0 to 1) of the squared norm.",
 )
-@click.option("--for", "server", type=click.Choice(["vllm"]), help="lora: refuse what this server would not load.")
+@click.option("--for", "server", type=click.Choice(names.SERVERS), help="lora: refuse what this server would not load.")
 @click.option("--max-rank", type=COUNT, help="lora: refuse a larger r, as a server's --max-lora-rank does.")
 @click.option("--dtype", type=DTYPES, help="Of the weights. Default: dense the base's, lora and onnx float32.")
 @click.option("--max-shard-size", metavar="SIZE", help="dense: file size, as 5GB. Default: the base's own shards.")
@@ -276,18 +277,18 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
     wlora-merge export mixture --format dense --out served
     wlora-merge export mixture --format lora --rank 64 --out adapter
     """
+    options["max_shard_bytes"] = _bytes(max_shard_size)
+    own = {f.name for f in fields(ExportOptions)}
+    try:
+        export_options({"format": format_} | {name: value for name, value in options.items() if name in own})
+    except UnsupportedError as error:
+        raise click.UsageError(str(error)) from error
     from .export import export as run
     from .manifest import digest
     from .ranks import is_leader
 
-    rank, energy = options["rank"] is not None, options["energy"] is not None
-    if rank and energy:
-        raise click.UsageError("--rank and --energy exclude each other: give one.")
-    if (rank or energy) and format_ != "lora":
-        raise click.UsageError(f"--rank and --energy belong to --format lora, not {format_}.")
-    size = _bytes(max_shard_size)
     with work_progress():
-        result = run(mixture, format_, out, max_shard_bytes=size, **options)
+        result = run(mixture, format_, out, **options)
     if not is_leader():
         return
     if as_json:
@@ -305,10 +306,8 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
     elif format_ == "onnx":
         detail = f" Largest difference from PyTorch {report['largest_difference']:.2e}."
     if "quantized" in report:
-        error = report["quantized"]
-        detail += (
-            f" {error['file']}: off by {error['relative']:.2e} of the largest, same choice {error['same_choice']:.1%}."
-        )
+        q = report["quantized"]
+        detail += f" {q['file']}: off by {q['relative']:.2e} of the largest, same choice {q['same_choice']:.1%}."
     click.echo(f"Wrote {out} ({format_}, {names.human_bytes(result.bytes)}).{detail}\n{digest(result.folder)}")
 
 

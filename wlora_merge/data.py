@@ -10,7 +10,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -73,10 +73,6 @@ class Examples:
         if "label" not in self.columns or labels is None or labels.problem_type != SINGLE:
             return [""] * len(self)
         return [class_name(value) for value in self.column("label")]
-
-    def select(self, indices: Sequence[int]) -> Examples:
-        """The rows at `indices`, in that order."""
-        return replace(self, rows=self.rows.select(list(indices), keep_in_memory=True))
 
 
 def read_examples(

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, UnsupportedError
-from .formats import TABLES, TEXTS, Table, decode, first_line, read_bytes_of, read_file
+from .errors import DataError, UnsupportedError, first_line
+from .formats import TABLES, TEXTS, Table, decode, read_bytes_of, read_file
 from .names import is_hidden, redacted
 from .sources import is_here
 

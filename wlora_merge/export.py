@@ -10,22 +10,23 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base_model import INDEX, BaseModel, refuse_quantized
 from .card import write_card
 from .check import locate_head, make_probe
-from .checkpoint import DTYPES, Entry
+from .checkpoint import Entry
 from .deltas import ModuleDelta
 from .digests import sha256_files
 from .errors import BaseModelError, UnsupportedError
+from .export_options import ExportOptions, export_options
 from .inputs import Inputs, find_inputs
 from .layouts import matrix_shape
 from .manifest import PACKAGES, build_manifest, versions, write_manifest
 from .mixture import Mixture
-from .names import ONNX_QUANTIZE, ONNX_RUNTIMES
+from .names import DTYPES
 from .ranks import Team, team
 from .report import write_report
 from .serving import check_rank, check_server
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from .writers.onnx_refold import Refold
 
 _LOG = logging.getLogger("wlora_merge")
-FORMATS = ("dense", "lora", "onnx")
 
 
 @dataclass(frozen=True)
@@ -52,28 +52,27 @@ class ExportResult:
     report: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What will be written: the dense files, which tied tensors they have apart, the graphs to rewrite, and bytes on disk."""
+
+    files: list[OutputFile]
+    untied: Mapping[str, Entry]
+    refold: Refold | None
+    nbytes: int
+
+
 def export(
     mixture: str | Path | Mixture,
     format: str,
     out: str | Path,
     *,
-    rank: int | None = None,
-    energy: float | None = None,
-    dtype: str | None = None,
-    max_shard_bytes: int | None = None,
     base: str | Path | None = None,
     adapters: Iterable[str | Path] = (),
-    base_name: str | None = None,
-    opset: int | None = None,
-    onnx_base: str | Path | None = None,
-    onnx_runtime: str | None = None,
-    ort_fusions: str | None = None,
-    quantize: str | None = None,
     any_digest: bool = False,
-    server: str | None = None,
-    max_rank: int | None = None,
     force: bool = False,
     report: bool = False,
+    **options: Any,
 ) -> ExportResult:
     """Fold a mixture and write it: `W_base + delta_scale · Σ v̂_n · (α_n/r_n) · B_n A_n`.
 
@@ -81,124 +80,122 @@ def export(
         mixture: a mixture folder, or a Mixture.
         format: `dense` (safetensors), `lora` (one PEFT adapter) or `onnx`.
         out: the folder to write; it must not exist or be empty unless `force`.
-        rank: lora only: the uniform r; below the sum of the adapters' ranks the best approximation of that rank.
-        energy: lora only: the smallest uniform r that keeps this share (0 to 1) of the delta weights' squared norm.
-        dtype: `float32`, `bfloat16` or `float16`; None keeps the base's (lora and onnx: float32).
-        max_shard_bytes: dense only: write files of at most this many bytes; None keeps the base's own.
         base, adapters: inputs that have moved, the latter as NAME=PATH; their digests must match.
-        base_name: what the card and an adapter's config call the base; None means its hub id or folder name.
-        opset: onnx only.
-        onnx_base: onnx only: an ONNX export of the base, a file or a folder, whose weights are rewritten; nothing is traced.
-        onnx_runtime: onnx only: `genai` writes an onnxruntime-genai folder.
-        ort_fusions: onnx only: the provider whose own operators of ONNX Runtime are used; None keeps to ONNX.
-        quantize: onnx only: `int8` or `int4`, a quantized graph beside the float one (with genai: instead of it).
         any_digest: accept inputs whose bytes differ from those that the mixture was made from.
-        server: lora only: `vllm` refuses what that server would not load, and says what to change.
-        max_rank: lora only: refuse a larger r (what the server was started with).
         force: replace what is in `out`.
         report: also write report.html, and its figures into the model card.
+        options: the other fields of `ExportOptions`.
+
+    Returns:
+        The folder, its bytes, and what was measured: of a lora its r and errors, of a graph its interface and largest difference.
 
     Raises:
         WloraMergeError: with one sentence; nothing is left in `out`.
     """
-    if format not in FORMATS:
-        raise UnsupportedError(f"format is {format!r}, expected one of {', '.join(FORMATS)}.")
-    _check_options(format, rank, energy, dtype, max_shard_bytes)
-    if format != "lora" and (server is not None or max_rank is not None):
-        raise UnsupportedError(f"--for and --max-rank belong to --format lora, not {format}.")
-    extra = {"onnx_runtime": onnx_runtime, "ort_fusions": ort_fusions, "quantize": quantize}
-    _check_onnx_options(format, dtype, opset, onnx_base, extra)
+    asked = export_options({"format": format, **options})
     inputs = find_inputs(mixture, base=base, adapters=adapters, any_digest=any_digest)
-    if format != "lora":
-        refuse_quantized(inputs.base)
-    elif server is not None:
-        check_server(server, inputs.mixture, inputs.deltas)
-    if inputs.base.added and (format == "lora" or onnx_base is not None):
-        raise UnsupportedError(
-            f"--resize-vocab {inputs.mixture.resize_vocab}: the model has tokens that its base lacks, which "
-            f"{'no LoRA over that base can express' if format == 'lora' else 'the graph of the base has no room for'}: export with "
-            f"--format {'dense' if format == 'lora' else 'onnx and without --onnx-base'}."
-        )
-    name = base_name or inputs.base.source.name
-    options = {
-        "format": format,
-        "rank": rank,
-        "energy": energy,
-        "dtype": dtype,
-        "max_shard_bytes": max_shard_bytes,
-        "opset": opset,
-        "onnx_base": Path(os.path.abspath(onnx_base)).name if onnx_base is not None else None,
-        **extra,
-        "any_digest": any_digest,
-        "server": server,
-        "max_rank": max_rank,
-        "report": report,
-    }
-    stored = dtype or ("float32" if format == "onnx" and onnx_base is None else "")
-    split = inputs.untied if format != "lora" else {}
-    if split:
-        _LOG.info(_untied_note(split))
-    if split and onnx_base is not None:
-        raise UnsupportedError(
-            f"{onnx_base}: {_untied_note(split)} A refold keeps the graph of the base: export without it."
-        )
-    files = plan(
-        inputs.base,
-        inputs.deltas if format != "lora" else [],
-        inputs.mixture.head,
-        untied=split,
-        dtype=DTYPES.get(stored),
-        max_shard_bytes=max_shard_bytes,
-    )
-    refold = _plan_refold(Path(onnx_base), inputs, files) if onnx_base is not None else None
-    carried = sum(path.stat().st_size for path in inputs.base.carried_files().values())
-    weights = _weight_bytes(format, inputs, refold.files if refold else files, rank, traced=refold is None)
-    folders = [*inputs.folders, *(Path(p) for p in (mixture, onnx_base) if isinstance(p, str | Path))]
+    planned = _plan(inputs, asked)
+    folders = [*inputs.folders, *(Path(p) for p in (mixture, asked.onnx_base) if isinstance(p, str | Path))]
     with (
         team() as ranks,
-        _shared_staging(ranks, Path(out), force=force, inputs=folders, needed_bytes=weights + carried) as staging,
+        _shared_staging(ranks, Path(out), force=force, inputs=folders, needed_bytes=planned.nbytes) as staging,
     ):
-        if format == "dense":
-            known = write_shards(inputs, files, staging.path, ranks)
+        known = write_shards(inputs, planned.files, staging.path, ranks) if format == "dense" else {}
         if not ranks.leads:
             return ExportResult(staging.out, format, None, 0, {})
-        if format == "dense":
-            write_beside(inputs, files, staging.path, dtype, split)
-            measured: dict[str, Any] = {"untied": sorted(split)} if split else {}
-        elif format == "lora":
-            known, measured = {}, _write_lora(inputs, staging.path, name, rank, energy, dtype)
-        elif refold is not None:
-            known, measured = _write_refold(inputs, refold, staging.path)
-        else:
-            known, measured = {}, _write_onnx(inputs, files, staging.path, dtype, opset, split, extra)
-        if format == "lora":
-            check_rank(measured["r"], server=server, max_rank=max_rank, exact=rank is None)
-        drawn = _report(inputs, staging.path, format, name, options) if report else []
-        write_card(
-            staging.path,
-            inputs.mixture,
-            kind=format,
-            base_name=name,
-            folders=inputs.folders,
-            note=_untied_note(split),
-            options=options,
-            measured=measured,
-            figures=drawn,
-        )
-        probe = make_probe(inputs.base.config | inputs.mixture.config, inputs.mixture.task)
-        manifest = build_manifest(
-            inputs.mixture,
-            inputs.base,
-            inputs.adapters,
-            kind=format,
-            base_name=name,
-            options=options,
-            report=measured,
-            probe=probe,
-        )
-        write_manifest(manifest, staging.path, known)
+        written, measured = _write(inputs, planned, asked, staging.path)
+        how = asdict(asked) | {"any_digest": any_digest, "report": report}
+        _describe(inputs, planned, how, measured, staging.path, known | written)
         total = sum(p.stat().st_size for p in staging.path.rglob("*") if p.is_file())
     return ExportResult(staging.out, format, staging.swap, total, measured)
+
+
+def _plan(inputs: Inputs, asked: ExportOptions) -> _Plan:
+    """What to write, from headers alone; refuses what these inputs do not allow."""
+    lora, onnx_base = asked.format == "lora", asked.onnx_base
+    if not lora:
+        refuse_quantized(inputs.base)
+    elif asked.server is not None:
+        check_server(asked.server, inputs.mixture, inputs.deltas)
+    if inputs.base.added and (lora or onnx_base is not None):
+        raise UnsupportedError(
+            f"--resize-vocab {inputs.mixture.resize_vocab}: the model has tokens that its base lacks, which "
+            f"{'no LoRA over that base can express' if lora else 'the graph of the base has no room for'}: export with "
+            f"--format {'dense' if lora else 'onnx and without --onnx-base'}."
+        )
+    untied = {} if lora else inputs.untied
+    if untied:
+        _LOG.info(_untied_note(untied))
+    if untied and onnx_base is not None:
+        raise UnsupportedError(
+            f"{onnx_base}: {_untied_note(untied)} A refold keeps the graph of the base: export without it."
+        )
+    traced = asked.format == "onnx" and onnx_base is None
+    files = plan(
+        inputs.base,
+        [] if lora else inputs.deltas,
+        inputs.mixture.head,
+        untied=untied,
+        dtype=DTYPES.get(asked.dtype or ("float32" if traced else "")),
+        max_shard_bytes=asked.max_shard_bytes,
+    )
+    refold = _plan_refold(Path(onnx_base), inputs, files) if onnx_base is not None else None
+    weights = lora_bytes(inputs, asked.rank) if lora else folder_bytes(refold.files if refold else files)
+    carried = sum(path.stat().st_size for path in inputs.base.carried_files().values())
+    return _Plan(
+        files, untied, refold, weights * (2 if traced else 1) + carried
+    )  # a graph is traced from a dense folder
+
+
+def _write(inputs: Inputs, planned: _Plan, asked: ExportOptions, out: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Write what the format has (dense: beside its shards); the sha256 that are known by then, and what was measured."""
+    if asked.format == "dense":
+        write_beside(inputs, planned.files, out, asked.dtype, planned.untied)
+        return {}, {"untied": sorted(planned.untied)} if planned.untied else {}
+    if asked.format == "lora":
+        measured = _write_lora(inputs, out, asked)
+        check_rank(measured["r"], server=asked.server, max_rank=asked.max_rank, exact=asked.rank is None)
+        return {}, measured
+    if planned.refold is not None:
+        return _write_refold(inputs, planned.refold, out)
+    return {}, _write_onnx(inputs, planned, asked, out)
+
+
+def _describe(
+    inputs: Inputs,
+    planned: _Plan,
+    how: dict[str, Any],
+    measured: Mapping[str, Any],
+    out: Path,
+    known: Mapping[str, str],
+) -> None:
+    """Write the report, the model card and the manifest."""
+    kind, base_name = how["format"], how.pop("base_name") or inputs.base.source.name
+    if how["onnx_base"] is not None:
+        how["onnx_base"] = Path(os.path.abspath(how["onnx_base"])).name
+    drawn = _report(inputs, out, kind, base_name, how) if how["report"] else []
+    write_card(
+        out,
+        inputs.mixture,
+        kind=kind,
+        base_name=base_name,
+        folders=inputs.folders,
+        note=_untied_note(planned.untied),
+        options=how,
+        measured=measured,
+        figures=drawn,
+    )
+    manifest = build_manifest(
+        inputs.mixture,
+        inputs.base,
+        inputs.adapters,
+        kind=kind,
+        base_name=base_name,
+        options=how,
+        report=measured,
+        probe=make_probe(inputs.base.config | inputs.mixture.config, inputs.mixture.task),
+    )
+    write_manifest(manifest, out, known)
 
 
 def _report(inputs: Inputs, folder: Path, kind: str, base_name: str, options: Mapping[str, Any]) -> list[str]:
@@ -229,52 +226,6 @@ def _untied_note(split: Mapping[str, Entry]) -> str:
         if split
         else ""
     )
-
-
-def _check_options(kind: str, rank: int | None, energy: float | None, dtype: str | None, max_shard: int | None) -> None:
-    if kind != "lora" and (rank is not None or energy is not None):
-        raise UnsupportedError(f"--rank and --energy belong to --format lora, not {kind}.")
-    if rank is not None and energy is not None:
-        raise UnsupportedError("--rank and --energy exclude each other: give one.")
-    if rank is not None and rank < 1:
-        raise UnsupportedError(f"--rank is {rank}, expected 1 or more.")
-    if energy is not None and not 0 < energy <= 1:
-        raise UnsupportedError(f"--energy is {energy}, expected a share above 0 and at most 1.")
-    if dtype is not None and dtype not in DTYPES:
-        raise UnsupportedError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
-    if max_shard is not None and kind != "dense":
-        raise UnsupportedError(f"--max-shard-size belongs to --format dense, not {kind}.")
-
-
-def _check_onnx_options(
-    kind: str, dtype: str | None, opset: int | None, onnx_base: str | Path | None, extra: Mapping[str, str | None]
-) -> None:
-    asked = [f"--{key.replace('_', '-')}" for key, value in extra.items() if value is not None]
-    if kind != "onnx" and (opset is not None or onnx_base is not None or asked):
-        options = asked or ["--opset and --onnx-base"]
-        raise UnsupportedError(f"{', '.join(options)} belong to --format onnx, not {kind}.")
-    if kind == "onnx" and dtype == "bfloat16":
-        from .writers.onnx import refuse_dtype
-
-        refuse_dtype(dtype)
-    if onnx_base is not None and asked:
-        raise UnsupportedError(f"{asked[0]} needs a traced export: leave --onnx-base out.")
-    if extra["onnx_runtime"] is not None and (opset is not None or extra["ort_fusions"] is not None):
-        raise UnsupportedError(
-            "onnxruntime-genai's builder chooses opset and operators: leave --opset and --ort-fusions out."
-        )
-    for key, known in (("onnx_runtime", ONNX_RUNTIMES), ("quantize", ONNX_QUANTIZE)):
-        if extra[key] is not None and extra[key] not in known:
-            raise UnsupportedError(f"--{key.replace('_', '-')} is {extra[key]!r}, expected one of {', '.join(known)}.")
-    if onnx_base is not None and (dtype is not None or opset is not None):
-        raise UnsupportedError("--onnx-base keeps the dtype and the opset of that file: leave --dtype and --opset out.")
-
-
-def _weight_bytes(kind: str, inputs: Inputs, files: Sequence[OutputFile], rank: int | None, *, traced: bool) -> int:
-    """Bytes that the weights take on disk while an export is made; tracing needs a dense folder beside the graph."""
-    if kind == "lora":
-        return lora_bytes(inputs, rank)
-    return folder_bytes(files) * (2 if kind == "onnx" and traced else 1)
 
 
 def lora_bytes(inputs: Inputs, rank: int | None) -> int:
@@ -337,9 +288,7 @@ def _chunks(file: Path) -> Iterator[bytes]:
         raise BaseModelError(f"{file}: cannot be read ({error.strerror or error}).") from error
 
 
-def _write_lora(
-    inputs: Inputs, out: Path, base_name: str, rank: int | None, energy: float | None, dtype: str | None
-) -> dict[str, Any]:
+def _write_lora(inputs: Inputs, out: Path, asked: ExportOptions) -> dict[str, Any]:
     from .writers.lora import write_lora
 
     report = write_lora(
@@ -347,10 +296,10 @@ def _write_lora(
         inputs.base,
         inputs.deltas,
         out,
-        base_name=base_name,
-        rank=rank,
-        energy=energy,
-        dtype=dtype or "float32",
+        base_name=asked.base_name or inputs.base.source.name,
+        rank=asked.rank,
+        energy=asked.energy,
+        dtype=asked.dtype or "float32",
     )
     copy_carried(inputs.base, out, config=False)
     return {
@@ -388,42 +337,32 @@ def _write_refold(inputs: Inputs, refold: Refold, out: Path) -> tuple[dict[str, 
     }
 
 
-def _write_onnx(
-    inputs: Inputs,
-    files: Sequence[OutputFile],
-    out: Path,
-    dtype: str | None,
-    opset: int | None,
-    split: Mapping[str, Entry],
-    extra: Mapping[str, str | None],
-) -> dict[str, Any]:
+def _write_onnx(inputs: Inputs, planned: _Plan, asked: ExportOptions, out: Path) -> dict[str, Any]:
     import shutil
 
-    task = inputs.mixture.task
+    task, dtype = inputs.mixture.task, asked.dtype or "float32"
     if task is None:
         raise UnsupportedError("an ONNX export needs the mixture's task: make the mixture with --task TASK.")
-    from .writers.onnx import refuse_provider
+    from .writers.onnx import refuse_provider, require_extra, write_onnx
     from .writers.onnx_quantize import refuse_quantize
 
-    if extra["onnx_runtime"] is None:
-        refuse_quantize(task, extra["quantize"], dtype or "float32")
-        refuse_provider(extra["ort_fusions"])
+    require_extra()
+    if asked.onnx_runtime is None:
+        refuse_quantize(task, asked.quantize, dtype)
+        refuse_provider(asked.ort_fusions)
     dense = out / ".dense"
     dense.mkdir()
-    write_shards(inputs, files, dense, Team())
-    write_beside(inputs, files, dense, dtype or "float32", split)
-    if extra["onnx_runtime"] == "genai":
+    write_shards(inputs, planned.files, dense, Team())
+    write_beside(inputs, planned.files, dense, dtype, planned.untied)
+    if asked.onnx_runtime == "genai":
         from .writers.onnx_genai import write_genai
 
-        share = write_genai(dense, out, task=task, dtype=dtype or "float32", quantize=extra["quantize"])
+        share = write_genai(dense, out, task=task, dtype=dtype, quantize=asked.quantize)
         shutil.rmtree(dense)
         return {"same_tokens": share}
-    from .writers.onnx import write_onnx
-
     report = write_onnx(
-        dense, out, task=task, dtype=dtype or "float32", opset=opset, ort_fusions=extra["ort_fusions"],
-        quantize=extra["quantize"],
-    )  # fmt: skip
+        dense, out, task=task, dtype=dtype, opset=asked.opset, ort_fusions=asked.ort_fusions, quantize=asked.quantize
+    )
     shutil.rmtree(dense)
     return {
         "inputs": list(report.input_names),

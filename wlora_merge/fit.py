@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from .data import EVAL_SPLITS, Examples, read_examples
 from .deltas import ModuleDelta
 from .digests import sha256_file
 from .errors import DataError, MixtureError
-from .fit_options import FitOptions, fit_options
+from .fit_options import FitOptions, check_for_task, fit_options
 from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded
 from .fit_start import initial_logits, initial_scale, like_start
 from .fit_state import FitState, only_fit, state_file
@@ -99,6 +99,7 @@ def fit(
 
     chosen = like_start(fit_options(options))
     job = get_task(task)
+    check_for_task(chosen, task, eval_data, eval_split)
     tracker_names(chosen)  # refuses before anything is trained
     if chosen.quantize:
         logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)  # which the command line keeps quiet
@@ -108,17 +109,7 @@ def fit(
     if out is not None:
         refuse_out(Path(out), force=force, inputs=sources)
     _check_adapters(loaded, chosen)
-    if chosen.problem_type and task not in ("text-classification", "image-classification"):
-        raise MixtureError(
-            f"problem_type is of text-classification and image-classification, not of {task}: leave it out."
-        )
-    if chosen.packing and task != "causal-lm":
-        raise MixtureError(f"packing is of causal-lm, not of {task}: leave it out.")
-    if chosen.max_length and task == "image-classification":
-        raise MixtureError("max_length is of texts, not of images: leave it out.")
     refuse_quantized(opened)
-    if eval_split and not eval_data:
-        raise MixtureError("eval_split is of eval_data: give both, or neither.")
     shots, held = read_examples(data, task=task, columns=columns, split=split), None
     if eval_data:
         held = read_examples(eval_data, task=task, columns=columns, split=eval_split, default_splits=EVAL_SPLITS)
@@ -126,10 +117,6 @@ def fit(
         raise MixtureError(
             f"{eval_data}: holds the very shots ({data}), and says nothing of a model that was trained on them: give other "
             "examples, or leave --eval-data out."
-        )
-    if chosen.early_stopping and held is None:
-        raise MixtureError(
-            "early_stopping needs eval_data to look at; on the shots alone, the folds choose the number of steps."
         )
     deltas = stack(
         loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type
@@ -191,6 +178,8 @@ def _prepare(
     state: Any,
     progress: FitProgress | None,
 ) -> tuple[FitJob, LabelSet | None]:
+    from torch.utils.data import ConcatDataset
+
     from .candidates import fold_indices, several_each
     from .fit_model import load_model, max_tokens
     from .training import Learner
@@ -215,10 +204,10 @@ def _prepare(
     rows, judged = (
         _encoded(task, examples, processor, length, labels) if examples else [] for examples in (shots, held)
     )
-    n = len(rows)
+    n, both = len(rows), ConcatDataset[Any]([rows, judged])  # read lazily: images are decoded when they are used
     initial = initial_logits(options, [a.name for a in adapters], base)
     learner = Learner(
-        model, task, labels, processor, options, _Both(rows, judged), head, ranks, state, initial, progress,
+        model, task, labels, processor, options, both, head, ranks, state, initial, progress,
         initial_scale(options),
     )  # fmt: skip
     keys = shots.strata(labels) if len(shots) == n else [""] * n
@@ -237,19 +226,6 @@ def _encoded(task: Task, examples: Examples, processor: Any, length: int | None,
                 "out, or give a larger --max-length."
             )
     return rows
-
-
-class _Both(Sequence[Any]):
-    """Two sequences end to end, read lazily: images are decoded when they are used."""
-
-    def __init__(self, first: Sequence[Any], second: Sequence[Any]) -> None:
-        self.first, self.second = first, second
-
-    def __len__(self) -> int:
-        return len(self.first) + len(self.second)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.first[index] if index < len(self.first) else self.second[index - len(self.first)]
 
 
 # ------------------------------------------------------------------------------------------------------ the work

@@ -12,6 +12,7 @@ from .check import quiet_libraries
 from .encoding import token_limit
 from .errors import BaseModelError, MixtureError, UnsupportedError
 from .fit_options import FitOptions
+from .module_tree import empty_model
 from .ranks import Team
 from .tasks import Task
 
@@ -130,9 +131,7 @@ def _quantization(base: BaseModel, task: Task, options: FitOptions) -> dict[str,
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise UnsupportedError("--quantize needs bitsandbytes: pip install 'wlora-merge[quantize]'.") from error
-    config = transformers.AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = task.auto_class().from_config(config)
+    model: Any = empty_model(base.folder, task.auto_class().from_config)
     kept = [name for name, _ in model.named_children() if name != model.base_model_prefix]
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     how = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]

@@ -172,6 +172,28 @@ def _plain(name: str, value: Any) -> Any:
     return fspath(value) if isinstance(value, PathLike) else value
 
 
+def check_for_task(options: FitOptions, task: str, eval_data: Any, eval_split: str | None) -> None:
+    """Refuse options that this task, or a fit without evaluation data, does not have.
+
+    Raises:
+        MixtureError: with the option's name.
+    """
+    if options.problem_type and task not in ("text-classification", "image-classification"):
+        raise MixtureError(
+            f"problem_type is of text-classification and image-classification, not of {task}: leave it out."
+        )
+    if options.packing and task != "causal-lm":
+        raise MixtureError(f"packing is of causal-lm, not of {task}: leave it out.")
+    if options.max_length and task == "image-classification":
+        raise MixtureError("max_length is of texts, not of images: leave it out.")
+    if eval_split and not eval_data:
+        raise MixtureError("eval_split is of eval_data: give both, or neither.")
+    if options.early_stopping is not None and not eval_data:
+        raise MixtureError(
+            "early_stopping needs eval_data to look at; on the shots alone, the folds choose the number of steps."
+        )
+
+
 def check_together(options: FitOptions) -> None:
     """Refuse options that exclude each other, or that would have no effect.
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .errors import DataError, UnsupportedError
+from .errors import DataError, UnsupportedError, first_line
 from .input_files import read_bytes
 from .names import human_bytes
 
@@ -279,8 +279,3 @@ def _plain(rows: datasets.Dataset, column: str) -> list[Any]:
 def _class_name(feature: datasets.ClassLabel, number: int | None) -> str | None:
     """The name of a class; None where there is none, or where it is withheld (-1, as in test splits on the hub)."""
     return None if number is None or number < 0 else str(feature.int2str(number))
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, in one line without its full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

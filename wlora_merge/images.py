@@ -7,7 +7,7 @@ images and image processors. It knows neither models nor files.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from .errors import DataError
 
@@ -31,13 +31,7 @@ class EncodedImages(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: Any) -> Any:
         return {"pixel_values": self._pixels(range(len(self))[index]), "labels": self.targets[index]}
 
     def _pixels(self, index: int) -> torch.Tensor:
@@ -54,14 +48,3 @@ class EncodedImages(Sequence[dict[str, Any]]):
         if (len(self._kept) + 1) * pixels.numel() * pixels.element_size() <= KEEP_BYTES:
             self._kept[index] = pixels
         return pixels
-
-
-def encode_images(examples: Examples, processor: Any, targets: Sequence[Any]) -> EncodedImages:
-    """Model inputs for each image.
-
-    Args:
-        examples: [E] with an `image` each, converted to RGB, or to grey where the processor has one mean.
-        processor: an image processor of transformers.
-        targets: [E], the labels as the head gives them.
-    """
-    return EncodedImages(examples, processor, targets)

@@ -21,7 +21,7 @@ from .adapters import Adapter
 from .deltas import ModuleDelta
 from .layouts import Layout
 from .live_model import CHANNELS, CONVOLUTIONS
-from .mixture import at_module, gains, mixture_weights
+from .mixture import at_module, gains, mixture_weights, rows_of
 
 CONVOLVE: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -42,7 +42,7 @@ class Attachment:
     modules_to_save: str | None = None
 
     def __post_init__(self) -> None:
-        self.row = {module: g for g, modules in enumerate(self.groups.values()) for module in modules}
+        self.row = rows_of(self.groups)
 
     def weights_of(self, module: str, present: torch.Tensor) -> torch.Tensor:
         """Mixture weights [N] of one target module, differentiable in `wlora_weights`."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CONV1D_MODEL_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 COMPOSITES = ("encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder")
 """Model types made of two models, either of which may be a GPT-2."""
+BLOCK_ELEMENTS = 1 << 20
 CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 
@@ -122,15 +123,12 @@ def output_rows(layout: Layout, base: tuple[int, ...]) -> int:
     return base[1] if layout.transposed else base[0]
 
 
-def row_norms(
-    layout: Layout, base: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, block: int = 1 << 20
-) -> torch.Tensor:
+def row_norms(layout: Layout, base: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
     """||W + lora_B @ lora_A|| of each output row, [out] float64: what DoRA divides by. The sum is formed in blocks of rows.
 
     Args:
         base: W in its own order, any floating dtype.
         lora_A: [r, in]; lora_B: [out, r], the scaling included.
-        block: elements of a block.
 
     Source: `peft.tuners.lora.dora.DoraLinearLayer.get_weight_norm`.
     """
@@ -138,7 +136,7 @@ def row_norms(
 
     left, right = stored_factors(layout, lora_A.double(), lora_B.double())
     rows, cols = matrix_shape(tuple(base.shape))
-    weight, step = base.reshape(rows, cols), max(1, block // max(1, cols))
+    weight, step = base.reshape(rows, cols), max(1, BLOCK_ELEMENTS // max(1, cols))
     squares = []
     for row in range(0, rows, step):
         total = weight[row : row + step].cpu().double() + left[row : row + step] @ right

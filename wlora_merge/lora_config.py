@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import AdapterError, UnsupportedError
+from .names import short
 
 FOLDED: dict[str, Any] = {
     "peft_type": None, "r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
@@ -67,7 +68,7 @@ def check_config(config: Mapping[str, Any], where: str, *, base_is_residual: boo
         if field not in known and not _is_empty(value) and not _is_same(value, REFUSED.get(field)):
             kind = "is not folded" if field in REFUSED else "is not known"
             raise UnsupportedError(
-                f"{where}: its config sets {field} to {_short(value)}, a field that {kind}: leave this adapter out."
+                f"{where}: its config sets {field} to {short(value)}, a field that {kind}: leave this adapter out."
             )
     _check_types(config, where)
     _check_init(config.get("init_lora_weights", True), where, base_is_residual)
@@ -82,17 +83,12 @@ def _is_same(value: Any, default: Any) -> bool:
     return type(value) is type(default) and bool(value == default)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _check_init(init: Any, where: str, base_is_residual: bool) -> None:
     if isinstance(init, bool) or init is None or (isinstance(init, str) and init.lower() in KEEPS_BASE):
         return
     if not isinstance(init, str) or not init.lower().startswith(MUTATES_BASE):
         raise UnsupportedError(
-            f"{where}: init_lora_weights is {_short(init)}, an initialisation that is not known: leave this adapter out."
+            f"{where}: init_lora_weights is {short(init)}, an initialisation that is not known: leave this adapter out."
         )
     if not base_is_residual:
         raise UnsupportedError(
@@ -104,23 +100,23 @@ def _check_init(init: Any, where: str, base_is_residual: bool) -> None:
 def _check_types(config: Mapping[str, Any], where: str) -> None:
     for field in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"):
         if not isinstance(config.get(field), bool | None):
-            raise AdapterError(f"{where}: {field} must be true or false, got {_short(config[field])}.")
+            raise AdapterError(f"{where}: {field} must be true or false, got {short(config[field])}.")
     if config.get("bias") not in (None, *BIASES):
-        raise AdapterError(f"{where}: bias must be one of {', '.join(BIASES)}, got {_short(config['bias'])}.")
+        raise AdapterError(f"{where}: bias must be one of {', '.join(BIASES)}, got {short(config['bias'])}.")
     for field in ("modules_to_save", "target_parameters"):
         names = config.get(field) or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise AdapterError(f"{where}: {field} must be a list of names, got {_short(names)}.")
+            raise AdapterError(f"{where}: {field} must be a list of names, got {short(names)}.")
     numbers = [config.get("r", 8), *_values(config, "rank_pattern", where)]
     if not all(type(r) is int and r > 0 for r in numbers):
-        raise AdapterError(f"{where}: r and rank_pattern must be positive whole numbers, got {_short(numbers)}.")
+        raise AdapterError(f"{where}: r and rank_pattern must be positive whole numbers, got {short(numbers)}.")
     alphas = [config.get("lora_alpha", 8), *_values(config, "alpha_pattern", where)]
     if not all(isinstance(a, int | float) and not isinstance(a, bool) and abs(a) < 1e30 for a in alphas):
-        raise AdapterError(f"{where}: lora_alpha and alpha_pattern must be numbers, got {_short(alphas)}.")
+        raise AdapterError(f"{where}: lora_alpha and alpha_pattern must be numbers, got {short(alphas)}.")
 
 
 def _values(config: Mapping[str, Any], field: str, where: str) -> list[Any]:
     table = config.get(field) or {}
     if not isinstance(table, Mapping):
-        raise AdapterError(f"{where}: {field} must be a table, got {_short(table)}.")
+        raise AdapterError(f"{where}: {field} must be a table, got {short(table)}.")
     return list(table.values())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import load_adapters
 from .base_model import BaseModel, open_base
-from .errors import AdapterError, MixtureError, UnsupportedError
+from .errors import AdapterError, MixtureError, UnsupportedError, first_line
 from .mixture import Mixture, adapter_ref, base_ref, make_groups, mixture_weights, prefixes, uniform
 from .names import NORMALIZE, TASKS, nearest
 from .saved_tensors import joined, stack_tensors
@@ -150,20 +150,14 @@ def _config_of(head: Mapping[str, torch.Tensor], base: BaseModel, task: str | No
 
 def _shapes_of(base: BaseModel, task: str, n_labels: int) -> tuple[str, dict[str, tuple[int, ...]]]:
     """The class of the base's model for a task, and the shapes of its tensors, built without memory."""
-    import torch
-    import transformers
-
+    from .module_tree import empty_model
     from .tasks import get_task
 
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            base.folder, num_labels=n_labels, local_files_only=True, trust_remote_code=False
-        )
-        with torch.device("meta"):
-            model = get_task(task).auto_class().from_config(config)
+        model = empty_model(base.folder, get_task(task).auto_class().from_config, num_labels=n_labels)
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedError(
-            f"{base.folder}: there is no {task} model of this base ({str(error).splitlines()[0]}): say --modules-to-save drop."
+            f"{base.folder}: there is no {task} model of this base ({first_line(error)}): say --modules-to-save drop."
         ) from error
     return type(model).__name__, {name: tuple(t.shape) for name, t in model.state_dict().items()}
 

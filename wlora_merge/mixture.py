@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +144,7 @@ class Mixture:
         Raises:
             MixtureError: the module belongs to no group.
         """
-        row = self._rows().get(delta.module)
+        row = self._rows.get(delta.module)
         if row is None:
             raise MixtureError(
                 f"module {delta.module!r} belongs to no group of the mixture: it was made from other adapters."
@@ -158,8 +159,9 @@ class Mixture:
         """gains [N] float64 of what has no scaling of its own: delta_scale · mixture weight."""
         return self.delta_scale * self.weights_of(delta)
 
+    @cached_property
     def _rows(self) -> dict[str, int]:
-        return {module: g for g, modules in enumerate(self.groups.values()) for module in modules}
+        return rows_of(self.groups)
 
     @classmethod
     def from_model(cls, model: torch.nn.Module, base: str | Path | BaseModel | None = None) -> Mixture:
@@ -340,6 +342,11 @@ def make_groups(modules: Iterable[str], granularity: str) -> dict[str, list[str]
     return groups
 
 
+def rows_of(groups: Mapping[str, Iterable[str]]) -> dict[str, int]:
+    """Module -> the row of its group."""
+    return {module: g for g, modules in enumerate(groups.values()) for module in modules}
+
+
 def adapter_ref(adapter: Adapter) -> InputRef:
     """How a mixture remembers an adapter."""
     source = adapter.source
@@ -387,7 +394,7 @@ def _check(mixture: Mixture, tensors: Mapping[str, torch.Tensor], folder: Path) 
     foreign = [name for name in tensors if not name.startswith("head.")]
     if foreign:
         raise MixtureError(f"{file}: holds an unknown tensor {foreign[0]!r}: make the mixture again.")
-    if not mixture.adapters or (
+    if (
         mixture.normalize not in NORMALIZE
         or mixture.granularity not in GRANULARITIES
         or not math.isfinite(mixture.delta_scale)

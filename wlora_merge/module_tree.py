@@ -12,20 +12,24 @@ Source: `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
-from contextlib import nullcontext
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Entry
-from .errors import UnsupportedError
+from .checkpoint import Entry, read_header
+from .errors import BaseModelError, UnsupportedError, WloraMergeError
 from .names import NameResolver
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+SPARE_ELEMENTS = 10_000_000
+"""That a model may have beyond twice the bytes of its files: a new head, masks, tables of positions."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class ModuleTree:
         return found
 
     @property
-    def tied(self) -> Collection[str]:
+    def tied(self) -> Mapping[str, str]:
         """Names of tensors that are not in the files, as the model uses another for them too."""
         return getattr(self.model, "all_tied_weights_keys", {})
 
@@ -166,10 +170,7 @@ class ModuleTree:
 
 
 def _rows(entry: Entry) -> int:
-    rows = 1
-    for size in entry.shape[:-1]:
-        rows *= size
-    return rows
+    return math.prod(entry.shape[:-1])
 
 
 def _runs(entry: Entry, here: torch.Tensor, there: torch.Tensor) -> list[Part]:
@@ -185,19 +186,65 @@ def build_tree(folder: Path, entries: dict[str, Entry]) -> ModuleTree | None:
     """The module tree of the model that a folder's config names; None where Transformers has no class for it.
 
     Raises:
-        VerifyError: the config describes a model that the folder's files cannot hold, unless they are quantized.
+        BaseModelError: the config describes a model that the folder's files cannot hold, unless they are quantized.
+    """
+    try:
+        return ModuleTree(empty_model(folder), entries)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError):
+        return None
+
+
+def empty_model(folder: Path, make: Callable[[Any], Any] | None = None, **changes: Any) -> nn.Module:
+    """The model that a folder's config describes, without memory (on torch's meta device).
+
+    Args:
+        make: config -> model; None: the class that the config names, else AutoModel's.
+        changes: config keys to change.
     """
     import torch
     import transformers
 
-    from .structure import bounded
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **changes)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    make = make or getattr(transformers, named or "-", None) or transformers.AutoModel.from_config
+    with nullcontext() if hasattr(config, "quantization_config") else bounded(folder), torch.device("meta"):
+        model: nn.Module = make(config)
+    return model
 
+
+@contextmanager
+def bounded(folder: Path, error: type[WloraMergeError] = BaseModelError) -> Iterator[None]:
+    """Let models be built on torch's meta device only as large as the folder's tensors allow.
+
+    The bound: elements of parameters and buffers of at most twice the bytes of the safetensors files, and `SPARE_ELEMENTS`; so
+    loading in float32 needs at most some eight times the files' bytes. Tensors: four times those of the files, and 10,000.
+
+    Raises:
+        error: the config describes a larger model.
+    """
+    from torch.nn.modules import module as hooks
+
+    files = [file for file in folder.glob("*.safetensors") if file.is_file()]
+    allowed = 2 * sum(file.stat().st_size for file in files) + SPARE_ELEMENTS
+    most = 4 * sum(len(read_header(file).entries) for file in files) + 10_000
+    elements = tensors = 0
+
+    def count(module: torch.nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        nonlocal elements, tensors
+        if tensor is not None and tensor.device.type == "meta":
+            elements, tensors = elements + tensor.numel(), tensors + 1
+            if elements > allowed or tensors > most:
+                raise error(
+                    f"{folder / 'config.json'}: describes a model of {elements} numbers in {tensors} tensors or more, "
+                    f"and the files hold fewer: it is not the config of these weights."
+                )
+
+    handles = [
+        hooks.register_module_parameter_registration_hook(count),
+        hooks.register_module_buffer_registration_hook(count),
+    ]
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        names = getattr(config, "architectures", None) or [""]
-        known = getattr(transformers, names[0], None) if names[0] else None
-        with nullcontext() if hasattr(config, "quantization_config") else bounded(folder), torch.device("meta"):
-            model = known(config) if known is not None else transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError):
-        return None
-    return ModuleTree(model, entries)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import AdapterError, UnsupportedError, WloraMergeError
 
@@ -37,7 +38,11 @@ TASKS = (
 )
 FIT_TASKS = TASKS[:-1]
 NORMALIZE = ("all", "present", "none")
-ONNX_QUANTIZE, ONNX_RUNTIMES = ("int8", "int4"), ("genai",)
+FORMATS = ("dense", "lora", "onnx")
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""What weights may be written in, and how safetensors calls it."""
+SERVERS = ("vllm",)
+ONNX_DTYPES, ONNX_QUANTIZE, ONNX_RUNTIMES = ("float32", "float16"), ("int8", "int4"), ("genai",)
 
 _LORA_KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
@@ -130,18 +135,21 @@ def pattern_value(patterns: Mapping[str, V], module: str, default: V, deadline: 
         try:
             found = regex.match(rf"(.*\.)?({pattern})$", module, timeout=max(end - time.monotonic(), 1e-6))
         except (regex.error, RecursionError, OverflowError, ValueError) as error:
-            raise AdapterError(f"pattern {_short(pattern)} is not a regular expression ({error}).") from error
+            raise AdapterError(f"pattern {short(pattern)} is not a regular expression ({error}).") from error
         except TimeoutError as error:
             raise AdapterError(
-                f"pattern {_short(pattern)}: matching takes more than {PATTERN_SECONDS:g} seconds: write the names out."
+                f"pattern {short(pattern)}: matching takes more than {PATTERN_SECONDS:g} seconds: write the names out."
             ) from error
         if found:
             return value
     return default
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")
+def short(value: Any) -> str:
+    """What a message shows of a value: parts of it, as the aliases of a YAML of ten lines can mean 10^9 of them."""
+    parts = reprlib.Repr()
+    parts.maxlevel, parts.maxstring, parts.maxother = 2, 80, 80
+    return parts.repr(value)
 
 
 def redacted(text: str) -> str:

@@ -6,19 +6,18 @@ factor of three or so. Nothing is trained or written.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import DTYPES
 from .data import Examples
 from .deltas import ModuleDelta
 from .export import lora_bytes
 from .inputs import Inputs
 from .layouts import matrix_shape
-from .recipe import ExportRecipe, FitRecipe
+from .names import DTYPES
+from .recipe import ExportRecipe, FitRecipe, options_of
 from .tasks import get_task
 from .writers.dense import folder_bytes, plan
 
@@ -60,8 +59,7 @@ def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -
     embedding = max((math.prod(e.shape) for e in entries if len(e.shape) == 2), default=0)
     parameters = sum(math.prod(e.shape) for e in entries)
     tokens = _tokens(fit, examples)
-    known = {f.name for f in dataclasses.fields(FitOptions)}
-    options = fit_options({name: value for name, value in dataclasses.asdict(fit).items() if name in known})
+    options = fit_options(options_of(fit, FitOptions))
     head = get_task(fit.task).has_head
     learned, heads, judgings = _trainings(options, fit, examples, [a.name for a in inputs.adapters], head)
     batch = options.batch_size * options.gradient_accumulation_steps

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import WloraMergeError
+from .errors import WloraMergeError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ def team() -> Iterator[Team]:
             dist.init_process_group("gloo")
         except (ValueError, RuntimeError) as error:
             raise WloraMergeError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the processes cannot be joined ({str(error).splitlines()[0]}): start "
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the processes cannot be joined ({first_line(error)}): start "
                 "with torchrun or accelerate launch, or unset it."
             ) from error
     try:

@@ -16,19 +16,20 @@ nothing but the recipe.
 from __future__ import annotations
 
 import dataclasses
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import RecipeError
+from .errors import RecipeError, WloraMergeError
+from .export_options import ExportOptions, export_options
+from .fit_options import FitOptions, check_for_task, fit_options
 from .input_files import parse_yaml, read_bytes
-from .names import FIT_TASKS, TASKS, is_plain_file_name, nearest
+from .names import FIT_TASKS, TASKS, is_plain_file_name, nearest, short
 
 
-@dataclass(frozen=True)
-class FitRecipe:
+@dataclass(frozen=True, kw_only=True)
+class FitRecipe(FitOptions):
     """The `fit` section: the options of `wlora-merge fit` under their Python names; what is left out keeps its default."""
 
     data: str
@@ -37,37 +38,6 @@ class FitRecipe:
     split: str | None = None
     eval_split: str | None = None
     columns: dict[str, str] | None = None
-    method: str | None = None
-    select: str | None = None
-    weights: list[float] | None = None
-    granularity: str | None = None
-    normalize: str | None = None
-    new_adapter: int | None = None
-    delta_scale: float | str | None = None
-    initial_logits: list[float] | str | None = None
-    temperature: float | None = None
-    pull: float | None = None
-    prune_below: float | None = None
-    folds: int | None = None
-    settings: int | None = None
-    epochs: float | None = None
-    max_steps: int | None = None
-    max_minutes: float | None = None
-    early_stopping: int | None = None
-    learning_rate: float | None = None
-    head_learning_rate: float | None = None
-    new_adapter_learning_rate: float | None = None
-    batch_size: int | None = None
-    gradient_accumulation_steps: int | None = None
-    packing: bool | None = None
-    gradient_checkpointing: bool | None = None
-    max_length: int | None = None
-    seed: int | None = None
-    device: str | None = None
-    precision: str | None = None
-    quantize: str | None = None
-    problem_type: str | None = None
-    report_to: str | None = None
     modules_to_save: str | None = None
     residual: str | None = None
 
@@ -85,24 +55,11 @@ class MixRecipe:
     residual: str | None = None
 
 
-@dataclass(frozen=True)
-class ExportRecipe:
+@dataclass(frozen=True, kw_only=True)
+class ExportRecipe(ExportOptions):
     """One entry of `exports`; `name` is its folder, the format's own name by default."""
 
-    format: str
     name: str | None = None
-    rank: int | None = None
-    energy: float | None = None
-    dtype: str | None = None
-    max_shard_bytes: int | None = None
-    base_name: str | None = None
-    server: str | None = None
-    max_rank: int | None = None
-    opset: int | None = None
-    onnx_base: str | None = None
-    onnx_runtime: str | None = None
-    ort_fusions: str | None = None
-    quantize: str | None = None
 
     @property
     def folder(self) -> str:
@@ -164,13 +121,6 @@ def _override(table: dict[str, Any], override: str) -> None:
     table[last] = parse_yaml(text)
 
 
-def short(value: Any) -> str:
-    """How a message shows a value: in parts, as the aliases of a YAML of ten lines can mean 10^9 of them."""
-    parts = reprlib.Repr()
-    parts.maxlevel = 2
-    return parts.repr(value)
-
-
 def _recipe(table: Mapping[str, Any], path: Path) -> Recipe:
     values = dict(table)
     if ("fit" in values) == ("mix" in values):
@@ -223,7 +173,7 @@ def _build(cls: type[Any], table: Any, where: str, *, nested: bool = False) -> A
 
 
 TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-TYPES |= {"dict[str, str]": (dict,), "list[float]": (list,)}
+TYPES |= {"dict[str, str]": (dict,), "list[float]": (list,), "Sequence[float]": (list,)}
 
 
 def _check_type(f: dataclasses.Field[Any], value: Any, where: str) -> None:
@@ -255,6 +205,19 @@ def _check(recipe: Recipe, path: Path) -> None:
             raise RecipeError(
                 f"{path}: the export folder {short(folder)} must be a plain name that no other has: set its name."
             )
-    for export in recipe.exports:
-        if export.format not in ("dense", "lora", "onnx"):
-            raise RecipeError(f"{path}: format is {short(export.format)}, expected dense, lora or onnx.")
+    if recipe.fit is not None:
+        try:
+            options = fit_options(options_of(recipe.fit, FitOptions))
+            check_for_task(options, recipe.fit.task, recipe.fit.eval_data, recipe.fit.eval_split)
+        except WloraMergeError as error:
+            raise RecipeError(f"{path}: fit: {error}") from error
+    for i, entry in enumerate(recipe.exports):
+        try:
+            export_options(options_of(entry, ExportOptions))
+        except WloraMergeError as error:
+            raise RecipeError(f"{path}: exports[{i}]: {error}") from error
+
+
+def options_of(section: Any, options: type[Any]) -> dict[str, Any]:
+    """The values of a section that are options of the workflow itself."""
+    return {f.name: getattr(section, f.name) for f in dataclasses.fields(options)}

@@ -10,9 +10,8 @@ import json
 from typing import Any
 
 from . import fit_options
-from .names import FIT_TASKS, GRANULARITIES, NORMALIZE, ONNX_QUANTIZE, ONNX_RUNTIMES, TASKS
+from .names import DTYPES, FIT_TASKS, FORMATS, GRANULARITIES, NORMALIZE, ONNX_QUANTIZE, ONNX_RUNTIMES, SERVERS, TASKS
 from .recipe import ExportRecipe, FitRecipe, MixRecipe, Recipe
-from .serving import SERVERS
 
 KINDS: dict[str, dict[str, Any]] = {
     "str": {"type": "string"},
@@ -21,12 +20,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "bool": {"type": "boolean"},
     "dict[str, str]": {"type": "object", "additionalProperties": {"type": "string"}},
     "list[float]": {"type": "array", "items": {"type": "number"}},
+    "Sequence[float]": {"type": "array", "items": {"type": "number"}},
     "None": {"type": "null"},
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": TASKS,
-    "format": ("dense", "lora", "onnx"),
-    "dtype": ("float32", "bfloat16", "float16"),
+    "format": FORMATS,
+    "dtype": tuple(DTYPES),
     "granularity": GRANULARITIES,
     "normalize": NORMALIZE,
     "method": fit_options.METHODS,

@@ -10,10 +10,11 @@ from typing import Any
 
 from .check import Checked
 from .export import ExportResult, export
+from .export_options import ExportOptions
 from .inputs import find_inputs
 from .mixture import Mixture
 from .names import NEW_FOLDER, human_bytes
-from .recipe import Recipe
+from .recipe import Recipe, options_of
 from .sources import is_here
 from .staging import staged
 from .verify import verify
@@ -64,11 +65,11 @@ def run(
         mixture = _mixture(recipe, base, adapters, folder, where, say, fit_progress)
         for entry in recipe.exports:
             say(f"export {entry.folder}")
-            options = {key: value for key, value in asdict(entry).items() if key not in ("format", "name")}
+            options = options_of(entry, ExportOptions) | {"report": recipe.report}
             if entry.onnx_base is not None:
                 options["onnx_base"] = _path(entry.onnx_base, where)
             target = staging.path / entry.folder
-            exports[entry.folder] = export(folder, entry.format, target, report=recipe.report, **options)
+            exports[entry.folder] = export(folder, options.pop("format"), target, **options)
             if recipe.verify:
                 say(f"verify {entry.folder}")
                 named = [f"{name}={path}" for name, path in adapters if name in mixture.adapter_names]

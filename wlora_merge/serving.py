@@ -11,27 +11,10 @@ from .deltas import ModuleDelta, TensorDelta
 from .errors import UnsupportedError
 from .layouts import Layout
 from .mixture import Mixture
+from .names import SERVERS, TASKS
+from .tasks import get_task
 
-PIPELINE_TAGS = {
-    "causal-lm": "text-generation",
-    "seq2seq-lm": "text2text-generation",
-    "text-classification": "text-classification",
-    "token-classification": "token-classification",
-    "question-answering": "question-answering",
-    "image-classification": "image-classification",
-    "feature-extraction": "feature-extraction",
-}
-AUTO_CLASSES = {
-    "causal-lm": "CausalLM",
-    "seq2seq-lm": "Seq2SeqLM",
-    "text-classification": "SequenceClassification",
-    "token-classification": "TokenClassification",
-    "question-answering": "QuestionAnswering",
-    "image-classification": "ImageClassification",
-    "feature-extraction": "",
-}
-PEFT_AUTO = tuple(task for task in AUTO_CLASSES if task != "image-classification")
-SERVERS = ("vllm",)
+PIPELINE_TAGS = {task: task for task in TASKS} | {"causal-lm": "text-generation", "seq2seq-lm": "text2text-generation"}
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `vllm serve --max-lora-rank` accepts; an adapter's r may be anything up to it."""
 FOLDER = "path/to/this/folder"
@@ -106,7 +89,7 @@ def serving(mixture: Mixture, kind: str, base_name: str, r: int | None = None, r
         runtime: of an ONNX export: `genai` for a folder of onnxruntime-genai.
     """
     task = mixture.task or "feature-extraction"
-    auto = f"AutoModel{'For' if AUTO_CLASSES[task] else ''}{AUTO_CLASSES[task]}"
+    auto = get_task(task).auto_class_name
     if kind == "dense":
         return _dense(task, auto)
     if kind == "lora":
@@ -154,8 +137,8 @@ def _lora(mixture: Mixture, task: str, auto: str, base_name: str, r: int | None)
         f'model = PeftModel.from_pretrained(base, "{FOLDER}")',
     )
     parts = ["PEFT:", _code("python", *lines)]
-    if task in PEFT_AUTO:
-        peft_auto = f"AutoPeftModel{'For' if AUTO_CLASSES[task] else ''}{AUTO_CLASSES[task] or 'ForFeatureExtraction'}"
+    if task != "image-classification":  # PEFT has no class for it
+        peft_auto = auto.replace("AutoModel", "AutoPeftModel") + "ForFeatureExtraction" * (auto == "AutoModel")
         parts += [
             f"or, where `{base_name}` (`base_model_name_or_path` of the config) can be found under that name,",
             _code(

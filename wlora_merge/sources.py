@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import WloraMergeError
+from .errors import WloraMergeError, first_line
 from .names import is_utf8, redacted
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -93,9 +93,8 @@ def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
             )
         )
     except Exception as error:  # the hub's library lets those of its HTTP and transfer libraries through
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WloraMergeError(
-            redacted(f"{text}: no such folder here, and the hub did not give it: {reason}")
+            redacted(f"{text}: no such folder here, and the hub did not give it: {first_line(error)}.")
         ) from error
     return Source(found, hub_id, found.name if _COMMIT.fullmatch(found.name) else revision or None)
 

@@ -1,34 +1,25 @@
-"""Does an export's config describe its tensors? Asked of headers and JSON alone, before any library loads the folder.
-
-Also the bound on what loading may cost: a config of a kilobyte can describe a model of a petabyte.
-"""
+"""Does an export's config describe its tensors? Asked of headers and JSON alone, before any library loads the folder."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import CONFIG_FILE, WEIGHTS_FILE
-from .base_model import INDEX, OUTPUT_EMBEDDINGS, BaseModel, open_base
-from .checkpoint import DTYPES, FLOATING, Entry, read_header, read_tensor
+from .base_model import INDEX, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, BaseModel, open_base
+from .checkpoint import FLOATING, Entry, read_header, read_tensor
 from .errors import VerifyError
 from .input_files import find_file, read_table
-from .names import parse_adapter_key
+from .names import DTYPES, parse_adapter_key
 from .progress import Meter
 
 if TYPE_CHECKING:
-    import torch
-
     from .mixture import Mixture
     from .writers.dense import OutputFile
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
-SPARE_ELEMENTS = 10_000_000
-"""That a model may have beyond twice the bytes of its files: a new head, masks, tables of positions."""
 
 
 def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -197,41 +188,3 @@ def _same_bytes(one: Entry, other: Entry) -> bool:
                 return False
             left -= step
     return True
-
-
-@contextmanager
-def bounded(folder: Path) -> Iterator[None]:
-    """Let models be built on torch's meta device only as large as the folder's tensors allow.
-
-    The bound: elements of parameters and buffers of at most twice the bytes of the safetensors files, and `SPARE_ELEMENTS`; so
-    loading in float32 needs at most some eight times the files' bytes. Tensors: four times those of the files, and 10,000.
-
-    Raises:
-        VerifyError: the config describes a larger model.
-    """
-    from torch.nn.modules import module as hooks
-
-    files = [file for file in folder.glob("*.safetensors") if file.is_file()]
-    allowed = 2 * sum(file.stat().st_size for file in files) + SPARE_ELEMENTS
-    most = 4 * sum(len(read_header(file).entries) for file in files) + 10_000
-    elements = tensors = 0
-
-    def count(module: torch.nn.Module, name: str, tensor: torch.Tensor | None) -> None:
-        nonlocal elements, tensors
-        if tensor is not None and tensor.device.type == "meta":
-            elements, tensors = elements + tensor.numel(), tensors + 1
-            if elements > allowed or tensors > most:
-                raise VerifyError(
-                    f"{folder / 'config.json'}: describes a model of {elements} numbers in {tensors} tensors or more, "
-                    f"and the files hold fewer: it is not the config of these weights."
-                )
-
-    handles = [
-        hooks.register_module_parameter_registration_hook(count),
-        hooks.register_module_buffer_registration_hook(count),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

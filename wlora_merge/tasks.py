@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from .encoding import encode_causal_lm, token_limit, warn_cut
-from .errors import BaseModelError, DataError, UnsupportedError, WloraMergeError
-from .images import encode_images
+from .errors import BaseModelError, DataError, UnsupportedError, WloraMergeError, first_line
+from .images import EncodedImages
 from .labels import MULTI, REGRESSION, LabelSet, class_name, label_set, order_names, to_number
 from .metrics import (
     IGNORED,
@@ -24,7 +24,7 @@ from .metrics import (
     seq2seq_metric,
     tagging_metric,
 )
-from .names import nearest
+from .names import TASKS, nearest
 from .spans import encode_answers
 
 if TYPE_CHECKING:
@@ -42,13 +42,9 @@ class Task:
         auto_class_name: of the transformers class that builds its model, body and head.
     """
 
+    has_head: ClassVar[bool] = True  # that a base may lack
     name: str
     auto_class_name: str
-
-    @property
-    def has_head(self) -> bool:
-        """Whether its models have a head that a base may lack."""
-        return True
 
     def auto_class(self) -> type[Any]:
         """The transformers class that builds the model of this task."""
@@ -125,7 +121,6 @@ class Task:
         raise UnsupportedError(f"{self.name} has no metric.")
 
 
-@dataclass(frozen=True)
 class CausalLM(Task):
     """Next-token prediction; the loss is on completions alone.
 
@@ -133,9 +128,7 @@ class CausalLM(Task):
     a model to stop, and adapters made for short answers were trained without. Data may spell one.
     """
 
-    @property
-    def has_head(self) -> bool:
-        return False
+    has_head = False
 
     def encode(
         self, examples: Examples, processor: Any, *, max_length: int | None = None, labels: LabelSet | None = None
@@ -154,12 +147,8 @@ class CausalLM(Task):
         return causal_lm_metric()
 
 
-class Seq2SeqLM(Task):
+class Seq2SeqLM(CausalLM):
     """Source to target; the source is cut from the right when too long, the target never."""
-
-    @property
-    def has_head(self) -> bool:
-        return False
 
     def encode(
         self, examples: Examples, processor: Any, *, max_length: int | None = None, labels: LabelSet | None = None
@@ -171,11 +160,6 @@ class Seq2SeqLM(Task):
                 where, size = examples.where(number), len(item["labels"])
                 raise DataError(f"{where}: its target has {size} tokens, over {max_length}.")
         return encoded
-
-    def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        import transformers
-
-        return transformers.DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
 
     def items(self, row: Mapping[str, Any]) -> int:
         return _counted(row["labels"])
@@ -223,7 +207,7 @@ class ImageClassification(TextClassification):
     def encode(
         self, examples: Examples, processor: Any, *, max_length: int | None = None, labels: LabelSet | None = None
     ) -> Encoded:
-        return encode_images(examples, processor, targets(examples, labels))
+        return EncodedImages(examples, processor, targets(examples, labels))
 
     def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         import transformers
@@ -308,14 +292,13 @@ _TASKS = (
     ImageClassification("image-classification", "AutoModelForImageClassification"),
     Task("feature-extraction", "AutoModel"),
 )
-TASK_NAMES = tuple(task.name for task in _TASKS)
 
 
 def get_task(name: str) -> Task:
     """The task of that name.
 
     Args:
-        name: one of `TASK_NAMES`.
+        name: one of `names.TASKS`.
 
     Raises:
         WloraMergeError: there is none; with the nearest name.
@@ -323,7 +306,7 @@ def get_task(name: str) -> Task:
     for task in _TASKS:
         if task.name == name:
             return task
-    raise WloraMergeError(f"no task {name!r}; tasks are {', '.join(TASK_NAMES)}{nearest(name, TASK_NAMES)}.")
+    raise WloraMergeError(f"no task {name!r}; tasks are {', '.join(TASKS)}{nearest(name, TASKS)}.")
 
 
 def task_of(model: Any) -> str | None:
@@ -406,5 +389,4 @@ def _load(auto_class: str, folder: str | Path, what: str) -> Any:
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # tokenizers raises plain Exceptions; whatever it is, the files are at fault
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseModelError(f"{folder} has no {what} that loads: {reason}") from error
+        raise BaseModelError(f"{folder} has no {what} that loads: {first_line(error)}.") from error

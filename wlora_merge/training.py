@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .attachment import PARAMETER, SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
+from .attachment import SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
 from .errors import MixtureError
 from .fit_options import FitOptions
 from .mixture import mixture_weights
 from .new_adapter import new_parameters, place_new
 
 if TYPE_CHECKING:
+    from torch.utils.data import ConcatDataset
+
     from .fit_state import FitState
     from .labels import LabelSet
     from .ranks import Team
@@ -101,13 +103,13 @@ class Learner:
         labels: LabelSet | None,
         processor: Any,
         options: FitOptions,
-        rows: Sequence[dict[str, Any]],
+        rows: ConcatDataset[Any] | Sequence[Any],
         head: list[str],
         team: Team,
         state: FitState,
-        initial: Callable[[dict[str, list[str]], str], torch.Tensor | None] = lambda groups, granularity: None,
-        progress: FitProgress | None = None,
-        initial_scale: float = 1.0,
+        initial: Callable[[dict[str, list[str]], str], torch.Tensor | None],
+        progress: FitProgress | None,
+        initial_scale: float,
     ) -> None:
         self.initial_scale = initial_scale
         self.model, self.task, self.labels, self.options = model, task, labels, options
@@ -244,7 +246,7 @@ class Learner:
             self.state.save_current(key, lambda result=result, best=best: loop.saved(result, best))  # type: ignore[misc]
         self._check(candidate, loop, result)
         if patience is not None and best[1]:
-            loop.load(best[2])
+            restore(loop.parameters, best[2])
             result.steps = best[1]
         result.tensors = loop.tensors()
         return result
@@ -434,10 +436,6 @@ class _Loop:
         """Copies of what is trained."""
         return [p.detach().clone() for p in self.parameters]
 
-    def load(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Put copies back."""
-        restore(self.parameters, tensors)
-
     def saved(self, result: Trained, best: tuple[float, int, list[torch.Tensor]]) -> dict[str, Any]:
         """All that `restore` needs, as plain containers and tensors."""
         return {
@@ -454,7 +452,7 @@ class _Loop:
 
     def restore(self, saved: dict[str, Any]) -> tuple[Trained, tuple[float, int, list[torch.Tensor]]]:
         """Go on where a killed run saved."""
-        self.load(saved["tensors"])
+        restore(self.parameters, saved["tensors"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
@@ -516,6 +514,3 @@ def joined(parts: Sequence[Any]) -> Any:
         return torch.cat(list(parts))
     width = max(p.shape[1] for p in parts)
     return torch.cat([nn.functional.pad(p, (0, 0) * (p.ndim - 2) + (0, width - p.shape[1]), value=-100) for p in parts])
-
-
-__all__ = ["PARAMETER", "Candidate", "FitProgress", "Judged", "Learner", "Trained", "joined", "restore"]

@@ -52,8 +52,9 @@ def _is_tied(base: BaseModel, name: str) -> bool:
 
 def _tied_names(base: BaseModel, config: Mapping[str, Any]) -> dict[str, str]:
     """Parameter -> the parameter that transformers ties it to."""
-    import torch
     import transformers
+
+    from .module_tree import ModuleTree, empty_model
 
     names = config.get("architectures") or base.config.get("architectures") or []
     model_class = getattr(transformers, names[0], None) if len(names) == 1 else None
@@ -62,10 +63,9 @@ def _tied_names(base: BaseModel, config: Mapping[str, Any]) -> dict[str, str]:
             f"{base.folder}: an adapter changes one of its tied embeddings, and its config names no model class of transformers "
             f"(architectures: {names}), so the other's name is not known: leave this adapter out."
         )
-    settings = transformers.AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = model_class(settings)
-    return dict(model.all_tied_weights_keys)
+    if base.tree is not None and type(base.tree.model) is model_class:
+        return dict(base.tree.tied)
+    return dict(ModuleTree(empty_model(base.folder, model_class), {}).tied)
 
 
 def twin_of(base: BaseModel, tensor: str) -> str | None:

@@ -22,13 +22,12 @@ from .check import (
     tolerance_of,
     unused_by,
 )
-from .checkpoint import DTYPES
 from .digests import path_of
 from .errors import UnsupportedError, VerifyError, WloraMergeError
 from .inputs import find_inputs
 from .manifest import FILE, read_manifest
 from .mixture import Mixture
-from .names import nearest
+from .names import DTYPES, nearest
 from .structure import check_folded, check_untouched
 
 

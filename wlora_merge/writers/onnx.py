@@ -14,20 +14,20 @@ from typing import Any
 
 from wlora_merge.base_model import carried_files
 from wlora_merge.errors import OutputError, UnsupportedError, VerifyError
+from wlora_merge.export_options import export_options
 from wlora_merge.progress import Meter
 from wlora_merge.writers.onnx_check import check_onnx
 from wlora_merge.writers.onnx_graph import INLINE_LIMIT, save, tidy
 from wlora_merge.writers.onnx_run import run_probe
 from wlora_merge.writers.onnx_seq2seq import BRANCHES as DECODER_BRANCHES
 from wlora_merge.writers.onnx_seq2seq import DECODER, merge
-from wlora_merge.writers.onnx_tasks import load_model, quiet, task_named
+from wlora_merge.writers.onnx_tasks import load_model, quiet
 from wlora_merge.writers.onnx_trace import trace
 
 __all__ = ["DEFAULT_OPSET", "OnnxReport", "check_onnx", "run_probe", "write_onnx"]
 
 # What torch's exporter translates to most directly, and ONNX Runtime, also in the browser, has run since 1.17
 DEFAULT_OPSET = 20
-_DTYPES = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class OnnxReport:
         input_names: the graph's input names, in order.
         output_names: the graph's output names, in order.
         opset: the ONNX opset of the graph.
-        dtype: of the weights.
         largest_difference: the largest absolute difference of an output from PyTorch's in float32.
         sizes: bytes of each file in `onnx/`, by name.
         quantized: the quantized graph's file and error, where one was asked for.
@@ -47,7 +46,6 @@ class OnnxReport:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     opset: int
-    dtype: str
     largest_difference: float
     sizes: dict[str, int]
     quantized: dict[str, Any] | None = None
@@ -89,9 +87,8 @@ def write_onnx(
         OutputError: `out` already holds an `onnx` folder.
         VerifyError: the graph does not compute what PyTorch does.
     """
-    task_named(task)
-    refuse_dtype(dtype)
-    _require_extra()
+    export_options({"format": "onnx", "dtype": dtype, "opset": opset, "ort_fusions": ort_fusions, "quantize": quantize})
+    require_extra()
     refuse_provider(ort_fusions)
     folder = out / "onnx"
     if folder.exists():
@@ -140,7 +137,7 @@ def write_onnx(
         Meter("quantizing")
         quantized = quantize_onnx(out, load_model(dense, task, torch.float32), task=task, kind=quantize)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return OnnxReport(*names, opset=got, dtype=dtype, largest_difference=difference, sizes=sizes, quantized=quantized)
+    return OnnxReport(*names, opset=got, largest_difference=difference, sizes=sizes, quantized=quantized)
 
 
 def copy_side_files(dense: Path, out: Path, dtype: str) -> None:
@@ -178,21 +175,12 @@ def refuse_provider(provider: str | None) -> None:
         )
 
 
-def refuse_dtype(dtype: str) -> None:
-    """Refuse a dtype that ONNX Runtime does not run.
+def require_extra() -> None:
+    """Refuse where the `onnx` extra is not installed.
 
     Raises:
-        UnsupportedError: with the reason.
+        UnsupportedError: with how to install it.
     """
-    if dtype == "bfloat16":
-        raise UnsupportedError(
-            "bfloat16 cannot be exported to ONNX: ONNX Runtime's CPU provider has no bfloat16 MatMul; use float32 or float16"
-        )
-    if dtype not in _DTYPES:
-        raise UnsupportedError(f"ONNX dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
-
-
-def _require_extra() -> None:
     from importlib.util import find_spec
 
     for package in ("onnxscript", "onnxruntime"):

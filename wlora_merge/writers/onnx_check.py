@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from wlora_merge.errors import VerifyError
 from wlora_merge.writers.onnx_run import dtype_of, main_session, next_scores, open_graphs, output_names, run
-from wlora_merge.writers.onnx_tasks import GENERATING, load_model, quiet, sample_inputs, sentence_tokens, task_named
+from wlora_merge.writers.onnx_tasks import GENERATING, load_model, quiet, sample_inputs, sentence_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,6 @@ def check_onnx(onnx_folder: Path, dense: Path, *, task: str) -> float:
     """
     import torch
 
-    task_named(task)
     model = load_model(dense, task, torch.float32)
     return compare_with(onnx_folder, model, task=task, halved=lambda: load_model(dense, task, torch.float16))
 

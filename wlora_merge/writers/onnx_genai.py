@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wlora_merge.errors import UnsupportedError, VerifyError
+from wlora_merge.errors import UnsupportedError, VerifyError, first_line
 from wlora_merge.progress import Meter
 from wlora_merge.writers.onnx_tasks import DENSE_INSTEAD, load_model, quiet, sentence_tokens
 
@@ -111,7 +111,7 @@ def _greedy(folder: Path, row: list[int], prompt: int) -> list[int]:
             given.append(int(scores.reshape(-1, scores.shape[-1])[-1].argmax()))
         return given
     except Exception as e:  # its errors share no class of their own
-        raise VerifyError(f"{folder}: onnxruntime-genai cannot run it ({str(e).splitlines()[0]})") from e
+        raise VerifyError(f"{folder}: onnxruntime-genai cannot run it ({first_line(e)})") from e
 
 
 def _generator(og: Any, folder: Path, length: int) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wlora_merge.errors import UnsupportedError, VerifyError
+from wlora_merge.errors import UnsupportedError, VerifyError, first_line
 from wlora_merge.names import is_plain_file_name
 from wlora_merge.writers.onnx_graph import MODEL, data_file, graph_file
 from wlora_merge.writers.onnx_seq2seq import DECODER, ENCODER, SWITCH
@@ -102,7 +102,7 @@ def open_session(path: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # its classes are generated at import and share no base but this
-        raise VerifyError(f"{path}: ONNX Runtime cannot load it ({str(e).splitlines()[0]})") from e
+        raise VerifyError(f"{path}: ONNX Runtime cannot load it ({first_line(e)})") from e
 
 
 def check_files(folder: Path, name: str = MODEL) -> None:
@@ -142,7 +142,7 @@ def check_files(folder: Path, name: str = MODEL) -> None:
         else:
             onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as e:
-        raise VerifyError(f"{path}: onnx.checker refuses it ({str(e).splitlines()[0]})") from e
+        raise VerifyError(f"{path}: onnx.checker refuses it ({first_line(e)})") from e
 
 
 def _rename_runtimes_own(graph: Any) -> bool:
@@ -235,7 +235,7 @@ def _step(session: Any, inputs: dict[str, np.ndarray], cache: dict[str, np.ndarr
         return dict(zip(names, session.run(names, {**typed, **cache}), strict=True))
     except Exception as e:  # see open_session
         shapes = {name: value.shape for name, value in typed.items()}
-        raise VerifyError(f"ONNX Runtime cannot run the graph on {shapes} ({str(e).splitlines()[0]})") from e
+        raise VerifyError(f"ONNX Runtime cannot run the graph on {shapes} ({first_line(e)})") from e
 
 
 def _empty_cache(session: Any, batch: int) -> dict[str, np.ndarray]:

@@ -10,11 +10,11 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wlora_merge.errors import BaseModelError, UnsupportedError
+from wlora_merge.tasks import get_task
 from wlora_merge.writers.onnx_pooling import OUTPUTS as POOLED
 from wlora_merge.writers.onnx_pooling import add_pooling, pools
 
@@ -22,23 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class OnnxTask:
-    """One task: the transformers class that loads it, and the outputs that its graph has."""
-
-    auto_class: str
-    outputs: tuple[str, ...]
-
-
-TASKS = {
-    "causal-lm": OnnxTask("AutoModelForCausalLM", ("logits",)),
-    "seq2seq-lm": OnnxTask("AutoModelForSeq2SeqLM", ("logits",)),
-    "text-classification": OnnxTask("AutoModelForSequenceClassification", ("logits",)),
-    "token-classification": OnnxTask("AutoModelForTokenClassification", ("logits",)),
-    "question-answering": OnnxTask("AutoModelForQuestionAnswering", ("start_logits", "end_logits")),
-    "image-classification": OnnxTask("AutoModelForImageClassification", ("logits",)),
-    "feature-extraction": OnnxTask("AutoModel", ("last_hidden_state",)),
-}
+OUTPUTS = {"question-answering": ("start_logits", "end_logits"), "feature-extraction": ("last_hidden_state",)}
+"""Outputs of the graphs whose model gives other than `logits`."""
 PROJECTED = "ModelWithProjection"  # how transformers calls the class of one CLIP tower that ends in the shared space
 GENERATING = ("causal-lm", "seq2seq-lm")
 SENTENCES = (
@@ -49,27 +34,14 @@ SENTENCES = (
 DENSE_INSTEAD = "export with `--format dense` instead"
 
 
-def task_named(task: str) -> OnnxTask:
-    """The table's row for `task`.
-
-    Raises:
-        UnsupportedError: the task has no ONNX export.
-    """
-    if task not in TASKS:
-        raise UnsupportedError(
-            f"the ONNX writer cannot export the task {task!r} yet (it can: {', '.join(TASKS)}); {DENSE_INSTEAD}"
-        )
-    return TASKS[task]
-
-
 def outputs_of(model: torch.nn.Module, task: str) -> tuple[str, ...]:
     """The outputs that the graph of `model` has, in order, the cache left out."""
     if pools(model):
         return POOLED
     if type(model).__name__.endswith(PROJECTED):
         tower = "image" if getattr(model, "main_input_name", "") == "pixel_values" else "text"
-        return (f"{tower}_embeds", *task_named(task).outputs)
-    return task_named(task).outputs
+        return (f"{tower}_embeds", *OUTPUTS.get(task, ("logits",)))
+    return OUTPUTS.get(task, ("logits",))
 
 
 def class_for(config: Any, task: str) -> Any:
@@ -79,7 +51,7 @@ def class_for(config: Any, task: str) -> Any:
     named = (getattr(config, "architectures", None) or [""])[0]
     if task == "feature-extraction" and named.endswith(PROJECTED) and hasattr(transformers, named):
         return getattr(transformers, named)
-    return getattr(transformers, task_named(task).auto_class)
+    return get_task(task).auto_class()
 
 
 @contextlib.contextmanager

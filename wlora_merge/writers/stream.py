@@ -94,7 +94,6 @@ def write_files(
     out: Path,
     mixture: Mixture,
     *,
-    workers: int | None = None,
     read_back: bool = False,
 ) -> dict[str, str]:
     """Stream the planned files into the folder `out`, with a few blocks for each in memory.
@@ -109,7 +108,7 @@ def write_files(
         WloraMergeError: an input that cannot be read or changed meanwhile, or a NaN or infinity in a folded tensor.
         OutputError: the disk is full or refuses.
     """
-    workers = workers or os.cpu_count() or 1
+    workers = os.cpu_count() or 1
     side_by_side = max(1, min(len(files), workers // 2))  # a file's bytes are hashed one after another
     stop = threading.Event()
     meter = Meter("writing weights", sum(file.nbytes for file in files), sum(len(file.pieces) for file in files))
