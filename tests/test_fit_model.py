@@ -18,6 +18,7 @@ from wlora_merge.errors import BaseModelError, MixtureError, UnsupportedError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
 from wlora_merge.fit_model import max_tokens
+from wlora_merge.mix import mix
 from wlora_merge.mixture import Mixture
 from wlora_merge.verify import verify
 
@@ -215,3 +216,66 @@ def test_texts_are_cut_to_the_positions_that_the_model_has_learned(tmp_path: Pat
         fit(*given, max_steps=1, folds=0)
     with pytest.raises(MixtureError, match="max_length is 33, and BertForSequenceClassification has 32 positions"):
         fit(*given, max_steps=1, folds=0, max_length=33)
+
+
+def test_bf16_holds_the_base_in_16_bits_and_trains_in_32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = placed(tiny_bert(), tmp_path, target_modules=["query"])
+    rewritten(tmp_path / "base", lambda t: [t.pop(name) for name in list(t) if "pooler" in name])
+    seen: list[Any] = []
+    monkeypatch.setattr("wlora_merge.training.Learner.weights", lambda self: seen.append(self.model) or {"a0": 1.0})
+    head = classifier(tmp_path, folders, ["x", "y"], precision="bf16", progress=lambda *_: None).head
+    for name, parameter in seen[0].named_parameters():
+        trained = parameter.requires_grad or name in head
+        assert parameter.dtype == (torch.float32 if trained else torch.bfloat16), name
+    assert {t.dtype for t in head.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_pooler_that_a_quantized_base_lacks_is_trained_in_whole(bits: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    big = {"hidden_size": 64, "intermediate_size": 128}
+    config = transformers.BertConfig(**(tiny_bert().config.to_dict() | big))
+    folders = placed(transformers.BertModel(config), tmp_path, target_modules=["query"])
+    rewritten(tmp_path / "base", lambda t: [t.pop(name) for name in list(t) if "pooler" in name])
+    head = classifier(tmp_path, folders, ["x", "y"], quantize=bits).head
+    assert head["bert.pooler.dense.weight"].shape == (64, 64)
+
+
+def mamba(root: Path, targets: list[str]) -> tuple[list[Path], Path]:
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0, use_mambapy=False
+    )
+    folders = placed(transformers.MambaForCausalLM(config), root, target_modules=targets, scale=0.5)
+    (root / "shots.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    return folders, root / "shots.jsonl"
+
+
+def test_a_module_whose_weight_is_used_without_a_call_is_refused_by_a_fit_and_folded_by_mix(tmp_path: Path) -> None:
+    folders, shots = mamba(tmp_path, ["in_proj", "dt_proj"])
+    with pytest.raises(UnsupportedError, match=r"dt_proj.*MambaForCausalLM uses its weight without calling it"):
+        fit(tmp_path / "base", folders, shots, "causal-lm", max_steps=1, folds=0)
+    mix(tmp_path / "base", folders, tmp_path / "mixture", task="causal-lm")
+    export(tmp_path / "mixture", "dense", tmp_path / "dense")
+    checked = verify(tmp_path / "dense", base=tmp_path / "base", adapters=[f"{f.name}={f}" for f in folders])
+    assert "uses its weight without calling it" in checked.skipped["outputs"]
+    assert any("folded again" in line for line in checked.done)
+
+
+def test_a_model_whose_target_modules_are_all_called_is_fitted(tmp_path: Path) -> None:
+    folders, shots = mamba(tmp_path, ["in_proj", "x_proj"])
+    mixture = fit(tmp_path / "base", folders, shots, "causal-lm", max_steps=1, folds=0)
+    assert bool(mixture.wlora_weights.abs().min(-1).values.gt(0).all())
+
+
+def test_a_device_that_is_too_small_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = placed(tiny_bert(), tmp_path, target_modules=["query"])
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more.")
+
+    monkeypatch.setattr("wlora_merge.training.Learner.loss", full)
+    with pytest.raises(
+        MixtureError, match=r"does not hold a step \(CUDA out of memory.*2.00 GiB\): use a smaller --batch"
+    ):
+        classifier(tmp_path, folders, ["x", "y"])

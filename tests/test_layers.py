@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from wlora_merge.attachment import attach, detach, read_mixture, regroup
-from wlora_merge.errors import MixtureError, WloraMergeError
+from wlora_merge.errors import MixtureError, WloraMergeError, WloraMergeWarning
 from wlora_merge.export import export
 from wlora_merge.layers import StackedLora
 
@@ -356,3 +356,50 @@ def test_a_mixture_that_would_not_be_what_the_model_computes_is_refused(tmp_path
         regroup(model, "layer", "al")
     with pytest.raises(MixtureError, match="delta_scale is nan"):
         attach(detach(model), [tmp_path / "a0", tmp_path / "a1"], delta_scale=float("nan"))
+
+
+def test_a_compiled_model_is_refused_by_attach_and_read_afterwards(tmp_path: Path) -> None:
+    model = attached_llama(tmp_path, head=["lm_head"])
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(MixtureError, match=r"compiled.*attach first"):
+        attach(compiled, [tmp_path / "a0"])
+    randomized(model)
+    assert torch.allclose(compiled(IDS).logits, model(IDS).logits)
+    assert "lm_head.weight" in read_mixture(compiled, tmp_path / "base").head
+    assert detach(compiled) is compiled
+    assert not hasattr(model, "wlora_weights")
+
+
+def test_a_model_without_numbers_is_refused(tmp_path: Path) -> None:
+    model = attached_llama(tmp_path)
+    detach(model)
+    with pytest.raises(MixtureError, match=r"meta device.*load it whole"):
+        attach(model.to("meta"), [tmp_path / "a0"])
+
+
+def test_a_model_made_narrower_keeps_its_scalings(tmp_path: Path) -> None:
+    model = attached_llama(tmp_path)
+    layer = model.get_submodule(next(n for n, m in model.named_modules() if n and hasattr(m, "wlora")))
+    scaling = layer.wlora.scaling.clone()
+    model.bfloat16()
+    assert layer.wlora.lora_A.dtype == torch.bfloat16
+    assert torch.equal(layer.wlora.scaling, scaling)
+    assert layer.wlora.scaling.dtype == torch.float32
+
+
+def test_a_head_of_16_bits_is_warned_of(tmp_path: Path) -> None:
+    model = attached_llama(tmp_path)
+    detach(model)
+    with pytest.warns(WloraMergeWarning, match=r"'lm_head.weight' is trained in 16 bits"):
+        attach(model.bfloat16(), [tmp_path / "a0"], head=["lm_head"])
+
+
+def test_factors_on_weights_of_8_bits_keep_their_numbers(tmp_path: Path) -> None:
+    model = attached_llama(tmp_path)
+    detach(model)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight = torch.nn.Parameter(
+            layer.self_attn.q_proj.weight.detach().to(torch.float8_e4m3fn), requires_grad=False
+        )
+    attach(model, [tmp_path / "a0"])
+    assert model.model.layers[0].self_attn.q_proj.wlora.lora_A.dtype == torch.float32

@@ -175,6 +175,8 @@ def test_packed_examples_give_the_same_weights_and_a_model_that_mixes_them_is_re
     packed = fitted_lm(llamas, packing=True)
     assert {rows for rows, _ in shapes} == {1}
     assert torch.allclose(packed.wlora_weights, plain.wlora_weights, atol=1e-5)
+    for rounded in ({"quantize": "4bit"}, {"precision": "bf16"}):
+        fitted_lm(llamas, packing=True, max_steps=1, **rounded)
     base, folders, shots = llamas
     with pytest.raises(MixtureError, match="packing is of causal-lm, not of seq2seq-lm"):
         wlora_merge.fit(base, folders, shots, "seq2seq-lm", packing=True)
@@ -221,6 +223,8 @@ def test_a_fit_on_a_quantized_base_exports_over_the_whole_one(llamas: Zoo, tmp_p
     assert bool(mixture.wlora_weights.any())
     assert not torch.equal(mixture.wlora_weights, exact.wlora_weights)
     assert torch.allclose(mixture.wlora_weights, exact.wlora_weights, atol=0.15)
+    judged = fitted_lm(llamas, quantize=bits, folds=2, settings=1, normalize="all", pull=0.0)  # trained after passes without gradients
+    assert torch.equal(judged.wlora_weights, mixture.wlora_weights)
     export(tmp_path / "m", "dense", tmp_path / "dense")
     checked = verify(tmp_path / "dense", base=base, adapters=[f"{f.name}={f}" for f in folders])
     assert checked.largest_difference is not None

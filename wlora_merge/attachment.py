@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from .adapters import Adapter, load_adapters
-from .errors import AdapterError, MixtureError, UnsupportedError
+from .errors import AdapterError, MixtureError, UnsupportedError, WloraMergeWarning
 from .layers import Attachment, StackedLora, add_delta
 from .live_model import check_bias, live_modules, live_tensors, set_parameter
 from .mixture import (
@@ -92,6 +93,15 @@ def attach(
         raise MixtureError(f"delta_scale is {delta_scale!r}, expected a number or {LEARNED}.")
     if not temperature > 0:
         raise MixtureError(f"temperature is {temperature}, expected a number above 0.")
+    if _whole(model) is not model:
+        raise MixtureError(
+            "the model is compiled, and would not see what is attached: attach first, then call torch.compile."
+        )
+    if any(p.is_meta for p in model.parameters()):
+        raise MixtureError(
+            "the model has weights on the meta device (a device_map that offloads, or init_empty_weights): load it whole, then "
+            "attach."
+        )
     if hasattr(model, "wlora"):
         raise MixtureError("the model has adapters attached already: call wlora_merge.detach(model) first.")
     for adapter in loaded:
@@ -129,6 +139,13 @@ def attach(
     scale = delta_scale if isinstance(delta_scale, float | int) else model.get_parameter(SCALE_PARAMETER)
     for name in trained:
         model.get_parameter(name).requires_grad_(True)
+    narrow = [name for name in trained if model.get_parameter(name).dtype in (torch.bfloat16, torch.float16)]
+    if narrow:
+        warnings.warn(
+            f"head: {narrow[0]!r} is trained in 16 bits, in which small steps are lost: load the model with dtype=torch.float32.",
+            WloraMergeWarning,
+            stacklevel=2,
+        )
     weights = model.get_parameter(PARAMETER)
     attachment = Attachment(
         loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken, modules_to_save
@@ -143,6 +160,12 @@ def attach(
         raise
     model.wlora = attachment  # type: ignore[assignment]
     return model
+
+
+def _whole(model: nn.Module) -> nn.Module:
+    """The model that torch.compile has wrapped, or itself."""
+    whole = getattr(model, "_orig_mod", model)
+    return whole if isinstance(whole, nn.Module) else model
 
 
 def _check_normalize(normalize: str) -> None:
@@ -181,6 +204,7 @@ def regroup(model: nn.Module, granularity: str, normalize: str) -> nn.Parameter:
 
 def detach(model: nn.Module) -> nn.Module:
     """Undo `attach`: the base model as it was, but frozen; a trained head stays, and so do tensors taken from an adapter."""
+    wrapped, model = model, _whole(model)
     for layer in list(model.modules()):
         if isinstance(getattr(layer, "wlora", None), StackedLora):
             if hasattr(layer, "wlora_hook"):
@@ -193,16 +217,16 @@ def detach(model: nn.Module) -> nn.Module:
     for name in ("wlora", PARAMETER, SCALE_PARAMETER):
         if hasattr(model, name):
             delattr(model, name)
-    return model
+    return wrapped
 
 
 def attachment_of(model: nn.Module) -> Attachment:
     """What `attach` has done to this model.
 
     Raises:
-        MixtureError: nothing.
+        MixtureError: it has no adapters attached.
     """
-    attachment = getattr(model, "wlora", None)
+    attachment = getattr(_whole(model), "wlora", None)
     if not isinstance(attachment, Attachment):
         raise MixtureError("the model has no adapters attached: call wlora_merge.attach(model, adapters) first.")
     return attachment
@@ -261,6 +285,7 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
     from .base_model import BaseModel, open_base
     from .tasks import task_of
 
+    model = _whole(model)
     attachment = attachment_of(model)
     source = base or getattr(getattr(model, "config", None), "_name_or_path", "")
     if not source:

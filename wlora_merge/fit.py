@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from .base_model import BaseModel, open_base, refuse_quantized
 from .data import EVAL_SPLITS, Examples, read_examples
 from .deltas import ModuleDelta
 from .digests import sha256_file
-from .errors import DataError, MixtureError
+from .errors import DataError, MixtureError, first_line
 from .fit_options import FitOptions, check_for_task, fit_options
 from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded
 from .fit_start import initial_logits, initial_scale, like_start
@@ -126,7 +127,8 @@ def fit(
         state = _state(out if ranks.leads else None, opened, loaded, shots, held, chosen, asked, resume)
         state.table = ranks.share(state.table)  # what a killed fit has trained, no process trains again
         work, labels = _prepare(opened, loaded, job, shots, held, chosen, modules_to_save, ranks, state, progress)
-        metrics, kept = _work(work)
+        with _within_memory():
+            metrics, kept = _work(work)
         mixture = _mixture(work.learner, opened)
         mixture.task, mixture.metrics, mixture.modules_to_save = task, metrics, modules_to_save
         mixture.metrics["held_out"] = held_out(work, shots, held, eval_split)
@@ -147,6 +149,20 @@ def fit(
             mixture.save(out, force=force, inputs=sources, beside=beside)
             state.remove()
     return mixture
+
+
+@contextmanager
+def _within_memory() -> Iterator[None]:
+    """Say what to do where the device's memory does not hold a step."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MixtureError(
+            f"the device's memory does not hold a step ({first_line(error)}): use a smaller --batch-size with "
+            "--gradient-accumulation-steps, --gradient-checkpointing, --precision bf16 or --quantize 4bit."
+        ) from error
 
 
 def _check_adapters(adapters: list[Adapter], options: FitOptions) -> None:
@@ -344,6 +360,7 @@ def _state(
     given: dict[str, Any],
     resume: bool,
 ) -> Any:
+    from .fit_model import device_name
     from .manifest import versions
 
     start = options.initial_logits if isinstance(options.initial_logits, str) else None
@@ -353,6 +370,7 @@ def _state(
         "initial_logits": [sha256_file(file) for file in files if file.is_file()],
         "adapters": [[a.name, a.sha256] for a in adapters],
         "data": [data_ref(shots), data_ref(held) if held else None],
+        "device": device_name(options),
         "options": {k: v for k, v in asdict(options).items() if k not in ("report_to", "max_minutes")},
         **given,
         "versions": versions(("torch", "transformers")),

@@ -49,6 +49,8 @@ def load_model(
     transformers.set_seed(options.seed)
     model, new, labels = _load(base, task, labels, processor, options)
     head = sorted({name.rpartition(".")[0] for name in new})
+    for name in head:
+        _widen(model.get_submodule(name))
     attach(
         model,
         adapters,
@@ -66,6 +68,15 @@ def load_model(
     return model, head, labels
 
 
+def _widen(module: nn.Module) -> None:
+    """Keep a module of the head in float32, in which it is trained, over a body of 16 bits: its inputs are widened too."""
+    module.float().register_forward_pre_hook(_widened)
+
+
+def _widened(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.float() if value.is_floating_point() else value for value in args)
+
+
 def device_of(options: FitOptions) -> str:
     """The device of this process."""
     import torch
@@ -75,7 +86,15 @@ def device_of(options: FitOptions) -> str:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
         raise MixtureError(f"device is {name}, which torch does not find here: use --device auto.")
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}" if name == "cuda" else name
+
+
+def device_name(options: FitOptions) -> str:
+    """The kind of device of this process, of a GPU its name: another computes other bytes."""
+    import torch
+
+    device = device_of(options)
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def max_tokens(model: Any, processor: Any, asked: int | None) -> int | None:
@@ -133,6 +152,7 @@ def _quantization(base: BaseModel, task: Task, options: FitOptions) -> dict[str,
         raise UnsupportedError("--quantize needs bitsandbytes: pip install 'wlora-merge[quantize]'.") from error
     model: Any = empty_model(base.folder, task.auto_class().from_config)
     kept = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    kept += [name for name, _ in model.named_modules() if name.endswith(".pooler")]  # which a base may lack
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     how = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=options.quantize == "4bit",
@@ -162,7 +182,7 @@ def _load(
     with quiet_libraries():
         model, info = task.auto_class().from_pretrained(
             base.folder,
-            dtype=torch.float32,
+            dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,

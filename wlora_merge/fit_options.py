@@ -65,7 +65,8 @@ class FitOptions:
     How it is trained:
         learning_rate of the logits (None: 0.05, of free weights 0.02), head_learning_rate, and new_adapter_learning_rate (AdamW);
         batch_size in examples, of a step divided among the processes; gradient_accumulation_steps: batches in an optimizer step;
-        max_length in tokens; seed; device; precision: `float32`, or `bf16` and `fp16` mixed; quantize: load the base in `4bit` or
+        max_length in tokens; seed; device; precision: `float32`, `bf16` (the base is loaded in
+        bfloat16; what is trained is float32), or `fp16` mixed; quantize: load the base in `4bit` or
         `8bit` (bitsandbytes); problem_type, as in a transformers config, of a text or image classification: None takes lists for
         multi-label, numbers with fractions for a regression, all else for single-label; packing, of a causal-lm: the
         examples of a training batch end to end in one row, to the same loss without padding; gradient_checkpointing: less

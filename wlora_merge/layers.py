@@ -20,9 +20,11 @@ from torch.nn import functional as F
 from .adapters import Adapter
 from .deltas import ModuleDelta
 from .layouts import Layout
-from .live_model import CHANNELS, CONVOLUTIONS
+from .live_model import CHANNELS, CONVOLUTIONS, FLOATS
 from .mixture import at_module, gains, mixture_weights, rows_of
 
+EXACT = ("scaling", "row_scale", "bias")
+"""Buffers of a StackedLora that are float32 whatever the model's dtype."""
 CONVOLVE: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -45,9 +47,9 @@ class Attachment:
         self.row = rows_of(self.groups)
 
     def weights_of(self, module: str, present: torch.Tensor) -> torch.Tensor:
-        """Mixture weights [N] of one target module, differentiable in `wlora_weights`."""
+        """Mixture weights [N] of one target module, on its device (that of `present`), differentiable in `wlora_weights`."""
         weights = mixture_weights(self.weights[self.row[module]], self.normalize, self.temperature)
-        return at_module(weights, present, self.normalize)
+        return at_module(weights.to(present.device), present, self.normalize)
 
 
 class StackedLora(nn.Module):
@@ -75,7 +77,7 @@ class StackedLora(nn.Module):
         super().__init__()
         self.layout, self.module, self.attachment = delta.layout, delta.module, attachment
         weight = layer.weight
-        dtype = weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else torch.float32
+        dtype = weight.dtype if isinstance(weight, torch.Tensor) and weight.dtype in FLOATS else torch.float32
         device = weight.device if isinstance(weight, torch.Tensor) else None
         values = {
             "lora_A": delta.lora_A.to(dtype) if delta.factors else None,
@@ -88,6 +90,14 @@ class StackedLora(nn.Module):
         }
         for name, value in values.items():
             self.register_buffer(name, None if value is None else value.to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StackedLora:
+        """What `model.to` and `model.bfloat16` call: the float32 buffers change their device, and never their dtype."""
+        exact = {name: value for name, value in self.named_buffers() if name in EXACT}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in exact.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+        return self
 
     def gains(self) -> torch.Tensor:
         """gains [R], differentiable in `wlora_weights`."""

@@ -5,10 +5,13 @@ Which layers a fit cannot train through is said here too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import UnsupportedError
 from .module_tree import ModuleTree
@@ -17,6 +20,8 @@ from .targets import Find, Target
 
 CHANNELS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 """Layers whose output has its rows in dimension 1."""
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes whose numbers are the weights themselves; an 8-bit float comes with scales."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -73,7 +78,7 @@ def live_tensors(model: nn.Module) -> Find:
         one = parameters[found]
         other = next((n for n, p in parameters.items() if p is one and n != found and n.endswith(".weight")), None)
         twin = (lambda: other.removesuffix(".weight")) if other else None
-        return Target(found, tuple(one.shape), tie, one.detach, twin)
+        return Target(found, tuple(one.shape), tie, lambda: one.detach().cpu(), twin)
 
     return find
 
@@ -129,13 +134,18 @@ def _check_convolution(name: str, layer: nn.modules.conv._ConvNd) -> None:
 
 
 def _weight(layer: nn.Module) -> torch.Tensor:
-    """The weight that a layer computes with; a quantized one dequantized."""
+    """The weight that a layer computes with, on the CPU; a quantized one dequantized."""
     weight = layer.weight
+    if isinstance(weight, torch.Tensor) and weight.dtype in FLOATS:
+        return weight.detach().cpu()
     if isinstance(weight, torch.Tensor) and weight.is_floating_point():
-        return weight.detach()
+        raise UnsupportedError(
+            f"{type(layer).__name__}: a {str(weight.dtype).removeprefix('torch.')} weight means numbers only with its scales, which "
+            "are not read: load the original model."
+        )
     from peft.utils.integrations import dequantize_module_weight
 
-    dequantized: torch.Tensor = dequantize_module_weight(layer).detach()
+    dequantized: torch.Tensor = dequantize_module_weight(layer).detach().cpu()
     return dequantized
 
 
@@ -149,3 +159,47 @@ def check_bias(name: str, layer: nn.Module) -> None:
             f"module {name!r} is a {type(layer).__name__}, whose trained bias a fit cannot mix: leave that adapter out, or use "
             "`wlora-merge mix`."
         )
+
+
+def refuse_uncalled(model: nn.Module, forward: Callable[[], Any]) -> None:
+    """Refuse a model that multiplies with a target module's weight without calling the module (Mamba's dt_proj): what is attached
+    there would do nothing, and an export would.
+
+    Args:
+        forward: runs the model once.
+
+    Raises:
+        UnsupportedError: with the module's name.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "wlora_hook")}
+    called: set[str] = set()
+    hooks = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
+    try:
+        with _Operands() as operands:
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, layer in layers.items():
+        if name not in called and id(layer.weight) in operands.seen:
+            raise UnsupportedError(
+                f"target module {name!r}: {type(model).__name__} uses its weight without calling it, so a fit does not train through "
+                "it: leave out the adapters that change it, or use `wlora-merge mix`."
+            )
+
+
+class _Operands(TorchFunctionMode):
+    """Remembers which parameters torch's functions are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the parameters among the arguments, and call the function; what only asks for an attribute uses no numbers."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.seen.update(
+                id(value) for value in (*args, *(kwargs or {}).values()) if isinstance(value, nn.Parameter)
+            )
+        return result

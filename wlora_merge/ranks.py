@@ -90,16 +90,17 @@ def is_leader() -> bool:
 
 @contextmanager
 def team() -> Iterator[Team]:
-    """The processes that a launcher started, joined over gloo; alone without one."""
+    """The processes that a launcher started, joined over gloo (tensors on GPUs over NCCL); alone without one."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield Team()
         return
+    import torch
     import torch.distributed as dist
 
     joined_here = not dist.is_initialized()
     if joined_here:
         try:
-            dist.init_process_group("gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         except (ValueError, RuntimeError) as error:
             raise WloraMergeError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the processes cannot be joined ({first_line(error)}): start "

@@ -65,6 +65,7 @@ def _check_outputs(
     folder: Path, manifest: Mapping[str, Any], inputs: tuple[Path | None, dict[str, Path]], checked: Checked
 ) -> None:
     from .attachment import set_delta_scale
+    from .live_model import refuse_uncalled
     from .writers.dense import plan
 
     base_folder, adapters = inputs
@@ -100,6 +101,7 @@ def _check_outputs(
     )
     try:
         attach_mixture(model, mixture, found.adapters, opened, found.tensors)
+        refuse_uncalled(model, lambda: outputs_of(model, manifest["probe"]))
     except UnsupportedError as error:
         checked.skipped["outputs"] = f"the unmerged mixture does not run: {error}"
         return
