@@ -223,7 +223,9 @@ def test_a_fit_on_a_quantized_base_exports_over_the_whole_one(llamas: Zoo, tmp_p
     assert bool(mixture.wlora_weights.any())
     assert not torch.equal(mixture.wlora_weights, exact.wlora_weights)
     assert torch.allclose(mixture.wlora_weights, exact.wlora_weights, atol=0.15)
-    judged = fitted_lm(llamas, quantize=bits, folds=2, settings=1, normalize="all", pull=0.0)  # trained after passes without gradients
+    judged = fitted_lm(
+        llamas, quantize=bits, folds=2, settings=1, normalize="all", pull=0.0
+    )  # trained after passes without gradients
     assert torch.equal(judged.wlora_weights, mixture.wlora_weights)
     export(tmp_path / "m", "dense", tmp_path / "dense")
     checked = verify(tmp_path / "dense", base=base, adapters=[f"{f.name}={f}" for f in folders])

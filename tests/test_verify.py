@@ -75,7 +75,7 @@ def test_of_a_16_bit_export_a_small_adapter_that_is_missing_is_found_out(tmp_pat
         verify(tmp_path / "dense", **inputs)
     name = "adapter_model.safetensors"
     forge(tmp_path / "lora", lambda t: t.update({k: torch.zeros_like(v) for k, v in t.items()}), name)
-    with pytest.raises(VerifyError, match="differ from the unmerged mixture"):
+    with pytest.raises(VerifyError, match="every delta weight is zero"):
         verify(tmp_path / "lora", **inputs)
 
 
@@ -226,8 +226,24 @@ def test_a_lora_of_a_low_rank_that_differs_more_than_its_recorded_error_allows_f
 ) -> None:
     folder, inputs = lora(tmp_path, llama_zoo(), 8)
     forge(folder, lambda t: t.update({k: v * 0 for k, v in t.items() if "lora_B" in k}), "adapter_model.safetensors")
-    with pytest.raises(VerifyError, match="differ from the unmerged mixture"):
+    with pytest.raises(VerifyError, match="every delta weight is zero.*Export again"):
         verify(folder, **inputs)
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(4, None), (None, None), (4, "bfloat16"), (None, "float16")])
+def test_of_a_lora_a_module_that_is_not_the_mixtures_is_found_whatever_its_rank(
+    llama_zoo: Callable[..., Any], tmp_path: Path, rank: int | None, dtype: str | None
+) -> None:
+    base, folders = llama_zoo()
+    export(mix(base, folders, task="causal-lm"), "lora", tmp_path / "out", rank=rank, dtype=dtype)
+    inputs = {"base": base, "adapters": [f"{f.name}={f}" for f in folders]}
+    said = next(line for line in verify(tmp_path / "out", **inputs).done if line.startswith("its factors"))
+    report = json.loads((tmp_path / "out/wlora_merge.json").read_text())["report"]
+    assert float(said.split()[7]) == pytest.approx(report["relative_error"], abs=1e-2 if dtype else 1e-6, rel=1e-2)
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    forge(tmp_path / "out", lambda t: t.update({name: t[name] * 1.2}), "adapter_model.safetensors")
+    with pytest.raises(VerifyError, match=r"layers.1.self_attn.q_proj' is off from its delta weight"):
+        verify(tmp_path / "out", **inputs)
 
 
 def test_rounding_to_16_bits_is_named(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:

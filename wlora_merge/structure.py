@@ -7,18 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters import CONFIG_FILE, WEIGHTS_FILE
+from .adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapters
 from .base_model import INDEX, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, BaseModel, open_base
 from .checkpoint import FLOATING, Entry, read_header, read_tensor
-from .errors import VerifyError
+from .deltas import ModuleDelta, TensorDelta
+from .errors import VerifyError, WloraMergeError
 from .input_files import find_file, read_table
 from .names import DTYPES, parse_adapter_key
 from .progress import Meter
+from .stacking import stack
+from .targets import modules_of, tensors_of
 
 if TYPE_CHECKING:
     from .mixture import Mixture
     from .writers.dense import OutputFile
 
+LORA_ROUNDING = {"F32": 1e-3, "BF16": 3e-2, "F16": 3e-2}
+"""What rounding its factors may cost a module of a LoRA, relative to its delta weight; small numbers of F16 have few bits."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -173,6 +178,56 @@ def check_folded(folder: Path, planned: Sequence[OutputFile], mixture: Mixture) 
             )
         meter.add(piece.nbytes, 1)
     return len(pieces)
+
+
+def check_lora(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    mixture: Mixture,
+    base: BaseModel,
+    deltas: Sequence[ModuleDelta | TensorDelta],
+) -> float:
+    """Compare the factors of a LoRA export with the mixture's own, module by module: ||Δ - lora_B @ lora_A|| / ||Δ||.
+
+    Returns:
+        The same over all modules together: what its rank and its dtype lost.
+
+    Raises:
+        VerifyError: a module that lost more than its report and its dtype say.
+    """
+    import torch
+
+    from .writers.lora import energy_of
+
+    file, wanted = folder / WEIGHTS_FILE, {d.module: d for d in deltas if isinstance(d, ModuleDelta)}
+    told = (manifest.get("report") or {}).get("modules") or {}
+    ours = {module: delta.lora_B.double() * mixture.gains_of(delta) for module, delta in wanted.items()}
+    energy = {module: energy_of(delta.lora_A, ours[module]) for module, delta in wanted.items()}
+    rounding = max(LORA_ROUNDING[entry.dtype] for entry in read_header(file).entries.values() if "lora_" in entry.name)
+    if not any(energy.values()):
+        return 0.0
+    try:
+        found = stack(
+            load_adapters([("export", folder)]), modules_of(base), tensors_of(base), model_type=base.model_type
+        )
+    except WloraMergeError as error:
+        raise VerifyError(f"{error} Export again.") from error
+    written = {delta.module: delta for delta in found if isinstance(delta, ModuleDelta)}
+    if set(written) != set(wanted):
+        raise VerifyError(f"{file}: it changes module {min(set(written) ^ set(wanted))!r}, or lacks it: export again.")
+    apart = {}
+    for module, delta in wanted.items():
+        other, lost = written[module], float((told.get(module) or {}).get("relative_error", 0.0))
+        lora_A = torch.cat([delta.lora_A.double(), other.lora_A.double()])
+        lora_B = torch.cat([ours[module], -other.lora_B.double() * other.scaling.double()], dim=1)
+        apart[module] = max(0.0, energy_of(lora_A, lora_B))
+        more = apart[module] - lost**2 * energy[module]  # what truncation drops is orthogonal to what it keeps
+        if not more <= rounding**2 * max(energy[module], 1e-30):
+            raise VerifyError(
+                f"{file}: module {module!r} is off from its delta weight by {(apart[module] / (energy[module] or 1)) ** 0.5:.2e} "
+                f"of it, expected {lost:.2e}: export again."
+            )
+    return float((sum(apart.values()) / sum(energy.values())) ** 0.5)
 
 
 def _same_bytes(one: Entry, other: Entry) -> bool:

@@ -489,7 +489,9 @@ def _quiet(model: nn.Module, gradient_checkpointing: bool) -> None:
     model.eval()
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
-            module.training = True  # else, on some CPUs, a pass without gradients packs its weight, and no gradient comes after it
+            module.training = (
+                True  # else, on some CPUs, a pass without gradients packs its weight, and no gradient comes after it
+            )
     config = getattr(model, "config", None)
     if config is not None and getattr(config, "use_cache", False):
         config.use_cache = False

@@ -28,7 +28,7 @@ from .inputs import find_inputs
 from .manifest import FILE, read_manifest
 from .mixture import Mixture
 from .names import DTYPES, nearest
-from .structure import check_folded, check_untouched
+from .structure import check_folded, check_lora, check_untouched
 
 
 def verify(
@@ -91,6 +91,11 @@ def _check_outputs(
         count = check_folded(folder, planned, mixture)
         checked.done.append(
             f"{count} tensors that adapters change or --dtype rounds are the mixture's, folded again, but for a last bit"
+        )
+    if manifest["format"] == "lora":
+        lost = check_lora(folder, manifest, mixture, opened, found.deltas)
+        checked.done.append(
+            f"its factors are the mixture's, but for {lost:.2e} of the delta weights' norm, as its report says"
         )
     if not manifest.get("probe"):
         checked.skipped["outputs"] = "the manifest has no probe inputs for this kind of model"

@@ -165,7 +165,7 @@ def combine(
         r = rank or exact
         products = [(d, pad_rank(*lora_product(d, mixture.gains_of(d)), r)) for d in deltas]
         return products, LoraReport(
-            r, {d.module: ModuleError(r, _energy(*pair), _energy(*pair)) for d, pair in products}
+            r, {d.module: ModuleError(r, energy_of(*pair), energy_of(*pair)) for d, pair in products}
         )
 
     meter = Meter("decomposing deltas", 0, len(deltas), "modules")
@@ -187,7 +187,7 @@ def combine(
     return products, LoraReport(r, report)
 
 
-def _energy(lora_A: torch.Tensor, lora_B: torch.Tensor) -> float:
+def energy_of(lora_A: torch.Tensor, lora_B: torch.Tensor) -> float:
     """Squared Frobenius norm of lora_B @ lora_A, from the R×R Gram matrices."""
     A, B = lora_A.double(), lora_B.double()
     return float(((B.T @ B) * (A @ A.T)).sum())
