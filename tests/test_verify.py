@@ -226,7 +226,7 @@ def test_a_lora_of_a_low_rank_that_differs_more_than_its_recorded_error_allows_f
 ) -> None:
     folder, inputs = lora(tmp_path, llama_zoo(), 8)
     forge(folder, lambda t: t.update({k: v * 0 for k, v in t.items() if "lora_B" in k}), "adapter_model.safetensors")
-    with pytest.raises(VerifyError, match="every delta weight is zero.*Export again"):
+    with pytest.raises(VerifyError, match=r"every delta weight is zero.*Export again"):
         verify(folder, **inputs)
 
 
