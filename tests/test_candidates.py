@@ -14,7 +14,16 @@ import torch
 from conftest import make_adapter, tiny_bert
 from test_fit import WORDS, others, save_tokenizer
 
-from wlora_merge.candidates import LEARNED, Comparison, chosen, compare, fold_indices, learned_settings, rivals
+from wlora_merge.candidates import (
+    LEARNED,
+    Comparison,
+    chosen,
+    compare,
+    fold_indices,
+    learned_settings,
+    rivals,
+    several_each,
+)
 from wlora_merge.errors import MixtureError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
@@ -312,14 +321,25 @@ def test_folds_are_stratified_and_hold_each_example_out_once() -> None:
     from sklearn.model_selection import StratifiedKFold
 
     keys = ["a"] * 6 + ["b"] * 4 + ["c"] * 2
-    folds = fold_indices(keys, 2, seed=0)
+    own = range(12)
+    folds = fold_indices(keys, own, 2, seed=0)
     assert sorted(i for fold in folds for i in fold) == list(range(12))
     ours = [sorted(keys[i] for i in fold) for fold in folds]
     theirs = [sorted(np.array(keys)[held].tolist()) for _, held in StratifiedKFold(2).split(keys, keys)]
     assert ours == theirs
-    assert fold_indices(keys, 2, seed=0) == folds != fold_indices(keys, 2, seed=1)
-    assert fold_indices(["a", "b"], 3, seed=0) == []
-    assert all(0 not in fold for fold in fold_indices(["only", "a", "a", "a"], 3, seed=0))
+    assert fold_indices(keys, own, 2, seed=0) == folds != fold_indices(keys, own, 2, seed=1)
+    assert fold_indices(["a", "b"], range(2), 3, seed=0) == []
+    assert all(0 not in fold for fold in fold_indices(["only", "a", "a", "a"], range(4), 3, seed=0))
+
+
+def test_equal_examples_are_held_out_together() -> None:
+    folds = fold_indices(["a"] * 8, [0, 1, 0, 0, 1, 5, 6, 6], 2, seed=0)
+    assert sorted(i for fold in folds for i in fold) == list(range(8))
+    for equal in ({0, 2, 3}, {1, 4}, {6, 7}):
+        assert any(equal <= set(fold) for fold in folds)
+    assert fold_indices(["a"] * 4, [0, 0, 0, 0], 3, seed=0) == []
+    assert not several_each(["a", "a", "b", "b"], [0, 0, 2, 2])
+    assert several_each(["a", "a", "b", "b"], [0, 1, 2, 3])
 
 
 def test_a_score_has_the_jackknife_error_which_for_a_mean_is_the_usual_one() -> None:

@@ -144,17 +144,26 @@ def test_held_out_metrics_stand_in_a_table_where_there_are_any(tmp_path: Path) -
     }
     text = card(tmp_path, mixture(metrics=metrics)).text
     assert "On 8 examples." in text
+    assert "## Metrics: on the shots themselves" in text
+    held = mixture(metrics=metrics | {"held_out": {"examples": 8}})
+    assert "## Metrics: held out" in card(tmp_path, held).text
     assert "| | accuracy | loss |" in text
     assert "| base |  | 1.5000 |" in text
-    assert "Held-out" not in card(tmp_path, mixture()).text
+    assert "## Metrics" not in card(tmp_path, mixture()).text
 
 
-def test_a_lora_with_a_trained_head_shows_the_load_line_with_its_number_of_labels(tmp_path: Path) -> None:
+def test_a_lora_with_a_trained_head_shows_the_load_line_with_its_labels(tmp_path: Path) -> None:
     labels = {"id2label": {"0": "a", "1": "b", "2": "c"}}
     made = mixture(task="text-classification", head={"classifier.weight": torch.ones(3, 4)}, config=labels)
     text = card(tmp_path, made, "lora").text
-    assert 'AutoModelForSequenceClassification.from_pretrained("org/base", num_labels=3)' in text
-    assert 'AutoPeftModelForSequenceClassification.from_pretrained("path/to/this/folder", num_labels=3)' in text
+    assert (
+        'AutoModelForSequenceClassification.from_pretrained("org/base", id2label=id2label, label2id={v: k for k, v in id2label.items()})'
+        in text
+    )
+    assert (
+        'AutoPeftModelForSequenceClassification.from_pretrained("path/to/this/folder", id2label=id2label, label2id={v: k for k, v in id2label.items()})'
+        in text
+    )
     assert "vllm" not in text
 
 

@@ -127,6 +127,9 @@ def test_wrong_usage_exits_2(zoo: tuple[Path, list[Path]], tmp_path: Path) -> No
     assert run(*fit).exit_code == 2
 
 
+FIT = ["fit", "--base", "b", "--adapter", "a", "--adapter", "c", "--data", "x"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -136,24 +139,12 @@ def test_wrong_usage_exits_2(zoo: tuple[Path, list[Path]], tmp_path: Path) -> No
         (["export", "m", "--format", "lora", "--rank", "2", "--energy", "0.5"], "exclude each other"),
         (["export", "m", "--format", "dense", "--rank", "2"], "belong to --format lora"),
         (["mix", "--base", "b", "--adapter", "a", "--adapter", "c", "--adapter", "d", "--weights", "1,2"], "2 numbers"),
-        (
-            [
-                "fit",
-                "--base",
-                "b",
-                "--adapter",
-                "a",
-                "--adapter",
-                "c",
-                "--data",
-                "x",
-                "--task",
-                "causal-lm",
-                "--folds",
-                "1",
-            ],
-            "folds",
-        ),
+        (["mix", "--base", "b", "--adapter", "a", "--adapter", "c", "--weights", "0.7,nan"], "finite numbers"),
+        (["export", "m", "--format", "lora", "--opset", "18"], "belong to --format onnx"),
+        (["export", "m", "--format", "onnx", "--max-shard-size", "1MB"], "belong to --format dense"),
+        ([*FIT, "--task", "causal-lm", "--eval-split", "test"], "eval_split is of eval_data"),
+        ([*FIT, "--task", "seq2seq-lm", "--packing"], "packing is of causal-lm"),
+        ([*FIT, "--task", "causal-lm", "--folds", "1"], "folds"),
     ],
 )
 def test_options_that_cannot_be_are_wrong_usage(words: list[str], message: str, tmp_path: Path) -> None:
@@ -206,6 +197,16 @@ def test_bitsandbytes_is_quiet_at_the_command_line() -> None:
     with shown_log(quiet=False):
         assert not log.isEnabledFor(logging.WARNING)
     assert log.isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_full_stdout_is_one_sentence(zoo: tuple[Path, list[Path]], more: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "wlora_merge", "inspect", *map(str, zoo[1]), *more]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "Error: the result cannot be written to stdout: No space left on device.\n"
 
 
 def test_debug_keeps_the_traceback(tmp_path: Path) -> None:

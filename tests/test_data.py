@@ -181,6 +181,29 @@ def test_image_paths_in_a_table_are_relative_to_it_and_count_in_the_digest(tmp_p
     assert "2.png" in refusal(lines(tmp_path / "y.jsonl", [{"image": "2.png", "label": "a"}]), "image-classification")
 
 
+def test_a_class_folder_without_files_is_refused_by_name(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "texts" / name).mkdir(parents=True)
+    write(tmp_path / "texts" / "cat" / "1.txt", "purrs")
+    assert "dog: a folder beside those of the classes, and it holds no texts" in refusal(tmp_path / "texts")
+    write(tmp_path / "texts" / "dog" / "1.txt", "barks")
+    (tmp_path / "texts" / ".cache").mkdir()
+    assert read_examples(tmp_path / "texts", task="text-classification").column("label") == ["cat", "dog"]
+
+
+def test_a_text_of_any_length_is_read_from_csv(tmp_path: Path) -> None:
+    text = "word " * 60_000
+    file = write(tmp_path / "long.csv", f"text,label\n{text},a\nshort,b\n")
+    assert read_examples(file, task="text-classification").column("text")[0] == text
+
+
+def test_twins_have_the_same_inputs_whatever_their_label(tmp_path: Path) -> None:
+    rows = [{"text": t, "text_pair": p, "label": y} for t, p, y in (("x", "1", "a"), ("x", "2", "a"), ("x", "1", "b"))]
+    assert read_examples(lines(tmp_path / "d.jsonl", rows), task="text-classification").twins() == [0, 1, 0]
+    chats = [{"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "y"}]} for c in "aba"]
+    assert read_examples(lines(tmp_path / "c.jsonl", chats), task="causal-lm").twins() == [0, 1, 0]
+
+
 def test_splits_of_a_folder_are_its_train_files_unless_another_is_named(tmp_path: Path) -> None:
     write(tmp_path / "train-0.csv", "text,label\na,1\n")
     write(tmp_path / "train-1.csv", "text,label\nb,1\n")

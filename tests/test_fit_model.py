@@ -60,6 +60,16 @@ def test_a_base_that_lacks_a_tensor_is_refused(name: str, shape: tuple[int, ...]
         fit(tmp_path / "base", folders, tmp_path / "shots.jsonl", "causal-lm", max_steps=1, folds=0)
 
 
+def test_a_base_of_another_task_is_refused_by_its_task(tmp_path: Path) -> None:
+    folders = placed(tiny_bert(), tmp_path, target_modules=["query"])
+    (tmp_path / "shots.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    with pytest.raises(
+        UnsupportedError,
+        match=r"it has no causal-lm head \('cls.predictions.bias' of BertLMHeadModel\).*another --task",
+    ):
+        fit(tmp_path / "base", folders, tmp_path / "shots.jsonl", "causal-lm", max_steps=1, folds=0)
+
+
 def test_a_pooler_that_the_base_lacks_belongs_to_the_new_head_and_no_other_part_does(tmp_path: Path) -> None:
     folders = placed(tiny_bert(), tmp_path, target_modules=["query"])
     rewritten(tmp_path / "base", lambda t: [t.pop(name) for name in list(t) if "pooler" in name])

@@ -78,6 +78,13 @@ def test_a_step_that_fails_leaves_no_tree(recipe: Path) -> None:
         ("exports=[{format: dense, name: ../up}]", "plain name"),
         ("exports=[{format: gguf}]", "expected one of dense, lora, onnx"),
         ("exports=[{rank: 3}]", "lacks format"),
+        ("exports=[{format: onnx, rank: 4}]", r"exports\[0\]: --rank belong to --format lora, not onnx"),
+        ("exports=[{format: onnx, dtype: bfloat16}]", r"exports\[0\]: --dtype bfloat16 cannot be exported to ONNX"),
+        ("exports=[{format: onnx, opset: 8}]", r"exports\[0\]: --opset is 8, expected 18 or more"),
+        (
+            "exports=[{format: dense}, {format: onnx, name: o, onnx_base: x, quantize: int8}]",
+            r"exports\[1\]: --quantize needs",
+        ),
         ("fit={data: x, task: causal-lm}", "one of the sections"),
         ("adapters=7", "adapters must be"),
         ("base.deep=1", "no section"),
@@ -87,6 +94,25 @@ def test_a_step_that_fails_leaves_no_tree(recipe: Path) -> None:
 def test_what_is_wrong_with_a_recipe_is_named(recipe: Path, override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         read_recipe(recipe, [override])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("max_steps: -1", "max_steps is -1, expected a number above 0"),
+        ("problem_type: regression", "problem_type is of text-classification"),
+        ("early_stopping: 2", "early_stopping needs eval_data"),
+        ("eval_split: test", "eval_split is of eval_data"),
+        ("method: fixed", "--method fixed and --weights go together"),
+    ],
+)
+def test_options_that_a_fit_would_refuse_are_refused_when_the_recipe_is_read(
+    recipe: Path, options: str, message: str
+) -> None:
+    text = recipe.read_text()
+    recipe.write_text(text[: text.index("mix:")] + f"fit: {{data: x.jsonl, task: causal-lm, {options}}}\n")
+    with pytest.raises(RecipeError, match=f"fit: {message}"):
+        read_recipe(recipe)
 
 
 @pytest.mark.parametrize(

@@ -99,27 +99,33 @@ def learned_settings(options: FitOptions, *, head: bool, several: bool) -> list[
     return [s for s in settings if not (s.new_adapter and s.normalize == "present")][: options.settings]
 
 
-def fold_indices(keys: Sequence[str], folds: int, seed: int) -> list[list[int]]:
+def fold_indices(keys: Sequence[str], twins: Sequence[int], folds: int, seed: int) -> list[list[int]]:
     """Parts of the examples, each to be held out once; classes spread evenly, the only one of a class never held out.
+
+    Args:
+        keys: the class of each example.
+        twins: for each example the first that is equal to it; they are held out together.
 
     Returns:
         up to `folds` parts; none where fewer than two examples can be held out.
     """
     groups: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
+        if twins[index] == index:
+            groups.setdefault(key, []).append(index)
     generator = random.Random(seed)
     usable = []
     for key in sorted(groups):
         generator.shuffle(groups[key])
         usable += groups[key] if len(groups[key]) > 1 else []
     folds = min(folds, len(usable))
-    return [sorted(usable[fold::folds]) for fold in range(folds)] if folds > 1 else []
+    parts = [set(usable[fold::folds]) for fold in range(folds)] if folds > 1 else []
+    return [[index for index, twin in enumerate(twins) if twin in part] for part in parts]
 
 
-def several_each(keys: Sequence[str]) -> bool:
-    """Whether there are two examples per class or more, on average."""
-    return len(keys) >= 2 * len(set(keys))
+def several_each(keys: Sequence[str], twins: Sequence[int]) -> bool:
+    """Whether there are two different examples per class or more, on average."""
+    return len(set(twins)) >= 2 * len(set(keys))
 
 
 def compare(
@@ -313,7 +319,7 @@ Leads = dict[str, tuple[float, float]]
 def rivals(kept: str, comparison: Comparison, others: Sequence[str]) -> tuple[Leads, Leads]:
     """The simpler candidates that did better than the kept one in the metric, and those that are as good, the best first.
 
-    As good: behind by at most a standard error of the difference, and the loss at most twice the kept one's, or 0.1 above it.
+    As good: behind by at most a standard error of the difference, and the loss at most a quarter above the kept one's, or 0.05.
 
     Returns:
         for both: name -> (how much better than the kept one, negative where worse; its standard error).
@@ -328,7 +334,7 @@ def rivals(kept: str, comparison: Comparison, others: Sequence[str]) -> tuple[Le
     good = {
         name: (lead, error)
         for name, (lead, error) in leads.items()
-        if -error <= lead <= 0 and scores[name].loss <= max(2 * loss, loss + 0.1)
+        if -error <= lead <= 0 and scores[name].loss <= max(1.25 * loss, loss + 0.05)
     }
     return better, good
 

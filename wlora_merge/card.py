@@ -98,7 +98,13 @@ def _measured(kind: str, measured: Mapping[str, Any]) -> str:
             f"{measured['energy_kept']:.4%} of its squared norm kept."
         )
     if kind == "onnx" and "largest_difference" in measured:
-        return f"ONNX Runtime's outputs are within {measured['largest_difference']:.2e} of PyTorch's."
+        said = f"ONNX Runtime's outputs are within {measured['largest_difference']:.2e} of PyTorch's."
+        if q := measured.get("quantized"):
+            said += (
+                f" `{q['file']}` has quantized weights: its outputs are off by {q['relative']:.2e} of the largest, the choice is the "
+                f"same in {q['same_choice']:.1%}; transformers.js loads it with `dtype: '{Path(q['file']).stem.rpartition('_')[2]}'`."
+            )
+        return said
     return ""
 
 
@@ -149,6 +155,11 @@ def _weights(mixture: Mixture) -> str:
     )
 
 
+def judged_on(metrics: Mapping[str, Any]) -> str:
+    """What a fit's scores were measured on, as a title."""
+    return "Held out" if (metrics.get("held_out") or {}).get("examples") else "On the shots themselves"
+
+
 def _metrics(metrics: Mapping[str, Any]) -> str:
     table = metrics.get("candidates")
     if not table:
@@ -159,7 +170,7 @@ def _metrics(metrics: Mapping[str, Any]) -> str:
         "| " + " | ".join([name, *(f"{row[k]:.4f}" if k in row else "" for k in names)]) + " |"
         for name, row in table.items()
     ]
-    return f"## Held-out metrics\n\n{metrics.get('note', '')}\n\n" + head + "\n".join(rows)
+    return f"## Metrics: {judged_on(metrics).lower()}\n\n{metrics.get('note', '')}\n\n" + head + "\n".join(rows)
 
 
 def _figures(names: Sequence[str]) -> str:

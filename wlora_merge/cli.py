@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ import click
 from . import names
 from .errors import MixtureError, RecipeError, UnsupportedError, WloraMergeError
 from .export_options import ExportOptions, export_options
-from .fit_options import FitOptions, fit_options
+from .fit_options import FitOptions, check_for_task, fit_options
 from .help import COLUMNS, Group
 from .options import (
     AS_JSON,
@@ -75,6 +77,22 @@ class Main(Group):
             except KeyboardInterrupt:
                 click.echo("Stopped.", err=True)
                 sys.exit(130)
+            except OSError as error:
+                if error.filename is not None or not _stdout_is_broken():
+                    raise
+                sys.stdout = io.StringIO()  # what is left in its buffer fails no more
+                raise click.ClickException(f"the result cannot be written to stdout: {error.strerror}.") from error
+
+
+def _stdout_is_broken() -> bool:
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return False  # whoever reads it has gone, which click knows
+    except OSError:
+        return True
+    return False
 
 
 @contextmanager
@@ -169,7 +187,8 @@ def fit(
     }
     own = {f.name for f in fields(FitOptions)}
     try:
-        fit_options({name: value for name, value in options.items() if name in own})
+        chosen = fit_options({name: value for name, value in options.items() if name in own})
+        check_for_task(chosen, task, eval_data, options["eval_split"])
     except MixtureError as error:
         raise click.UsageError(str(error)) from error
     from .fit import fit as run
@@ -249,7 +268,7 @@ def mix(
 @click.option("--max-rank", type=COUNT, help="lora: refuse a larger r, as a server's --max-lora-rank does.")
 @click.option("--dtype", type=DTYPES, help="Of the weights. Default: dense the base's, lora and onnx float32.")
 @click.option("--max-shard-size", metavar="SIZE", help="dense: file size, as 5GB. Default: the base's own shards.")
-@click.option("--opset", type=click.IntRange(7, 30), help="onnx: opset version. Default: 20.")
+@click.option("--opset", type=click.IntRange(18, 30), help="onnx: opset version. Default: 20.")
 @click.option(
     "--onnx-base", metavar="PATH", help="onnx: an ONNX export of the base; rewrite its weights, trace nothing."
 )
@@ -455,11 +474,12 @@ def _show_mixture(mixture: Any, out: str, as_json: bool) -> None:
         mean = dict(zip(mixture.adapter_names, mixture.mixture_weights.mean(0).tolist(), strict=True))
         click.echo(json.dumps({"folder": out, "weights": mean, "metrics": mixture.metrics}))
         return
+    from .card import judged_on
     from .inspect import candidate_rows, setting_rows, weight_rows
 
     candidates = candidate_rows(mixture)
     if candidates:
-        show_table("Held out", candidates)
+        show_table(judged_on(mixture.metrics), candidates)
     if settings := setting_rows(mixture):
         show_table("Out of fold", settings)
     if mixture.metrics.get("note"):
@@ -509,6 +529,8 @@ def _numbers(text: str | None, count: int) -> list[float] | None:
         numbers = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise click.UsageError(f"--weights {text!r}: expected numbers with commas between them, as 0.5,0.5.") from error
+    if not all(map(math.isfinite, numbers)):
+        raise click.UsageError(f"--weights {text!r}: expected finite numbers.")
     if len(numbers) != count:
         raise click.UsageError(
             f"--weights {text!r}: has {len(numbers)} numbers, expected one for each of {count} adapters."

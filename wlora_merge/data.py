@@ -74,6 +74,13 @@ class Examples:
             return [""] * len(self)
         return [class_name(value) for value in self.column("label")]
 
+    def twins(self) -> list[int]:
+        """For each row the first that has the same inputs, [len(self)]; images are not compared."""
+        inputs = [self.column(name) for name in self.columns if name not in ("label", "image")]
+        first: dict[str, int] = {}
+        keys = [json.dumps(row, default=str) for row in zip(*inputs, strict=True)] or list(map(str, range(len(self))))
+        return [first.setdefault(key, index) for index, key in enumerate(keys)]
+
 
 def read_examples(
     source: str | Path,

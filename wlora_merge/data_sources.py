@@ -123,6 +123,13 @@ def _documents(folder: Path, paths: list[Path], kind: tuple[str, ...]) -> Table:
     classes = [path.relative_to(folder).parts[skip:-1] for path in paths]
     if any(len(parts) > 1 for parts in classes) or len({len(parts) for parts in classes}) > 1:
         raise DataError(f"{folder}: expected one folder for each class with the files in it, or no folders.")
+    tops = {path.parent.parent for path, parts in zip(paths, classes, strict=True) if parts}
+    for other in sorted(sub for top in tops for sub in top.iterdir() if sub.is_dir() and not is_hidden(Path(sub.name))):
+        if not any(path.is_relative_to(other) for path in paths):
+            what = "texts" if kind == TEXTS else "images"
+            raise DataError(
+                f"{other}: a folder beside those of the classes, and it holds no {what}: put some in, or remove it."
+            )
     for path, parts in zip(paths, classes, strict=True):
         data = read_bytes_of(path)
         digests.append((path, hashlib.sha256(data).hexdigest()))

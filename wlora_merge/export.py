@@ -173,7 +173,7 @@ def _describe(
     kind, base_name = how["format"], how.pop("base_name") or inputs.base.source.name
     if how["onnx_base"] is not None:
         how["onnx_base"] = Path(os.path.abspath(how["onnx_base"])).name
-    drawn = _report(inputs, out, kind, base_name, how) if how["report"] else []
+    drawn = _report(inputs, out, kind, base_name, how, measured) if how["report"] else []
     write_card(
         out,
         inputs.mixture,
@@ -198,10 +198,13 @@ def _describe(
     write_manifest(manifest, out, known)
 
 
-def _report(inputs: Inputs, folder: Path, kind: str, base_name: str, options: Mapping[str, Any]) -> list[str]:
+def _report(
+    inputs: Inputs, folder: Path, kind: str, base_name: str, options: Mapping[str, Any], measured: Mapping[str, Any]
+) -> list[str]:
     facts = {
         f"export: {key}": value for key, value in options.items() if key != "report" and value not in (None, False)
     }
+    facts |= {f"measured: {key}": value for key, value in measured.items() if isinstance(value, int | float)}
     facts |= {f"version: {name}": version for name, version in versions(PACKAGES[kind]).items()}
     title = f"A mixture of {len(inputs.adapters)} adapters on {base_name}, {kind} export"
     return write_report(folder, inputs.mixture, inputs.deltas, title=title, kind=kind, base=inputs.base, facts=facts)

@@ -53,6 +53,7 @@ class ExportOptions:
     quantize: str | None = None
 
 
+OLDEST_OPSET = 18
 _FLAGS = {"server": "--for", "max_shard_bytes": "--max-shard-size"}
 _BELONG = {
     "dense": ("max_shard_bytes",),
@@ -95,6 +96,10 @@ def export_options(given: Mapping[str, Any]) -> ExportOptions:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UnsupportedError(f"{flag(name)} is {value}, expected 1 or more.")
+    if options.opset is not None and options.opset < OLDEST_OPSET:
+        raise UnsupportedError(
+            f"--opset is {options.opset}, expected {OLDEST_OPSET} or more: torch's exporter writes no older."
+        )
     if options.energy is not None and not 0 < options.energy <= 1:
         raise UnsupportedError(f"--energy is {options.energy}, expected a share above 0 and at most 1.")
     _check_together(options)

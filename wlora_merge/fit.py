@@ -226,11 +226,12 @@ def _prepare(
         model, task, labels, processor, options, both, head, ranks, state, initial, progress,
         initial_scale(options),
     )  # fmt: skip
-    keys = shots.strata(labels) if len(shots) == n else [""] * n
-    folds = fold_indices(keys, options.folds, options.seed) if options.folds else []
+    whole = len(shots) == n  # else an example is several rows
+    keys, twins = (shots.strata(labels), shots.twins()) if whole else ([""] * n, list(range(n)))
+    folds = fold_indices(keys, twins, options.folds, options.seed) if options.folds else []
     every, held_rows = list(range(n)), list(range(n, n + len(judged)))
     parts = [(sorted({*every}.difference(fold)), fold) for fold in folds]
-    return FitJob(learner, every, held_rows, parts, several_each(keys), options, start), labels
+    return FitJob(learner, every, held_rows, parts, several_each(keys, twins), options, start), labels
 
 
 def _encoded(task: Task, examples: Examples, processor: Any, length: int | None, labels: LabelSet | None) -> Any:

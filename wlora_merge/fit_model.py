@@ -202,6 +202,13 @@ def _load(
             f"{base.folder}: {type(model).__name__} reads none of this base's tensors: transformers has no way from this base to "
             f"{task.name}; use another base or task."
         )
+    beside = [name for name in absent if body and name not in body]
+    whole_class = type(model).__name__ in (base.config.get("architectures") or [])
+    if beside and not (whole_class or task.has_head) and len(beside) == len(absent):
+        raise UnsupportedError(
+            f"{base.folder}: it has no {task.name} head ({beside[0]!r} of {type(model).__name__}), and a fit trains none for this "
+            "task: use a base of this task, or another --task."
+        )
     for name, shape in absent.items():
         if name not in in_head:
             got = "has no tensor for it" if shape is None else f"has {list(shape)}"

@@ -39,7 +39,7 @@ def _called(name: str, adapters: Sequence[str]) -> str:
     return f"{name} alone" if name in adapters else name
 
 
-def _said_of_rivals(better: Leads, equal: Leads, adapters: Sequence[str], metric: str) -> list[str]:
+def _said_of_rivals(better: Leads, equal: Leads, adapters: Sequence[str], metric: str, *, choice: bool) -> list[str]:
     """What did better than the learned mixture and what as well, for the note; the hint where there is a choice."""
 
     def listed(leads: Leads) -> str:
@@ -47,8 +47,10 @@ def _said_of_rivals(better: Leads, equal: Leads, adapters: Sequence[str], metric
 
     said = [f"Better than learned in {metric}: {listed(better)}."] if better else []
     if equal:
-        said.append(f"As good as learned, within one standard error and with no far larger loss: {listed(equal)}.")
-    if {*better, *equal} - {"base"}:
+        said.append(
+            f"As good as learned, within one standard error and with a loss at most a quarter larger: {listed(equal)}."
+        )
+    if choice and {*better, *equal} - {"base"}:
         said.append(f"Kept: learned; --select best keeps what is best in {metric}, then in the loss.")
     return said
 
@@ -79,7 +81,7 @@ def metrics_of(
         how = "on the shots themselves, which flatters every candidate"
     said = [f"Loss, {metric.name} and its standard error {how}."]
     if kept == c.LEARNED:
-        said += _said_of_rivals(better, equal, job.learner.names, metric.name)
+        said += _said_of_rivals(better, equal, job.learner.names, metric.name, choice=job.options.method != c.AUTO)
     else:
         said.append(f"Kept: {_called(kept, job.learner.names)}.")
     if candidate.new_adapter:

@@ -164,6 +164,7 @@ def _csv(path: Path, data: bytes) -> Table:
         raise DataError(f"{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL; not a text file.")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     rows, lines, header, start = [], [], None, 1
+    limit = csv.field_size_limit(max(len(text), 1))  # else 128 KiB
     try:
         for record in reader:
             line, start = start, reader.line_num + 1
@@ -178,6 +179,8 @@ def _csv(path: Path, data: bytes) -> Table:
             lines.append(line)
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}.") from error
+    finally:
+        csv.field_size_limit(limit)
     table = _table(path, data, rows, lines)
     return replace(table, columns=tuple(header or ()))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from .adapters import CONFIG_FILE
 from .base_model import BaseModel, open_base
+from .card import judged_on
 from .compatibility import Rows, adapter_tables
 from .manifest import FILE, below, read_manifest
 from .mixture import Mixture
@@ -38,7 +39,7 @@ def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:
             tables[f"Mixture {path}"] = mixture_rows(mixture)
             tables[f"Mixture weights of {path}, over the groups"] = weight_rows(mixture)
             if candidates := candidate_rows(mixture):
-                tables[f"Held out, {path}"] = candidates
+                tables[f"{judged_on(mixture.metrics)}, {path}"] = candidates
             if settings := setting_rows(mixture):
                 tables[f"Out of fold, {path}"] = settings
         elif here and (folder / CONFIG_FILE).exists():
@@ -90,7 +91,7 @@ def weight_rows(mixture: Mixture) -> Rows:
 
 
 def candidate_rows(mixture: Mixture) -> Rows:
-    """Held-out loss and metric of every candidate of a fit."""
+    """Loss and metric of every candidate of a fit."""
     return [{"candidate": name, **row} for name, row in (mixture.metrics.get("candidates") or {}).items()]
 
 

@@ -137,7 +137,9 @@ FIT_OPTIONS = together(
         help="Optimizer steps. Default: 100 if a head is trained, else at most 40, chosen on the folds.",
     ),
     click.option(
-        "--max-minutes", type=ABOVE_0, help="Wall-clock budget in minutes, half of it for the folds. Default: none."
+        "--max-minutes",
+        type=ABOVE_0,
+        help="Wall-clock budget in minutes, seen to between steps; half of it for folds.",
     ),
     click.option(
         "--early-stopping",

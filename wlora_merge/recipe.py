@@ -216,6 +216,8 @@ def _check(recipe: Recipe, path: Path) -> None:
             export_options(options_of(entry, ExportOptions))
         except WloraMergeError as error:
             raise RecipeError(f"{path}: exports[{i}]: {error}") from error
+        if entry.format == "onnx" and task is None:
+            raise RecipeError(f"{path}: exports[{i}]: an ONNX export needs the mixture's task: set mix.task.")
 
 
 def options_of(section: Any, options: type[Any]) -> dict[str, Any]:

@@ -166,7 +166,20 @@ def _comparison(mixture: Mixture) -> str:
     rows = [[name, *(_measured(key, row, examples) for key in columns)] for name, row in table.items()]
     note = html.escape(metrics.get("note", ""))
     shares = " In brackets: Wilson's 95 % interval for that many examples." if "accuracy" in columns else ""
-    return f"<h2>Comparison</h2>\n<p>{note}{shares}</p>\n" + _table(["", *columns], rows, strong=metrics.get("kept"))
+    return (
+        f"<h2>Comparison</h2>\n<p>{note}{shares}</p>\n"
+        + _table(["", *columns], rows, strong=metrics.get("kept"))
+        + _settings(metrics.get("settings") or {})
+    )
+
+
+def _settings(table: Mapping[str, Mapping[str, float]]) -> str:
+    """The settings of the learned method that the folds compared, where there are several."""
+    if len(table) < 2:
+        return ""
+    columns = list(dict.fromkeys(k for row in table.values() for k in row if k != "steps" and not k.endswith("_se")))
+    rows = [[name, *(_measured(key, row, 0) for key in columns)] for name, row in table.items()]
+    return "<h2>Settings of the learned mixture, out of fold</h2>\n" + _table(["", *columns], rows)
 
 
 def _measured(key: str, row: Mapping[str, float], examples: int) -> str:

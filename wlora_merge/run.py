@@ -14,7 +14,7 @@ from .export_options import ExportOptions
 from .inputs import find_inputs
 from .mixture import Mixture
 from .names import NEW_FOLDER, human_bytes
-from .recipe import Recipe, options_of
+from .recipe import FitRecipe, Recipe, options_of
 from .sources import is_here
 from .staging import staged
 from .verify import verify
@@ -127,6 +127,13 @@ def _path(source: str, where: str | Path) -> str:
     return str(local) if is_here(local) or source.startswith(".") else source
 
 
+def _keeps_all(fit: FitRecipe | None) -> bool:
+    """Whether every adapter will be in the mixture, whatever the data say."""
+    return fit is None or (
+        fit.method in ("learned", "uniform", "search") and fit.select == "method" and not fit.prune_below
+    )
+
+
 def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What `run` would read, resolved and opened, and what it will cost, as rows for tables; nothing is trained or written.
 
@@ -153,7 +160,13 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
             split = recipe.fit.eval_split
             held = read_examples(data, task=task, columns=columns, split=split, default_splits=EVAL_SPLITS)
             rows.append({"what": f"eval_data ({len(held)} examples)", "path": data})
+    from .deltas import ModuleDelta
     from .predict import predict
+    from .serving import check_rank
 
+    for entry in recipe.exports:
+        if entry.format == "lora" and entry.energy is None and _keeps_all(recipe.fit):
+            r = entry.rank or max((d.R for d in inputs.deltas if isinstance(d, ModuleDelta)), default=0)
+            check_rank(r, server=entry.server, max_rank=entry.max_rank, exact=entry.rank is None)
     rows += [{"what": f"export {e.folder}", "path": e.format} for e in recipe.exports]
     return rows, predict(inputs, recipe.exports, recipe.fit, examples, recipe.report)

@@ -124,7 +124,9 @@ def _dense(task: str, auto: str) -> str:
 
 
 def _lora(mixture: Mixture, task: str, auto: str, base_name: str, r: int | None) -> str:
-    labels = f", num_labels={len(mixture.config['id2label'])}" if mixture.head and "id2label" in mixture.config else ""
+    labels = ", id2label=id2label, label2id={v: k for k, v in id2label.items()}"
+    labels = labels if mixture.head and "id2label" in mixture.config else ""
+    table = {int(key): name for key, name in mixture.config.get("id2label", {}).items()}
     lines = (
         "from peft import PeftModel",
         f"from transformers import {auto}",
@@ -133,6 +135,7 @@ def _lora(mixture: Mixture, task: str, auto: str, base_name: str, r: int | None)
             if "/" in base_name
             else ["# a local base: its name works where its folder lies beside you, else say its path"]
         ),
+        *([f"id2label = {table}"] if labels else []),
         f'base = {auto}.from_pretrained("{base_name}"{labels})',
         f'model = PeftModel.from_pretrained(base, "{FOLDER}")',
     )
