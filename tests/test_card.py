@@ -156,14 +156,10 @@ def test_a_lora_with_a_trained_head_shows_the_load_line_with_its_labels(tmp_path
     labels = {"id2label": {"0": "a", "1": "b", "2": "c"}}
     made = mixture(task="text-classification", head={"classifier.weight": torch.ones(3, 4)}, config=labels)
     text = card(tmp_path, made, "lora").text
-    assert (
-        'AutoModelForSequenceClassification.from_pretrained("org/base", id2label=id2label, label2id={v: k for k, v in id2label.items()})'
-        in text
-    )
-    assert (
-        'AutoPeftModelForSequenceClassification.from_pretrained("path/to/this/folder", id2label=id2label, label2id={v: k for k, v in id2label.items()})'
-        in text
-    )
+    given = "id2label=id2label, label2id={v: k for k, v in id2label.items()}"
+    assert "id2label = {0: 'a', 1: 'b', 2: 'c'}" in text
+    assert f'AutoModelForSequenceClassification.from_pretrained("org/base", {given})' in text
+    assert f'AutoPeftModelForSequenceClassification.from_pretrained("path/to/this/folder", {given})' in text
     assert "vllm" not in text
 
 
