@@ -105,6 +105,7 @@ def test_the_lora_with_its_head_loads_with_the_line_that_its_card_shows(
     head = model.base_model.model.classifier
     weight = head.modules_to_save["default"].weight
     assert torch.equal(weight, mixture.head["classifier.weight"])
+    assert {str(i): name for i, name in model.config.id2label.items()} == mixture.config["id2label"]
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(

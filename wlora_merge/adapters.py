@@ -79,7 +79,7 @@ def load_adapter(path_or_id: str | Path, name: str | None = None, *, base_is_res
         base_is_residual: accept an unconverted PiSSA-like adapter: the base given is its residual.
 
     Returns:
-        The adapter with its tensors in memory, in the dtypes of the file.
+        The adapter, its tensors in the dtypes of the file.
 
     Raises:
         AdapterError: a missing or broken folder, or a NaN or infinity in a tensor, named.

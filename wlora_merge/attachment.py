@@ -40,7 +40,7 @@ from .whole_factors import with_whole_tensors
 
 if TYPE_CHECKING:
     from .base_model import BaseModel
-    from .deltas import TensorDelta
+    from .deltas import ModuleDelta, TensorDelta
 
 
 PARAMETER = "wlora_weights"
@@ -86,13 +86,37 @@ def attach(
     given = list(adapters)
     read = iter(load_adapters([a for a in given if not isinstance(a, Adapter)], residual=residual))
     loaded = [a if isinstance(a, Adapter) else next(read) for a in given]
-    if not loaded:
-        raise AdapterError("a mixture needs an adapter or more, got none.")
-    _check_normalize(normalize)
-    if delta_scale != LEARNED and (isinstance(delta_scale, str) or not math.isfinite(delta_scale)):
-        raise MixtureError(f"delta_scale is {delta_scale!r}, expected a number or {LEARNED}.")
-    if not temperature > 0:
-        raise MixtureError(f"temperature is {temperature}, expected a number above 0.")
+    _check_model(model)
+    _check_options(loaded, normalize, delta_scale, temperature)
+    trained = _head_parameters(model, head)
+    deltas, taken = _changes(model, loaded, trained, modules_to_save)
+    groups = make_groups([d.module for d in deltas], granularity)
+    device = next(model.parameters()).device
+    model.requires_grad_(False)
+    model.register_parameter(PARAMETER, _start(len(groups), len(loaded), normalize, device))
+    if isinstance(delta_scale, str):
+        model.register_parameter(SCALE_PARAMETER, nn.Parameter(torch.ones((), device=device)))
+    scale = delta_scale if isinstance(delta_scale, float | int) else model.get_parameter(SCALE_PARAMETER)
+    for name in trained:
+        model.get_parameter(name).requires_grad_(True)
+    weights = model.get_parameter(PARAMETER)
+    attachment = Attachment(
+        loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken, modules_to_save
+    )
+    try:
+        for delta in deltas:
+            layer = model.get_submodule(delta.module)
+            layer.add_module("wlora", StackedLora(delta, layer, attachment))
+            layer.wlora_hook = layer.register_forward_hook(add_delta, with_kwargs=True)  # type: ignore[assignment]
+    except BaseException:  # out of memory, Ctrl-C: a second attempt must not add to half of a first
+        detach(model)
+        raise
+    model.wlora = attachment  # type: ignore[assignment]
+    return model
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse a model to which nothing can be attached."""
     if _whole(model) is not model:
         raise MixtureError(
             "the model is compiled, and would not see what is attached: attach first, then call torch.compile."
@@ -104,62 +128,53 @@ def attach(
         )
     if hasattr(model, "wlora"):
         raise MixtureError("the model has adapters attached already: call wlora_merge.detach(model) first.")
-    for adapter in loaded:
+
+
+def _check_options(adapters: Sequence[Adapter], normalize: str, delta_scale: float | str, temperature: float) -> None:
+    if not adapters:
+        raise AdapterError("a mixture needs an adapter or more, got none.")
+    _check_normalize(normalize)
+    if delta_scale != LEARNED and (isinstance(delta_scale, str) or not math.isfinite(delta_scale)):
+        raise MixtureError(f"delta_scale is {delta_scale!r}, expected a number or {LEARNED}.")
+    if not temperature > 0:
+        raise MixtureError(f"temperature is {temperature}, expected a number above 0.")
+    for adapter in adapters:
         if adapter.config.get("target_parameters"):
             raise UnsupportedError(
                 f"{adapter.where}: it changes fused expert weights (target_parameters), which a fit does not train through yet: "
                 "`wlora-merge mix` and an export fold it."
             )
-    layers = dict(model.named_modules())
-    model_type = getattr(getattr(model, "config", None), "model_type", "")
-    find, trained = live_tensors(model), _head_parameters(model, head)
+
+
+def _changes(
+    model: nn.Module, adapters: list[Adapter], trained: Sequence[str], modules_to_save: str | None
+) -> tuple[list[ModuleDelta], list[str]]:
+    """What the adapters change, stacked module by module; the parameters that became one adapter's, as the user chose."""
+    find, layers = live_tensors(model), dict(model.named_modules())
     for name in trained:
         if (target := find(name)) is not None and target.tied:
             raise UnsupportedError(
                 f"head: {name!r} is an embedding that this encoder-decoder uses in several places (tie_word_embeddings), and it "
                 "computes otherwise when an export has them apart: leave it out of the head."
             )
-    deltas = stack(loaded, live_modules(model), find, model_type=model_type)
-    tensors, saved = stack_tensors(loaded, modules_to_save, trained, find)
+        if model.get_parameter(name).dtype in (torch.bfloat16, torch.float16):
+            warnings.warn(
+                f"head: {name!r} is trained in 16 bits, in which small steps are lost: load the model with dtype=torch.float32.",
+                WloraMergeWarning,
+                stacklevel=3,
+            )
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    deltas = stack(adapters, live_modules(model), find, model_type=model_type)
+    tensors, saved = stack_tensors(adapters, modules_to_save, trained, find)
     joined(deltas, tensors, trained, find)
     if tensors:
         _refuse_new(model, tensors)
-        changed = with_whole_tensors(loaded, tensors, layers, find)
+        changed = with_whole_tensors(adapters, tensors, layers, find)
         deltas = stack(changed, live_modules(model), find, model_type=model_type)
     for delta in deltas:
         if delta.biases:
             check_bias(delta.module, layers[delta.module])
-    taken = _take(model, saved, modules_to_save)
-    groups = make_groups([d.module for d in deltas], granularity)
-    device = next(model.parameters()).device
-    model.requires_grad_(False)
-    model.register_parameter(PARAMETER, _start(len(groups), len(loaded), normalize, device))
-    if isinstance(delta_scale, str):
-        model.register_parameter(SCALE_PARAMETER, nn.Parameter(torch.ones((), device=device)))
-    scale = delta_scale if isinstance(delta_scale, float | int) else model.get_parameter(SCALE_PARAMETER)
-    for name in trained:
-        model.get_parameter(name).requires_grad_(True)
-    narrow = [name for name in trained if model.get_parameter(name).dtype in (torch.bfloat16, torch.float16)]
-    if narrow:
-        warnings.warn(
-            f"head: {narrow[0]!r} is trained in 16 bits, in which small steps are lost: load the model with dtype=torch.float32.",
-            WloraMergeWarning,
-            stacklevel=2,
-        )
-    weights = model.get_parameter(PARAMETER)
-    attachment = Attachment(
-        loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken, modules_to_save
-    )
-    try:
-        for delta in deltas:
-            layer = layers[delta.module]
-            layer.add_module("wlora", StackedLora(delta, layer, attachment))
-            layer.wlora_hook = layer.register_forward_hook(add_delta, with_kwargs=True)
-    except BaseException:  # out of memory, Ctrl-C: a second attempt must not add to half of a first
-        detach(model)
-        raise
-    model.wlora = attachment  # type: ignore[assignment]
-    return model
+    return deltas, _take(model, saved, modules_to_save)
 
 
 def _whole(model: nn.Module) -> nn.Module:

@@ -75,7 +75,7 @@ def fixed_candidates(names: Sequence[str], options: FitOptions) -> dict[str, Can
 def learned_settings(options: FitOptions, *, head: bool, several: bool) -> list[Candidate]:
     """What the folds compare for the learned method: the default, then what differs from it in one option, then in more.
 
-    None for a method that learns nothing by gradients. The default is free weights where a new head is trained, with a new adapter
+    Empty for a method that learns nothing by gradients. The default is free weights where a new head is trained, with a new adapter
     where there are two shots per class or more, and a softmax where the base already does the task (recipes/bench_fit/README.md
     says what was measured).
 

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from .adapters import Adapter, load_adapters
 from .base_model import BaseModel, open_base, refuse_quantized
 from .data import EVAL_SPLITS, Examples, read_examples
-from .deltas import ModuleDelta
 from .digests import sha256_file
 from .errors import DataError, MixtureError, first_line
 from .fit_options import FitOptions, check_for_task, fit_options
@@ -95,60 +94,88 @@ def fit(
     Raises:
         WloraMergeError: with one sentence; nothing is left in `out`.
     """
-    from .new_adapter import add_new, new_files
     from .ranks import team
 
     chosen = like_start(fit_options(options))
-    job = get_task(task)
     check_for_task(chosen, task, eval_data, eval_split)
-    tracker_names(chosen)  # refuses before anything is trained
-    if chosen.quantize:
-        logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)  # which the command line keeps quiet
-    opened, loaded = open_base(base), load_adapters(adapters, residual=residual)
-    given = [data, eval_data, chosen.initial_logits if isinstance(chosen.initial_logits, str) else None]
-    sources = [opened.folder, *(a.source.folder for a in loaded), *(Path(p) for p in given if p and is_here(p))]
+    tracker_names(chosen)  # refuses before anything is read
+    given = _Given(
+        get_task(task), chosen, open_base(base), load_adapters(adapters, residual=residual), data, eval_data,
+        dict(columns or {}), split, eval_split, modules_to_save, residual,
+    )  # fmt: skip
     if out is not None:
-        refuse_out(Path(out), force=force, inputs=sources)
-    _check_adapters(loaded, chosen)
-    refuse_quantized(opened)
-    shots, held = read_examples(data, task=task, columns=columns, split=split), None
-    if eval_data:
-        held = read_examples(eval_data, task=task, columns=columns, split=eval_split, default_splits=EVAL_SPLITS)
-    if held is not None and held.sha256 == shots.sha256:
-        raise MixtureError(
-            f"{eval_data}: holds the very shots ({data}), and says nothing of a model that was trained on them: give other "
-            "examples, or leave --eval-data out."
-        )
-    deltas = stack(
-        loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type
-    )  # refuses what no export could write
+        refuse_out(Path(out), force=force, inputs=given.sources)
+    _check(given)
+    shots, held = _examples(given)
     with team() as ranks, only_fit(out if ranks.leads else None):
-        asked = {"task": task, "columns": dict(columns or {}), "modules_to_save": modules_to_save}
-        state = _state(out if ranks.leads else None, opened, loaded, shots, held, chosen, asked, resume)
+        state = _state(out if ranks.leads else None, given, shots, held, resume)
         state.table = ranks.share(state.table)  # what a killed fit has trained, no process trains again
-        work, labels = _prepare(opened, loaded, job, shots, held, chosen, modules_to_save, ranks, state, progress)
+        work, labels = _prepare(given, shots, held, ranks, state, progress)
         with _within_memory():
             metrics, kept = _work(work)
-        mixture = _mixture(work.learner, opened)
-        mixture.task, mixture.metrics, mixture.modules_to_save = task, metrics, modules_to_save
-        mixture.metrics["held_out"] = held_out(work, shots, held, eval_split)
-        mixture.config = _config(work.learner, job, labels, opened)
-        mixture.data = {"method": chosen.method, "data": data_ref(shots, split), "fit": recorded(chosen)}
-        mixture.data |= {"columns": dict(columns)} if columns else {}
-        mixture.data |= {"residual": residual} if residual else {}
-        if len(mixture.adapters) < len(loaded):
-            mixture.data["adapters"] = {a.name: adapter_ref(a).spec for a in loaded}
-        if files := new_files(work.learner.model, opened.source.name):
-            add_new(mixture, files)
-            if report:
-                deltas = [d for d in find_inputs(mixture).deltas if isinstance(d, ModuleDelta)]
-            mixture.data["new_adapter"] = {"name": mixture.adapter_names[-1], "r": kept.new_adapter}
+        metrics["held_out"] = held_out(work, shots, held, eval_split)
+        mixture = _mixture(work.learner, given, shots, metrics, kept, labels)
         if out is not None and ranks.leads:
-            title = f"A mixture on {opened.source.name}"
+            title = f"A mixture on {given.base.source.name}"
+            deltas = find_inputs(mixture, any_digest=True).deltas if report else []
             beside = partial(write_report, mixture=mixture, deltas=deltas, title=title) if report else None
-            mixture.save(out, force=force, inputs=sources, beside=beside)
+            mixture.save(out, force=force, inputs=given.sources, beside=beside)
             state.remove()
     return mixture
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a fit is given: the options, base and adapters opened, and which examples."""
+
+    task: Task
+    options: FitOptions
+    base: BaseModel
+    adapters: list[Adapter]
+    data: str | Path
+    eval_data: str | Path | None
+    columns: dict[str, str]
+    split: str | None
+    eval_split: str | None
+    modules_to_save: str | None
+    residual: str | None
+
+    @property
+    def sources(self) -> list[Path]:
+        """The local files and folders that it reads."""
+        start = self.options.initial_logits
+        files = (self.data, self.eval_data, start if isinstance(start, str) else None)
+        return [
+            self.base.folder, *(a.source.folder for a in self.adapters), *(Path(f) for f in files if f and is_here(f)),
+        ]  # fmt: skip
+
+
+def _check(given: _Given) -> None:
+    """Refuse, before any example is read, what cannot be fitted."""
+    if given.options.quantize:
+        logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)  # which the command line keeps quiet
+    _check_adapters(given.adapters, given.options)
+    refuse_quantized(given.base)
+    stack(  # refuses what no export could write
+        given.adapters, modules_of(given.base), tensors_of(given.base), model_type=given.base.model_type
+    )
+
+
+def _examples(given: _Given) -> tuple[Examples, Examples | None]:
+    """The shots, and the evaluation data."""
+    task, columns = given.task.name, given.columns
+    shots = read_examples(given.data, task=task, columns=columns, split=given.split)
+    if not given.eval_data:
+        return shots, None
+    held = read_examples(
+        given.eval_data, task=task, columns=columns, split=given.eval_split, default_splits=EVAL_SPLITS
+    )
+    if held.sha256 == shots.sha256:
+        raise MixtureError(
+            f"{given.eval_data}: holds the very shots ({given.data}), and says nothing of a model that was trained on them: give "
+            "other examples, or leave --eval-data out."
+        )
+    return shots, held
 
 
 @contextmanager
@@ -183,34 +210,24 @@ def _check_adapters(adapters: list[Adapter], options: FitOptions) -> None:
 
 
 def _prepare(
-    base: BaseModel,
-    adapters: list[Adapter],
-    task: Task,
+    given: _Given,
     shots: Examples,
     held: Examples | None,
-    options: FitOptions,
-    modules_to_save: str | None,
     ranks: Team,
-    state: Any,
+    state: FitState,
     progress: FitProgress | None,
 ) -> tuple[FitJob, LabelSet | None]:
+    """Load the model and encode the examples; also the labels, in the head's order."""
     from torch.utils.data import ConcatDataset
 
     from .candidates import fold_indices, several_each
     from .fit_model import load_model, max_tokens
     from .training import Learner
 
-    start = time.monotonic()
-    processor = task.load_processor(base.folder)
+    start, task, base, options = time.monotonic(), given.task, given.base, given.options
+    processor, labels = task.load_processor(base.folder), task.labels(shots, problem_type=options.problem_type)
     model, head, labels = load_model(
-        base,
-        adapters,
-        task,
-        task.labels(shots, problem_type=options.problem_type),
-        processor,
-        options,
-        modules_to_save,
-        ranks,
+        base, given.adapters, task, labels, processor, options, given.modules_to_save, ranks
     )
     if not head and options.head_learning_rate != FitOptions.head_learning_rate:
         raise MixtureError(
@@ -221,7 +238,7 @@ def _prepare(
         _encoded(task, examples, processor, length, labels) if examples else [] for examples in (shots, held)
     )
     n, both = len(rows), ConcatDataset[Any]([rows, judged])  # read lazily: images are decoded when they are used
-    initial = initial_logits(options, [a.name for a in adapters], base)
+    initial = initial_logits(options, [a.name for a in given.adapters], base)
     learner = Learner(
         model, task, labels, processor, options, both, head, ranks, state, initial, progress,
         initial_scale(options),
@@ -336,44 +353,59 @@ def _prune(job: FitJob, candidate: Candidate, on_folds: Comparison) -> dict[str,
     return {"below": job.options.prune_below, "weights_set_to_zero": dropped, "loss_added": cost, "on": where}
 
 
-def _mixture(learner: Learner, base: BaseModel) -> Mixture:
-    """The mixture that the model holds; an adapter without weight anywhere leaves it."""
+def _mixture(
+    learner: Learner, given: _Given, shots: Examples, metrics: dict[str, Any], kept: Candidate, labels: LabelSet | None
+) -> Mixture:
+    """The mixture that the model holds; an adapter without weight anywhere leaves it, one that was trained enters it."""
     import torch
 
-    mixture = Mixture.from_model(learner.model, base)
+    from .new_adapter import add_new, new_files
+
+    mixture = Mixture.from_model(learner.model, given.base)
     logits = mixture.wlora_weights
     mixture.wlora_weights = torch.where(logits.isfinite(), logits, torch.finfo(torch.float32).min)
     used = [n for n in range(len(mixture.adapters)) if bool(mixture.mixture_weights[:, n].any())]
-    if not used:
-        return mixture
-    mixture.adapters = [mixture.adapters[n] for n in used]
-    mixture.mixture_weights, mixture.wlora_weights = mixture.mixture_weights[:, used], mixture.wlora_weights[:, used]
+    if used:
+        mixture.adapters = [mixture.adapters[n] for n in used]
+        mixture.mixture_weights, mixture.wlora_weights = (
+            mixture.mixture_weights[:, used],
+            mixture.wlora_weights[:, used],
+        )
+    mixture.task, mixture.metrics, mixture.modules_to_save = given.task.name, metrics, given.modules_to_save
+    mixture.config = _config(learner, given.task, labels, given.base)
+    mixture.data = {
+        "method": given.options.method,
+        "data": data_ref(shots, given.split),
+        "fit": recorded(given.options),
+        **({"columns": given.columns} if given.columns else {}),
+        **({"residual": given.residual} if given.residual else {}),
+    }
+    if len(mixture.adapters) < len(given.adapters):
+        mixture.data["adapters"] = {a.name: adapter_ref(a).spec for a in given.adapters}
+    if files := new_files(learner.model, given.base.source.name):
+        add_new(mixture, files)
+        mixture.data["new_adapter"] = {"name": mixture.adapter_names[-1], "r": kept.new_adapter}
     return mixture
 
 
-def _state(
-    out: str | Path | None,
-    base: BaseModel,
-    adapters: list[Adapter],
-    shots: Examples,
-    held: Examples | None,
-    options: FitOptions,
-    given: dict[str, Any],
-    resume: bool,
-) -> Any:
+def _state(out: str | Path | None, given: _Given, shots: Examples, held: Examples | None, resume: bool) -> FitState:
+    """The state of this fit, with a fingerprint of all that decides its result."""
     from .fit_model import device_name
     from .manifest import versions
 
-    start = options.initial_logits if isinstance(options.initial_logits, str) else None
+    options, start = given.options, given.options.initial_logits
+    start = start if isinstance(start, str) else None
     files = sorted(Path(start).glob("mixture.*")) if start and Path(start).is_dir() else [Path(start)] if start else []
     table = {
-        "base": base.sha256(),
+        "base": given.base.sha256(),
         "initial_logits": [sha256_file(file) for file in files if file.is_file()],
-        "adapters": [[a.name, a.sha256] for a in adapters],
+        "adapters": [[a.name, a.sha256] for a in given.adapters],
         "data": [data_ref(shots), data_ref(held) if held else None],
         "device": device_name(options),
         "options": {k: v for k, v in asdict(options).items() if k not in ("report_to", "max_minutes")},
-        **given,
+        "task": given.task.name,
+        "columns": given.columns,
+        "modules_to_save": given.modules_to_save,
         "versions": versions(("torch", "transformers")),
     }
     fingerprint = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()

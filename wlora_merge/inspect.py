@@ -1,6 +1,6 @@
 """What a folder is, as rows for a table: adapters, a base model, a mixture, an export.
 
-Nothing is changed and nothing is loaded but adapters. It knows no terminal.
+Nothing is changed, and no model is loaded: of a base some weights alone, to say how large a change is. It knows no terminal.
 """
 
 from __future__ import annotations

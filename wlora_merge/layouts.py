@@ -1,4 +1,4 @@
-"""Layer kinds <-> matrices; nothing else in the package transposes.
+"""Layer kinds <-> matrices: the one place that knows how the factors of each lie in files.
 
 Every LoRA is a product lora_B @ lora_A of shape [out, in]. How that product lies in the base's tensor differs by layer:
 

@@ -8,7 +8,7 @@ default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import AdapterError, UnsupportedError
@@ -72,6 +72,33 @@ def check_config(config: Mapping[str, Any], where: str, *, base_is_residual: boo
             )
     _check_types(config, where)
     _check_init(config.get("init_lora_weights", True), where, base_is_residual)
+
+
+def plain_config(
+    *,
+    r: int,
+    lora_alpha: int,
+    target_modules: Sequence[str],
+    base_name: str,
+    fan_in_fan_out: bool,
+    task_type: str | None = None,
+    modules_to_save: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The `adapter_config.json` of a LoRA without any feature beyond its factors, with no field that older PEFT would reject."""
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_name,
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "target_modules": list(target_modules),
+        "modules_to_save": modules_to_save,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
 
 
 def _is_empty(value: Any) -> bool:

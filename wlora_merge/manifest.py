@@ -34,7 +34,7 @@ PACKAGES = {
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Package name -> installed version, this package first."""
+    """Package name -> installed version, Python and this package first."""
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in ("wlora-merge", *packages):
         try:

@@ -86,8 +86,8 @@ def parse_adapter_key(key: str, *, wrapped: bool = False) -> AdapterKey:
     """Split a key of `adapter_model.safetensors` into what it changes and which part of the change it is.
 
     Accepts keys with the adapter's name inside (`lora_A.default.weight`), as older PEFT wrote them, and what
-    torch.compile and FSDP leave in names. With `wrapped` a target
-    module keeps its `.base_layer`: PEFT wraps a module once for each of its parameters that it trains.
+    torch.compile and FSDP leave in names. With `wrapped` a target module keeps its `.base_layer`: PEFT wraps a module once for each
+    of its parameters that it trains.
 
     Raises:
         UnsupportedError: for keys in the Diffusers and kohya conventions, named, and for any other that is not understood.

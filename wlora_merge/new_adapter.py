@@ -23,6 +23,7 @@ from .adapters import CONFIG_FILE, WEIGHTS_FILE
 from .errors import UnsupportedError
 from .layers import Attachment, StackedLora
 from .layouts import Layout
+from .lora_config import plain_config
 from .mixture import InputRef, Mixture
 from .names import NEW_ADAPTER, NEW_FOLDER, PEFT_PREFIX
 
@@ -124,20 +125,13 @@ def new_files(model: nn.Module, base_name: str) -> dict[str, bytes]:
         for part, factor in lora.named_parameters()
     }
     r = len(next(iter(placed.values())).lora_A)
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base_name,
-        "r": r,
-        "lora_alpha": round(ALPHA_OVER_R * r),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": any(lora.kind is Layout.CONV1D for lora in placed.values()),
-        "target_modules": sorted(placed),
-        "modules_to_save": None,
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
+    config = plain_config(
+        r=r,
+        lora_alpha=round(ALPHA_OVER_R * r),
+        target_modules=sorted(placed),
+        base_name=base_name,
+        fan_in_fan_out=any(lora.kind is Layout.CONV1D for lora in placed.values()),
+    )
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return {CONFIG_FILE: text.encode(), WEIGHTS_FILE: save(tensors, {"format": "pt"})}
 

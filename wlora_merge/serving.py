@@ -124,9 +124,9 @@ def _dense(task: str, auto: str) -> str:
 
 
 def _lora(mixture: Mixture, task: str, auto: str, base_name: str, r: int | None) -> str:
-    labels = ", id2label=id2label, label2id={v: k for k, v in id2label.items()}"
-    labels = labels if mixture.head and "id2label" in mixture.config else ""
-    table = {int(key): name for key, name in mixture.config.get("id2label", {}).items()}
+    table = {int(key): name for key, name in mixture.config.get("id2label", {}).items()} if mixture.head else {}
+    named = [f"id2label = {table}"] if table else []
+    labels = ", id2label=id2label, label2id={v: k for k, v in id2label.items()}" if table else ""
     lines = (
         "from peft import PeftModel",
         f"from transformers import {auto}",
@@ -135,7 +135,7 @@ def _lora(mixture: Mixture, task: str, auto: str, base_name: str, r: int | None)
             if "/" in base_name
             else ["# a local base: its name works where its folder lies beside you, else say its path"]
         ),
-        *([f"id2label = {table}"] if labels else []),
+        *named,
         f'base = {auto}.from_pretrained("{base_name}"{labels})',
         f'model = PeftModel.from_pretrained(base, "{FOLDER}")',
     )
@@ -145,7 +145,10 @@ def _lora(mixture: Mixture, task: str, auto: str, base_name: str, r: int | None)
         parts += [
             f"or, where `{base_name}` (`base_model_name_or_path` of the config) can be found under that name,",
             _code(
-                "python", f"from peft import {peft_auto}", f'model = {peft_auto}.from_pretrained("{FOLDER}"{labels})'
+                "python",
+                f"from peft import {peft_auto}",
+                *named,
+                f'model = {peft_auto}.from_pretrained("{FOLDER}"{labels})',
             ),
         ]
     fit = vllm_rank(r) if r is not None else None

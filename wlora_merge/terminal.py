@@ -1,7 +1,7 @@
 """What people see at the terminal: tables on stdout, progress, warnings and the log on stderr.
 
 The only room that knows rich, which is imported when something is drawn. Where stderr is no terminal there are no bars and no
-colours, and `quiet` leaves errors alone.
+colours, and `quiet` leaves out what is neither a result nor a warning nor an error.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from .check import (
 from .digests import path_of
 from .errors import UnsupportedError, VerifyError, WloraMergeError
 from .inputs import find_inputs
-from .manifest import FILE, read_manifest
+from .manifest import FILE, digest, read_manifest
 from .mixture import Mixture
 from .names import DTYPES, nearest
 from .structure import check_folded, check_lora, check_untouched
@@ -35,22 +35,31 @@ def verify(
     folder: str | Path,
     *,
     quick: bool = False,
+    pinned: str | None = None,
     base: str | Path | None = None,
     adapters: Iterable[str | Path] = (),
 ) -> Checked:
-    """Check an export folder: every digest, its structure, and its outputs against the unmerged mixture.
+    """Check an export folder: every digest, its structure, its weights and its outputs against the unmerged mixture.
 
     Args:
         folder: what `wlora-merge export` wrote.
         quick: digests and headers alone; nothing is loaded.
+        pinned: the digest that it must have, `sha256:...`, as `export` printed it.
         base, adapters: the export's inputs, the latter as NAME=PATH. Left out, they are looked for by their sha256 among
             the files that this machine remembers; where they are not found, what needs them is skipped, and the result says so.
+
+    Returns:
+        What was checked, what was skipped and why, and the largest difference of an output.
 
     Raises:
         VerifyError: something is not as it was written, or the export does not compute its mixture.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    if pinned is not None and pinned != (found := digest(folder)):
+        raise VerifyError(
+            f"{folder}: its digest is {found}, expected {pinned}: this is another export, or inputs have changed."
+        )
     checked = Checked(files=check_files(folder, manifest), done=["digests", "structure"])
     if quick:
         return checked

@@ -21,6 +21,7 @@ from ..deltas import ModuleDelta, TensorDelta
 from ..errors import UnsupportedError, WloraMergeError
 from ..fold import lora_product, low_rank_svd, pad_rank, truncate
 from ..layouts import Layout, factors_to_file
+from ..lora_config import plain_config
 from ..mixture import Mixture, prefixes
 from ..names import PEFT_PREFIX
 from ..progress import Meter
@@ -208,20 +209,15 @@ def _config(
     mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta], names: list[str], r: int, base_name: str
 ) -> dict[str, Any]:
     task = mixture.task if mixture.head or mixture.task in HEADLESS else None
-    return {
-        "peft_type": "LORA",
-        "task_type": PEFT_TASKS.get(task or ""),
-        "base_model_name_or_path": base_name,
-        "r": r,
-        "lora_alpha": r,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": any(delta.layout is Layout.CONV1D for delta in deltas),
-        "target_modules": _target_modules(base, [delta.module for delta in deltas], names),
-        "modules_to_save": _saved_modules(mixture, base, names) or None,
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
+    return plain_config(
+        r=r,
+        lora_alpha=r,
+        target_modules=_target_modules(base, [delta.module for delta in deltas], names),
+        base_name=base_name,
+        fan_in_fan_out=any(delta.layout is Layout.CONV1D for delta in deltas),
+        task_type=PEFT_TASKS.get(task or ""),
+        modules_to_save=_saved_modules(mixture, base, names) or None,
+    )
 
 
 def _saved_modules(mixture: Mixture, base: BaseModel, targets: Sequence[str]) -> list[str]:
