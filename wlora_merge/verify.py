@@ -24,11 +24,12 @@ from .check import (
 )
 from .digests import path_of
 from .errors import UnsupportedError, VerifyError, WloraMergeError
-from .inputs import find_inputs
+from .inputs import Inputs, find_inputs
 from .manifest import FILE, digest, read_manifest
 from .mixture import Mixture
 from .names import DTYPES, nearest
 from .structure import check_folded, check_lora, check_untouched
+from .writers.dense import plan
 
 
 def verify(
@@ -73,67 +74,91 @@ def verify(
 def _check_outputs(
     folder: Path, manifest: Mapping[str, Any], inputs: tuple[Path | None, dict[str, Path]], checked: Checked
 ) -> None:
-    from .attachment import set_delta_scale
-    from .live_model import refuse_uncalled
-    from .writers.dense import plan
-
     base_folder, adapters = inputs
     missing = [*(["the base model"] if base_folder is None else []), *_absent(manifest, adapters)]
     if missing:
         checked.skipped["outputs"] = f"not found here: {', '.join(missing)}; say --base PATH and --adapter NAME=PATH"
         return
-    opened = open_base(str(base_folder))
     try:
-        mixture = _mixture(manifest, opened, adapters, folder)
+        mixture = _mixture(manifest, open_base(str(base_folder)), adapters, folder)
     except UnsupportedError as error:
         checked.skipped["outputs"] = str(error)
         return
     found = find_inputs(mixture)
-    opened = found.base
-    if manifest["format"] == "dense":
-        wanted = (manifest.get("options") or {}).get("dtype")
-        planned = plan(
-            opened, found.deltas, mixture.head, untied=found.untied, dtype=DTYPES[wanted] if wanted else None
-        )
-        count = check_untouched(folder, planned)
-        checked.done.append(f"{count} tensors that no adapter changes are the base's, byte for byte")
-        count = check_folded(folder, planned, mixture)
-        checked.done.append(
-            f"{count} tensors that adapters change or --dtype rounds are the mixture's, folded again, but for a last bit"
-        )
-    if manifest["format"] == "lora":
-        lost = check_lora(folder, manifest, mixture, opened, found.deltas)
-        checked.done.append(
-            f"its factors are the mixture's, but for {lost:.2e} of the delta weights' norm, as its report says"
-        )
+    _check_weights(folder, manifest, found, checked)
     if not manifest.get("probe"):
         checked.skipped["outputs"] = "the manifest has no probe inputs for this kind of model"
         return
-    head_options = {k: mixture.config[k] for k in HEAD_KEYS if k in mixture.config}
-    model = load_model(
-        opened.folder, mixture.task, complete=not mixture.head, unused=unused_by(manifest), **head_options
-    )
     try:
-        attach_mixture(model, mixture, found.adapters, opened, found.tensors)
-        refuse_uncalled(model, lambda: outputs_of(model, manifest["probe"]))
+        model = _unmerged(folder, manifest, found)
     except UnsupportedError as error:
         checked.skipped["outputs"] = f"the unmerged mixture does not run: {error}"
         return
-    if manifest["format"] == "onnx" and mixture.task == "feature-extraction":
-        from .writers.onnx_pooling import add_pooling
-
-        add_pooling(model, folder)
-    expected = outputs_of(model, manifest["probe"])
     if "same_tokens" in (manifest.get("report") or {}):
         _check_genai(folder, manifest, model, checked)
         return
     if manifest["format"] == "onnx":
-        from .writers.onnx_check import compare_with
-        from .writers.onnx_tasks import GENERATING
+        _check_onnx(folder, manifest, model, checked)
+    _compare_probe(folder, manifest, model, found.base, checked)
 
-        compare_with(folder, model, task=str(mixture.task), halved=lambda: copy.deepcopy(model).half())
-        generated = ", and in a greedy generation" if mixture.task in GENERATING else ""
-        checked.done.append(f"ONNX Runtime agrees with the unmerged mixture at several shapes{generated}")
+
+def _check_weights(folder: Path, manifest: Mapping[str, Any], found: Inputs, checked: Checked) -> None:
+    """A dense export's tensors, folded again, or a LoRA's factors, against the mixture's own."""
+    if manifest["format"] == "dense":
+        wanted = (manifest.get("options") or {}).get("dtype")
+        planned = plan(
+            found.base, found.deltas, found.mixture.head, untied=found.untied, dtype=DTYPES[wanted] if wanted else None
+        )
+        count = check_untouched(folder, planned)
+        checked.done.append(f"{count} tensors that no adapter changes are the base's, byte for byte")
+        count = check_folded(folder, planned, found.mixture)
+        checked.done.append(
+            f"{count} tensors that adapters change or --dtype rounds are the mixture's, folded again, but for a last bit"
+        )
+    if manifest["format"] == "lora":
+        lost = check_lora(folder, manifest, found.mixture, found.base, found.deltas)
+        checked.done.append(
+            f"its factors are the mixture's, but for {lost:.2e} of the delta weights' norm, as its report says"
+        )
+
+
+def _unmerged(folder: Path, manifest: Mapping[str, Any], found: Inputs) -> Any:
+    """The base with the adapters attached, the mixture's weights and head in place, and what an ONNX export adds to it.
+
+    Raises:
+        UnsupportedError: the adapters cannot be attached, or would do nothing there.
+    """
+    from .live_model import refuse_uncalled
+
+    mixture = found.mixture
+    head_options = {k: mixture.config[k] for k in HEAD_KEYS if k in mixture.config}
+    model = load_model(
+        found.base.folder, mixture.task, complete=not mixture.head, unused=unused_by(manifest), **head_options
+    )
+    attach_mixture(model, mixture, found.adapters, found.base, found.tensors)
+    refuse_uncalled(model, lambda: outputs_of(model, manifest["probe"]))
+    if manifest["format"] == "onnx" and mixture.task == "feature-extraction":
+        from .writers.onnx_pooling import add_pooling
+
+        add_pooling(model, folder)
+    return model
+
+
+def _check_onnx(folder: Path, manifest: Mapping[str, Any], model: Any, checked: Checked) -> None:
+    from .writers.onnx_check import compare_with
+    from .writers.onnx_tasks import GENERATING
+
+    task = str(manifest.get("task"))
+    compare_with(folder, model, task=task, halved=lambda: copy.deepcopy(model).half())
+    generated = ", and in a greedy generation" if task in GENERATING else ""
+    checked.done.append(f"ONNX Runtime agrees with the unmerged mixture at several shapes{generated}")
+
+
+def _compare_probe(folder: Path, manifest: Mapping[str, Any], model: Any, base: BaseModel, checked: Checked) -> None:
+    """The export's outputs on the probe against the unmerged mixture's."""
+    from .attachment import set_delta_scale
+
+    expected = outputs_of(model, manifest["probe"])
     set_delta_scale(model, 0.0)
     without = outputs_of(model, manifest["probe"])
     effect = max(difference_of(without[name], tensor) for name, tensor in expected.items())
@@ -143,7 +168,7 @@ def _check_outputs(
         got = run_probe(folder, probe_tensors(manifest["probe"]))
         expected = {name: tensor for name, tensor in expected.items() if name in got}  # its graph has no pooler
     else:
-        got = outputs_of(export_model(folder, manifest, opened), manifest["probe"])
+        got = outputs_of(export_model(folder, manifest, base), manifest["probe"])
     tolerance = tolerance_of(folder, manifest, effect)
     checked.tolerance = tolerance.value
     checked.largest_difference = compare(got, expected, tolerance.value, str(folder))
