@@ -174,3 +174,13 @@ def inputs_of(mixture: Path) -> dict[str, Any]:
     """For `verify`, where a mixture's inputs lie; digests of files this young are not remembered."""
     made = Mixture.load(mixture)
     return {"base": made.base.source, "adapters": [f"{a.name}={a.source}" for a in made.adapters]}
+
+
+def assert_verified(folder: Path, **inputs: Any) -> None:
+    """No check of an export fails or is skipped, and it computes what the unmerged mixture does but for rounding."""
+    from wlora_merge.verify import verify
+
+    checked = verify(folder, **inputs)
+    assert not checked.skipped
+    assert checked.largest_difference is not None
+    assert checked.largest_difference < 1e-4

@@ -332,12 +332,15 @@ def test_conversations_tags_and_answers_are_checked(tmp_path: Path) -> None:
     assert "no turn of the assistant" in refusal(lines(tmp_path / "a.jsonl", [{"messages": [turn]}]), "causal-lm")
     shape = [{"messages": [{"from": "human", "value": "hi"}]}]
     assert "`role` and `content`" in refusal(lines(tmp_path / "b.jsonl", shape), "causal-lm")
+    turns = [{"role": "bot", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert "has the role 'bot'" in refusal(lines(tmp_path / "e.jsonl", [{"messages": turns}]), "causal-lm")
     tags = [{"tokens": ["a", "b"], "tags": ["O"]}]
     assert "2 tokens but 1 tags" in refusal(lines(tmp_path / "c.jsonl", tags), "token-classification")
     table = write(tmp_path / "c.csv", "tokens,tags\nx y,A B\n")
     assert "use JSONL or Parquet" in refusal(table, "token-classification")
-    answer = [{"question": "q", "context": "a cat", "answers": {"text": ["cat"], "answer_start": [1]}}]
-    assert "not at character 1" in refusal(lines(tmp_path / "d.jsonl", answer), "question-answering")
+    for start, words in ((1, "not at character 1"), (-3, "one whole number in `answer_start`")):
+        answer = [{"question": "q", "context": "a cat", "answers": {"text": ["cat"], "answer_start": [start]}}]
+        assert words in refusal(lines(tmp_path / "d.jsonl", answer), "question-answering")
 
 
 def test_a_hub_data_set_of_an_unusual_kind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from test_fit import WORDS, save_tokenizer
 from wlora_merge.errors import BaseModelError, MixtureError, UnsupportedError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
-from wlora_merge.fit_model import max_tokens
+from wlora_merge.fit_model import _own_labels, max_tokens
 from wlora_merge.mix import mix
 from wlora_merge.mixture import Mixture
 from wlora_merge.verify import verify
@@ -107,6 +108,23 @@ def test_a_head_for_other_labels_is_drawn_anew(tmp_path: Path) -> None:
     assert classifier(tmp_path, folders, ["p", "q"], max_steps=1).head == {}
     with pytest.raises(MixtureError, match=r"no new head is trained .* leave --head-learning-rate out"):
         classifier(tmp_path, folders, ["p", "q"], **still)
+
+
+def test_a_head_that_is_kept_has_its_classes_in_the_order_of_its_config(tmp_path: Path) -> None:
+    model = bert_classifier(id2label={0: "q", 1: "p"}, label2id={"q": 0, "p": 1})
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([5.0, -5.0]))
+    folders = placed(model, tmp_path, target_modules=["query"])
+    (tmp_path / "held.csv").write_text("text,label\n" + "".join(f"w{i} w{i + 2},q\n" for i in range(4)))
+    mixture = classifier(tmp_path, folders, ["q", "p"], eval_data=tmp_path / "held.csv", max_steps=1)
+    assert mixture.head == {}
+    assert mixture.metrics["candidates"]["base"]["accuracy"] == 1.0
+
+
+def test_labels_of_a_config_are_in_the_order_of_their_numbers() -> None:
+    table = {str(i): f"c{i}" for i in (10, 2, 0, 1, *range(3, 10))}
+    base = SimpleNamespace(config={"id2label": table})
+    assert _own_labels(base) == [f"c{i}" for i in range(11)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

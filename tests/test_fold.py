@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,26 @@ def test_low_rank_svd_is_the_dense_svd() -> None:
     A, B = truncate(u, s, vt, 3)
     best = np.sqrt((expected[3:] ** 2).sum())
     assert float(torch.linalg.norm((B @ A).double() - lora_B @ lora_A)) == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.8, 0.95, 1.0])
+def test_a_lora_has_the_smallest_rank_that_keeps_the_share_of_the_energy_over_all_modules(
+    llama_zoo: Callable[..., Any], tmp_path: Path, energy: float
+) -> None:
+    base, folders = llama_zoo()
+    deltas: dict[str, torch.Tensor] = {}
+    for folder, weight in zip(folders, WEIGHTS, strict=True):
+        for name, delta in peft_deltas(base, folder).items():
+            deltas[name] = deltas.get(name, 0) + weight * delta
+    squares = np.zeros(32)
+    for delta in deltas.values():
+        found = np.linalg.svd(delta.numpy(), compute_uv=False) ** 2
+        squares[: len(found)] += found
+    kept = np.cumsum(squares) / squares.sum()
+    done = export(mix(base, folders, weights=WEIGHTS), "lora", tmp_path / "out", energy=energy)
+    r = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"]
+    assert r == int(np.flatnonzero(kept >= energy - 1e-9)[0]) + 1
+    assert done.report["energy_kept"] == pytest.approx(kept[r - 1], rel=1e-6)
 
 
 def test_svd_of_a_stack_wider_than_the_matrix_has_the_matrix_rank() -> None:

@@ -12,7 +12,14 @@ import pytest
 import torch
 from conftest import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from wlora_merge.attachment import attach, detach, read_mixture, regroup
 from wlora_merge.errors import MixtureError, WloraMergeError, WloraMergeWarning
@@ -151,6 +158,24 @@ def test_an_embedding_lora_equals_its_exports(tmp_path: Path) -> None:
     assert torch.allclose(lora(IDS).logits, expected, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_lora_of_an_embedding_that_scales_its_output_equals_its_export(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, intermediate_size=24,
+        vocab_size=96, max_position_embeddings=24, pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    base = Gemma3ForCausalLM(config).eval()
+    assert float(base.model.embed_tokens.embed_scale) == 4
+    base.save_pretrained(tmp_path / "base")
+    folders = [make_adapter(base, tmp_path / f"a{i}", i, r=2, target_modules=["embed_tokens"]) for i in range(2)]
+    model = attach(copy.deepcopy(base), folders).eval()
+    expected = model(IDS).logits
+    assert not torch.allclose(base(IDS).logits, expected, atol=1e-3)
+    export(read_mixture(model, tmp_path / "base"), "dense", tmp_path / "dense")
+    assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(IDS).logits, expected, atol=5e-6)
+
+
 def test_a_base_without_the_model_prefix_keeps_its_own_names(tmp_path: Path) -> None:
     tiny_bert().save_pretrained(tmp_path / "base")
     start = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
@@ -237,11 +262,20 @@ def test_nothing_but_the_low_rank_product_is_kept_for_the_backward_pass(llama_zo
     kept: list[tuple[int, ...]] = []
     x = torch.randn(11, 32, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        layer.wlora(x, x.new_zeros(11, 56), layer)
+        output = layer(x)
     R = layer.wlora.lora_A.shape[0]
     assert R == 6
     activations = [shape for shape in kept if shape and shape[0] == 11]
     assert activations == [(11, R)]
+    assert not [value for value in vars(output.grad_fn).values() if isinstance(value, torch.Tensor)]
+
+
+def test_a_layer_that_is_trained_itself_keeps_its_own_gradient(tmp_path: Path) -> None:
+    layer = attached_llama(tmp_path).model.layers[0].self_attn.q_proj
+    layer.weight.requires_grad_(True)
+    x = torch.randn(3, 32)
+    layer(x).sum().backward()
+    assert torch.allclose(layer.weight.grad, x.sum(0).expand(32, 32), atol=1e-5)
 
 
 def test_every_linear_is_a_target_of_the_second_adapter(llama_zoo: Callable[..., Any]) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import inputs_of, make_adapter
+from conftest import assert_verified, inputs_of, make_adapter
 from onnx_models import MODELS, VOCABULARY, Exported, make_dense
 
-from wlora_merge import export, mix, verify
+from wlora_merge import export, mix
 from wlora_merge.errors import VerifyError
 from wlora_merge.writers.onnx import check_onnx, run_probe
 
@@ -129,4 +129,4 @@ def test_a_mixture_of_an_encoder_decoder_is_exported_refolded_and_verified(
         for key, array in tensors[0].items():
             np.testing.assert_array_equal(tensors[1][key], array, err_msg=key)
     for way in ("traced", "refolded"):
-        assert verify(tmp_path / way, **inputs_of(tmp_path / "mixture")).largest_difference is not None
+        assert_verified(tmp_path / way, **inputs_of(tmp_path / "mixture"))

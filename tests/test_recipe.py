@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from test_fit import save_tokenizer
 from wlora_merge.cli import main
 from wlora_merge.errors import RecipeError, WloraMergeError
 from wlora_merge.input_files import parse_yaml
+from wlora_merge.mixture import Mixture
 from wlora_merge.recipe import read_recipe
 from wlora_merge.run import run
 
@@ -44,6 +46,9 @@ def test_a_recipe_mixes_exports_and_verifies_into_one_tree(recipe: Path) -> None
     assert done.exit_code == 0, done.output
     tree = recipe.parent / "job"
     assert {p.name for p in tree.iterdir()} == {"mixture", "dense", "lora-3", "report.html", "figures"}
+    mixture = Mixture.load(tree / "mixture")
+    assert (mixture.adapter_names, mixture.mixture_weights.tolist()) == (["first", "second"], [[0.25, 0.75]])
+    assert json.loads((tree / "lora-3" / "adapter_config.json").read_text())["r"] == 3
     assert (
         CliRunner()
         .invoke(main, ["export", str(tree / "mixture"), "--format", "lora", "--out", str(tree / "x")])
@@ -73,6 +78,9 @@ def test_a_step_that_fails_leaves_no_tree(recipe: Path) -> None:
         ("bse=x", "did you mean 'base'"),
         ("mix.task=causal-ml", "did you mean 'causal-lm'"),
         ("mix.weights=all", "expected list"),
+        ("mix.weights=['1', x]", "weights is .*expected list"),
+        ("mix.weights=[true, 1]", "weights is .*expected list"),
+        ("mix.delta_scale=true", "delta_scale is True, expected float"),
         ("exports=3", "expected a list"),
         ("exports=[{format: dense}, {format: dense}]", "no other has"),
         ("exports=[{format: dense, name: ../up}]", "plain name"),

@@ -153,6 +153,14 @@ def test_the_command_of_a_fit_has_the_options_that_were_changed_and_parses(tmp_p
     assert context.params["adapters"] == ("a=org/a", "b=org/b")
 
 
+def test_the_config_of_a_lora_on_one_layer_alone_names_that_module_in_full(tmp_path: Path) -> None:
+    model, name = tiny_llama(), "model.layers.0.self_attn.q_proj"
+    model.save_pretrained(tmp_path / "base")
+    adapters = [make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=[name]) for i in range(2)]
+    export(mix(tmp_path / "base", adapters), "lora", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == [name]
+
+
 # ----------------------------------------------------------------------------------------------------------- vLLM
 
 

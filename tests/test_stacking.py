@@ -20,7 +20,7 @@ from wlora_merge.factors import Factors
 from wlora_merge.layouts import Layout
 from wlora_merge.saved_tensors import joined, stack_tensors
 from wlora_merge.sources import Source
-from wlora_merge.stacking import stack
+from wlora_merge.stacking import Change, _refuse_overlapping_rows, stack
 from wlora_merge.targets import Target, modules_of, tensors_of
 
 EMBED = "model.embed_tokens"
@@ -96,6 +96,20 @@ def test_an_adapter_of_a_wider_base_is_refused_with_its_shapes(tmp_path: Path) -
 def test_two_names_for_one_module_are_refused() -> None:
     with pytest.raises(AdapterError, match="two of its target modules are 'q'"):
         stack([adapter(**{"q": (4, 2, 4), "x.q": (4, 2, 4)})], lambda name: Target("q", (4, 4)), model_type="")
+
+
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("whole_first", [True, False])
+def test_a_tensor_that_changes_as_a_whole_and_in_some_rows_is_refused(start: int, whole_first: bool) -> None:
+    def change(n: int, start: int | None, rows: int) -> Change:
+        factors = Factors(torch.ones(1, 4), torch.ones(rows, 1), 1.0, embedding=False)
+        return Change(n, "experts", (rows, 4), factors, Layout.LINEAR, start=start)
+
+    both = [change(0, None, 12), change(1, start, 4)]
+    ordered = both if whole_first else both[::-1]
+    with pytest.raises(UnsupportedError, match="one adapter changes it as a whole, and another rows of it"):
+        _refuse_overlapping_rows({("experts", each.start): [each] for each in ordered})
+    _refuse_overlapping_rows({("experts", at): [change(0, at, 4)] for at in (0, 4, 8)})
 
 
 def test_one_module_with_a_zero_delta_is_a_warning() -> None:

@@ -14,6 +14,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -207,6 +208,16 @@ def test_files_and_folders_are_flushed_before_the_rename_and_the_parent_after(
     assert events == expected
 
 
+def test_a_parent_that_was_made_is_flushed_with_the_folder_that_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[Path] = []
+    sync = room._sync
+    monkeypatch.setattr(room, "_sync", lambda path: (flushed.append(path), sync(path)))
+    with staged(tmp_path / "a" / "b" / "out"):
+        assert {tmp_path, tmp_path / "a"} <= set(flushed)
+
+
 # How a run ends badly
 
 
@@ -291,6 +302,18 @@ def test_too_little_space_is_refused_before_anything_is_written(tmp_path: Path) 
     with pytest.raises(OutputError, match=r"free, expected 1125\.9 TB and 16\.8 MB to spare"):
         staged(tmp_path / "deep" / "out", needed_bytes=1 << 50).__enter__()
     assert names(tmp_path) == []
+
+
+def test_the_space_that_must_be_to_spare_is_counted_to_the_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enough = (1 << 30) - room._SPACE_MARGIN
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 30))
+    with pytest.raises(OutputError, match="to spare"):
+        staged(tmp_path / "out", needed_bytes=enough + 1).__enter__()
+    with staged(tmp_path / "out", needed_bytes=enough):
+        pass
+    assert names(tmp_path) == ["out"]
 
 
 def test_an_error_in_reading_an_input_is_not_called_one_of_the_output(tmp_path: Path) -> None:

@@ -202,6 +202,18 @@ def test_a_long_prompt_loses_its_start_but_neither_bos_nor_completion(tmp_path: 
         task.encode(data, tok, max_length=2)
 
 
+@pytest.mark.parametrize(("bos", "limit"), [(True, 3), (False, 2)])
+def test_a_completion_leaves_room_for_the_bos_and_a_token_of_its_prompt(tmp_path: Path, bos: bool, limit: int) -> None:
+    tok, task = tokenizer(bos=bos), get_task("causal-lm")
+    data = examples(tmp_path, task.name, {"prompt": "a b c d", "completion": "e f"})
+    with pytest.raises(DataError, match="leaves no room"):
+        task.encode(data, tok, max_length=limit)
+    with pytest.warns(WloraMergeWarning, match=f"shortened to {limit + 1}"):
+        encoded = task.encode(data, tok, max_length=limit + 1)
+    assert encoded[0]["input_ids"] == ids(f"{'[bos] ' if bos else ''}d e f")
+    assert learned(encoded[0]) == ids("e f")
+
+
 def test_a_merge_across_the_boundary_does_not_move_it(tmp_path: Path) -> None:
     tok = tokenizer()
     data = examples(tmp_path, "causal-lm", {"prompt": "a c", "completion": "at"})  # "cat" is one word
@@ -244,9 +256,10 @@ def test_with_marks_in_the_template_every_turn_of_the_assistant_is_learned(tmp_p
         assert task.encode(data, tok, max_length=7)[0]["input_ids"] == ids("c . assistant : d e .")
 
 
+@pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("marked", [True, False])
-def test_a_conversation_that_is_cut_keeps_the_bos_of_its_template(tmp_path: Path, marked: bool) -> None:
-    tok = tokenizer(bos=True, chat_template="[bos] " + (MARKED if marked else CHAT))
+def test_a_conversation_that_is_cut_keeps_the_bos_of_its_template(tmp_path: Path, marked: bool, bos: bool) -> None:
+    tok = tokenizer(bos=bos, chat_template="[bos] " + (MARKED if marked else CHAT))
     with pytest.warns(WloraMergeWarning, match="shortened to 8"):
         encoded = get_task("causal-lm").encode(conversation(tmp_path, "a", "b", "c", "d e"), tok, max_length=8)
     assert encoded[0]["input_ids"] == ids("[bos] c . assistant : d e .")
@@ -377,15 +390,22 @@ def test_answers_lie_in_the_context_whatever_stands_beside_them_in_a_batch(tmp_p
     assert [item["context"] for item in encoded] == [[2, 4], [2, 7]]
     batch = task.collator(tok)(encoded)
     assert set(batch) == {"input_ids", "attention_mask", "start_positions", "end_positions"}
-    logits = torch.randn(2, 8), torch.randn(2, 8)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.rand(2, 8, generator=generator), torch.rand(2, 8, generator=generator)
     logits[0][:, 1] = logits[1][:, 7] = 50.0  # the question, and what is padding in one of them
+    logits[0][0, 2] = logits[1][0, 4] = logits[0][1, 3] = 20.0  # the best span of either context; the second ends at 7
     spans = [
         task.metric().preprocess(task.allowed(tuple(part[i : i + 1] for part in logits), [encoded[i]])) for i in (0, 1)
     ]
     together = task.metric().preprocess(task.allowed(logits, encoded))
     assert torch.equal(torch.cat(spans), together)
-    assert 2 <= together[0, 0] <= together[0, 1] <= 4 or together[0, 0] == 0
-    assert together[1, 1] == 7
+    assert together.tolist() == [[2, 4], [3, 7]]
+
+
+def test_a_span_has_at_most_thirty_tokens() -> None:
+    start, end = torch.zeros(1, 50), torch.zeros(1, 50)
+    start[0, 2], end[0, 31], end[0, 32] = 9, 5, 9
+    assert best_span((start, end)).tolist() == [[2, 31]]
 
 
 def test_a_span_never_ends_before_it_starts() -> None:
@@ -400,9 +420,10 @@ def test_a_span_never_ends_before_it_starts() -> None:
 @pytest.mark.parametrize(
     ("labels", "logits", "wanted", "expected"),
     [
-        (LabelSet(("a", "b")), [[1, 0], [1, 0]], [0, 1], {"accuracy": 0.5}),
-        (LabelSet(("a", "b"), MULTI), [[1, -1], [1, 1]], [[1, 0], [0, 1]], {"f1": 0.8, "accuracy": 0.5}),
+        (LabelSet(("a", "b")), [[1, 0], [1, 0], [0, 1]], [0, 1, 1], {"accuracy": 2 / 3}),
+        (LabelSet(("a", "b"), MULTI), [[0.3, -0.2], [0.1, 1]], [[1, 0], [0, 1]], {"f1": 0.8, "accuracy": 0.5}),
         (LabelSet((), REGRESSION), [[1], [2], [3]], [2, 4, 6], {"mse": 14 / 3, "pearson": 1.0}),
+        (LabelSet((), REGRESSION), [[1], [2], [3]], [6, 4, 2], {"mse": 10.0, "pearson": -1.0}),
         (LabelSet((), REGRESSION), [[1], [1]], [2, 4], {"mse": 5.0, "pearson": 0.0}),
     ],
 )

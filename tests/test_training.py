@@ -6,6 +6,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -21,6 +22,7 @@ import wlora_merge
 import wlora_merge.training as training
 from wlora_merge.errors import MixtureError, UnsupportedError
 from wlora_merge.export import export
+from wlora_merge.fit_options import fit_options
 from wlora_merge.mixture import Mixture
 from wlora_merge.verify import verify
 
@@ -83,15 +85,55 @@ def test_the_fit_is_adamw_on_the_mean_token_loss_as_a_loop_written_by_hand(llama
     assert torch.allclose(found.wlora_weights, model.wlora_weights.detach(), atol=1e-4)
 
 
+@pytest.mark.parametrize(("normalize", "rate"), [("none", 0.02), ("all", 0.05)])
+def test_the_first_step_moves_every_weight_by_the_learning_rate(llamas: Zoo, normalize: str, rate: float) -> None:
+    mixture = fitted_lm(llamas, normalize=normalize, granularity="global", max_steps=1)
+    moved = (mixture.wlora_weights - (0.5 if normalize == "none" else 0)).abs()
+    assert torch.allclose(moved, torch.full_like(moved, rate), rtol=1e-3)
+
+
+def test_the_first_step_moves_the_head_by_its_own_learning_rate(zoo: Zoo) -> None:
+    still, moved = (
+        fitted(zoo, method="uniform", folds=0, max_steps=1, head_learning_rate=rate).head["classifier.weight"]
+        for rate in (1e-9, 0.03)
+    )
+    assert float((moved - still).abs().max()) == pytest.approx(0.03, rel=1e-3)
+
+
+def test_the_pull_is_towards_uniform_weights_at_the_temperature_of_the_mixture(tmp_path: Path) -> None:
+    model = tiny_llama()
+    folders = [make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=["q_proj"]) for i in range(2)]
+    wlora_merge.attach(model, folders, granularity="global", temperature=2.0)
+    model.wlora_weights.data = torch.tensor([[2.0, 0.0]])
+    weights = torch.tensor([1.0, 0.0]).softmax(-1)
+    assert training._distance(model).item() == pytest.approx(2 * float((weights - 0.5).square().sum()))
+
+
+def test_every_epoch_has_every_row_once_in_an_order_that_only_the_seed_decides() -> None:
+    def batches(seed: int) -> list[list[int]]:
+        learner = SimpleNamespace(options=fit_options({"batch_size": 3, "seed": seed}))
+        return [batch for (batch,) in training.Learner.batches(learner, range(10, 17), 6)]  # type: ignore[arg-type]
+
+    steps = batches(5)
+    assert [len(batch) for batch in steps] == [3, 3, 1] * 2
+    epochs = [[row for batch in steps[i : i + 3] for row in batch] for i in (0, 3)]
+    assert all(sorted(epoch) == list(range(10, 17)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert list(range(10, 17)) not in epochs
+    assert batches(5) == steps != batches(6)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_give_the_result_of_one(llamas: Zoo, tmp_path: Path, sharded: bool) -> None:
     base, folders, shots = llamas
     one = fitted_lm(llamas)
     code = (
         "import warnings; warnings.simplefilter('ignore')\n"
+        "import torch.distributed.fsdp as fsdp; shards, real = [], fsdp.fully_shard\n"
+        "fsdp.fully_shard = lambda module, **how: (shards.append(module), real(module, **how))[1]\n"
         f"import wlora_merge; wlora_merge.fit({str(base)!r}, {[str(f) for f in folders]!r}, {str(shots)!r}, 'causal-lm', "
         f"{str(tmp_path / 'two')!r}, folds=0, max_steps=4, batch_size=3, granularity='module', device='cpu')\n"
-        "import os; from torch.distributed.fsdp import FSDPModule; print('done')"
+        f"assert len(shards) == {3 if sharded else 0}, shards"  # two blocks and the model
     )
     environment = {"ACCELERATE_USE_FSDP": "true"} if sharded else {}
     for rank in launch(code, free_port(), **environment):
@@ -235,9 +277,12 @@ def test_a_fit_on_a_quantized_base_exports_over_the_whole_one(llamas: Zoo, tmp_p
 
 def test_early_stopping_goes_back_to_the_best_step(llamas: Zoo, tmp_path: Path) -> None:
     options = {"eval_data": others(llamas[2], tmp_path), "learning_rate": 3.0, "max_steps": 30}
-    stopped = fitted_lm(llamas, early_stopping=2, **options)
+    made: list[int] = []
+    stopped = fitted_lm(
+        llamas, early_stopping=2, progress=lambda name, step, *_: made.append(step) if name == "learned" else None, **options
+    )  # fmt: skip
     steps = stopped.metrics["chosen"]["steps"]
-    assert steps < 30
+    assert max(made) == steps + 2 * 3 < 30  # it judges after every tenth of the steps
     assert f"Stopped early: its weights are those of step {steps} of 30." in stopped.metrics["note"]
     assert "Stopped early" not in fitted_lm(llamas, early_stopping=50, **(options | {"max_steps": 3})).metrics["note"]
     again = fitted_lm(llamas, **(options | {"max_steps": steps}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from onnx_models import T5
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from wlora_merge import digests
 from wlora_merge.attachment import attach
 from wlora_merge.digests import sha256_file
 from wlora_merge.errors import VerifyError
@@ -85,6 +87,32 @@ def test_a_nan_is_never_the_mixtures(dense: tuple[Path, dict[str, Any]]) -> None
     forge(folder, lambda t: t[name].view(-1)[5].fill_(float("nan")))
     with pytest.raises(VerifyError, match=rf"{name}' is not the mixture's in 1 of its"):
         verify(folder, **inputs)
+
+
+def test_numbers_that_are_off_by_a_few_last_bits_are_found_out(dense: tuple[Path, dict[str, Any]]) -> None:
+    folder, inputs = dense
+    name = "model.layers.0.self_attn.q_proj.weight"
+
+    def nudge(tensors: dict[str, Any]) -> None:
+        tensors[name].view(-1)[tensors[name].abs().argmax()] *= 1 + 8 * 2**-23
+
+    forge(folder, nudge)
+    with pytest.raises(VerifyError, match=rf"{name}' is not the mixture's in 1 of its"):
+        verify(folder, **inputs)
+
+
+def test_a_quick_look_reads_every_file_again_even_if_its_digest_is_remembered(
+    dense: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [file for file in dense[0].rglob("*") if file.is_file()]
+    for file in files:
+        os.utime(file, (1_600_000_000, 1_600_000_000))  # old enough to be remembered
+    verify(dense[0], quick=True)
+    read: list[str] = []
+    hashed = digests._hash
+    monkeypatch.setattr(digests, "_hash", lambda path, *rest: (read.append(Path(path).name), hashed(path, *rest))[1])
+    verify(dense[0], quick=True)
+    assert set(read) == {file.name for file in files} - {"wlora_merge.json"}
 
 
 def test_an_export_that_went_through_a_repository_is_still_whole(dense: tuple[Path, dict[str, Any]]) -> None:
@@ -179,13 +207,13 @@ def test_inputs_that_cannot_be_found_are_a_named_skip(
     monkeypatch.setenv("WLORA_MERGE_CACHE", str(tmp_path / "another machine"))
     checked = verify(dense[0])
     assert checked.largest_difference is None
-    assert "adapter" in checked.skipped["outputs"] or "base" in checked.skipped["outputs"]
+    assert "not found here: the base model, " in checked.skipped["outputs"]
+    assert all(f"adapter {name!r}" in checked.skipped["outputs"] for name in ("a0", "a1", "a2"))
 
 
 def test_inputs_are_found_by_content_when_this_machine_remembers_them(
     llama_zoo: Callable[..., Any], tmp_path: Path
 ) -> None:
-    import os
     import shutil
 
     base, folders = llama_zoo()
@@ -227,6 +255,14 @@ def test_a_lora_of_a_low_rank_that_differs_more_than_its_recorded_error_allows_f
     folder, inputs = lora(tmp_path, llama_zoo(), 8)
     forge(folder, lambda t: t.update({k: v * 0 for k, v in t.items() if "lora_B" in k}), "adapter_model.safetensors")
     with pytest.raises(VerifyError, match=r"every delta weight is zero.*Export again"):
+        verify(folder, **inputs)
+
+
+def test_a_nan_in_the_factors_of_a_lora_is_found_out(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:
+    folder, inputs = lora(tmp_path, llama_zoo(), 8)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    forge(folder, lambda t: t[name].view(-1)[0].fill_(float("nan")), "adapter_model.safetensors")
+    with pytest.raises(VerifyError, match=f"{name}' holds a NaN or an infinity.*Export again"):
         verify(folder, **inputs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapter, tiny_bert, tiny_llama
+from conftest import assert_verified, make_adapter, tiny_bert, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,6 @@ from wlora_merge.errors import WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.inputs import find_inputs
 from wlora_merge.mix import mix
-from wlora_merge.verify import verify
 from wlora_merge.writers import stream
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -155,7 +155,7 @@ def test_a_tensor_that_the_index_forgot_is_exported_as_transformers_loads_it(tmp
     index.write_text(json.dumps(table))
     export(mix(tmp_path / "base", [folder], task="causal-lm"), "dense", tmp_path / "out")
     assert name in json.loads((tmp_path / "out" / index.name).read_text())["weight_map"]
-    assert verify(tmp_path / "out", base=tmp_path / "base", adapters=[f"a={folder}"]).largest_difference is not None
+    assert_verified(tmp_path / "out", base=tmp_path / "base", adapters=[f"a={folder}"])
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
@@ -183,6 +183,11 @@ def test_max_shard_size_lays_the_tensors_out_anew(zoo: tuple[Path, list[Path]], 
     assert all(torch.equal(one[n], many[n]) for n in one)
     for name, file in index["weight_map"].items():
         assert name in read_header(tmp_path / "many" / file).entries
+    files = sorted((tmp_path / "many").glob("model-*.safetensors"))
+    sizes = [[entry.nbytes for entry in read_header(file).entries.values()] for file in files]
+    assert len(sizes) > 3
+    assert all(sum(each) <= 8000 or len(each) == 1 for each in sizes), sizes
+    assert all(sum(each) + then[0] > 8000 for each, then in itertools.pairwise(sizes)), sizes
     from transformers import AutoModelForCausalLM
 
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "many", output_loading_info=True)
@@ -273,6 +278,20 @@ def test_a_lora_that_overflows_in_half_precision_names_its_tensor_and_leaves_not
     with pytest.raises(WloraMergeError, match=r"lora_B\.weight' of the LoRA overflows in torch\.float16"):
         export(mixture, "lora", tmp_path / "out", dtype="float16")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_head_that_overflows_in_half_precision_names_its_tensor_and_leaves_nothing(tmp_path: Path) -> None:
+    from transformers import BertForSequenceClassification
+
+    model = BertForSequenceClassification(tiny_bert().config).eval()
+    model.save_pretrained(tmp_path / "base")
+    folder = make_adapter(model, tmp_path / "a", 1, r=2, target_modules=["query"])
+    mixture = mix(tmp_path / "base", [folder], task="text-classification")
+    mixture.head = {"classifier.weight": torch.full((2, 32), 1e6), "classifier.bias": torch.zeros(2)}
+    mixture.head_tensors = {name: name for name in mixture.head}
+    with pytest.raises(WloraMergeError, match=r"classifier\.weight.*overflows.*--dtype"):
+        export(mixture, "dense", tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["dense", "lora"])

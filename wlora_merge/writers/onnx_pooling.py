@@ -76,7 +76,8 @@ def pool_tokens(tokens: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Te
     """One vector for each row of token embeddings, in float32 throughout: float16 sums of long rows would overflow.
 
     mean: Σ m_t·x_t / max(Σ m_t, 1); mean_sqrt_len_tokens: over its square root; weightedmean: with weights m_t·t, t from 1;
-    max over the tokens with m_t = 1; cls and lasttoken: the first and the last of them. A row without any gives 0 (max: -inf).
+    max over the tokens with m_t = 1; cls and lasttoken: the first and the last of them. A row without any gives 0 (max: -inf;
+    cls: its first position, whatever the mask).
 
     Args:
         tokens: [batch, sequence, hidden].
