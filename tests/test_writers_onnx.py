@@ -15,7 +15,7 @@ import torch
 import transformers
 from onnx_models import LLAMA, MODELS, VOCABULARY, Exported, make_dense
 
-from wlora_merge.errors import BaseModelError, OutputError, UnsupportedError, VerifyError
+from wlora_merge.errors import BaseModelError, OutputError, UnsupportedError, VerifyError, WloraMergeError
 from wlora_merge.progress import listening
 from wlora_merge.writers import onnx_trace
 from wlora_merge.writers.onnx import check_onnx, run_probe, write_onnx
@@ -267,16 +267,17 @@ def test_broken_files_do_not_pass(exported: Callable[[str], Exported], tmp_path:
     ("options", "message"),
     [
         ({"dtype": "bfloat16"}, "no bfloat16 MatMul"),
-        ({"dtype": "int4"}, "not one of float32, float16"),
-        ({"task": "translation"}, "the task 'translation'"),
+        ({"dtype": "int4"}, "--dtype is 'int4', expected one of float32, bfloat16, float16"),
+        ({"opset": 17}, "--opset is 17, expected 18 or more"),
+        ({"task": "translation"}, "no task 'translation'; tasks are causal-lm"),
         ({"task": "seq2seq-lm"}, "has no AutoModelForSeq2SeqLM"),
         ({"task": "image-classification"}, "has no AutoModelForImageClassification"),
     ],
 )
 def test_options_that_cannot_be_done_are_refused_by_name(
-    exported: Callable[[str], Exported], tmp_path: Path, options: dict[str, str], message: str
+    exported: Callable[[str], Exported], tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UnsupportedError, match=message):
+    with pytest.raises(WloraMergeError, match=message):
         write_onnx(exported("bert").dense, tmp_path, **{"task": "text-classification", **options})
     assert not list(tmp_path.iterdir())
 
