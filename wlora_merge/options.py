@@ -194,7 +194,7 @@ FIT_OPTIONS = together(
         type=click.Choice(fit_options.PRECISIONS),
         default="float32",
         show_default=True,
-        help="Mixed precision, or none.",
+        help="bf16: the base in bfloat16, what is trained in float32; fp16: mixed.",
     ),
     click.option(
         "--quantize",
