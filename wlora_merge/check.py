@@ -484,7 +484,7 @@ def _located(file: Path, places: Mapping[str, Any], wanted: set[str]) -> dict[st
 
     if missing := sorted(wanted - set(places)):
         raise UnsupportedError(
-            f"{file}: the tensor {missing[0]!r} of the trained head does not stand in the graph as a whole"
+            f"{file}: the tensor {missing[0]!r} of the trained head does not stand in the graph as a whole."
         )
     stored = {tensor.name: tensor for tensor in onnx.load(str(file)).graph.initializer}
     found = {}

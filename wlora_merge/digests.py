@@ -123,12 +123,12 @@ def _digest(path: Path, fresh: bool, stop: threading.Event, meter: Meter) -> str
         after = _seen(real)
     except OSError as error:
         raise WloraMergeError(
-            f"{path}: cannot be read ({error.strerror or error}); check the path and the disk"
+            f"{path}: cannot be read ({error.strerror or error}); check the path and the disk."
         ) from error
     if after != before:
         raise WloraMergeError(
             f"{path}: changed while it was read ({before['size']} bytes before, {after['size']} after); "
-            "wait until whoever writes it has finished, then run again"
+            "wait until whoever writes it has finished, then run again."
         )
     # a write in the same tick of the clock as the last one would leave the mtime as it is
     if named or started - before["mtime_ns"] > _RACY_NS:

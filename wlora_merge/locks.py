@@ -57,7 +57,7 @@ def _acquire(path: Path, out: Path) -> tuple[int, bool]:
             pid = os.pread(descriptor, 20, 0).decode("ascii", "replace") or "unknown"
             os.close(descriptor)
             raise OutputError(
-                f"{out}: another run (process {pid}) is writing to it; wait until it has ended or choose another --out"
+                f"{out}: another run (process {pid}) is writing to it; wait until it has ended or choose another --out."
             ) from error
         except OSError as error:
             warnings.warn(f"{path.parent}: no file locks ({error.strerror}); start no second run", WloraMergeWarning, 4)

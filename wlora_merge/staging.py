@@ -115,7 +115,7 @@ def _resolved(out: Path) -> Path:
     try:
         return Path(out).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of symlinks; a current folder that is gone; a NUL
-        raise OutputError(f"{out}: cannot be resolved to a folder ({error}); choose another --out") from error
+        raise OutputError(f"{out}: cannot be resolved to a folder ({error}); choose another --out.") from error
 
 
 def refuse_out(out: Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> None:
@@ -144,25 +144,27 @@ def reserved(out: Path, file: Path) -> Iterator[None]:
 
 def _refuse_unsafe(out: Path, target: Path, inputs: Iterable[Path]) -> None:
     if target.exists() and not target.is_dir():
-        raise OutputError(f"{out}: is a file, expected a folder that is empty or does not exist; choose another --out")
+        raise OutputError(f"{out}: is a file, expected a folder that is empty or does not exist; choose another --out.")
     for place, words in ((".", "the current folder"), (os.path.expanduser("~"), "your home folder")):
         if _inside(place, target):
-            raise OutputError(f"{out}: is or holds {words}, which is not replaced; choose a folder inside it as --out")
+            raise OutputError(f"{out}: is or holds {words}, which is not replaced; choose a folder inside it as --out.")
     mount = _mount_in(target)
     if mount is not None:
         where = "is a mount point" if mount == target else f"holds the mount point {mount}"
         inner = Path(out) / "export"
-        raise OutputError(f"{out}: {where}, so no folder can be renamed into its place; use one inside, as {inner}")
+        raise OutputError(f"{out}: {where}, so no folder can be renamed into its place; use one inside, as {inner}.")
     for source in inputs:
         _refuse_nested(out, target, Path(source))
 
 
 def _refuse_nested(out: Path, target: Path, source: Path) -> None:
     if _inside(target, source):
-        raise OutputError(f"{out}: lies in (or is) the input {source}, which is never written to; choose another --out")
+        raise OutputError(
+            f"{out}: lies in (or is) the input {source}, which is never written to; choose another --out."
+        )
     for path in (source, *_links(source)):
         if _inside(path, target):
-            raise OutputError(f"{out}: holds the input {path}, which would be removed with it; choose another --out")
+            raise OutputError(f"{out}: holds the input {path}, which would be removed with it; choose another --out.")
 
 
 def _links(source: Path) -> list[Path]:
@@ -207,7 +209,7 @@ def _mount_in(target: Path) -> Path | None:
 
 def _refuse_occupied(out: Path, target: Path, force: bool) -> None:
     if not force and target.is_dir() and any(target.iterdir()):
-        raise OutputError(f"{out}: is not empty; choose another --out, or give --force to replace all that is in it")
+        raise OutputError(f"{out}: is not empty; choose another --out, or give --force to replace all that is in it.")
 
 
 def _require_space(out: Path, target: Path, needed_bytes: int) -> None:
@@ -215,7 +217,7 @@ def _require_space(out: Path, target: Path, needed_bytes: int) -> None:
     if needed_bytes and free < needed_bytes + _SPACE_MARGIN:
         raise OutputError(
             f"{out}: its file system has {human_bytes(free)} free, expected {human_bytes(needed_bytes)} and "
-            f"{human_bytes(_SPACE_MARGIN)} to spare; free some space or choose another --out"
+            f"{human_bytes(_SPACE_MARGIN)} to spare; free some space or choose another --out."
         )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wlora_merge.base_model import carried_files
-from wlora_merge.errors import OutputError, UnsupportedError, VerifyError
+from wlora_merge.errors import OutputError, UnsupportedError, VerifyError, first_line
 from wlora_merge.export_options import export_options
 from wlora_merge.progress import Meter
 from wlora_merge.writers.onnx_check import check_onnx
@@ -92,7 +92,7 @@ def write_onnx(
     refuse_provider(ort_fusions)
     folder = out / "onnx"
     if folder.exists():
-        raise OutputError(f"{folder}: exists already; give an empty output folder")
+        raise OutputError(f"{folder}: exists already; give an empty output folder.")
     import torch
 
     Meter("loading the model")
@@ -110,7 +110,7 @@ def write_onnx(
         graphs[DECODER] = merge(*(graphs.pop(name) for name in DECODER_BRANCHES))
     got = next(iter(graphs.values())).opset_imports.get("", 0)
     if got != (opset or DEFAULT_OPSET):
-        raise UnsupportedError(f"opset {opset} cannot be written, the exporter gave {got}; leave --opset out")
+        raise UnsupportedError(f"opset {opset} cannot be written, the exporter gave {got}; leave --opset out.")
     Meter("writing")
     folder.mkdir()
     for name, graph in graphs.items():
@@ -128,7 +128,7 @@ def write_onnx(
         if ort_fusions is None:
             raise
         raise UnsupportedError(
-            f"the fusions for {ort_fusions} break this model's graph ({e}): leave --ort-fusions out"
+            f"the fusions for {ort_fusions} break this model's graph ({first_line(e)}): leave --ort-fusions out."
         ) from e
     quantized = None
     if quantize is not None:
@@ -185,4 +185,4 @@ def require_extra() -> None:
 
     for package in ("onnxscript", "onnxruntime"):
         if find_spec(package) is None:
-            raise UnsupportedError(f"the ONNX export needs {package}: pip install 'wlora-merge[onnx]'")
+            raise UnsupportedError(f"the ONNX export needs {package}: pip install 'wlora-merge[onnx]'.")

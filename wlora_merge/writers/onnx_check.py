@@ -130,12 +130,14 @@ def _compare(
     worst = 0.0
     for name in output_names(session):
         if name not in expected:
-            raise VerifyError(f"the ONNX graph gives {name!r}, PyTorch {', '.join(expected)}")
+            raise VerifyError(f"the ONNX graph gives {name!r}, PyTorch {', '.join(expected)}.")
         want, got = expected[name].numpy(), given[name].astype(np.float32)
         noise = same[name].float().numpy() - want
         want, noise = (want[:, past:], noise[:, past:]) if past else (want, noise)
         if got.shape != want.shape:
-            raise VerifyError(f"{name} is {list(got.shape)} in ONNX Runtime, expected {list(want.shape)} as in PyTorch")
+            raise VerifyError(
+                f"{name} is {list(got.shape)} in ONNX Runtime, expected {list(want.shape)} as in PyTorch."
+            )
         if padding and task != "seq2seq-lm" and name not in ONE_A_ROW and want.shape[1:2] == (sequence,):
             kept = inputs["attention_mask"][:, past:].numpy().astype(bool)
             got, want, noise = got[kept], want[kept], noise[kept]
@@ -145,7 +147,7 @@ def _compare(
         if not difference <= limit:  # a NaN is a difference too
             raise VerifyError(
                 f"{name} differs by {difference:.3g} from PyTorch (batch {batch}, sequence {sequence}, past {past};"
-                f" allowed {limit:.3g}); the ONNX graph does not compute the model: export to `--format dense`"
+                f" allowed {limit:.3g}); the ONNX graph does not compute the model: export to `--format dense`."
             )
         worst = max(worst, difference)
     return worst
@@ -185,7 +187,7 @@ def _compare_generation(
             return  # a tie: either token is the greedy one, and from here on the two differ rightly
         raise VerifyError(
             f"greedy generation differs at token {position}: ONNX Runtime gives {token}, PyTorch {expected[position]};"
-            " the ONNX graph does not compute the model: export to `--format dense`"
+            " the ONNX graph does not compute the model: export to `--format dense`."
         )
 
 

@@ -53,7 +53,7 @@ def write_genai(dense: Path, out: Path, *, task: str, dtype: str = "float32", qu
             "checked: use float32 or --quantize int4."
         )
     if find_spec("onnxruntime_genai") is None:
-        raise UnsupportedError("onnxruntime-genai is not installed: pip install onnxruntime-genai")
+        raise UnsupportedError("onnxruntime-genai is not installed: pip install onnxruntime-genai.")
     precision = quantize or "fp32"
     with tempfile.TemporaryDirectory() as cache:
         Meter("building the onnxruntime-genai model")
@@ -65,7 +65,7 @@ def write_genai(dense: Path, out: Path, *, task: str, dtype: str = "float32", qu
     share = compare_genai(out, load_model(dense, task, torch.float32))
     if share < 1 and quantize is None:
         raise VerifyError(
-            f"{out}: only {share:.0%} of the tokens that onnxruntime-genai generates are PyTorch's: export without --onnx-runtime"
+            f"{out}: only {share:.0%} of the tokens that onnxruntime-genai generates are PyTorch's: export without --onnx-runtime."
         )
     return share
 
@@ -111,7 +111,7 @@ def _greedy(folder: Path, row: list[int], prompt: int) -> list[int]:
             given.append(int(scores.reshape(-1, scores.shape[-1])[-1].argmax()))
         return given
     except Exception as e:  # its errors share no class of their own
-        raise VerifyError(f"{folder}: onnxruntime-genai cannot run it ({first_line(e)})") from e
+        raise VerifyError(f"{folder}: onnxruntime-genai cannot run it ({first_line(e)}).") from e
 
 
 def _generator(og: Any, folder: Path, length: int) -> Any:

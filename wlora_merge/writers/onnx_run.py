@@ -95,14 +95,14 @@ def open_session(path: Path) -> Any:
     try:
         import onnxruntime
     except ImportError as e:
-        raise UnsupportedError("ONNX Runtime is not installed: pip install 'wlora-merge[onnx]'") from e
+        raise UnsupportedError("ONNX Runtime is not installed: pip install 'wlora-merge[onnx]'.") from e
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; its notices about unused initializers are for its authors
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the machine runs other things too
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # its classes are generated at import and share no base but this
-        raise VerifyError(f"{path}: ONNX Runtime cannot load it ({first_line(e)})") from e
+        raise VerifyError(f"{path}: ONNX Runtime cannot load it ({first_line(e)}).") from e
 
 
 def check_files(folder: Path, name: str = MODEL) -> None:
@@ -115,11 +115,11 @@ def check_files(folder: Path, name: str = MODEL) -> None:
 
     path, data = folder / graph_file(name), folder / data_file(name)
     if not path.is_file():
-        raise VerifyError(f"{path}: missing; export the mixture again")
+        raise VerifyError(f"{path}: missing; export the mixture again.")
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as e:  # protobuf's DecodeError moves between its versions
-        raise VerifyError(f"{path}: not an ONNX file ({e}); export the mixture again") from e
+        raise VerifyError(f"{path}: not an ONNX file ({e}); export the mixture again.") from e
     named = set()
     for tensor in model.graph.initializer:
         entry = {item.key: item.value for item in tensor.external_data}
@@ -127,13 +127,13 @@ def check_files(folder: Path, name: str = MODEL) -> None:
             continue
         named.add(entry["location"])
         if not is_plain_file_name(entry["location"]):
-            raise VerifyError(f"{path}: {tensor.name} lies in {entry['location']!r}, expected a file beside it")
+            raise VerifyError(f"{path}: {tensor.name} lies in {entry['location']!r}, expected a file beside it.")
         where = folder / entry["location"]
         end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
         if not where.is_file() or where.stat().st_size < end:
-            raise VerifyError(f"{where}: missing or shorter than the {end} bytes that {tensor.name} needs")
+            raise VerifyError(f"{where}: missing or shorter than the {end} bytes that {tensor.name} needs.")
     if data.name not in named and data.exists():
-        raise VerifyError(f"{data}: no weight of {path.name} refers to it; delete it")
+        raise VerifyError(f"{data}: no weight of {path.name} refers to it; delete it.")
     try:
         if _rename_runtimes_own(model.graph):  # the checker knows no such operator, and passes over other domains
             _move_outside(model.graph)
@@ -142,7 +142,7 @@ def check_files(folder: Path, name: str = MODEL) -> None:
         else:
             onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as e:
-        raise VerifyError(f"{path}: onnx.checker refuses it ({first_line(e)})") from e
+        raise VerifyError(f"{path}: onnx.checker refuses it ({first_line(e)}).") from e
 
 
 def _rename_runtimes_own(graph: Any) -> bool:
@@ -225,7 +225,7 @@ def _step(session: Any, inputs: dict[str, np.ndarray], cache: dict[str, np.ndarr
     """One run of the graph; an input that it does not take, or takes and is not given, is an error."""
     takes = {value.name for value in session.get_inputs()}
     if takes != {*inputs, *cache}:
-        raise VerifyError(f"the ONNX graph takes {sorted(takes)}, expected {sorted({*inputs, *cache})}")
+        raise VerifyError(f"the ONNX graph takes {sorted(takes)}, expected {sorted({*inputs, *cache})}.")
     names = [value.name for value in session.get_outputs()]
     typed = {
         name: value.astype(dtype_of(session, name)) if value.dtype.kind == "f" else value
@@ -235,7 +235,7 @@ def _step(session: Any, inputs: dict[str, np.ndarray], cache: dict[str, np.ndarr
         return dict(zip(names, session.run(names, {**typed, **cache}), strict=True))
     except Exception as e:  # see open_session
         shapes = {name: value.shape for name, value in typed.items()}
-        raise VerifyError(f"ONNX Runtime cannot run the graph on {shapes} ({first_line(e)})") from e
+        raise VerifyError(f"ONNX Runtime cannot run the graph on {shapes} ({first_line(e)}).") from e
 
 
 def _empty_cache(session: Any, batch: int) -> dict[str, np.ndarray]:

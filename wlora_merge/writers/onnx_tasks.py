@@ -31,7 +31,7 @@ SENTENCES = (
     "I sent the money two days ago, and it has still not arrived; what should I do?",
     "A quiet, funny and surprisingly moving film about three brothers and a boat.",
 )
-DENSE_INSTEAD = "export with `--format dense` instead"
+DENSE_INSTEAD = "export with `--format dense` instead."
 
 
 def outputs_of(model: torch.nn.Module, task: str) -> tuple[str, ...]:
@@ -130,13 +130,13 @@ def load_model(dense: Path, task: str, dtype: torch.dtype, attention: str | None
                 **extra,
             )
         except (OSError, ValueError) as e:
-            raise BaseModelError(f"{dense}: transformers cannot load it ({one_sentence(e)})") from e
+            raise BaseModelError(f"{dense}: transformers cannot load it ({one_sentence(e)}).") from e
     # the pooler does not reach `last_hidden_state`, and masked language models come without one
     missing = [key for key in info["missing_keys"] if task != "feature-extraction" or not key.startswith("pooler.")]
     if missing:
         raise BaseModelError(
             f"{dense}: {len(missing)} tensors that {type(model).__name__} needs are missing, first {sorted(missing)[0]!r};"
-            f" give a folder that was made for the task {task!r}"
+            f" give a folder that was made for the task {task!r}."
         )
     if task == "feature-extraction":
         add_pooling(model, dense)
