@@ -302,7 +302,7 @@ def test_what_the_exporter_raises_becomes_one_sentence(
         write_onnx(exported("vit").dense, tmp_path, task="image-classification")
     assert str(caught.value) == (
         "ViTForImageClassification cannot be exported to ONNX (NotImplementedError: no translation of aten.fft);"
-        " export with `--format dense` instead"
+        " export with `--format dense` instead."
     )
 
 
