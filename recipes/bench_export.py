@@ -75,10 +75,10 @@ print(json.dumps(time.perf_counter() - start))
 OURS_SVD = """
 import sys, time, json
 from wlora_merge.inputs import find_inputs
-from wlora_merge.writers.lora import combine
+from wlora_merge.writers.lora import as_one_lora
 inputs = find_inputs(sys.argv[1])
 start = time.perf_counter()
-combine(inputs.mixture, inputs.deltas, rank=int(sys.argv[2]))
+as_one_lora(inputs.mixture, inputs.deltas, rank=int(sys.argv[2]))
 print(json.dumps(time.perf_counter() - start))
 """
 

@@ -95,7 +95,7 @@ def write_lora(
     """
     import torch
 
-    factors, report = combine(mixture, deltas, rank=rank, energy=energy)
+    factors, report = as_one_lora(mixture, deltas, rank=rank, energy=energy)
     tensors = {}
     names = _live_names(mixture, base, [delta for delta, _ in factors])
     for name, (delta, (lora_A, lora_B)) in zip(names, factors, strict=True):
@@ -146,16 +146,16 @@ def _products(deltas: Sequence[ModuleDelta | TensorDelta]) -> list[ModuleDelta]:
     return [delta for delta in deltas if isinstance(delta, ModuleDelta)]
 
 
-Factors = list[tuple[ModuleDelta, tuple["torch.Tensor", "torch.Tensor"]]]
+Products = list[tuple[ModuleDelta, tuple["torch.Tensor", "torch.Tensor"]]]
 
 
-def combine(
+def as_one_lora(
     mixture: Mixture,
     changes: Sequence[ModuleDelta | TensorDelta],
     *,
     rank: int | None = None,
     energy: float | None = None,
-) -> tuple[Factors, LoraReport]:
+) -> tuple[Products, LoraReport]:
     """The mixture's delta weights as pairs of one uniform rank: (lora_A [r, in], lora_B [out, r]) float32 for each module.
 
     Args and Raises as for `write_lora`.
