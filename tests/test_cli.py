@@ -137,11 +137,11 @@ FIT = ["fit", "--base", "b", "--adapter", "a", "--adapter", "c", "--data", "x"]
         (["export", "m", "--format", "lora", "--rank", "-3"], "x>=1"),
         (["export", "m", "--format", "lora", "--energy", "2"], "0<x<=1"),
         (["export", "m", "--format", "lora", "--rank", "2", "--energy", "0.5"], "exclude each other"),
-        (["export", "m", "--format", "dense", "--rank", "2"], "belong to --format lora"),
+        (["export", "m", "--format", "dense", "--rank", "2"], "--rank: of --format lora alone, not of dense"),
         (["mix", "--base", "b", "--adapter", "a", "--adapter", "c", "--adapter", "d", "--weights", "1,2"], "2 numbers"),
         (["mix", "--base", "b", "--adapter", "a", "--adapter", "c", "--weights", "0.7,nan"], "finite numbers"),
-        (["export", "m", "--format", "lora", "--opset", "18"], "belong to --format onnx"),
-        (["export", "m", "--format", "onnx", "--max-shard-size", "1MB"], "belong to --format dense"),
+        (["export", "m", "--format", "lora", "--opset", "18"], "of --format onnx alone"),
+        (["export", "m", "--format", "onnx", "--max-shard-size", "1MB"], "of --format dense alone"),
         ([*FIT, "--task", "causal-lm", "--eval-split", "test"], "eval_split is of eval_data"),
         ([*FIT, "--task", "seq2seq-lm", "--packing"], "packing is of causal-lm"),
         ([*FIT, "--task", "causal-lm", "--folds", "1"], "folds"),
@@ -200,13 +200,13 @@ def test_bitsandbytes_is_quiet_at_the_command_line() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-@pytest.mark.parametrize("more", [(), ("--json",)])
-def test_a_full_stdout_is_one_sentence(zoo: tuple[Path, list[Path]], more: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "wlora_merge", "inspect", *map(str, zoo[1]), *more]
+@pytest.mark.parametrize("words", [("inspect",), ("inspect", "--json"), ("--help",)])
+def test_a_full_stdout_is_one_sentence(zoo: tuple[Path, list[Path]], words: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "wlora_merge", *words, *map(str, zoo[1] if "inspect" in words else [])]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "Error: the result cannot be written to stdout: No space left on device.\n"
+    assert done.stderr == "Error: what there is to say cannot be written to stdout: No space left on device.\n"
 
 
 def test_debug_keeps_the_traceback(tmp_path: Path) -> None:

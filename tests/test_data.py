@@ -188,6 +188,7 @@ def test_a_class_folder_without_files_is_refused_by_name(tmp_path: Path) -> None
     assert "dog: a folder beside those of the classes, and it holds no texts" in refusal(tmp_path / "texts")
     write(tmp_path / "texts" / "dog" / "1.txt", "barks")
     (tmp_path / "texts" / ".cache").mkdir()
+    (tmp_path / "texts" / "__MACOSX").mkdir()
     assert read_examples(tmp_path / "texts", task="text-classification").column("label") == ["cat", "dog"]
 
 
@@ -197,9 +198,10 @@ def test_a_text_of_any_length_is_read_from_csv(tmp_path: Path) -> None:
     assert read_examples(file, task="text-classification").column("text")[0] == text
 
 
-def test_twins_have_the_same_inputs_whatever_their_label(tmp_path: Path) -> None:
+def test_twins_are_equal_rows(tmp_path: Path) -> None:
     rows = [{"text": t, "text_pair": p, "label": y} for t, p, y in (("x", "1", "a"), ("x", "2", "a"), ("x", "1", "b"))]
-    assert read_examples(lines(tmp_path / "d.jsonl", rows), task="text-classification").twins() == [0, 1, 0]
+    rows.append(rows[0])
+    assert read_examples(lines(tmp_path / "d.jsonl", rows), task="text-classification").twins() == [0, 1, 2, 0]
     chats = [{"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "y"}]} for c in "aba"]
     assert read_examples(lines(tmp_path / "c.jsonl", chats), task="causal-lm").twins() == [0, 1, 0]
 

@@ -263,7 +263,7 @@ def test_a_class_with_one_shot_is_said_not_to_be_held_out(
     shots = tmp_path / "five.csv"
     shots.write_text("text,label\nw1,low\nw2,low\nw3,high\nw4,high\nw5,rare\n")
     mixture = fit(base, folders, shots, "text-classification", max_steps=1, folds=2, settings=1)
-    assert "(2 folds of 5 shots, 4 of them held out: a class with one shot never is)" in mixture.metrics["note"]
+    assert "(2 folds of 5 shots, 4 of them held out: the only one of a class never is)" in mixture.metrics["note"]
 
 
 def test_evaluation_data_judges_and_the_folds_compare_the_settings_alone(
@@ -288,7 +288,7 @@ def test_one_shot_per_class_leaves_the_metrics_not_estimated(
     shots.write_text("text,label\nw1 w2,low\nw40 w41,high\n")
     mixture = fit(base, folders, shots, "text-classification", max_steps=3)
     assert "candidates" not in mixture.metrics
-    assert mixture.metrics["note"].endswith("Give --eval-data, or two shots per class or more.")
+    assert mixture.metrics["note"].endswith("Give --eval-data, or two different shots per class or more.")
 
 
 @pytest.mark.parametrize("asked", [{"method": "auto"}, {"select": "best"}])

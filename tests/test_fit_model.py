@@ -304,6 +304,56 @@ def test_a_device_that_is_too_small_is_one_sentence(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("wlora_merge.training.Learner.loss", full)
     with pytest.raises(
-        MixtureError, match=r"does not hold a step \(CUDA out of memory.*2.00 GiB\): use a smaller --batch"
+        MixtureError,
+        match=r"does not hold the model, or a step \(CUDA out of memory.*2.00 GiB\): use a smaller --batch",
     ):
+        classifier(tmp_path, folders, ["x", "y"])
+
+
+def distilbert_classifier() -> Any:
+    config = transformers.DistilBertConfig(
+        vocab_size=len(WORDS),
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=48,
+        id2label={0: "p", 1: "q"},
+        label2id={"p": 0, "q": 1},
+    )
+    return transformers.DistilBertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize(("make", "target"), [(bert_classifier, "query"), (distilbert_classifier, "q_lin")])
+def test_over_a_bf16_body_losses_are_float32_where_the_bases_own_head_is_kept(
+    make: Callable[[], Any], target: str, tmp_path: Path
+) -> None:
+    folders = placed(make(), tmp_path, target_modules=[target])
+    mixture = classifier(tmp_path, folders, ["p", "q"], precision="bf16", folds=2)
+    assert mixture.head == {}
+    losses = [row["loss"] for row in mixture.metrics["candidates"].values()]
+    assert not all(torch.tensor(loss).bfloat16().item() == loss for loss in losses)
+
+
+def test_a_model_that_does_not_run_in_bf16_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    config = transformers.FNetConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, intermediate_size=48)
+    folders = placed(transformers.FNetModel(config), tmp_path, target_modules=["intermediate.dense"])
+    with pytest.raises(
+        MixtureError, match=r"FNetForSequenceClassification does not run in bfloat16 \(.*leave --precision bf16 out"
+    ):
+        classifier(tmp_path, folders, ["x", "y"], precision="bf16")
+    assert classifier(tmp_path, folders, ["x", "y"]).head
+
+
+def test_what_an_architecture_has_not_or_does_not_take_is_one_sentence(tmp_path: Path) -> None:
+    config = transformers.BartConfig(
+        vocab_size=len(WORDS), d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64, pad_token_id=0,
+        eos_token_id=len(WORDS) - 1,
+    )  # fmt: skip
+    folders = placed(transformers.BartModel(config), tmp_path, target_modules=["q_proj"])
+    rows = [{"tokens": text.split(), "tags": ["A", "B", "A"]} for text in TEXTS]
+    (tmp_path / "tags.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UnsupportedError, match="transformers loads no token-classification model from it"):
+        fit(tmp_path / "base", folders, tmp_path / "tags.jsonl", "token-classification", max_steps=1, folds=0)
+    with pytest.raises(MixtureError, match=r"does not take the examples as they are encoded \(.*<eos>"):
         classifier(tmp_path, folders, ["x", "y"])

@@ -139,7 +139,7 @@ def test_fusions_that_break_a_graph_are_named(mixture: Path, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("dense", {"quantize": "int8"}, "--quantize belong to --format onnx"),
+        ("dense", {"quantize": "int8"}, "--quantize: of --format onnx alone"),
         ("onnx", {"dtype": "bfloat16"}, "no bfloat16 MatMul"),
         ("onnx", {"quantize": "int3"}, "expected one of int8, int4"),
         ("onnx", {"onnx_runtime": "genai", "opset": 18}, "chooses opset and operators"),

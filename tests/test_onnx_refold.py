@@ -419,7 +419,7 @@ def test_options_that_a_refold_cannot_follow_are_refused(made: tuple[Path, Path,
     mixture, base, _ = made
     with pytest.raises(UnsupportedError, match="leave --dtype and --opset out"):
         export(mixture, "onnx", tmp_path / "out", onnx_base=base, dtype="float16")
-    with pytest.raises(UnsupportedError, match="--onnx-base belong to --format onnx"):
+    with pytest.raises(UnsupportedError, match="--onnx-base: of --format onnx alone"):
         export(mixture, "dense", tmp_path / "out", onnx_base=base)
     with pytest.raises(BaseModelError, match="no ONNX file there"):
         export(mixture, "onnx", tmp_path / "out", onnx_base=tmp_path)

@@ -86,9 +86,9 @@ def test_a_step_that_fails_leaves_no_tree(recipe: Path) -> None:
         ("exports=[{format: dense, name: ../up}]", "plain name"),
         ("exports=[{format: gguf}]", "expected one of dense, lora, onnx"),
         ("exports=[{rank: 3}]", "lacks format"),
-        ("exports=[{format: onnx, rank: 4}]", r"exports\[0\]: --rank belong to --format lora, not onnx"),
+        ("exports=[{format: onnx, rank: 4}]", r"exports\[0\]: --rank: of --format lora alone, not of onnx"),
         ("exports=[{format: onnx, dtype: bfloat16}]", r"exports\[0\]: --dtype bfloat16 cannot be exported to ONNX"),
-        ("exports=[{format: onnx, opset: 8}]", r"exports\[0\]: --opset is 8, expected 18 or more"),
+        ("exports=[{format: onnx, opset: 8}]", r"exports\[0\]: --opset is 8, expected 17 or more"),
         (
             "exports=[{format: dense}, {format: onnx, name: o, onnx_base: x, quantize: int8}]",
             r"exports\[1\]: --quantize needs",
@@ -120,6 +120,20 @@ def test_options_that_a_fit_would_refuse_are_refused_when_the_recipe_is_read(
     text = recipe.read_text()
     recipe.write_text(text[: text.index("mix:")] + f"fit: {{data: x.jsonl, task: causal-lm, {options}}}\n")
     with pytest.raises(RecipeError, match=f"fit: {message}"):
+        read_recipe(recipe)
+
+
+def test_null_is_what_leaving_a_key_out_is(recipe: Path) -> None:
+    text = recipe.read_text()
+    recipe.write_text(
+        text[: text.index("mix:")]
+        + "fit: {data: x, task: causal-lm, batch_size: null, seed: null, method: null}\nexports: [{format: lora, rank: null}]\n"
+    )
+    job = read_recipe(recipe)
+    assert job.fit is not None
+    assert (job.fit.batch_size, job.fit.seed, job.fit.method) == (8, 0, "learned")
+    recipe.write_text(text[: text.index("mix:")] + "fit: {data: null, task: causal-lm}\n")
+    with pytest.raises(RecipeError, match="data is None, expected str"):
         read_recipe(recipe)
 
 

@@ -211,7 +211,7 @@ def test_an_embedding_is_refused_for_vllm(tmp_path: Path) -> None:
 
 
 def test_the_options_belong_to_a_lora(mixture: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="belong to --format lora"):
+    with pytest.raises(UnsupportedError, match="of --format lora alone"):
         export(mixture, "dense", tmp_path / "out", server="vllm")
 
 

@@ -282,6 +282,21 @@ def test_of_a_lora_a_module_that_is_not_the_mixtures_is_found_whatever_its_rank(
         verify(tmp_path / "out", **inputs)
 
 
+def test_a_lora_of_tiny_factors_in_float16_is_the_mixtures(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    folders = [
+        make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=[name])
+        for i, name in enumerate(("q_proj", "v_proj"))
+    ]
+    mixture = mix(tmp_path / "base", folders, weights=[1.0, 1e-6], task="causal-lm")
+    export(mixture, "lora", tmp_path / "out", dtype="float16")
+    assert any(
+        line.startswith("its factors")
+        for line in verify(tmp_path / "out", base=tmp_path / "base", adapters=[f"{f.name}={f}" for f in folders]).done
+    )
+
+
 def test_rounding_to_16_bits_is_named(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:
     base, folders = llama_zoo()
     export(mix(base, folders, task="causal-lm"), "dense", tmp_path / "out", dtype="bfloat16")

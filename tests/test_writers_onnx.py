@@ -268,7 +268,7 @@ def test_broken_files_do_not_pass(exported: Callable[[str], Exported], tmp_path:
     [
         ({"dtype": "bfloat16"}, "no bfloat16 MatMul"),
         ({"dtype": "int4"}, "--dtype is 'int4', expected one of float32, bfloat16, float16"),
-        ({"opset": 17}, "--opset is 17, expected 18 or more"),
+        ({"opset": 16}, "--opset is 16, expected 17 or more"),
         ({"task": "translation"}, "no task 'translation'; tasks are causal-lm"),
         ({"task": "seq2seq-lm"}, "has no AutoModelForSeq2SeqLM"),
         ({"task": "image-classification"}, "has no AutoModelForImageClassification"),

@@ -37,7 +37,7 @@ TORCH_NAMES = {
     "I32": "int32", "U32": "uint32", "F32": "float32", "I64": "int64", "U64": "uint64", "F64": "float64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64",
 }  # fmt: skip
-"""What --dtype takes -> the safetensors name."""
+"""How torch calls what safetensors calls so."""
 FLOATING = ("F16", "BF16", "F32", "F64")
 
 

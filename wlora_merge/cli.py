@@ -58,6 +58,12 @@ class Main(Group):
             if isinstance(leave.__context__, click.Abort):
                 raise SystemExit(130) from leave
             raise
+        except OSError as error:
+            if error.filename is not None or not _stdout_is_broken():
+                raise
+            sys.stdout = io.StringIO()  # what is left in its buffer fails no more
+            click.echo(f"Error: what there is to say cannot be written to stdout: {error.strerror}.", err=True)
+            raise SystemExit(1) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command under the rules of this module's docstring."""
@@ -77,11 +83,6 @@ class Main(Group):
             except KeyboardInterrupt:
                 click.echo("Stopped.", err=True)
                 sys.exit(130)
-            except OSError as error:
-                if error.filename is not None or not _stdout_is_broken():
-                    raise
-                sys.stdout = io.StringIO()  # what is left in its buffer fails no more
-                raise click.ClickException(f"the result cannot be written to stdout: {error.strerror}.") from error
 
 
 def _stdout_is_broken() -> bool:
@@ -268,7 +269,7 @@ def mix(
 @click.option("--max-rank", type=COUNT, help="lora: refuse a larger r, as a server's --max-lora-rank does.")
 @click.option("--dtype", type=DTYPES, help="Of the weights. Default: dense the base's, lora and onnx float32.")
 @click.option("--max-shard-size", metavar="SIZE", help="dense: file size, as 5GB. Default: the base's own shards.")
-@click.option("--opset", type=click.IntRange(18, 30), help="onnx: opset version. Default: 20.")
+@click.option("--opset", type=click.IntRange(17, 30), help="onnx: opset version. Default: 20.")
 @click.option(
     "--onnx-base", metavar="PATH", help="onnx: an ONNX export of the base; rewrite its weights, trace nothing."
 )

@@ -75,10 +75,11 @@ class Examples:
         return [class_name(value) for value in self.column("label")]
 
     def twins(self) -> list[int]:
-        """For each row the first that has the same inputs, [len(self)]; images are not compared."""
-        inputs = [self.column(name) for name in self.columns if name not in ("label", "image")]
+        """For each row the first that is equal to it, [len(self)]; rows with images are not compared."""
+        if "image" in self.columns:
+            return list(range(len(self)))
         first: dict[str, int] = {}
-        keys = [json.dumps(row, default=str) for row in zip(*inputs, strict=True)] or list(map(str, range(len(self))))
+        keys = [json.dumps(row, default=str) for row in zip(*map(self.column, self.columns), strict=True)]
         return [first.setdefault(key, index) for index, key in enumerate(keys)]
 
 

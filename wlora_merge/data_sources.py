@@ -124,7 +124,12 @@ def _documents(folder: Path, paths: list[Path], kind: tuple[str, ...]) -> Table:
     if any(len(parts) > 1 for parts in classes) or len({len(parts) for parts in classes}) > 1:
         raise DataError(f"{folder}: expected one folder for each class with the files in it, or no folders.")
     tops = {path.parent.parent for path, parts in zip(paths, classes, strict=True) if parts}
-    for other in sorted(sub for top in tops for sub in top.iterdir() if sub.is_dir() and not is_hidden(Path(sub.name))):
+    for other in sorted(
+        sub
+        for top in tops
+        for sub in top.iterdir()
+        if sub.is_dir() and not is_hidden(Path(sub.name)) and not sub.name.startswith("__")
+    ):
         if not any(path.is_relative_to(other) for path in paths):
             what = "texts" if kind == TEXTS else "images"
             raise DataError(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike, fspath
 from typing import Any
 
 from .errors import UnsupportedError
+from .fit_options import plain_value
 from .names import DTYPES, FORMATS, ONNX_DTYPES, ONNX_QUANTIZE, ONNX_RUNTIMES, SERVERS, nearest
 
 
@@ -53,7 +53,7 @@ class ExportOptions:
     quantize: str | None = None
 
 
-OLDEST_OPSET = 18
+OLDEST_OPSET = 17
 _FLAGS = {"server": "--for", "max_shard_bytes": "--max-shard-size"}
 _BELONG = {
     "dense": ("max_shard_bytes",),
@@ -79,15 +79,16 @@ def export_options(given: Mapping[str, Any]) -> ExportOptions:
     for name in given:
         if name not in known:
             raise UnsupportedError(f"export has no option {name!r}{nearest(name, known)}.")
-    options = ExportOptions(
-        **{n: fspath(value) if isinstance(value, PathLike) else value for n, value in given.items()}
-    )
+    plain = {
+        n: plain_value(ExportOptions, n, value, UnsupportedError) for n, value in given.items() if value is not None
+    }
+    options = ExportOptions(**plain)
     if options.format not in FORMATS:
         raise UnsupportedError(f"format is {options.format!r}, expected one of {', '.join(FORMATS)}.")
     for kind, names in _BELONG.items():
         foreign = [flag(name) for name in names if kind != options.format and getattr(options, name) is not None]
         if foreign:
-            raise UnsupportedError(f"{', '.join(foreign)} belong to --format {kind}, not {options.format}.")
+            raise UnsupportedError(f"{', '.join(foreign)}: of --format {kind} alone, not of {options.format}.")
     for name, choices in _CHOICES.items():
         value = getattr(options, name)
         if value is not None and value not in choices:
@@ -98,7 +99,7 @@ def export_options(given: Mapping[str, Any]) -> ExportOptions:
             raise UnsupportedError(f"{flag(name)} is {value}, expected 1 or more.")
     if options.opset is not None and options.opset < OLDEST_OPSET:
         raise UnsupportedError(
-            f"--opset is {options.opset}, expected {OLDEST_OPSET} or more: torch's exporter writes no older."
+            f"--opset is {options.opset}, expected {OLDEST_OPSET} or more, for most models 18: torch's exporter writes no older."
         )
     if options.energy is not None and not 0 < options.energy <= 1:
         raise UnsupportedError(f"--energy is {options.energy}, expected a share above 0 and at most 1.")

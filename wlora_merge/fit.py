@@ -97,10 +97,11 @@ def fit(
     from .ranks import team
 
     chosen = like_start(fit_options(options))
+    job = get_task(task)
     check_for_task(chosen, task, eval_data, eval_split)
     tracker_names(chosen)  # refuses before anything is read
     given = _Given(
-        get_task(task), chosen, open_base(base), load_adapters(adapters, residual=residual), data, eval_data,
+        job, chosen, open_base(base), load_adapters(adapters, residual=residual), data, eval_data,
         dict(columns or {}), split, eval_split, modules_to_save, residual,
     )  # fmt: skip
     if out is not None:
@@ -110,8 +111,8 @@ def fit(
     with team() as ranks, only_fit(out if ranks.leads else None):
         state = _state(out if ranks.leads else None, given, shots, held, resume)
         state.table = ranks.share(state.table)  # what a killed fit has trained, no process trains again
-        work, labels = _prepare(given, shots, held, ranks, state, progress)
         with _within_memory():
+            work, labels = _prepare(given, shots, held, ranks, state, progress)
             metrics, kept = _work(work)
         metrics["held_out"] = held_out(work, shots, held, eval_split)
         mixture = _mixture(work.learner, given, shots, metrics, kept, labels)
@@ -180,14 +181,14 @@ def _examples(given: _Given) -> tuple[Examples, Examples | None]:
 
 @contextmanager
 def _within_memory() -> Iterator[None]:
-    """Say what to do where the device's memory does not hold a step."""
+    """Say what to do where the device's memory does not suffice."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise MixtureError(
-            f"the device's memory does not hold a step ({first_line(error)}): use a smaller --batch-size with "
+            f"the device's memory does not hold the model, or a step ({first_line(error)}): use a smaller --batch-size with "
             "--gradient-accumulation-steps, --gradient-checkpointing, --precision bf16 or --quantize 4bit."
         ) from error
 

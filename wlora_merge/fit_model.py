@@ -10,7 +10,7 @@ from .adapters import Adapter
 from .base_model import BaseModel
 from .check import quiet_libraries
 from .encoding import token_limit
-from .errors import BaseModelError, MixtureError, UnsupportedError
+from .errors import BaseModelError, MixtureError, UnsupportedError, first_line
 from .fit_options import FitOptions
 from .module_tree import empty_model
 from .ranks import Team
@@ -49,8 +49,8 @@ def load_model(
     transformers.set_seed(options.seed)
     model, new, labels = _load(base, task, labels, processor, options)
     head = sorted({name.rpartition(".")[0] for name in new})
-    for name in head:
-        _widen(model.get_submodule(name))
+    if options.precision == "bf16":
+        _widen(model, head)
     attach(
         model,
         adapters,
@@ -68,13 +68,25 @@ def load_model(
     return model, head, labels
 
 
-def _widen(module: nn.Module) -> None:
-    """Keep a module of the head in float32, in which it is trained, over a body of 16 bits: its inputs are widened too."""
-    module.float().register_forward_pre_hook(_widened)
+def _widen(model: Any, head: list[str]) -> None:
+    """Keep what stands beside the body, and what is new, in float32 over a body of 16 bits: it is trained in it, and so are losses.
+
+    An output embedding, whose weight may be the input embedding's, is left alone, and its logits are widened.
+    """
+    if (embedding := model.get_output_embeddings()) is not None:
+        embedding.register_forward_hook(lambda module, args, output: _wide(output))
+        return
+    beside = [] if model.base_model is model else [part for part in model.children() if part is not model.base_model]
+    for part in (*beside, *map(model.get_submodule, head)):
+        for module in part.float().modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(lambda module, args: tuple(map(_wide, args)))
 
 
-def _widened(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(value.float() if value.is_floating_point() else value for value in args)
+def _wide(value: Any) -> Any:
+    import torch
+
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def device_of(options: FitOptions) -> str:
@@ -126,19 +138,20 @@ def max_tokens(model: Any, processor: Any, asked: int | None) -> int | None:
 
 
 def _shard(model: Any, device: str, size: int) -> None:
-    """FSDP: every process keeps a part of each block of the base; the few trained parameters stay whole on each."""
+    """FSDP: every process keeps a part of each block of the base; the few trained parameters, and a head, stay whole on each."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    trained = {p for p in model.parameters() if p.requires_grad}
-    for parameter in trained:
+    dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
+    whole = {p for p in model.parameters() if p.requires_grad or p.dtype != dtype}  # and a head of another dtype
+    for parameter in whole:
         parameter.data = parameter.data.to(device)
     mesh = init_device_mesh(device.partition(":")[0], (size,))
     blocks = set(getattr(model, "_no_split_modules", None) or [])
     for module in model.modules():
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, ignored_params=trained)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
 
 
 def _quantization(base: BaseModel, task: Task, options: FitOptions) -> dict[str, Any]:
@@ -179,18 +192,23 @@ def _load(
     keep = labels is not None and own is not None and _is_head_of(base, own, labels)
     if keep and labels is not None and own is not None:
         labels = LabelSet(tuple(own), labels.problem_type)
-    with quiet_libraries():
-        model, info = task.auto_class().from_pretrained(
-            base.folder,
-            dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **(_quantization(base, task, options) if options.quantize else {}),
-            **task.config_changes(labels, processor),
-        )
+    try:
+        with quiet_libraries():
+            model, info = task.auto_class().from_pretrained(
+                base.folder,
+                dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **(_quantization(base, task, options) if options.quantize else {}),
+                **task.config_changes(labels, processor),
+            )
+    except ValueError as error:  # it knows no such class for this architecture
+        raise UnsupportedError(
+            f"{base.folder}: transformers loads no {task.name} model from it ({first_line(error)}): use another base or task."
+        ) from error
     shapes = {str(name): shape for name, shape, _ in info["mismatched_keys"]}
     known = {name: tuple(p.shape) for name, p in model.named_parameters()}
     absent = {str(key): None for key in info["missing_keys"]} | shapes

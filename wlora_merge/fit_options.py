@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any
 
-from .errors import MixtureError
+from .errors import MixtureError, WloraMergeError
 from .labels import PROBLEM_TYPES
 from .names import GRANULARITIES, NORMALIZE, nearest
 
@@ -155,21 +155,31 @@ def fit_options(given: Mapping[str, Any]) -> FitOptions:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """The value of an option as a recipe or a command line gives it."""
-    kind = next(f.type for f in dataclasses.fields(FitOptions) if f.name == name)
+    if name == "weights" or (name == "initial_logits" and not isinstance(value, str | PathLike)):
+        value = value.tolist() if hasattr(value, "tolist") else value
+        listed = isinstance(value, Sequence) and not isinstance(value, str)
+        if not listed or not all(isinstance(x, numbers.Real) for x in value):
+            raise MixtureError(f"{name} is {value!r}, expected a list of numbers.")
+        return value
+    return plain_value(FitOptions, name, value, MixtureError)
+
+
+def plain_value(options: type[Any], name: str, value: Any, error: type[WloraMergeError]) -> Any:
+    """The value of an option of a dataclass, as a recipe, a command line or NumPy gives it, in Python's own types.
+
+    Raises:
+        error: it is not of the option's type.
+    """
+    kind = next(f.type for f in dataclasses.fields(options) if f.name == name)
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    number = whole or isinstance(value, numbers.Real)
-    expected = {
-        "int": (whole, "a whole number"), "int | None": (whole, "a whole number"),
-        "float": (number, "a number"), "float | None": (number, "a number"),
-    }.get(str(kind), (True, ""))  # fmt: skip
+    number = whole or (isinstance(value, numbers.Real) and not isinstance(value, bool))
+    fits, expected = {
+        "int": (whole, "a whole number"), "float": (number, "a number"), "str": (isinstance(value, str | PathLike), "a text"),
+    }.get(str(kind).removesuffix(" | None"), (True, ""))  # fmt: skip
+    if not fits:
+        raise error(f"{name} is {value!r}, expected {expected}.")
     if hasattr(value, "tolist"):  # numpy's and torch's
         value = value.tolist()
-    if name == "weights" or (name == "initial_logits" and not isinstance(value, str | PathLike)):
-        listed = isinstance(value, Sequence) and not isinstance(value, str)
-        expected = (listed and all(isinstance(x, numbers.Real) for x in value), "a list of numbers")
-    if not expected[0]:
-        raise MixtureError(f"{name} is {value!r}, expected {expected[1]}.")
     return fspath(value) if isinstance(value, PathLike) else value
 
 

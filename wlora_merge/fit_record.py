@@ -63,7 +63,7 @@ def metrics_of(
 
     skipped = "; ".join(dict.fromkeys([*on_folds.skipped, *comparison.skipped]))
     if not comparison.scores:
-        more = "two shots per class or more" if job.options.folds else "--folds 2 or more"
+        more = "two different shots per class or more" if job.options.folds else "--folds 2 or more"
         why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
         if job.options.method == c.AUTO or job.options.select == "best":
             why += f" Kept: {_called(kept, job.learner.names)}, as there was nothing to choose by."
@@ -75,7 +75,7 @@ def metrics_of(
         how = f"on {len(job.held)} evaluation examples, every candidate trained on all {len(job.shots)} shots"
     elif job.parts:
         tested = sum(len(held) for _, held in job.parts)
-        rest = "" if tested == len(job.shots) else f", {tested} of them held out: a class with one shot never is"
+        rest = "" if tested == len(job.shots) else f", {tested} of them held out: the only one of a class never is"
         how = f"out of fold ({len(job.parts)} folds of {len(job.shots)} shots{rest}); what is kept was then trained on all shots"
     else:
         how = "on the shots themselves, which flatters every candidate"

@@ -155,6 +155,7 @@ def _build(cls: type[Any], table: Any, where: str, *, nested: bool = False) -> A
     if not isinstance(table, dict):
         raise RecipeError(f"{where}: got {short(table)}, expected a table.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    table = {k: v for k, v in table.items() if v is not None or k not in fields or not _has_default(fields[k])}
     for key, value in table.items():
         if key not in fields:
             raise RecipeError(
@@ -162,23 +163,23 @@ def _build(cls: type[Any], table: Any, where: str, *, nested: bool = False) -> A
             )
         if not nested:
             _check_type(fields[key], value, where)
-    missing = [
-        name
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in table
-    ]
+    missing = [name for name, f in fields.items() if not _has_default(f) and name not in table]
     if missing:
         raise RecipeError(f"{where}: lacks {missing[0]}.")
     return cls(**table)
 
 
+def _has_default(f: dataclasses.Field[Any]) -> bool:
+    """Whether a key may be left out, or be null, which means the same."""
+    return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+
+
 TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-TYPES |= {"dict[str, str]": (dict,), "list[float]": (list,), "Sequence[float]": (list,)}
+TYPES |= {"dict[str, str]": (dict,), "list[float]": (list,)}
 
 
 def _check_type(f: dataclasses.Field[Any], value: Any, where: str) -> None:
-    kind = str(f.type).removesuffix(" | None")
-    optional = kind != f.type
+    kind = str(f.type).removesuffix(" | None").replace("Sequence", "list")
     allowed = tuple(cls for part in kind.split(" | ") for cls in TYPES[part])
     fits = isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))
     if isinstance(value, dict):
@@ -188,7 +189,7 @@ def _check_type(f: dataclasses.Field[Any], value: Any, where: str) -> None:
     numbers = value if isinstance(value, list) else [value]
     if fits and any(isinstance(x, int) and abs(x) > MAX_INTEGER for x in numbers):
         raise RecipeError(f"{where}: {f.name} is {short(value)}, more than {MAX_INTEGER}.")
-    if not fits and not (value is None and optional):
+    if not fits:
         raise RecipeError(f"{where}: {f.name} is {short(value)}, expected {kind}.")
 
 

@@ -81,6 +81,9 @@ def _table(cls: type[Any]) -> dict[str, Any]:
 
 def _value(f: dataclasses.Field[Any], known: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     kinds = [KINDS[kind] for kind in str(f.type).split(" | ")]
+    kinds += [KINDS["None"]] * (
+        f.default is not dataclasses.MISSING and KINDS["None"] not in kinds
+    )  # as if it were left out
     if f.name in known:
         choices: list[str | None] = [*known[f.name]]
         return {"enum": choices + ([None] if KINDS["None"] in kinds else [])}

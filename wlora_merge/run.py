@@ -167,6 +167,7 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
     for entry in recipe.exports:
         if entry.format == "lora" and entry.energy is None and _keeps_all(recipe.fit):
             r = entry.rank or max((d.R for d in inputs.deltas if isinstance(d, ModuleDelta)), default=0)
+            r += (recipe.fit.new_adapter or 0) if recipe.fit is not None and entry.rank is None else 0
             check_rank(r, server=entry.server, max_rank=entry.max_rank, exact=entry.rank is None)
     rows += [{"what": f"export {e.folder}", "path": e.format} for e in recipe.exports]
     return rows, predict(inputs, recipe.exports, recipe.fit, examples, recipe.report)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 LORA_ROUNDING = {"F32": 1e-3, "BF16": 3e-2, "F16": 3e-2}
 """What rounding its factors may cost a module of a LoRA, relative to its delta weight; small numbers of F16 have few bits."""
+SUBNORMAL = 2.0**-24
+"""Twice what rounding may change the smallest numbers of float16 by, however small they are."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -222,7 +224,12 @@ def check_lora(
         lora_B = torch.cat([ours[module], -other.lora_B.double() * other.scaling.double()], dim=1)
         apart[module] = max(0.0, energy_of(lora_A, lora_B))
         more = apart[module] - lost**2 * energy[module]  # what truncation drops is orthogonal to what it keeps
-        if not more <= rounding**2 * max(energy[module], 1e-30):
+        tiny = (
+            SUBNORMAL
+            * (other.lora_A.numel() + other.lora_B.numel()) ** 0.5
+            * max(other.lora_A.norm(), other.lora_B.norm())
+        )
+        if not more <= (rounding * energy[module] ** 0.5 + float(tiny)) ** 2:
             raise VerifyError(
                 f"{file}: module {module!r} is off from its delta weight by {(apart[module] / (energy[module] or 1)) ** 0.5:.2e} "
                 f"of it, expected {lost:.2e}: export again."

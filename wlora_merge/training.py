@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .attachment import SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
-from .errors import MixtureError
+from .errors import MixtureError, first_line
 from .fit_options import FitOptions
 from .live_model import refuse_uncalled
 from .mixture import mixture_weights
@@ -37,6 +37,8 @@ FitProgress = Callable[[str, int, int, float, dict[str, float]], None]
 PACKED_TOLERANCE = {None: 1e-4, "bf16": 2e-2, "4bit": 2e-2, "8bit": 1e-1}
 """By how much, relative to it, the loss of packed examples may differ: by rounding alone. 8bit chooses its outliers in the batch, and
 its loss is off by 4e-2 on SmolLM2."""
+PACKED_INFLUENCE = {"8bit": 1e-1}
+"""The same of what the example before it may change in an example's logits: nothing, else 1e-4."""
 
 
 def logit_rate(options: FitOptions, normalize: str) -> float:
@@ -131,14 +133,30 @@ class Learner:
         self._features: tuple[Candidate, torch.Tensor] | None = None
         self._labels = torch.empty(0)
         _quiet(model, options.gradient_checkpointing)
-        with torch.no_grad(), self._autocast():
-            refuse_uncalled(model, lambda: model(**self._inputs([0])))
+        self._try_out()
         self.pack = self.collate
         if options.packing:
             from transformers import DataCollatorWithFlattening
 
             self.pack = DataCollatorWithFlattening()  # type: ignore[no-untyped-call]
             self._check_packing()
+
+    def _try_out(self) -> None:
+        """Run the model once, to refuse what would not train."""
+        try:
+            with torch.no_grad(), self._autocast():
+                refuse_uncalled(self.model, lambda: self.model(**self._inputs([0])))
+        except ValueError as error:
+            raise MixtureError(
+                f"{type(self.model).__name__} does not take the examples as they are encoded ({first_line(error)}): look at the "
+                "base's tokenizer or processor, and at --task."
+            ) from error
+        except RuntimeError as error:
+            if self.options.precision != "bf16" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise MixtureError(
+                f"{type(self.model).__name__} does not run in bfloat16 ({first_line(error)}): leave --precision bf16 out."
+            ) from error
 
     def _check_packing(self) -> None:
         """Refuse a model for which an example in a packed row is not what it is alone: its layers mix what stands in one row."""
@@ -150,11 +168,12 @@ class Learner:
                 self.model(**{k: v.to(self.device) for k, v in collate(part).items()})
                 for collate, part in ((self.collate, rows), (self.pack, rows), (self.pack, [first, *rows[1:]]))
             )
-        tolerance = PACKED_TOLERANCE[self.options.quantize or ("bf16" if self.options.precision == "bf16" else None)]
+        kind = self.options.quantize or ("bf16" if self.options.precision == "bf16" else None)
+        tolerance, influence = PACKED_TOLERANCE[kind], PACKED_INFLUENCE.get(kind or "", 1e-4)
         same = math.isclose(float(padded.loss), float(packed.loss), rel_tol=tolerance)
         if len(rows) > 1:  # nor may what stands before an example change it
             one, two = (result.logits[0, -length:].float() for result in (packed, other))
-            same = same and bool((one - two).abs().max() <= tolerance * one.abs().max())
+            same = same and bool((one - two).abs().max() <= influence * one.abs().max())
         if not same:
             raise MixtureError(
                 f"packing: two examples in one row do not give what each gives alone: {type(self.model).__name__} does not keep "
