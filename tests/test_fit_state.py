@@ -156,7 +156,7 @@ def test_of_two_fits_to_one_out_one_wins_and_the_other_says_so_before_it_trains(
 
     fitted(zoo, out, progress=second, max_steps=2, settings=1)
     assert said == [
-        f"{out}: another run (process {os.getpid()}) is writing to it; wait until it has ended or choose another --out"
+        f"{out}: another run (process {os.getpid()}) is writing to it; wait until it has ended or choose another --out."
     ]
     assert os.listdir(out.parent) == ["out"]
     killed(zoo, tmp_path / "next", 5)
