@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from . import names
-from .errors import MixtureError, RecipeError, UnsupportedError, WloraMergeError
+from .errors import RecipeError, WloraMergeError
 from .export_options import ExportOptions, export_options
 from .fit_options import FitOptions, check_for_task, fit_options
 from .help import COLUMNS, Group
@@ -186,12 +186,9 @@ def fit(
         "delta_scale": _number("--delta-scale", delta_scale) if delta_scale not in (None, "learned") else delta_scale,
         "initial_logits": _numbers_or_path(initial_logits),
     }
-    own = {f.name for f in fields(FitOptions)}
-    try:
-        chosen = fit_options({name: value for name, value in options.items() if name in own})
+    with _wrong_usage():
+        chosen = fit_options(_those_of(FitOptions, options))
         check_for_task(chosen, task, eval_data, options["eval_split"])
-    except MixtureError as error:
-        raise click.UsageError(str(error)) from error
     from .fit import fit as run
 
     with fit_progress() as progress, work_progress(), _naming_state(out):
@@ -298,11 +295,8 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
     wlora-merge export mixture --format lora --rank 64 --out adapter
     """
     options["max_shard_bytes"] = _bytes(max_shard_size)
-    own = {f.name for f in fields(ExportOptions)}
-    try:
-        export_options({"format": format_} | {name: value for name, value in options.items() if name in own})
-    except UnsupportedError as error:
-        raise click.UsageError(str(error)) from error
+    with _wrong_usage():
+        export_options({"format": format_} | _those_of(ExportOptions, options))
     from .export import export as run
     from .manifest import digest
     from .ranks import is_leader
@@ -502,6 +496,20 @@ def _readable(row: dict[str, Any]) -> dict[str, Any]:
         "memory": names.human_bytes(row["memory"]),
         "time": human_time(row["seconds"]) if known else "on a GPU",
     }
+
+
+@contextmanager
+def _wrong_usage() -> Iterator[None]:
+    """Options that do not go together are wrong usage, as those that click refuses are."""
+    try:
+        yield
+    except WloraMergeError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _those_of(cls: type[Any], options: dict[str, Any]) -> dict[str, Any]:
+    known = {f.name for f in fields(cls)}
+    return {name: value for name, value in options.items() if name in known}
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -155,7 +155,7 @@ def _build(cls: type[Any], table: Any, where: str, *, nested: bool = False) -> A
     if not isinstance(table, dict):
         raise RecipeError(f"{where}: got {short(table)}, expected a table.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    table = {k: v for k, v in table.items() if v is not None or k not in fields or not _has_default(fields[k])}
+    table = {k: v for k, v in table.items() if v is not None or k not in fields or not has_default(fields[k])}
     for key, value in table.items():
         if key not in fields:
             raise RecipeError(
@@ -163,13 +163,13 @@ def _build(cls: type[Any], table: Any, where: str, *, nested: bool = False) -> A
             )
         if not nested:
             _check_type(fields[key], value, where)
-    missing = [name for name, f in fields.items() if not _has_default(f) and name not in table]
+    missing = [name for name, f in fields.items() if not has_default(f) and name not in table]
     if missing:
         raise RecipeError(f"{where}: lacks {missing[0]}.")
     return cls(**table)
 
 
-def _has_default(f: dataclasses.Field[Any]) -> bool:
+def has_default(f: dataclasses.Field[Any]) -> bool:
     """Whether a key may be left out, or be null, which means the same."""
     return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import fit_options
 from .names import DTYPES, FIT_TASKS, FORMATS, GRANULARITIES, NORMALIZE, ONNX_QUANTIZE, ONNX_RUNTIMES, SERVERS, TASKS
-from .recipe import ExportRecipe, FitRecipe, MixRecipe, Recipe
+from .recipe import ExportRecipe, FitRecipe, MixRecipe, Recipe, has_default
 
 KINDS: dict[str, dict[str, Any]] = {
     "str": {"type": "string"},
@@ -65,7 +65,7 @@ def recipe_schema() -> dict[str, Any]:
 
 def _table(cls: type[Any]) -> dict[str, Any]:
     fields = dataclasses.fields(cls)
-    needed = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    needed = [f.name for f in fields if not has_default(f)]
     known = {
         f.name: _value(f, CHOICES | OF_SECTION.get(cls, {})) for f in fields if str(f.type).partition(" | ")[0] in KINDS
     }
@@ -81,9 +81,7 @@ def _table(cls: type[Any]) -> dict[str, Any]:
 
 def _value(f: dataclasses.Field[Any], known: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     kinds = [KINDS[kind] for kind in str(f.type).split(" | ")]
-    kinds += [KINDS["None"]] * (
-        f.default is not dataclasses.MISSING and KINDS["None"] not in kinds
-    )  # as if it were left out
+    kinds += [KINDS["None"]] * (has_default(f) and KINDS["None"] not in kinds)
     if f.name in known:
         choices: list[str | None] = [*known[f.name]]
         return {"enum": choices + ([None] if KINDS["None"] in kinds else [])}

@@ -11,7 +11,7 @@ from .deltas import ModuleDelta, TensorDelta
 from .errors import UnsupportedError
 from .layouts import Layout
 from .mixture import Mixture
-from .names import SERVERS, TASKS
+from .names import TASKS
 from .tasks import get_task
 
 PIPELINE_TAGS = {task: task for task in TASKS} | {"causal-lm": "text-generation", "seq2seq-lm": "text2text-generation"}
@@ -29,10 +29,8 @@ def check_server(server: str, mixture: Mixture, deltas: Sequence[ModuleDelta | T
     """Refuse what a server would not load as one LoRA.
 
     Raises:
-        UnsupportedError: an unknown server, a trained head, or a target module that the server has no LoRA for.
+        UnsupportedError: a trained head, or a target module that the server has no LoRA for.
     """
-    if server not in SERVERS:
-        raise UnsupportedError(f"--for {server}: expected one of {', '.join(SERVERS)}.")
     if mixture.head:
         raise UnsupportedError(
             f"--for {server}: the mixture has a trained head ({min(mixture.head)}), and vLLM loads no modules_to_save: "
