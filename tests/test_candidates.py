@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_adapter, tiny_bert
+from safetensors.torch import load
 from test_fit import WORDS, others, save_tokenizer
 
 from wlora_merge.attachment import attachment_of
@@ -353,16 +354,82 @@ def test_a_mixture_per_module_continues_a_fit_under_the_files_own_names(zoo: Zoo
 
 
 def test_what_the_settings_are_follows_from_the_head_and_the_shots() -> None:
-    def settings(head: bool, several: bool, **options: Any) -> list[tuple[str, int]]:
+    def settings(head: bool, several: bool, **options: Any) -> list[tuple[str, int, float]]:
         found = learned_settings(fit_options(options), head=head, several=several)
-        return [(s.normalize, s.new_adapter) for s in found]
+        return [(s.normalize, s.new_adapter, s.interpolation) for s in found]
 
-    assert settings(True, True) == [("none", 8), ("none", 0)]
-    assert settings(True, False) == [("none", 0), ("none", 8)]
-    assert settings(False, True) == settings(False, False) == [("all", 0), ("all", 8)]
-    assert settings(True, True, new_adapter=0) == [("none", 0), ("all", 0)]
-    assert settings(True, True, normalize="present") == [("present", 0)] * 2  # the other granularity
+    assert settings(True, True) == [("none", 8, 1.0), ("none", 0, 1.0)]
+    assert settings(True, False) == [("none", 0, 0.5), ("none", 8, 0.5)]
+    assert settings(False, True) == settings(False, False) == [("all", 0, 1.0), ("all", 8, 1.0)]
+    assert settings(True, True, new_adapter=0) == [("none", 0, 1.0), ("all", 0, 1.0)]
+    assert settings(True, True, normalize="present") == [("present", 0, 1.0)] * 2  # the other granularity
     assert settings(True, True, method="uniform") == []
+    assert settings(True, False, interpolation=1)[0] == ("none", 0, 1.0)
+    assert settings(False, True, interpolation=0.2)[0] == ("all", 0, 0.2)
+    assert settings(True, False, initial_logits=[1.0, 0.0])[0] == ("all", 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalize": "all", "delta_scale": "learned"},
+        {"new_adapter": 2},
+        {"folds": 2, "settings": 1},
+    ],
+)
+def test_an_interpolation_lies_between_uniform_composition_with_its_own_head_and_what_was_learned(
+    zoo: Zoo, options: dict[str, Any]
+) -> None:
+    learned, part = (
+        fitted(zoo, **({"folds": 0, "learning_rate": 0.2, "max_steps": 12} | options | {"interpolation": share}))
+        for share in (1, 0.25)
+    )
+    even = fitted(zoo, method="uniform", folds=0, max_steps=12)
+    assert (part.metrics["kept"], part.adapter_names) == ("learned", learned.adapter_names)
+    start = 1 / 3 if part.normalize == "none" else 0.0
+    expected = 0.75 * start + 0.25 * learned.wlora_weights[:, :3].double()
+    assert torch.allclose(part.wlora_weights[:, :3].double(), expected, rtol=0, atol=1e-6)
+    assert float((part.wlora_weights[:, :3] - start).abs().max()) > 1e-2
+    assert part.delta_scale == pytest.approx(0.75 + 0.25 * learned.delta_scale, abs=1e-6)
+    for name, tensor in part.head.items():
+        expected = 0.75 * even.head[name].double() + 0.25 * learned.head[name].double()
+        assert torch.allclose(tensor.double(), expected, rtol=0, atol=1e-6)
+        assert not torch.allclose(even.head[name], learned.head[name], rtol=0, atol=1e-3)
+    if part.new_files:
+        (file,) = (name for name in part.new_files if name.endswith(".safetensors"))
+        part_factors, learned_factors = (load(m.new_files[file]) for m in (part, learned))
+        for name, tensor in part_factors.items():
+            if "lora_B" in name:  # from zero
+                assert torch.allclose(tensor, 0.25 * learned_factors[name], rtol=0, atol=1e-7)
+                assert bool(tensor.any())
+    assert part.metrics["note"].count("0.25 of the way from uniform composition to what was learned") == 1
+
+
+def loss_of(dense: Path, rows: Path) -> float:
+    """The loss of an export on a file of examples, by transformers alone."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model, tokenizer = (c.from_pretrained(dense) for c in (AutoModelForSequenceClassification, AutoTokenizer))
+    texts, labels = zip(*(line.split(",") for line in rows.read_text().splitlines()[1:]), strict=True)
+    batch = tokenizer(list(texts), return_tensors="pt", padding=True)
+    wanted = torch.tensor([model.config.label2id[label] for label in labels])
+    with torch.no_grad():
+        return float(model.eval()(**batch, labels=wanted).loss)
+
+
+def test_what_is_judged_is_the_interpolation(zoo: Zoo, tmp_path: Path) -> None:
+    held = tmp_path / "held.csv"
+    held.write_text("text,label\nw9 w30,low\nw33 w12,high\nw35 w8,high\n")
+    given = {"eval_data": held, "folds": 0, "learning_rate": 0.2, "max_steps": 12}
+    for options in ({}, {"early_stopping": 20}):
+        mixture = fitted(zoo, **given, **options, interpolation=0.25)
+        said = mixture.metrics["candidates"]["learned"]["loss"]
+        export(mixture, "dense", tmp_path / "dense", force=True)
+        loss = loss_of(tmp_path / "dense", held)
+        assert said == pytest.approx(loss, abs=1e-5)
+    whole = fitted(zoo, **given, interpolation=1).metrics["candidates"]["learned"]["loss"]
+    assert abs(whole - said) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------------- pruning
@@ -496,6 +563,8 @@ def test_a_check_predicts_as_many_trainings_as_a_fit_makes(zoo: Zoo) -> None:
         {"settings": 3, "method": "auto"},
         {"method": "best-single", "folds": 0},
         {"folds": 0},
+        {"folds": 0, "interpolation": 0.5},
+        {"settings": 2, "interpolation": 0.5},
     ):
         trained: list[str] = []
         fitted(zoo, progress=lambda n, step, *_, to=trained: to.append(n) if step == 1 else None, **given)
@@ -549,6 +618,10 @@ def test_cma_es_finds_the_minimum_of_a_rotated_ellipsoid() -> None:
         ({"weights": "0.2,0.8", "method": "fixed"}, "expected a list of numbers"),
         ({"epochs": 2, "max_steps": 5}, "give one"),
         ({"normalize": "present", "new_adapter": 4}, "leave --new-adapter 4 out"),
+        ({"interpolation": 0}, "interpolation is 0, expected a number above 0"),
+        ({"interpolation": 1.5}, "interpolation is 1.5, expected a share above 0 and at most 1"),
+        ({"interpolation": 0.5, "method": "uniform"}, "so interpolation would have no effect"),
+        ({"interpolation": 0.5, "initial_logits": [1.0, 0.0]}, "goes back to uniform composition"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:

@@ -288,7 +288,11 @@ def test_one_shot_per_class_leaves_the_metrics_not_estimated(
     shots.write_text("text,label\nw1 w2,low\nw40 w41,high\n")
     mixture = fit(base, folders, shots, "text-classification", max_steps=3)
     assert "candidates" not in mixture.metrics
-    assert mixture.metrics["note"].endswith("Give --eval-data, or two different shots per class or more.")
+    told = "Give --eval-data, or two different shots per class or more. The mixture lies 0.5 of the way from uniform composition"
+    assert told in mixture.metrics["note"]
+    assert "(--interpolation)" in mixture.metrics["note"]
+    whole = fit(base, folders, shots, "text-classification", max_steps=3, interpolation=1)
+    assert whole.metrics["note"].endswith("shots per class or more.")
 
 
 @pytest.mark.parametrize("asked", [{"method": "auto"}, {"select": "best"}])

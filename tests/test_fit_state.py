@@ -22,7 +22,14 @@ from wlora_merge.cli import main
 from wlora_merge.errors import MixtureError, OutputError
 from wlora_merge.fit_state import FitState, state_file
 
-OPTIONS = {"max_steps": 6, "settings": 2, "new_adapter": None, "method": "auto", "prune_below": 0.01}
+OPTIONS = {
+    "max_steps": 6,
+    "settings": 2,
+    "new_adapter": None,
+    "method": "auto",
+    "prune_below": 0.01,
+    "interpolation": 0.5,
+}
 
 
 def killed(zoo: Zoo, out: Path, calls: int) -> None:

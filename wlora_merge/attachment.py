@@ -31,7 +31,7 @@ from .mixture import (
     make_groups,
     mixture_weights,
     prefixes,
-    uniform,
+    uniform_start,
 )
 from .names import NORMALIZE
 from .saved_tensors import joined, stack_tensors
@@ -189,9 +189,7 @@ def _check_normalize(normalize: str) -> None:
 
 
 def _start(groups: int, n: int, normalize: str, device: torch.device) -> nn.Parameter:
-    """Uniform composition: logits [G, N] of zero, or free weights of 1/N."""
-    row = uniform(n) if normalize == "none" else [0.0] * n
-    return nn.Parameter(torch.tensor([row] * groups, dtype=torch.float32, device=device))
+    return nn.Parameter(torch.tensor([uniform_start(n, normalize)] * groups, dtype=torch.float32, device=device))
 
 
 def set_delta_scale(model: nn.Module, delta_scale: float | nn.Parameter) -> None:

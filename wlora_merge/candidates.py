@@ -20,18 +20,20 @@ from .attachment import attachment_of
 from .errors import MixtureError
 from .fit_options import FitOptions
 from .judging import Score, pool, score
-from .mixture import mixture_weights, uniform
+from .mixture import mixture_weights
 from .search import minimize
-from .training import Candidate, Judged, Learner, Trained
+from .training import UNIFORM as UNIFORM
+from .training import Candidate, Judged, Learner, Trained, uniform_candidate
 
-LEARNED, UNIFORM, BASE, SEARCH, FIXED, BEST_SINGLE, AUTO = (
-    "learned", "uniform", "base", "search", "fixed", "best-single", "auto",
-)  # fmt: skip
+LEARNED, BASE, SEARCH, FIXED, BEST_SINGLE, AUTO = "learned", "base", "search", "fixed", "best-single", "auto"
 CHECKPOINTS = (0.3, 0.6, 1.0)
 """Shares of the steps after which a candidate is judged, where no head is trained: one that is stopped early is not finished, and
 costs more than the weights gain (recipes/bench_fit/README.md)."""
 PULLS = (0.0, 0.3)
 NEW_RANK = 8
+ONE_SHOT = 0.5
+"""How far from uniform composition a new head and weights go on one shot per class, where nothing can be held out: half-way costs
+nothing near the adapters, and has most of the gain far from them (recipes/bench_fit/README.md)."""
 OVERRULES = 2.0
 """Standard errors of the difference by which a setting must be ahead on the folds to take the place of the default: at one, two
 examples do it, and they mislead (recipes/bench_fit/README.md)."""
@@ -59,11 +61,9 @@ class Comparison:
 def fixed_candidates(names: Sequence[str], options: FitOptions) -> dict[str, Candidate]:
     """The base, uniform composition, each adapter alone, and the weights given."""
     n = len(names)
-    normalize = options.normalize or "all"
-    even = tuple(uniform(n) if normalize == "none" else [0.0] * n)
     found = {
         BASE: Candidate(BASE, (0.0,) * n, scale=0.0),
-        UNIFORM: Candidate(UNIFORM, even, normalize),
+        UNIFORM: uniform_candidate(n, options.normalize or "all"),
     }
     for i, name in enumerate(names):
         found[name] = Candidate(name, tuple(float(i == j) for j in range(n)))
@@ -76,8 +76,8 @@ def learned_settings(options: FitOptions, *, head: bool, several: bool) -> list[
     """What the folds compare for the learned method: the default, then what differs from it in one option, then in more.
 
     Empty for a method that learns nothing by gradients. The default is free weights where a new head is trained, with a new adapter
-    where there are two shots per class or more, and a softmax where the base already does the task (recipes/bench_fit/README.md
-    says what was measured).
+    where there are two shots per class or more, else half-way back to uniform composition, and a softmax where the base already does
+    the task (recipes/bench_fit/README.md says what was measured).
 
     Args:
         head: whether a new head is trained.
@@ -92,10 +92,18 @@ def learned_settings(options: FitOptions, *, head: bool, several: bool) -> list[
     granularities = [options.granularity or "module"] if options.granularity or from_file else ["module", "global"]
     pulls = [options.pull] if options.pull is not None else list(PULLS)
     default = NEW_RANK if head and several else 0
+    half = head and not several and options.initial_logits is None
+    share = options.interpolation if options.interpolation is not None else ONE_SHOT if half else 1.0
+    between = options.interpolation
+    if between is None:
+        between = ONE_SHOT if head and not several and not softmax else 1.0
     ranks = [options.new_adapter] if options.new_adapter is not None else [default, NEW_RANK - default]
     table = itertools.product(enumerate(pulls), enumerate(granularities), enumerate(normalizes), enumerate(ranks))
     ordered = sorted(table, key=lambda row: sum(number for number, _ in row))
-    settings = [Candidate(LEARNED, None, m, g, p, new_adapter=r) for (_, p), (_, g), (_, m), (_, r) in ordered]
+    settings = [
+        Candidate(LEARNED, None, m, g, p, new_adapter=r, interpolation=share)
+        for (_, p), (_, g), (_, m), (_, r) in ordered
+    ]
     return [s for s in settings if not (s.new_adapter and s.normalize == "present")][: options.settings]
 
 
@@ -185,7 +193,8 @@ def compare(
 def setting_name(candidate: Candidate) -> str:
     """A learned setting as tables show it."""
     new = f", new adapter of rank {candidate.new_adapter}" if candidate.new_adapter else ""
-    return f"{candidate.granularity}, normalize {candidate.normalize}, pull {candidate.pull:g}{new}"
+    share = f", interpolation {candidate.interpolation:g}" if candidate.interpolation != 1 else ""
+    return f"{candidate.granularity}, normalize {candidate.normalize}, pull {candidate.pull:g}{new}{share}"
 
 
 def _one(

@@ -45,6 +45,9 @@ class FitOptions:
         temperature: of the softmax, v̂ = softmax(v / temperature).
         pull: strength of the pull towards uniform composition: adds pull · N · mean over groups of Σ_n (v̂_n - 1/N)² to the
             loss; None: 0, and from 5 settings on the folds try 0.3.
+        interpolation: how far what is trained (weights, head, new adapter) ends between uniform composition with its own trained
+            head (0) and what was learned (1), as in WiSE-FT (https://arxiv.org/abs/2109.01903); None: 0.5 where a new head is
+            trained on one shot per class, else 1; always 1 from initial logits.
         prune_below: after the fit, weights (free weights: magnitudes) under this are set to zero in their group and the others
             renormalized (free weights stay as they are); an adapter without weight anywhere leaves the mixture.
 
@@ -83,6 +86,7 @@ class FitOptions:
     initial_logits: str | Sequence[float] | None = None
     temperature: float = 1.0
     pull: float | None = None
+    interpolation: float | None = None
     prune_below: float = 0.0
     folds: int = 3
     settings: int = 2
@@ -118,12 +122,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _ABOVE_0 = (
     "temperature", "epochs", "max_steps", "max_minutes", "early_stopping", "learning_rate", "head_learning_rate",
-    "new_adapter_learning_rate", "batch_size", "gradient_accumulation_steps", "max_length", "settings",
+    "new_adapter_learning_rate", "batch_size", "gradient_accumulation_steps", "max_length", "settings", "interpolation",
 )  # fmt: skip
 _AT_LEAST_0 = ("pull", "prune_below", "folds", "new_adapter")
 _LEARNED_ALONE = (
     "granularity", "pull", "temperature", "initial_logits", "learning_rate", "settings", "new_adapter",
-    "new_adapter_learning_rate",
+    "new_adapter_learning_rate", "interpolation",
 )  # fmt: skip
 
 
@@ -244,6 +248,12 @@ def check_together(options: FitOptions) -> None:
         raise MixtureError("new_adapter 0 trains none: leave --new-adapter-learning-rate out.")
     if options.temperature != 1 and options.normalize == "none":
         raise MixtureError("the temperature is of a softmax, and normalize none has none: leave one of them out.")
+    if (options.interpolation or 1) > 1:
+        raise MixtureError(f"interpolation is {options.interpolation}, expected a share above 0 and at most 1.")
+    if options.interpolation is not None and options.initial_logits is not None:
+        raise MixtureError(
+            "interpolation goes back to uniform composition, not to initial_logits: leave one of them out."
+        )
     if options.new_adapter and options.normalize == "present":
         raise MixtureError(
             f"a new adapter is in every module, which normalize present does not know: leave --new-adapter {options.new_adapter} "

@@ -39,6 +39,13 @@ def _called(name: str, adapters: Sequence[str]) -> str:
     return f"{name} alone" if name in adapters else name
 
 
+def _between(candidate: Candidate) -> list[str]:
+    share = candidate.interpolation
+    if share == 1:
+        return []
+    return [f"The mixture lies {share:g} of the way from uniform composition to what was learned (--interpolation)."]
+
+
 def _said_of_rivals(better: Leads, equal: Leads, adapters: Sequence[str], metric: str, *, choice: bool) -> list[str]:
     """What did better than the learned mixture and what as well, for the note; the hint where there is a choice."""
 
@@ -67,7 +74,7 @@ def metrics_of(
         why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
         if job.options.method == c.AUTO or job.options.select == "best":
             why += f" Kept: {_called(kept, job.learner.names)}, as there was nothing to choose by."
-        return {"kept": kept, "note": f"Not estimated: {why}"}
+        return {"kept": kept, "note": " ".join([f"Not estimated: {why}", *_between(candidate)])}
     metric = job.learner.metric
     others = [c.BASE, c.UNIFORM, *job.learner.names]
     better, equal = c.rivals(kept, comparison, others)
@@ -86,6 +93,7 @@ def metrics_of(
         said.append(f"Kept: {_called(kept, job.learner.names)}.")
     if candidate.new_adapter:
         said.append(f"With a new adapter of rank {candidate.new_adapter}, trained on the shots beside those given.")
+    said += _between(candidate)
     if skipped:
         said.append(f"Not compared for want of time: {skipped}.")
     result: dict[str, Any] = {
@@ -102,7 +110,7 @@ def metrics_of(
     if candidate.learned:
         result["chosen"] = {
             "granularity": candidate.granularity, "normalize": candidate.normalize, "pull": candidate.pull,
-            "new_adapter": candidate.new_adapter,
+            "new_adapter": candidate.new_adapter, "interpolation": candidate.interpolation,
             "steps": comparison.steps.get(kept, c.total_steps(job.learner, len(job.shots))),
         }  # fmt: skip
     return result

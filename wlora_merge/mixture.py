@@ -312,6 +312,11 @@ def uniform(n: int) -> list[float]:
     return [1.0 / n] * n
 
 
+def uniform_start(n: int, normalize: str) -> list[float]:
+    """Uniform composition as what is trained: free weights of 1/N, or logits of zero."""
+    return uniform(n) if normalize == "none" else [0.0] * n
+
+
 def prefixes(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
     """The leading parts in which the file's and the model's names of all modules differ; empty where no one pair does.
 

@@ -114,6 +114,12 @@ FIT_OPTIONS = together(
         help="Strength of the pull towards uniform. Default: 0; the folds try 0.3 too from --settings 5 on.",
     ),
     click.option(
+        "--interpolation",
+        type=click.FloatRange(0, 1, min_open=True),
+        help="How far weights, head and new adapter end between uniform composition (0) and what was learned (1). Default: 0.5 if a "
+        "head is trained on one shot per class, else 1.",
+    ),
+    click.option(
         "--prune-below",
         type=click.FloatRange(min=0),
         default=0.0,

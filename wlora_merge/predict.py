@@ -102,7 +102,8 @@ def _trainings(
 
     keys = examples.strata(get_task(fit.task).labels(examples, problem_type=options.problem_type))
     twins = examples.twins()
-    settings = len(learned_settings(options, head=head, several=several_each(keys, twins)))
+    planned = learned_settings(options, head=head, several=several_each(keys, twins))
+    settings = len(planned)
     search = options.method in ("search", "auto")
     fixed = len(fixed_candidates(names, options)) + 2 * search
     folds = len(fold_indices(keys, twins, options.folds, options.seed)) if options.folds else 0
@@ -114,6 +115,8 @@ def _trainings(
         learned += 1
     elif not held:
         heads += 1 + search
+    if any(s.interpolation != 1 for s in planned):
+        heads += learned  # each on its way to uniform composition
     return learned, heads * head, bool(folds) * (fixed * (not held) + settings) + held * (fixed + 1)
 
 

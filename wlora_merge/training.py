@@ -21,7 +21,7 @@ from .attachment import SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
 from .errors import MixtureError, first_line
 from .fit_options import FitOptions
 from .live_model import refuse_uncalled
-from .mixture import mixture_weights
+from .mixture import mixture_weights, uniform_start
 from .new_adapter import new_parameters, place_new
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FitProgress = Callable[[str, int, int, float, dict[str, float]], None]
 """Called with (candidate, step, steps, loss, mean mixture weight of each adapter) after every step."""
+UNIFORM = "uniform"
 PACKED_TOLERANCE = {None: 1e-4, "bf16": 2e-2, "4bit": 2e-2, "8bit": 1e-1}
 """By how much, relative to it, the loss of packed examples may differ: by rounding alone. 8bit chooses its outliers in the batch, and
 its loss is off by 4e-2 on SmolLM2."""
@@ -50,7 +51,8 @@ def logit_rate(options: FitOptions, normalize: str) -> float:
 class Candidate:
     """One way to mix: a row of weights for all groups, or (`row` None) weights learned from the start.
 
-    `scale` 0 is the base model alone; `new_adapter` the rank of a LoRA that is trained beside them.
+    `scale` 0 is the base model alone; `new_adapter` the rank of a LoRA that is trained beside them; `interpolation` how far it goes
+    from uniform composition (0) to what was learned (1).
     """
 
     name: str
@@ -60,11 +62,17 @@ class Candidate:
     pull: float = 0.0
     scale: float | None = None
     new_adapter: int = 0
+    interpolation: float = 1.0
 
     @property
     def learned(self) -> bool:
         """Whether its weights are trained."""
         return self.row is None
+
+
+def uniform_candidate(n: int, normalize: str) -> Candidate:
+    """Uniform composition of N adapters."""
+    return Candidate(UNIFORM, tuple(uniform_start(n, normalize)), normalize)
 
 
 @dataclass(frozen=True)
@@ -229,7 +237,7 @@ class Learner:
         patience: int | None = None,
         deadline: float | None = None,
     ) -> Trained:
-        """Train a candidate from its start, in place.
+        """Train a candidate from its start, in place, and move it towards uniform composition as far as it says.
 
         Args:
             rows: numbers of the rows to train on.
@@ -239,12 +247,14 @@ class Learner:
             patience: stop after so many judgements without a lower loss, and go back to the best.
             deadline: in `time.monotonic()`; stop after it.
         """
+        head = self._uniform_head(candidate, rows, steps, key, deadline) if candidate.interpolation != 1 else []
         parameters = self.place(candidate)
         result = Trained()
         if not parameters:
             result.judged = dict.fromkeys(judge_at, self.judge(held)) if held and judge_at else {}
             return result
         loop = _Loop(self, candidate, rows, steps, parameters)
+        uniform = [*loop.tensors()[: len(parameters) - len(head)], *head]
         best = (math.inf, 0, loop.tensors())
         if saved := self.state.current(key):
             result, best = loop.restore(saved)
@@ -260,7 +270,10 @@ class Learner:
             if self.log:
                 self.log({"loss": result.loss, **{f"weight/{n}": w for n, w in self.weights().items()}}, step)
             if step in judge_at:
+                learned = loop.tensors()
+                interpolate(parameters, uniform, candidate.interpolation)
                 result.judged[step] = judged = self.judge(held, loop.features)
+                restore(parameters, learned)
                 if patience is not None:
                     if judged.loss < best[0]:
                         best = (judged.loss, step, loop.tensors())
@@ -271,8 +284,23 @@ class Learner:
         if patience is not None and best[1]:
             restore(loop.parameters, best[2])
             result.steps = best[1]
+        interpolate(parameters, uniform, candidate.interpolation)
         result.tensors = loop.tensors()
         return result
+
+    def _uniform_head(
+        self, candidate: Candidate, rows: Sequence[int], steps: int, key: str, deadline: float | None
+    ) -> list[torch.Tensor]:
+        """The head's parameters, trained on uniform composition."""
+        key = f"{key} {UNIFORM}"
+        saved = self.state.done(key)
+        if saved is None:
+            even = uniform_candidate(len(self.names), candidate.normalize)
+            trained = self.train(even, rows, steps, key=key, deadline=deadline)
+            saved = trained.tensors
+            if trained.complete:
+                self.state.finish(key, saved)
+        return list(saved)
 
     def _check(self, candidate: Candidate, loop: _Loop, result: Trained) -> None:
         if result.steps and not loop.optimizer.state:
@@ -493,6 +521,14 @@ def restore(parameters: Sequence[nn.Parameter], tensors: Sequence[torch.Tensor])
     with torch.no_grad():
         for parameter, value in zip(parameters, tensors, strict=True):
             parameter.copy_(value)
+
+
+def interpolate(parameters: Sequence[nn.Parameter], start: Sequence[torch.Tensor], share: float) -> None:
+    """Leave the parameters that share of the way from `start` to what they are: WiSE-FT, https://arxiv.org/abs/2109.01903."""
+    if share != 1:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, start, strict=True):
+                parameter.copy_(torch.lerp(value, parameter, share))
 
 
 def _distance(model: nn.Module) -> torch.Tensor:

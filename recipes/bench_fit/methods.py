@@ -87,7 +87,14 @@ METHODS: dict[str, Method] = {
     "best single adapter on the shots": _fitted(method="best-single"),
     "uniform composition": _fitted(method="uniform", folds=0),
     "plain learned composition": _fitted(
-        normalize="all", granularity="module", pull=0.0, new_adapter=0, folds=0, max_steps=100, learning_rate=0.05
+        normalize="all",
+        granularity="module",
+        pull=0.0,
+        new_adapter=0,
+        interpolation=1.0,
+        folds=0,
+        max_steps=100,
+        learning_rate=0.05,
     ),
     "wlora-merge fit": _fitted(),
     "wlora-merge fit --method auto": _fitted(method="auto"),
