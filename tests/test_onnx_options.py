@@ -142,6 +142,7 @@ def test_fusions_that_break_a_graph_are_named(mixture: Path, tmp_path: Path, mon
         ("dense", {"quantize": "int8"}, "--quantize: of --format onnx alone"),
         ("onnx", {"dtype": "bfloat16"}, "no bfloat16 MatMul"),
         ("onnx", {"quantize": "int3"}, "expected one of int8, int4"),
+        ("onnx", {"ort_fusions": "cpus"}, "--ort-fusions is 'cpus', expected one of cpu, cuda"),
         ("onnx", {"onnx_runtime": "genai", "opset": 18}, "chooses opset and operators"),
         ("onnx", {"onnx_runtime": "genai", "quantize": "int8"}, "quantizes to int4 alone"),
         ("onnx", {"onnx_runtime": "genai", "dtype": "float16"}, "does not run the float16 folder"),

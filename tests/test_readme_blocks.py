@@ -96,8 +96,8 @@ def test_every_python_block_runs(place: Path, tmp_path: Path, monkeypatch: pytes
     assert found
     for block in found:
         exec(block, names)
-    assert (tmp_path / "served" / "model.safetensors").is_file()
-    done = CliRunner().invoke(main, ["verify", str(tmp_path / "served")])
+    assert (tmp_path / "served-of-loop" / "model.safetensors").is_file()
+    done = CliRunner().invoke(main, ["verify", str(tmp_path / "served-of-loop")])
     assert done.exit_code == 0, done.output
 
 

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -117,6 +118,17 @@ def test_the_schema_has_each_sections_own_choices(part: str, key: str, known: st
         job = {"base": "b", "adapters": ["a", "c"], way: rows[way], "exports": [rows["exports"]]}
         row = rows[part] | {key: value}
         assert schema.is_valid(job | {part: [row] if part == "exports" else row}) is sound
+
+
+def test_what_the_command_line_chooses_from_the_schema_chooses_from() -> None:
+    sections = shipped("recipe.schema.json")["properties"]
+    names = {"format_": "format"}
+    for command, section in (("fit", sections["fit"]), ("export", sections["exports"]["items"])):
+        choices = {o.name: o.type.choices for o in main.commands[command].params if isinstance(o.type, click.Choice)}
+        assert len(choices) >= 6
+        for name, known in choices.items():
+            enum = section["properties"][names.get(str(name), str(name))].get("enum", [])
+            assert set(enum) - {None} == set(known), (command, name)
 
 
 def test_every_json_output_is_as_its_schema_says(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:

@@ -171,11 +171,11 @@ def _weights_file(folder: Path, where: str) -> Path:
     if pickle:
         raise AdapterError(
             f"{where}: its weights are a pickle ({pickle}), which could run code and is never loaded: convert it where you trust "
-            "it with PEFT: PeftModel.from_pretrained(base, folder).save_pretrained(folder)."
+            "it with PEFT: PeftModel.from_pretrained(model, folder).save_pretrained(folder), where model is its base, loaded."
         )
     raise AdapterError(
         f"{where}: has no {WEIGHTS_FILE}: a pickle is never loaded or fetched; convert it where you trust it with PEFT: "
-        "PeftModel.from_pretrained(base, id).save_pretrained(folder)."
+        "PeftModel.from_pretrained(model, id).save_pretrained(folder), where model is its base, loaded."
     )
 
 

@@ -275,7 +275,7 @@ def mix(
 )
 @click.option(
     "--ort-fusions",
-    type=click.Choice(["cpu", "cuda", "dml", "webgpu"]),
+    type=click.Choice(names.ONNX_PROVIDERS),
     help="onnx: ONNX Runtime's own operators for cpu, cuda, dml or webgpu.",
 )
 @click.option(
@@ -368,7 +368,9 @@ def verify(
 @click.argument("recipe", metavar="RECIPE.yaml", type=click.Path())
 @click.option("--out", type=click.Path(), help="Folder tree to write. Default: the recipe's name without .yaml.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value, as fit.max_steps=30.")
-@click.option("--check", is_flag=True, help="Check the recipe and open its inputs; train and write nothing.")
+@click.option(
+    "--check", is_flag=True, help="Check the recipe and open its inputs (hub ids are fetched); train and write nothing."
+)
 @FORCE
 @AS_JSON
 def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, force: bool, as_json: bool) -> None:

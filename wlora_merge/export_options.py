@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import UnsupportedError
 from .fit_options import plain_value
-from .names import DTYPES, FORMATS, ONNX_DTYPES, ONNX_QUANTIZE, ONNX_RUNTIMES, SERVERS, nearest
+from .names import DTYPES, FORMATS, ONNX_DTYPES, ONNX_PROVIDERS, ONNX_QUANTIZE, ONNX_RUNTIMES, SERVERS, nearest
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,13 @@ _BELONG = {
     "lora": ("rank", "energy", "server", "max_rank"),
     "onnx": ("opset", "onnx_base", "onnx_runtime", "ort_fusions", "quantize"),
 }
-_CHOICES = {"dtype": DTYPES, "server": SERVERS, "onnx_runtime": ONNX_RUNTIMES, "quantize": ONNX_QUANTIZE}
+_CHOICES = {
+    "dtype": DTYPES,
+    "server": SERVERS,
+    "onnx_runtime": ONNX_RUNTIMES,
+    "ort_fusions": ONNX_PROVIDERS,
+    "quantize": ONNX_QUANTIZE,
+}
 
 
 def flag(name: str) -> str:

@@ -43,7 +43,7 @@ OF_EXPORT = {"quantize": "Format"}
 ARGUMENTS = {
     "mixture": "What fit or mix wrote.",
     "folder": "What export wrote, or one export below what run wrote.",
-    "recipe": "YAML: base, adapters, fit or mix, exports; its paths are relative to it.",
+    "recipe": "YAML: base, adapters, fit or mix, exports; its paths are relative to it, or else to the working directory.",
     "paths": "Folders (or a base's hub id); with a base among them, adapters are tried on the first.",
 }
 

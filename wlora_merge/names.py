@@ -43,6 +43,7 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What weights may be written in, and how safetensors calls it."""
 SERVERS = ("vllm",)
 ONNX_DTYPES, ONNX_QUANTIZE, ONNX_RUNTIMES = ("float32", "float16"), ("int8", "int4"), ("genai",)
+ONNX_PROVIDERS = ("cpu", "cuda", "dml", "webgpu")
 
 _LORA_KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"

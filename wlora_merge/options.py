@@ -83,7 +83,7 @@ FIT_OPTIONS = together(
     click.option(
         "--granularity",
         type=click.Choice(names.GRANULARITIES),
-        help="Who shares weights. Default: module; the folds try global too from --settings 4 on.",
+        help="Which modules share mixture weights. Default: module; the folds try global too from --settings 4 on.",
     ),
     click.option(
         "--normalize",
@@ -124,7 +124,7 @@ FIT_OPTIONS = together(
         type=click.FloatRange(min=0),
         default=0.0,
         show_default=True,
-        help="Set weights under this to zero after the fit, 0 to 1.",
+        help="Set weights under this to zero after the fit: 0 to 1, of free weights any size.",
     ),
     click.option(
         "--folds",
@@ -134,7 +134,11 @@ FIT_OPTIONS = together(
         help="Parts of the shots, each held out once; 0: none.",
     ),
     click.option(
-        "--settings", type=COUNT, default=2, show_default=True, help="Learned settings that the folds compare at most."
+        "--settings",
+        type=COUNT,
+        default=2,
+        show_default=True,
+        help="Learned settings that the folds compare at most; each costs --folds trainings.",
     ),
     click.option("--epochs", type=ABOVE_0, help="Passes over the shots, in place of --max-steps."),
     click.option(
@@ -151,9 +155,14 @@ FIT_OPTIONS = together(
         "--early-stopping",
         type=COUNT,
         metavar="N",
-        help="Stop after N evaluations on --eval-data without a lower loss. Default: no.",
+        help="Stop after N evaluations on --eval-data (one every tenth of the steps) without a lower loss, and keep the best step. "
+        "Default: no.",
     ),
-    click.option("--learning-rate", type=ABOVE_0, help="Of the logits (AdamW). Default: 0.05, of free weights 0.02."),
+    click.option(
+        "--learning-rate",
+        type=ABOVE_0,
+        help="Of the logits, and of a learned --delta-scale (AdamW). Default: 0.05, with free weights 0.02.",
+    ),
     click.option("--head-learning-rate", type=ABOVE_0, default=0.01, show_default=True, help="Of a new head (AdamW)."),
     click.option(
         "--new-adapter-learning-rate", type=ABOVE_0, default=1e-3, show_default=True, help="Of a new adapter (AdamW)."
@@ -176,9 +185,24 @@ FIT_OPTIONS = together(
         help="Of a classification. Default: lists of names are multi-label, numbers with fractions a regression, "
         "all else single-label.",
     ),
-    click.option("--max-length", type=COUNT, help="Tokens kept of an example. Default: what the tokenizer says."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of the head, the order and the folds."),
-    click.option("--eval-data", metavar="FILE_OR_ID", help="Judge the candidates on these. Default: on the folds."),
+    click.option(
+        "--max-length",
+        type=COUNT,
+        help="Tokens kept of an example. Default: what the tokenizer says, within the model's positions.",
+    ),
+    click.option(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Of the head, the new adapter, the search, the order and the folds.",
+    ),
+    click.option(
+        "--eval-data",
+        metavar="FILE_OR_ID",
+        help="Judge the candidates on these, each trained on all shots; the folds still choose among the learned settings. Default: "
+        "judge on the folds.",
+    ),
     click.option("--split", help="Split of --data, a folder or hub data set. Default: train, or the only one."),
     click.option("--eval-split", help="Split of --eval-data. Default: validation, else test, or the only one."),
     click.option(

@@ -10,7 +10,19 @@ import json
 from typing import Any
 
 from . import fit_options
-from .names import DTYPES, FIT_TASKS, FORMATS, GRANULARITIES, NORMALIZE, ONNX_QUANTIZE, ONNX_RUNTIMES, SERVERS, TASKS
+from .labels import PROBLEM_TYPES
+from .names import (
+    DTYPES,
+    FIT_TASKS,
+    FORMATS,
+    GRANULARITIES,
+    NORMALIZE,
+    ONNX_PROVIDERS,
+    ONNX_QUANTIZE,
+    ONNX_RUNTIMES,
+    SERVERS,
+    TASKS,
+)
 from .recipe import ExportRecipe, FitRecipe, MixRecipe, Recipe, has_default
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -34,12 +46,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": fit_options.PRECISIONS,
     "device": fit_options.DEVICES,
     "quantize": fit_options.QUANTIZE,
+    "problem_type": PROBLEM_TYPES,
     "server": SERVERS,
+    "onnx_runtime": ONNX_RUNTIMES,
+    "ort_fusions": ONNX_PROVIDERS,
 }
 OF_SECTION: dict[type[Any], dict[str, tuple[str, ...]]] = {
     FitRecipe: {"task": FIT_TASKS},
     MixRecipe: {"normalize": NORMALIZE[:2]},
-    ExportRecipe: {"quantize": ONNX_QUANTIZE, "onnx_runtime": ONNX_RUNTIMES},
+    ExportRecipe: {"quantize": ONNX_QUANTIZE},
 }
 """Choices that a section has for itself."""
 
