@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from wlora_merge.cli import main
 from wlora_merge.columns import FORMS
+from wlora_merge.help import OPTIONS
 from wlora_merge.terminal import shown_log
 
 
@@ -64,11 +65,12 @@ def test_help_is_quick_and_does_not_import_torch() -> None:
     assert "fit" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["fit", "mix", "export", "verify", "inspect"])
+@pytest.mark.parametrize("command", ["fit", "mix", "export", "verify", "run", "inspect"])
 def test_every_option_of_every_command_has_help(command: str) -> None:
     for parameter in main.commands[command].params:
         if parameter.param_type_name == "option":
             assert getattr(parameter, "help", None), parameter.name
+        assert parameter.name in {name for names in OPTIONS.values() for name in names}, parameter.name
     assert main.commands[command].help
     assert run(command, "--help").exit_code == 0
 

@@ -94,9 +94,6 @@ def learned_settings(options: FitOptions, *, head: bool, several: bool) -> list[
     default = NEW_RANK if head and several else 0
     half = head and not several and options.initial_logits is None
     share = options.interpolation if options.interpolation is not None else ONE_SHOT if half else 1.0
-    between = options.interpolation
-    if between is None:
-        between = ONE_SHOT if head and not several and not softmax else 1.0
     ranks = [options.new_adapter] if options.new_adapter is not None else [default, NEW_RANK - default]
     table = itertools.product(enumerate(pulls), enumerate(granularities), enumerate(normalizes), enumerate(ranks))
     ordered = sorted(table, key=lambda row: sum(number for number, _ in row))

@@ -19,7 +19,7 @@ OPTIONS = {
     ),
     "How they are mixed": (
         "method", "select", "weights", "granularity", "normalize", "new_adapter", "delta_scale", "initial_logits",
-        "temperature", "pull", "prune_below",
+        "temperature", "pull", "interpolation", "prune_below",
     ),
     "How it is judged": ("folds", "settings"),
     "How it is trained": (
