@@ -463,6 +463,8 @@ def test_pruned_weights_are_zero_the_others_renormalized_and_the_cost_is_said(
     assert torch.allclose(mixture.mixture_weights, expected[:, used], atol=1e-6)
     assert mixture.metrics["pruned"]["on"] == "held-out folds"
     assert mixture.metrics["pruned"]["loss_added"] == pytest.approx(3.0)
+    assert "The scores are those before pruning" in mixture.metrics["note"]
+    assert "weights to zero and added 3 to the loss on held-out folds." in mixture.metrics["note"]
     export(tmp_path / "m", "dense", tmp_path / "dense")
     assert difference(zoo, tmp_path / "dense", mixture) < 1e-5
 

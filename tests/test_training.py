@@ -310,6 +310,9 @@ def test_a_time_budget_leaves_time_to_train_what_is_kept(llamas: Zoo, zoo: Zoo, 
     stopped = fitted_lm(llamas, eval_data=held, max_steps=10**6, max_minutes=0.1)
     assert "Stopped after " in stopped.metrics["note"]
     assert bool(stopped.wlora_weights.any())
+    halves = fitted(zoo, folds=0, interpolation=0.5, max_steps=10**6, max_minutes=0.05)
+    assert "Stopped after " in halves.metrics["note"]
+    assert bool((halves.wlora_weights - 1 / 3).any())
     unjudged = fitted(zoo, folds=0, eval_data=others(zoo[2], tmp_path), method="uniform", max_minutes=10, max_steps=1)
     assert unjudged.metrics["kept"] == "uniform"
     with pytest.raises(MixtureError, match="no time to judge a single adapter"):
@@ -325,7 +328,7 @@ def test_progress_has_the_loss_and_the_current_weights(llamas: Zoo) -> None:
 
 
 def test_report_to_logs_the_final_training_with_accelerates_trackers(
-    llamas: Zoo, monkeypatch: pytest.MonkeyPatch
+    llamas: Zoo, zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from accelerate import tracking
 
@@ -356,6 +359,14 @@ def test_report_to_logs_the_final_training_with_accelerates_trackers(
     assert [step for step, _ in logged] == [1, 2, 3, 4, -1]
     assert started == [True]
     assert set(logged[0][1]) == {"loss", "weight/a0", "weight/a1"}
+    logged.clear()
+    fitted(zoo, folds=0, interpolation=0.5, report_to="memory", device="cpu")  # whose head is trained before it
+    assert [step for step, _ in logged] == [1, 2, 3, 4, -1]
+    logged.clear()
+    mixture = fitted_lm(llamas, eval_data=others(llamas[2], tmp_path), report_to="memory", device="cpu")
+    assert [step for step, _ in logged] == [1, 2, 3, 4, -1]
+    mean = dict(zip(("weight/a0", "weight/a1"), mixture.mixture_weights.mean(0).tolist(), strict=True))
+    assert logged[3][1] == pytest.approx(mean | {"loss": mixture.metrics["history"]["learned"][-1][1]})
     with pytest.raises(UnsupportedError, match=r"finds no such tracker.*memory"):
         fitted_lm(
             llamas, report_to="nothing", device="cpu", progress=lambda *_: pytest.fail("trained before it refused")

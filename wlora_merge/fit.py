@@ -309,7 +309,12 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
         metrics["note"] += f" {job.stopped}"
     metrics["history"] = history(job.losses, kept)
     if options.prune_below:
-        metrics["pruned"] = _prune(job, candidate, on_folds)
+        pruned = metrics["pruned"] = _prune(job, candidate, on_folds)
+        if comparison.scores:
+            metrics["note"] += (
+                f" The scores are those before pruning, which set {pruned['weights_set_to_zero']} weights to zero and added "
+                f"{pruned['loss_added']:.3g} to the loss on {pruned['on']}."
+            )
     return metrics, candidate
 
 
@@ -325,6 +330,12 @@ def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Compariso
     if (trained := comparison.trained.get(candidate.name)) is not None:
         restore(learner.place(candidate), trained.tensors)
         job.losses = {candidate.name: trained.history}
+        with tracking(job.options, learner.team.leads) as log:
+            if log and trained.history:
+                *before, (last, loss) = trained.history
+                for step, value in before:
+                    log({"loss": value}, step)
+                log({"loss": loss, **{f"weight/{name}": w for name, w in learner.weights().items()}}, last)
         return candidate
     final = replace(candidate, name=f"{candidate.name}, all shots") if job.parts else candidate
     with tracking(job.options, learner.team.leads) as log:

@@ -229,7 +229,8 @@ def check_together(options: FitOptions) -> None:
             raise MixtureError(f"{name} are {', '.join(map(str, row))}, expected finite numbers.")
     if options.prune_below >= 1 and options.normalize != "none":
         raise MixtureError(
-            f"prune_below is {options.prune_below}, expected less than 1: no weight of a softmax is larger."
+            f"prune_below is {options.prune_below}, expected less than 1, as no weight of a softmax is larger; for free weights give "
+            "--normalize none too."
         )
     if options.method not in ("learned", "auto"):
         defaults = FitOptions()

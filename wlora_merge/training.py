@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -291,13 +291,16 @@ class Learner:
     def _uniform_head(
         self, candidate: Candidate, rows: Sequence[int], steps: int, key: str, deadline: float | None
     ) -> list[torch.Tensor]:
-        """The head's parameters, trained on uniform composition."""
+        """The head's parameters, trained on uniform composition in at most half of the time that is left."""
         key = f"{key} {UNIFORM}"
         saved = self.state.done(key)
         if saved is None:
             even = uniform_candidate(len(self.names), candidate.normalize)
-            trained = self.train(even, rows, steps, key=key, deadline=deadline)
-            saved = trained.tensors
+            even = replace(even, name=f"{candidate.name}, head on uniform")
+            half = None if deadline is None else (time.monotonic() + deadline) / 2
+            log, self.log = self.log, None  # of the training that is kept alone
+            trained = self.train(even, rows, steps, key=key, deadline=half)
+            self.log, saved = log, trained.tensors
             if trained.complete:
                 self.state.finish(key, saved)
         return list(saved)
