@@ -114,13 +114,17 @@ def show_table(title: str, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=escape(title), title_justify="left")
+    table = Table()
     for column in columns:
         numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
         table.add_column(escape(column), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(_cell(row.get(column))) for column in columns))
-    Console().print(table)
+    console = Console()
+    console.print(
+        escape(title), style="italic", highlight=False, soft_wrap=True
+    )  # not folded at the table's width, as a title is
+    console.print(table)
 
 
 def _cell(value: Any) -> str:
