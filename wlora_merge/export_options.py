@@ -60,7 +60,7 @@ _BELONG = {
     "lora": ("rank", "energy", "server", "max_rank"),
     "onnx": ("opset", "onnx_base", "onnx_runtime", "ort_fusions", "quantize"),
 }
-_CHOICES = {
+CHOICES = {
     "dtype": DTYPES,
     "server": SERVERS,
     "onnx_runtime": ONNX_RUNTIMES,
@@ -95,7 +95,7 @@ def export_options(given: Mapping[str, Any]) -> ExportOptions:
         foreign = [flag(name) for name in names if kind != options.format and getattr(options, name) is not None]
         if foreign:
             raise UnsupportedError(f"{', '.join(foreign)}: of --format {kind} alone, not of {options.format}.")
-    for name, choices in _CHOICES.items():
+    for name, choices in CHOICES.items():
         value = getattr(options, name)
         if value is not None and value not in choices:
             raise UnsupportedError(f"{flag(name)} is {value!r}, expected one of {', '.join(choices)}.")

@@ -110,7 +110,7 @@ class FitOptions:
     report_to: str = "none"
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "select": SELECT,
     "granularity": GRANULARITIES,
@@ -142,7 +142,7 @@ def fit_options(given: Mapping[str, Any]) -> FitOptions:
         if name not in known:
             raise MixtureError(f"fit has no option {name!r}{nearest(name, known)}.")
     chosen = FitOptions(**{name: _plain(name, value) for name, value in given.items() if value is not None})
-    for name, choices in _CHOICES.items():
+    for name, choices in CHOICES.items():
         value = getattr(chosen, name)
         if value is not None and value not in choices:
             raise MixtureError(f"{name} is {value!r}, expected one of {', '.join(choices)}.")

@@ -7,22 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from . import fit_options
-from .labels import PROBLEM_TYPES
-from .names import (
-    DTYPES,
-    FIT_TASKS,
-    FORMATS,
-    GRANULARITIES,
-    NORMALIZE,
-    ONNX_PROVIDERS,
-    ONNX_QUANTIZE,
-    ONNX_RUNTIMES,
-    SERVERS,
-    TASKS,
-)
+from . import export_options, fit_options
+from .names import FIT_TASKS, FORMATS, NORMALIZE, TASKS
 from .recipe import ExportRecipe, FitRecipe, MixRecipe, Recipe, has_default
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -35,28 +24,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "Sequence[float]": {"type": "array", "items": {"type": "number"}},
     "None": {"type": "null"},
 }
-CHOICES: dict[str, tuple[str, ...]] = {
-    "task": TASKS,
-    "format": FORMATS,
-    "dtype": tuple(DTYPES),
-    "granularity": GRANULARITIES,
-    "normalize": NORMALIZE,
-    "method": fit_options.METHODS,
-    "select": fit_options.SELECT,
-    "precision": fit_options.PRECISIONS,
-    "device": fit_options.DEVICES,
-    "quantize": fit_options.QUANTIZE,
-    "problem_type": PROBLEM_TYPES,
-    "server": SERVERS,
-    "onnx_runtime": ONNX_RUNTIMES,
-    "ort_fusions": ONNX_PROVIDERS,
+CHOICES: dict[type[Any], Mapping[str, Iterable[str]]] = {
+    FitRecipe: fit_options.CHOICES | {"task": FIT_TASKS},
+    MixRecipe: {"task": TASKS, "normalize": NORMALIZE[:2]},
+    ExportRecipe: export_options.CHOICES | {"format": FORMATS},
 }
-OF_SECTION: dict[type[Any], dict[str, tuple[str, ...]]] = {
-    FitRecipe: {"task": FIT_TASKS},
-    MixRecipe: {"normalize": NORMALIZE[:2]},
-    ExportRecipe: {"quantize": ONNX_QUANTIZE},
-}
-"""Choices that a section has for itself."""
+"""What the keys of a section are chosen from."""
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -81,9 +54,7 @@ def recipe_schema() -> dict[str, Any]:
 def _table(cls: type[Any]) -> dict[str, Any]:
     fields = dataclasses.fields(cls)
     needed = [f.name for f in fields if not has_default(f)]
-    known = {
-        f.name: _value(f, CHOICES | OF_SECTION.get(cls, {})) for f in fields if str(f.type).partition(" | ")[0] in KINDS
-    }
+    known = {f.name: _value(f, CHOICES.get(cls, {})) for f in fields if str(f.type).partition(" | ")[0] in KINDS}
     doc = (cls.__doc__ or "").strip().split("\n")[0]
     return {
         "type": "object",
@@ -94,7 +65,7 @@ def _table(cls: type[Any]) -> dict[str, Any]:
     }
 
 
-def _value(f: dataclasses.Field[Any], known: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+def _value(f: dataclasses.Field[Any], known: Mapping[str, Iterable[str]]) -> dict[str, Any]:
     kinds = [KINDS[kind] for kind in str(f.type).split(" | ")]
     kinds += [KINDS["None"]] * (has_default(f) and KINDS["None"] not in kinds)
     if f.name in known:

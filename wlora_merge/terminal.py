@@ -121,9 +121,8 @@ def show_table(title: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(escape(_cell(row.get(column))) for column in columns))
     console = Console()
-    console.print(
-        escape(title), style="italic", highlight=False, soft_wrap=True
-    )  # not folded at the table's width, as a title is
+    # no title of the table's own, which would be folded at its width
+    console.print(escape(title), style="italic", highlight=False, soft_wrap=True)
     console.print(table)
 
 
