@@ -20,12 +20,13 @@ from .attachment import attachment_of
 from .errors import MixtureError
 from .fit_options import FitOptions
 from .judging import Score, pool, score
-from .mixture import mixture_weights
+from .mixture import mixture_weights, uniform_start
 from .search import minimize
-from .training import UNIFORM as UNIFORM
-from .training import Candidate, Judged, Learner, Trained, uniform_candidate
+from .training import Candidate, Judged, Learner, Trained
 
-LEARNED, BASE, SEARCH, FIXED, BEST_SINGLE, AUTO = "learned", "base", "search", "fixed", "best-single", "auto"
+LEARNED, UNIFORM, BASE, SEARCH, FIXED, BEST_SINGLE, AUTO = (
+    "learned", "uniform", "base", "search", "fixed", "best-single", "auto",
+)  # fmt: skip
 CHECKPOINTS = (0.3, 0.6, 1.0)
 """Shares of the steps after which a candidate is judged, where no head is trained: one that is stopped early is not finished, and
 costs more than the weights gain (recipes/bench_fit/README.md)."""
@@ -60,10 +61,10 @@ class Comparison:
 
 def fixed_candidates(names: Sequence[str], options: FitOptions) -> dict[str, Candidate]:
     """The base, uniform composition, each adapter alone, and the weights given."""
-    n = len(names)
+    n, normalize = len(names), options.normalize or "all"
     found = {
         BASE: Candidate(BASE, (0.0,) * n, scale=0.0),
-        UNIFORM: uniform_candidate(n, options.normalize or "all"),
+        UNIFORM: Candidate(UNIFORM, tuple(uniform_start(n, normalize)), normalize),
     }
     for i, name in enumerate(names):
         found[name] = Candidate(name, tuple(float(i == j) for j in range(n)))

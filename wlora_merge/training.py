@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 FitProgress = Callable[[str, int, int, float, dict[str, float]], None]
 """Called with (candidate, step, steps, loss, mean mixture weight of each adapter) after every step."""
-UNIFORM = "uniform"
 PACKED_TOLERANCE = {None: 1e-4, "bf16": 2e-2, "4bit": 2e-2, "8bit": 1e-1}
 """By how much, relative to it, the loss of packed examples may differ: by rounding alone. 8bit chooses its outliers in the batch, and
 its loss is off by 4e-2 on SmolLM2."""
@@ -68,11 +67,6 @@ class Candidate:
     def learned(self) -> bool:
         """Whether its weights are trained."""
         return self.row is None
-
-
-def uniform_candidate(n: int, normalize: str) -> Candidate:
-    """Uniform composition of N adapters."""
-    return Candidate(UNIFORM, tuple(uniform_start(n, normalize)), normalize)
 
 
 @dataclass(frozen=True)
@@ -292,11 +286,11 @@ class Learner:
         self, candidate: Candidate, rows: Sequence[int], steps: int, key: str, deadline: float | None
     ) -> list[torch.Tensor]:
         """The head's parameters, trained on uniform composition in at most half of the time that is left."""
-        key = f"{key} {UNIFORM}"
+        key = f"{key} head"
         saved = self.state.done(key)
         if saved is None:
-            even = uniform_candidate(len(self.names), candidate.normalize)
-            even = replace(even, name=f"{candidate.name}, head on uniform")
+            row = tuple(uniform_start(len(self.names), candidate.normalize))
+            even = Candidate(f"{candidate.name}, head on uniform", row, candidate.normalize)
             half = None if deadline is None else (time.monotonic() + deadline) / 2
             log, self.log = self.log, None  # of the training that is kept alone
             trained = self.train(even, rows, steps, key=key, deadline=half)
