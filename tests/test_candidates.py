@@ -190,6 +190,32 @@ def test_select_best_keeps_a_simpler_candidate_where_it_did_better() -> None:
     assert chosen("learned", "best", Comparison(), ["a"]) == "learned"
 
 
+def test_select_best_keeps_a_simpler_candidate_that_is_as_good_and_none_that_is_worse() -> None:
+    def kept(value: float, loss: float, method: str = "learned") -> str:
+        scores = {
+            "base": made_score(0.99),
+            "uniform": made_score(value, loss, (value, value + 0.1)),
+        }  # an error of 0.05
+        return chosen(method, "best", Comparison(scores | {method: made_score(0.8), "a": made_score(0.1)}), ["a"])
+
+    for method in ("learned", "search", "fixed"):
+        assert kept(0.76, 1.2, method) == "uniform"
+        assert kept(0.74, 1.0, method) == kept(0.76, 1.3, method) == method
+    scores = {"uniform": made_score(0.80), "a": made_score(0.79, left_out=(0.79, 0.89))}
+    assert chosen("uniform", "best", Comparison(scores), ["a"]) == "uniform"
+    assert chosen("best-single", "best", Comparison(scores), ["a"]) == "uniform"
+
+
+def test_what_was_not_judged_is_kept_only_where_nothing_was() -> None:
+    """Time may have ended before the learned mixture was judged."""
+    judged = Comparison({"base": made_score(0.9), "uniform": made_score(0.5), "a": made_score(0.6)})
+    assert chosen("auto", "method", judged, ["a"]) == "a"
+    assert chosen("learned", "best", judged, ["a"]) == "a"
+    assert chosen("learned", "method", judged, ["a"]) == "learned"
+    base = Comparison({"base": made_score(0.9)})
+    assert chosen("auto", "method", base, ["a"]) == chosen("learned", "best", base, ["a"]) == "learned"
+
+
 def test_where_the_metric_is_an_error_the_lowest_is_the_best() -> None:
     def of(error: float) -> Score:
         return Score(1.0, {"mse": error}, "mse", False, np.array([error, error + 0.1]))
@@ -323,6 +349,8 @@ def test_initial_logits_by_numbers_by_file_and_by_mixture(zoo: Zoo, tmp_path: Pa
     per_module = fitted(zoo, folds=0, max_steps=1, normalize="all").groups
     (tmp_path / "logits.json").write_text(json.dumps({g: {"a0": 1.0, "a1": 2.0, "a2": 3.0} for g in per_module}))
     options = {"normalize": "all", "settings": 6, "max_steps": 1}
+    with pytest.raises(MixtureError, match="'a2', and no adapter of that name is given"):
+        fitted((zoo[0], zoo[1][:2], zoo[2]), initial_logits=tmp_path / "logits.json", **options)
     assert fitted(zoo, initial_logits=tmp_path / "logits.json", **options).granularity == "module"
 
 
@@ -463,8 +491,10 @@ def test_pruned_weights_are_zero_the_others_renormalized_and_the_cost_is_said(
     assert torch.allclose(mixture.mixture_weights, expected[:, used], atol=1e-6)
     assert mixture.metrics["pruned"]["on"] == "held-out folds"
     assert mixture.metrics["pruned"]["loss_added"] == pytest.approx(3.0)
-    assert "The scores are those before pruning" in mixture.metrics["note"]
-    assert "weights to zero and added 3 to the loss on held-out folds." in mixture.metrics["note"]
+    assert mixture.metrics["pruned"]["left"] == [n for n in ("a0", "a1", "a2") if n not in mixture.adapter_names]
+    said = f"weights to zero and added 3 to the loss on held-out folds. {mixture.metrics['pruned']['left'][0]}"
+    assert said in mixture.metrics["note"]
+    assert mixture.metrics["note"].endswith("left the mixture. The scores are those before it.")
     export(tmp_path / "m", "dense", tmp_path / "dense")
     assert difference(zoo, tmp_path / "dense", mixture) < 1e-5
 
@@ -475,6 +505,31 @@ def test_what_is_pruned_is_small_as_a_weight_at_the_temperature_of_the_mixture(z
     assert mixture.adapter_names == ["a0", "a1", "a2"]
 
 
+def test_what_is_pruned_is_small_where_modules_use_it_and_none_loses_its_only_adapter(tmp_path: Path) -> None:
+    """Of two adapters of which one changes the values alone, shares are renormalized at each module."""
+    from transformers import AutoModelForSequenceClassification
+
+    tiny_bert().save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    start = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
+    folders = [
+        make_adapter(start, tmp_path / name, seed, r=2, scale=0.4, target_modules=targets, task_type="SEQ_CLS")
+        for seed, (name, targets) in enumerate(
+            {"a": ["query"], "b": ["query", "value"], "c": ["query", "value"]}.items()
+        )
+    ]
+    shots = tmp_path / "shots.csv"
+    shots.write_text("text,label\nw1 w2,low\nw9 w8,high\n")
+    tiny = {"max_steps": 1, "learning_rate": 1e-9, "normalize": "present", "granularity": "global", "prune_below": 0.1}
+    # shares 0.93, 0.065, 0.005: of the values b has 0.93 and c 0.07, of the queries b has 0.065
+    row = np.log([0.93, 0.065, 0.005]).tolist()
+    mixture = fitted((tmp_path / "base", folders, shots), initial_logits=row, **tiny)
+    assert mixture.adapter_names == ["a", "b"]
+    assert mixture.metrics["pruned"]["weights_set_to_zero"] == 1
+    assert mixture.metrics["pruned"]["left"] == ["c"]
+    assert "to the loss on the shots themselves. c left the mixture." in mixture.metrics["note"]
+
+
 # ------------------------------------------------------------------------------------------- folds, scores, search
 
 
@@ -482,25 +537,37 @@ def test_folds_are_stratified_and_hold_each_example_out_once() -> None:
     from sklearn.model_selection import StratifiedKFold
 
     keys = ["a"] * 6 + ["b"] * 4 + ["c"] * 2
-    own = range(12)
-    folds = fold_indices(keys, own, 2, seed=0)
+    classes, own = [(key,) for key in keys], range(12)
+    folds = fold_indices(classes, own, 2, seed=0)
     assert sorted(i for fold in folds for i in fold) == list(range(12))
     ours = [sorted(keys[i] for i in fold) for fold in folds]
     theirs = [sorted(np.array(keys)[held].tolist()) for _, held in StratifiedKFold(2).split(keys, keys)]
     assert ours == theirs
-    assert fold_indices(keys, own, 2, seed=0) == folds != fold_indices(keys, own, 2, seed=1)
-    assert fold_indices(["a", "b"], range(2), 3, seed=0) == []
-    assert all(0 not in fold for fold in fold_indices(["only", "a", "a", "a"], range(4), 3, seed=0))
+    assert fold_indices(classes, own, 2, seed=0) == folds != fold_indices(classes, own, 2, seed=1)
+    assert fold_indices([("a",), ("b",)], range(2), 3, seed=0) == []
+    assert all(0 not in fold for fold in fold_indices([("only",), *[("a",)] * 3], range(4), 3, seed=0))
+
+
+def test_examples_of_several_classes_are_spread_by_their_rarest_one() -> None:
+    classes = [("all", "x"), ("all", "x"), ("all", "y"), ("all", "y", "x"), ("all",), ("all",), (), (), ("all", "once")]
+    for seed in range(5):
+        folds = fold_indices(classes, range(9), 2, seed=seed)
+        for name, each in {"x": {1, 2}, "y": {1}, "all": {3}, "once": {0}}.items():
+            assert {sum(name in classes[i] for i in fold) for fold in folds} <= each, name
+        assert [sum(not classes[i] for i in fold) for fold in folds] == [1, 1]
+    assert several_each(classes[:4], range(4))  # 4, 3 and 2 of three classes
+    assert not several_each([("a", "b"), ("c",), ("a",)], range(3))
 
 
 def test_equal_examples_are_held_out_together() -> None:
-    folds = fold_indices(["a"] * 8, [0, 1, 0, 0, 1, 5, 6, 6], 2, seed=0)
+    folds = fold_indices([("a",)] * 8, [0, 1, 0, 0, 1, 5, 6, 6], 2, seed=0)
     assert sorted(i for fold in folds for i in fold) == list(range(8))
     for equal in ({0, 2, 3}, {1, 4}, {6, 7}):
         assert any(equal <= set(fold) for fold in folds)
-    assert fold_indices(["a"] * 4, [0, 0, 0, 0], 3, seed=0) == []
-    assert not several_each(["a", "a", "b", "b"], [0, 0, 2, 2])
-    assert several_each(["a", "a", "b", "b"], [0, 1, 2, 3])
+    assert fold_indices([("a",)] * 4, [0, 0, 0, 0], 3, seed=0) == []
+    two = [("a",), ("a",), ("b",), ("b",)]
+    assert not several_each(two, [0, 0, 2, 2])
+    assert several_each(two, [0, 1, 2, 3])
 
 
 def test_a_score_has_the_jackknife_error_which_for_a_mean_is_the_usual_one() -> None:
@@ -550,8 +617,28 @@ def test_the_note_says_first_what_did_better_and_what_was_kept(zoo: Zoo, monkeyp
         learned["note"].index(w) for w in ("a1 alone (+0.100 ±", "uniform (-0.010 ±", "Kept: learned;")
     )
     assert better < good < kept
+    assert "Kept: learned; --select best keeps a1 alone." in learned["note"]
+    best = fitted(zoo, select="best").metrics
+    assert best["kept"] == "a1"
+    assert (best["better"], best["as_good"]) == (["a1"], ["uniform"])
+    assert "Better than learned in accuracy: a1 alone (+0.100 ± 0.050)." in best["note"]
+    assert "Kept: a1 alone." in best["note"]
     single = fitted(zoo, method="best-single").metrics
     assert f"Kept: {single['kept']} alone." in single["note"]
+
+
+def test_options_that_come_to_nothing_are_said(zoo: Zoo, tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("text,label\nw1 w2,low\nw9 w8,high\n")
+    options = {"settings": 5, "new_adapter": None, "new_adapter_learning_rate": 1e-4}
+    note = fitted((*zoo[:2], tmp_path / "one.csv"), **options).metrics["note"]
+    assert (
+        "Without effect: --settings (there were no folds), --new-adapter-learning-rate (no new adapter was kept)."
+        in note
+    )
+    assert (
+        "Without effect"
+        not in fitted(zoo, **(options | {"new_adapter": 2, "settings": 1, "max_steps": 1})).metrics["note"]
+    )
 
 
 def test_a_check_predicts_as_many_trainings_as_a_fit_makes(zoo: Zoo) -> None:
@@ -629,6 +716,10 @@ def test_cma_es_finds_the_minimum_of_a_rotated_ellipsoid() -> None:
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MixtureError, match=message):
         fit_options(options)
+
+
+def test_fixed_weights_of_any_size_can_be_pruned() -> None:
+    assert fit_options({"method": "fixed", "weights": [3.0, 0.5], "prune_below": 1.0}).prune_below == 1.0
 
 
 def test_arrays_are_lists_of_numbers() -> None:

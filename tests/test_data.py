@@ -248,6 +248,15 @@ def test_conventional_names_are_found(task: str, found: list[str], chosen: dict[
         ("causal-lm", ["instruction", "input", "output"], {}, ["'instruction', 'input'"]),
         ("causal-lm", ["a", "b"], {"text": "a", "prompt": "b"}, ["text together with prompt"]),
         ("token-classification", ["tokens", "pos_tags", "ner_tags"], {}, ["--column tags="]),
+        ("text-classification", ["question", "passage", "label"], {}, ["'passage'", "--column text=question"]),
+        (
+            "text-classification",
+            ["label", "title", "content"],
+            {"label": "label"},
+            ["'title'", "--column text=content"],
+        ),
+        ("causal-lm", ["instruction", "context", "response"], {}, ["'context'", "--column prompt=instruction"]),
+        ("seq2seq-lm", ["question", "context", "answer"], {}, ["'context'", "--column source=question"]),
     ],
 )
 def test_what_could_be_read_in_two_ways_is_refused(
@@ -263,6 +272,21 @@ def test_a_given_column_wins_over_every_guess() -> None:
     given = {"text": "sentence", "label": "target"}
     assert choose_columns("text-classification", found, given) == given
     assert choose_columns("causal-lm", ["text", "input", "output"], {"text": "text"}) == {"text": "text"}
+    text = {"text": "content", "label": "label"}
+    assert choose_columns("text-classification", ["label", "title", "content"], {"text": "content"}) == text
+    assert choose_columns("causal-lm", ["prompt", "system", "messages"]) == {"messages": "messages"}
+
+
+def test_text_that_a_guess_leaves_out_is_said_and_recorded(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    path = write(tmp_path / "a.csv", "id,sentence1,sent2,label\n17,a b,c d,1\n18,e,f g,0\n")
+    found = read_examples(path, task="text-classification")
+    assert found.unused == ("id", "sent2")
+    (warning,) = recwarn
+    assert "reads 'sentence1' as text, 'label' as label, and of what else holds text nothing ('sent2')" in str(
+        warning.message
+    )
+    read_examples(path, task="text-classification", columns={"text": "sentence1"})
+    assert len(recwarn) == 1
 
 
 @pytest.mark.parametrize(
@@ -294,6 +318,12 @@ def test_a_given_column_wins_over_every_guess() -> None:
         ("a.json", '{"a": [{"x": 1}], "b": [{"x": 1}]}', "several lists of examples: a, b"),
         ("a.json", "[1, 2]", "expected a list of objects"),
         ("a.parquet", "PAR1 or not", "cannot be read as Parquet"),
+        (
+            "a.csv",
+            "text,label\nx,\"['joy', 'anger']\"\n",
+            "line 2: column 'label' holds the text \"['joy', 'anger']\", which",
+        ),
+        ("a.csv", "text,label\nx,[1 0 1]\n", "looks like a list; write lists as JSONL or Parquet"),
     ],
 )
 def test_broken_files_are_refused_with_the_line(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
@@ -322,6 +352,7 @@ def test_missing_files_and_unknown_kinds_are_refused(tmp_path: Path) -> None:
         ([2, 10], ["2", "10"]),
         ([1, 2.5], [1.0, 2.5]),
         ([True, False], ["True", "False"]),
+        (["[PAD]", "[a]"], ["[PAD]", "[a]"]),
         ([["a"], [], ["a", "b"]], [["a"], [], ["a", "b"]]),
     ],
 )

@@ -160,6 +160,20 @@ def test_classes_written_as_floats_are_stratified(bert_zoo: tuple[Path, list[Pat
     assert mixture.metrics["held_out"]["examples"] == 6
 
 
+def test_the_only_example_of_a_label_is_not_held_out_where_examples_have_several(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path
+) -> None:
+    base, folders, _ = bert_zoo
+    rows = [["x"], ["x", "y"], ["y"], ["y", "x"], ["z", "x"], []]
+    lines = [json.dumps({"text": f"w{i} w5", "label": labels, "note": i}) for i, labels in enumerate(rows)]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    mixture = fit(base, folders, tmp_path / "c.jsonl", "text-classification", max_steps=1, settings=1)
+    assert mixture.config["problem_type"] == "multi_label_classification"
+    assert mixture.metrics["held_out"]["examples"] == 5  # not that of z
+    assert mixture.data["data"]["columns"] == {"text": "text", "label": "label"}
+    assert mixture.data["data"]["unused_columns"] == ["note"]
+
+
 def test_an_example_without_a_token_that_counts_is_refused(
     bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path
 ) -> None:

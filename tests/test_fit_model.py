@@ -18,7 +18,8 @@ from test_fit import WORDS, save_tokenizer
 from wlora_merge.errors import BaseModelError, MixtureError, UnsupportedError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
-from wlora_merge.fit_model import _own_labels, max_tokens
+from wlora_merge.fit_model import _own_labels, load_model, max_tokens
+from wlora_merge.fit_options import fit_options
 from wlora_merge.mix import mix
 from wlora_merge.mixture import Mixture
 from wlora_merge.verify import verify
@@ -357,3 +358,10 @@ def test_what_an_architecture_has_not_or_does_not_take_is_one_sentence(tmp_path:
         fit(tmp_path / "base", folders, tmp_path / "tags.jsonl", "token-classification", max_steps=1, folds=0)
     with pytest.raises(MixtureError, match=r"does not take the examples as they are encoded \(.*<eos>"):
         classifier(tmp_path, folders, ["x", "y"])
+
+
+def test_8bit_weights_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    given: Any = [None] * 5
+    with pytest.raises(UnsupportedError, match="use --quantize 4bit, or processes without FSDP"):
+        load_model(*given, fit_options({"quantize": "8bit"}), None, SimpleNamespace(size=2))  # type: ignore[arg-type]

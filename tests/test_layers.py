@@ -225,6 +225,36 @@ def test_trainer_fits_an_attached_model_and_the_mixture_comes_off_it(
     assert "wlora-merge mix " not in card
 
 
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_trainer_fits_an_attached_model_that_is_quantized(
+    llama_zoo: Callable[..., Any], tmp_path: Path, bits: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+
+    base, folders = llama_zoo()
+    how = BitsAndBytesConfig(load_in_4bit=bits == "4bit", load_in_8bit=bits == "8bit")
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=how, device_map={"": "cpu"})
+    attach(model, folders)
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        learning_rate=0.1,
+        save_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    assert bool(model.wlora_weights.any())
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
+    assert len(read_mixture(model).adapters) == len(folders)
+    detach(model)
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(model=model, args=arguments, train_dataset=rows)
+
+
 def test_gradient_checkpointing_gives_the_same_gradient(llama_zoo: Callable[..., Any]) -> None:
     gradients = []
     for checkpointing in (False, True):

@@ -307,8 +307,19 @@ def test_a_time_budget_drops_folds_first_and_then_stops(
 
 def test_a_time_budget_leaves_time_to_train_what_is_kept(llamas: Zoo, zoo: Zoo, tmp_path: Path) -> None:
     held = others(llamas[2], tmp_path)
-    stopped = fitted_lm(llamas, eval_data=held, max_steps=10**6, max_minutes=0.1)
-    assert "Stopped after " in stopped.metrics["note"]
+    seen: list[tuple[str, int]] = []
+    stopped = fitted_lm(
+        llamas,
+        eval_data=held,
+        max_steps=10**6,
+        max_minutes=0.1,
+        progress=lambda name, step, *_: seen.append((name, step)),
+    )
+    steps = [step for name, step in seen if name == "learned"]
+    assert steps == list(range(1, len(steps) + 1))  # once, and what was judged is kept
+    assert f"Stopped after {steps[-1]} of 1000000 steps, for want of time." in stopped.metrics["note"]
+    assert "learned" in stopped.metrics["candidates"]
+    assert stopped.metrics["chosen"]["steps"] == steps[-1]
     assert bool(stopped.wlora_weights.any())
     halves = fitted(zoo, folds=0, interpolation=0.5, max_steps=10**6, max_minutes=0.05)
     assert "Stopped after " in halves.metrics["note"]

@@ -112,6 +112,8 @@ def attach(
         detach(model)
         raise
     model.wlora = attachment  # type: ignore[assignment]
+    if getattr(model, "is_quantized", False):
+        model.is_quantized = False  # type: ignore[assignment]  # else Trainer refuses it: it knows PEFT's adapters alone
     return model
 
 
@@ -230,6 +232,8 @@ def detach(model: nn.Module) -> nn.Module:
     for name in ("wlora", PARAMETER, SCALE_PARAMETER):
         if hasattr(model, name):
             delattr(model, name)
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.is_quantized = True  # type: ignore[assignment]
     return wrapped
 
 

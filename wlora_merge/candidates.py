@@ -10,7 +10,8 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from .attachment import attachment_of
 from .errors import MixtureError
 from .fit_options import FitOptions
 from .judging import Score, pool, score
-from .mixture import mixture_weights, uniform_start
+from .mixture import uniform_start
 from .search import minimize
 from .training import Candidate, Judged, Learner, Trained
 
@@ -105,33 +106,36 @@ def learned_settings(options: FitOptions, *, head: bool, several: bool) -> list[
     return [s for s in settings if not (s.new_adapter and s.normalize == "present")][: options.settings]
 
 
-def fold_indices(keys: Sequence[str], twins: Sequence[int], folds: int, seed: int) -> list[list[int]]:
+def fold_indices(classes: Sequence[Sequence[str]], twins: Sequence[int], folds: int, seed: int) -> list[list[int]]:
     """Parts of the examples, each to be held out once; classes spread evenly, the only one of a class never held out.
 
+    An example of several classes counts for its rarest one, as in iterative stratification (Sechidis et al. 2011).
+
     Args:
-        keys: the class of each example.
+        classes: those of each example.
         twins: for each example the first that is equal to it; they are held out together.
 
     Returns:
         up to `folds` parts; none where fewer than two examples can be held out.
     """
+    count = Counter(name for index in set(twins) for name in classes[index])
     groups: dict[str, list[int]] = {}
-    for index, key in enumerate(keys):
-        if twins[index] == index:
-            groups.setdefault(key, []).append(index)
+    for index in sorted(set(twins)):
+        groups.setdefault(min(classes[index], key=lambda name: (count[name], name), default=""), []).append(index)
     generator = random.Random(seed)
     usable = []
     for key in sorted(groups):
         generator.shuffle(groups[key])
-        usable += groups[key] if len(groups[key]) > 1 else []
+        usable += groups[key] if count[key] != 1 else []
     folds = min(folds, len(usable))
     parts = [set(usable[fold::folds]) for fold in range(folds)] if folds > 1 else []
     return [[index for index, twin in enumerate(twins) if twin in part] for part in parts]
 
 
-def several_each(keys: Sequence[str], twins: Sequence[int]) -> bool:
+def several_each(classes: Sequence[Sequence[str]], twins: Sequence[int]) -> bool:
     """Whether there are two different examples per class or more, on average."""
-    return len(set(twins)) >= 2 * len(set(keys))
+    distinct = [name for index in set(twins) for name in classes[index]]
+    return len(distinct) >= 2 * len(set(distinct))
 
 
 def compare(
@@ -164,9 +168,10 @@ def compare(
             _one(learner, candidate, part, total, points, f"{tag}{i}", deadline, patience, keep=len(parts) == 1)
             for i, part in enumerate(parts)
         ]
-        what = setting_name(candidate) if candidate.learned and settings > 1 else candidate.name
-        if not all(trained.complete for trained, _ in found):
-            result.skipped.append(what)
+        judged = found[0][0].judged if len(parts) == 1 else all(trained.complete for trained, _ in found)
+        if not judged:
+            several = candidate.learned and settings > 1
+            result.skipped.append(f"{LEARNED} ({setting_name(candidate)})" if several else candidate.name)
             continue
         if len(parts) == 1:
             result.trained[candidate.name] = found[0][0]
@@ -226,6 +231,8 @@ def _one(
     trained = learner.train(
         candidate, rows, steps, key=key, held=held, judge_at=points, patience=patience, deadline=deadline
     )
+    if keep and not trained.complete and trained.steps:  # what time allowed is what would be kept
+        trained.judged[trained.steps] = learner.judge(held)
     pruned = None
     if candidate.learned and learner.options.prune_below and trained.complete:
         prune(learner)
@@ -243,13 +250,22 @@ def _one(
 
 
 def prune(learner: Learner) -> int:
-    """Set weights under `prune_below` to zero in their group, but for the largest; how many were."""
+    """Set weights under `prune_below` to zero in their group; how many were.
+
+    One stays where a module of the group uses it with more than that (`present` renormalizes at each), or has no larger one.
+    """
     attachment = attachment_of(learner.model)
     logits = attachment.weights.data
-    size = mixture_weights(logits, attachment.normalize, attachment.temperature).abs()
-    under = (size < learner.options.prune_below) & (size < size.amax(-1, keepdim=True))
-    logits.masked_fill_(under, 0.0 if attachment.normalize == "none" else float("-inf"))
-    return int(under.sum())
+    used, kept = torch.zeros_like(logits, dtype=torch.bool), torch.zeros_like(logits, dtype=torch.bool)
+    for group, modules in enumerate(attachment.groups.values()):
+        for module in modules:
+            present = learner.model.get_buffer(f"{module}.wlora.present")
+            with torch.no_grad():
+                size = attachment.weights_of(module, present).abs().to(logits.device)
+            used[group] |= size > 0
+            kept[group] |= (size >= learner.options.prune_below) | (size == size.max())
+    logits.masked_fill_(~kept, 0.0 if attachment.normalize == "none" else float("-inf"))
+    return int((used & ~kept).sum())
 
 
 def searched(
@@ -301,23 +317,30 @@ def steps_of(options: FitOptions, shots: int, *, head: bool) -> int:
 
 
 def chosen(method: str, select: str, comparison: Comparison, names: Sequence[str]) -> str:
-    """The candidate to keep: what the method asks for, or, where it is to be chosen, the best in the metric, then the loss.
+    """The candidate to keep, of what was judged.
 
-    `auto` and `select: best` need scores; without them the learned mixture, or the method itself, is kept.
+    `auto` takes the best in the metric, then in the loss. `select: best` keeps what the method gives only where neither uniform
+    composition nor one adapter is better or as good (`rivals`): the one-standard-error rule of Breiman et al. 1984. Without scores
+    the learned mixture, or the method itself, is kept.
     """
-    scores = comparison.scores
-    if method == BEST_SINGLE:
-        among = [name for name in ([UNIFORM, *names] if select == "best" else names) if name in scores]
-        if not among:
-            raise MixtureError("max_minutes left no time to judge a single adapter: give more.")
-        return max(among, key=lambda name: scores[name].key())
+    scores, simple = comparison.scores, (UNIFORM, *names)
+
+    def best(among: Iterable[str]) -> str | None:
+        return max((name for name in among if name in scores), key=lambda name: scores[name].key(), default=None)
+
     if method == AUTO:
-        among = [n for n in scores if n != BASE]
-        return max(among, key=lambda name: scores[name].key()) if LEARNED in scores else LEARNED
-    if select == "best" and method in scores:
-        among = [method, UNIFORM, *names]
-        return max((n for n in dict.fromkeys(among) if n in scores), key=lambda name: scores[name].key())
-    return method
+        return best(name for name in scores if name != BASE) or LEARNED
+    if method == BEST_SINGLE:
+        single = best(names)
+        if single is None:
+            raise MixtureError("max_minutes left no time to judge a single adapter: give more.")
+        method = single
+    if select == "method":
+        return method
+    if method in simple or method not in scores:
+        return best(simple) or method
+    better, as_good = rivals(method, comparison, simple)
+    return next(iter(better | as_good), method)
 
 
 Leads = dict[str, tuple[float, float]]

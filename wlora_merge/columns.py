@@ -80,6 +80,14 @@ CONVENTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "image-classification": {"image": ("image", "img", "picture"), "label": _LABEL},
 }
+_MORE_TEXT: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("text-classification", "text"): (
+        "context", "passage", "paragraph", "document", "title", "body", "answer", "response", "completion",
+    ),
+    ("causal-lm", "prompt"): ("context", "passage", "document", "system"),
+    ("seq2seq-lm", "source"): ("context", "passage"),
+}  # fmt: skip
+"""(task, its column): what other columns are called that often hold a part of the same example."""
 
 
 def choose_columns(
@@ -114,7 +122,24 @@ def choose_columns(
             f"{source} can be read as {readings} (columns found: {_list(found)}); say which, for example with "
             f"--column {complete[0].required[0]}={candidates[complete[0].required[0]][0]}."
         )
-    return _only(complete[0], candidates, source)
+    chosen = _only(complete[0], candidates, source)
+    _check_unused(task, found, chosen, given, source)
+    return chosen
+
+
+def _check_unused(
+    task: str, found: Sequence[str], chosen: Mapping[str, str], given: Mapping[str, str], source: str
+) -> None:
+    """Refuse to leave out, by a guess, what is probably a part of the examples."""
+    for name, column in chosen.items():
+        beside = [
+            c for c in found if c.strip().casefold() in _MORE_TEXT.get((task, name), ()) and c not in chosen.values()
+        ]
+        if beside and name not in given:
+            raise DataError(
+                f"{source}: {_list(beside)} may be a part of the examples, which {column!r} as {name!r} would leave out; say which "
+                f"to read with --column {name}={column}, or put both into one column."
+            )
 
 
 def _candidates(task: str, name: str, found: Sequence[str], given: Mapping[str, str]) -> list[str]:

@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .columns import FORMS, choose_columns
 from .data_sources import TRAIN, read_table
-from .errors import DataError, UnsupportedError
+from .errors import DataError, UnsupportedError, WloraMergeWarning
 from .formats import Table, read_bytes_of
-from .labels import SINGLE, LabelSet, class_name
+from .labels import REGRESSION, LabelSet, class_name
 from .names import is_utf8, nearest
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ Label: TypeAlias = "str | float | list[str]"
 _TEXT = ("text", "text_pair", "prompt", "completion", "source", "target", "question", "context")
 EVAL_SPLITS = ("validation", "test")
 """What evaluation data are by default, of a folder or hub data set with splits."""
+_LIST = re.compile(r"\[(?:['\"].*|.*,.*|[\d\s.]*)\]", re.DOTALL)
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -43,6 +46,7 @@ class Examples:
         rows: a `datasets.Dataset` with exactly the columns that are keys of `columns`.
         task: the task that they are for.
         columns: {canonical name: name in the file}.
+        unused: names of the file's other columns.
         source: the path or hub id as it was given.
         sha256: of the local file or files; of a hub data set, of its values.
     """
@@ -52,6 +56,7 @@ class Examples:
     columns: Mapping[str, str]
     source: str
     sha256: str
+    unused: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -68,11 +73,14 @@ class Examples:
         """How messages name the example of a number, from 1."""
         return f"example {number} of {self.source}"
 
-    def strata(self, labels: LabelSet | None) -> list[str]:
-        """What folds are stratified by, [len(self)]: the class of each row, or "" where it has not one."""
-        if "label" not in self.columns or labels is None or labels.problem_type != SINGLE:
-            return [""] * len(self)
-        return [class_name(value) for value in self.column("label")]
+    def classes(self, labels: LabelSet | None) -> list[tuple[str, ...]]:
+        """The classes or tags of each row, [len(self)]; of a task that has none, one that is called ""."""
+        if "tags" in self.columns:
+            return [tuple(sorted(set(tags))) for tags in self.column("tags")]
+        if "label" not in self.columns or labels is None or labels.problem_type == REGRESSION:
+            return [("",)] * len(self)
+        values = self.column("label")
+        return [tuple(value) if isinstance(value, list) else (class_name(value),) for value in values]
 
     def twins(self) -> list[int]:
         """For each row the first that is equal to it, [len(self)]; rows with images are not compared."""
@@ -115,7 +123,21 @@ def read_examples(
     rows, digest = _dataset(table, chosen, checked)
     if digest is None:
         digest = _digest_of_values(checked, table.values(chosen["image"]) if "image" in chosen else ())
-    return Examples(rows, task, chosen, str(source), digest)
+    unused = tuple(name for name in table.columns if name not in chosen.values())
+    texts = [name for name in unused if not columns and _is_prose(table.values(name)[0])]
+    if texts:
+        read = ", ".join(f"{column!r} as {name}" for name, column in chosen.items())
+        warnings.warn(
+            f"{table.name}: reads {read}, and of what else holds text nothing ({', '.join(map(repr, texts))}); if that is not what "
+            "the examples are, name the columns with --column.",
+            WloraMergeWarning,
+            stacklevel=2,
+        )
+    return Examples(rows, task, chosen, str(source), digest, unused)
+
+
+def _is_prose(value: Any) -> bool:
+    return isinstance(value, str) and len(value.split()) > 1
 
 
 def _digest_of_values(checked: Mapping[str, list[Any]], images: Sequence[Mapping[str, Any]]) -> str:
@@ -266,6 +288,8 @@ def _label(value: Any, numeric: bool) -> Label:
         if not math.isfinite(value):
             raise _WrongError("is not a finite number")
         return float(value)
+    if isinstance(value, str) and _LIST.fullmatch(value.strip()):
+        raise _WrongError(f"holds the text {value!r}, which looks like a list; write lists as JSONL or Parquet")
     return str(value) if isinstance(value, int) else _text(value)
 
 

@@ -24,7 +24,7 @@ from .data import EVAL_SPLITS, Examples, read_examples
 from .digests import sha256_file
 from .errors import DataError, MixtureError, first_line
 from .fit_options import FitOptions, check_for_task, fit_options
-from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded
+from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded, said_of_pruning
 from .fit_start import initial_logits, initial_scale, like_start
 from .fit_state import FitState, only_fit, state_file
 from .inputs import find_inputs
@@ -245,11 +245,11 @@ def _prepare(
         initial_scale(options),
     )  # fmt: skip
     whole = len(shots) == n  # else an example is several rows
-    keys, twins = (shots.strata(labels), shots.twins()) if whole else ([""] * n, list(range(n)))
-    folds = fold_indices(keys, twins, options.folds, options.seed) if options.folds else []
+    classes, twins = (shots.classes(labels), shots.twins()) if whole else ([("",)] * n, list(range(n)))
+    folds = fold_indices(classes, twins, options.folds, options.seed) if options.folds else []
     every, held_rows = list(range(n)), list(range(n, n + len(judged)))
     parts = [(sorted({*every}.difference(fold)), fold) for fold in folds]
-    return FitJob(learner, every, held_rows, parts, several_each(keys, twins), options, start), labels
+    return FitJob(learner, every, held_rows, parts, several_each(classes, twins), options, start), labels
 
 
 def _encoded(task: Task, examples: Examples, processor: Any, length: int | None, labels: LabelSet | None) -> Any:
@@ -287,34 +287,26 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
             judge_at=(1.0,) if set_by_hand or learner.head else c.CHECKPOINTS, deadline=job.deadline(FOLD_SHARE),
         )  # fmt: skip
     learned = [comparison.learned] if comparison.learned else settings[:1]
-    on_folds, best_steps, planned = comparison, comparison.steps, dict[str, int]()
+    on_folds, planned = comparison, {name: comparison.steps.get(name, steps) for name in [*fixed, c.SEARCH, c.LEARNED]}
     if job.held:
-        planned = {name: best_steps.get(name, steps) for name in [*fixed, c.SEARCH, c.LEARNED]}
         comparison = c.compare(
             learner, [*fixed.values(), *search, *learned], [(job.shots, job.held)], planned,
             judge_at=tuple(i / 10 for i in range(1, 11)) if options.early_stopping else (1.0,), tag="all, ",
             deadline=job.deadline(JUDGED_SHARE), patience=options.early_stopping,
         )  # fmt: skip
-        best_steps = comparison.steps
     elif not job.parts and options.method == c.BEST_SINGLE:
         among = [fixed[name] for name in names]
         comparison = c.compare(learner, among, [(job.shots, job.shots)], steps, judge_at=(1.0,), tag="shots, ")
     kept = c.chosen(options.method, options.select, comparison, names)
     candidate = (fixed | {s.name: s for s in [*learned, *search]})[kept]
-    candidate = _finish(job, candidate, best_steps.get(kept, steps), comparison)
+    candidate = _finish(job, candidate, planned[kept], comparison)
     metrics = metrics_of(job, comparison, on_folds, kept, candidate)
-    if (done := comparison.trained.get(kept)) and 0 < done.steps < planned.get(kept, 0):
-        job.stopped = f"Stopped early: its weights are those of step {done.steps} of {planned[kept]}."
     if job.stopped:
         metrics["note"] += f" {job.stopped}"
     metrics["history"] = history(job.losses, kept)
     if options.prune_below:
         pruned = metrics["pruned"] = _prune(job, candidate, on_folds)
-        if comparison.scores:
-            metrics["note"] += (
-                f" The scores are those before pruning, which set {pruned['weights_set_to_zero']} weights to zero and added "
-                f"{pruned['loss_added']:.3g} to the loss on {pruned['on']}."
-            )
+        metrics["note"] += f" {said_of_pruning(pruned, scored=bool(comparison.scores))}"
     return metrics, candidate
 
 
@@ -327,27 +319,28 @@ def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Compariso
     if candidate.name == c.SEARCH:
         tag = "all, 0" if job.held else "all"
         candidate = c.searched(learner, candidate, job.shots, tag, job.deadline(JUDGED_SHARE))
-    if (trained := comparison.trained.get(candidate.name)) is not None:
-        restore(learner.place(candidate), trained.tensors)
-        job.losses = {candidate.name: trained.history}
-        with tracking(job.options, learner.team.leads) as log:
-            if log and trained.history:
-                *before, (last, loss) = trained.history
+    final = candidate
+    with tracking(job.options, learner.team.leads) as log:
+        if done := comparison.trained.get(candidate.name):
+            restore(learner.place(candidate), done.tensors)
+            if log and done.history:
+                *before, (last, loss) = done.history
                 for step, value in before:
                     log({"loss": value}, step)
                 log({"loss": loss, **{f"weight/{name}": w for name, w in learner.weights().items()}}, last)
-        return candidate
-    final = replace(candidate, name=f"{candidate.name}, all shots") if job.parts else candidate
-    with tracking(job.options, learner.team.leads) as log:
-        learner.log = log
-        done = learner.train(final, job.shots, steps, key="final", deadline=job.deadline())
-        learner.log = None
+        else:
+            final = replace(candidate, name=f"{candidate.name}, all shots") if job.parts else candidate
+            learner.log = log
+            done = learner.train(final, job.shots, steps, key="final", deadline=job.deadline())
+            learner.log = None
     job.losses = {final.name: done.history}
-    if not done.complete and not done.steps:
-        less = ", or --folds 0" if job.parts else ""
-        raise MixtureError(f"max_minutes left no time for a single step on all shots: give more{less}.")
     if not done.complete:
+        if not done.steps:
+            less = ", or --folds 0" if job.parts else ""
+            raise MixtureError(f"max_minutes left no time for a single step on all shots: give more{less}.")
         job.stopped = f"Stopped after {done.steps} of {steps} steps, for want of time."
+    elif 0 < done.steps < steps:
+        job.stopped = f"Stopped early: its weights are those of step {done.steps} of {steps}."
     return candidate
 
 
@@ -357,12 +350,15 @@ def _prune(job: FitJob, candidate: Candidate, on_folds: Comparison) -> dict[str,
 
     learner = job.learner
     judged_on, where = (job.held, "evaluation data") if job.held else (job.shots, "the shots themselves")
-    before = learner.judge(judged_on).loss
+    before, used = learner.judge(judged_on).loss, learner.used()
     dropped = c.prune(learner)
     cost = learner.judge(judged_on).loss - before
     if not job.held and candidate.learned and on_folds.pruned is not None:
         cost, where = on_folds.pruned, "held-out folds"
-    return {"below": job.options.prune_below, "weights_set_to_zero": dropped, "loss_added": cost, "on": where}
+    left = [name for name in used if name not in learner.used()]
+    return {
+        "below": job.options.prune_below, "weights_set_to_zero": dropped, "left": left, "loss_added": cost, "on": where,
+    }  # fmt: skip
 
 
 def _mixture(

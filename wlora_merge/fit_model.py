@@ -44,6 +44,11 @@ def load_model(
     from .attachment import attach
 
     sharded = team.size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    if sharded and options.quantize == "8bit":
+        raise UnsupportedError(
+            "--quantize 8bit and FSDP: bitsandbytes keeps a weight's scales beside it, where FSDP does not find them; use --quantize "
+            "4bit, or processes without FSDP."
+        )
     if sharded:  # otherwise transformers loads nothing on ranks above 0
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     transformers.set_seed(options.seed)

@@ -29,7 +29,8 @@ class FitOptions:
         method: `learned` logits (Asadi et al. 2024); `uniform` composition; `best-single`, the adapter that does best on what
             is held out; `fixed` weights; `search`, global weights without gradients (CMA-ES; as LoraHub searches, but summed in
             delta-weight space); `auto`, the best of these on what is held out.
-        select: `method` keeps what the method gives; `best` keeps uniform composition or one adapter where it did better.
+        select: `method` keeps what the method gives; `best` keeps uniform composition or one adapter where it is better, or as good:
+            behind by at most a standard error of the difference, and with a loss at most a quarter larger, or 0.05.
         weights: [N] mixture weights of `fixed`, used as they are.
         granularity: `module`, `layer` or `global`: who shares a row of weights; None: `module`, and from 4 settings on the folds
             try `global`.
@@ -227,7 +228,7 @@ def check_together(options: FitOptions) -> None:
         row = getattr(options, name)
         if row is not None and not isinstance(row, str) and not all(math.isfinite(x) for x in row):
             raise MixtureError(f"{name} are {', '.join(map(str, row))}, expected finite numbers.")
-    if options.prune_below >= 1 and options.normalize != "none":
+    if options.prune_below >= 1 and options.normalize != "none" and options.method != "fixed":
         raise MixtureError(
             f"prune_below is {options.prune_below}, expected less than 1, as no weight of a softmax is larger; for free weights give "
             "--normalize none too."

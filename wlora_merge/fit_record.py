@@ -46,20 +46,38 @@ def _between(candidate: Candidate) -> list[str]:
     return [f"The mixture lies {share:g} of the way from uniform composition to what was learned (--interpolation)."]
 
 
-def _said_of_rivals(better: Leads, equal: Leads, adapters: Sequence[str], metric: str, *, choice: bool) -> list[str]:
-    """What did better than the learned mixture and what as well, for the note; the hint where there is a choice."""
+def _said_of_rivals(asked: str, better: Leads, equal: Leads, adapters: Sequence[str], metric: str) -> list[str]:
+    """What did better than what the method gives and what as well, for the note."""
 
     def listed(leads: Leads) -> str:
         return ", ".join(f"{_called(n, adapters)} ({lead:+.3f} ± {error:.3f})" for n, (lead, error) in leads.items())
 
-    said = [f"Better than learned in {metric}: {listed(better)}."] if better else []
+    name = _called(asked, adapters)
+    said = [f"Better than {name} in {metric}: {listed(better)}."] if better else []
     if equal:
         said.append(
-            f"As good as learned, within one standard error and with a loss at most a quarter larger: {listed(equal)}."
+            f"As good as {name}, within one standard error and with a loss at most a quarter larger: {listed(equal)}."
         )
-    if choice and {*better, *equal} - {"base"}:
-        said.append(f"Kept: learned; --select best keeps what is best in {metric}, then in the loss.")
     return said
+
+
+def said_of_pruning(pruned: Mapping[str, Any], *, scored: bool) -> str:
+    """What pruning did, for the note."""
+    left = f" {', '.join(pruned['left'])} left the mixture." if pruned["left"] else ""
+    before = " The scores are those before it." if scored else ""
+    return (
+        f"Pruning below {pruned['below']:g} set {pruned['weights_set_to_zero']} weights to zero and added {pruned['loss_added']:.3g} "
+        f"to the loss on {pruned['on']}.{left}{before}"
+    )
+
+
+def _without_effect(options: FitOptions, candidate: Candidate, *, folds: bool) -> list[str]:
+    """Options that were given, and that came to nothing."""
+    names = [] if folds or options.settings == FitOptions.settings else ["--settings (there were no folds)"]
+    rate = options.new_adapter_learning_rate != FitOptions.new_adapter_learning_rate
+    if rate and not candidate.new_adapter:
+        names.append("--new-adapter-learning-rate (no new adapter was kept)")
+    return [f"Without effect: {', '.join(names)}."] if names else []
 
 
 def metrics_of(
@@ -69,15 +87,17 @@ def metrics_of(
     from . import candidates as c
 
     skipped = "; ".join(dict.fromkeys([*on_folds.skipped, *comparison.skipped]))
+    idle = _without_effect(job.options, candidate, folds=bool(job.parts))
     if not comparison.scores:
         more = "two different shots per class or more" if job.options.folds else "--folds 2 or more"
         why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
         if job.options.method == c.AUTO or job.options.select == "best":
             why += f" Kept: {_called(kept, job.learner.names)}, as there was nothing to choose by."
-        return {"kept": kept, "note": " ".join([f"Not estimated: {why}", *_between(candidate)])}
-    metric = job.learner.metric
-    others = [c.BASE, c.UNIFORM, *job.learner.names]
-    better, equal = c.rivals(kept, comparison, others)
+        return {"kept": kept, "note": " ".join([f"Not estimated: {why}", *_between(candidate), *idle])}
+    metric, names = job.learner.metric, job.learner.names
+    simple = [c.UNIFORM, *names]
+    asked = job.options.method if job.options.method in comparison.scores else kept
+    better, equal = c.rivals(asked, comparison, [c.BASE, *simple])
     if job.held:
         how = f"on {len(job.held)} evaluation examples, every candidate trained on all {len(job.shots)} shots"
     elif job.parts:
@@ -87,15 +107,18 @@ def metrics_of(
     else:
         how = "on the shots themselves, which flatters every candidate"
     said = [f"Loss, {metric.name} and its standard error {how}."]
-    if kept == c.LEARNED:
-        said += _said_of_rivals(better, equal, job.learner.names, metric.name, choice=job.options.method != c.AUTO)
-    else:
-        said.append(f"Kept: {_called(kept, job.learner.names)}.")
+    said += _said_of_rivals(asked, better, equal, names, metric.name)
+    rival = next((name for name in [*better, *equal] if name in simple), None)
+    if rival and kept == asked and kept not in simple and job.options.method != c.AUTO:
+        said.append(f"Kept: {kept}; --select best keeps {_called(rival, names)}.")
+    elif kept != c.LEARNED:
+        said.append(f"Kept: {_called(kept, names)}.")
     if candidate.new_adapter:
         said.append(f"With a new adapter of rank {candidate.new_adapter}, trained on the shots beside those given.")
     said += _between(candidate)
     if skipped:
         said.append(f"Not compared for want of time: {skipped}.")
+    said += idle
     result: dict[str, Any] = {
         "metric": metric.name,
         "higher_is_better": metric.higher_is_better,
@@ -134,8 +157,11 @@ def held_out(job: FitJob, shots: Examples, held: Examples | None, split: str | N
 
 
 def data_ref(examples: Examples, split: str | None = None) -> dict[str, Any]:
-    """What a mixture remembers of its data: the file's own name, its digest, how many rows, and the split that was named."""
-    ref = {"name": Path(examples.source).name, "sha256": examples.sha256, "examples": len(examples)}
+    """What a mixture remembers of its data: the file's own name, digest and columns, how many rows, and the split that was named."""
+    ref = {
+        "name": Path(examples.source).name, "sha256": examples.sha256, "examples": len(examples),
+        "columns": dict(examples.columns), "unused_columns": list(examples.unused),
+    }  # fmt: skip
     return ref | ({"split": split} if split else {})
 
 

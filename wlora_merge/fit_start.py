@@ -62,6 +62,12 @@ def initial_logits(options: FitOptions, names: list[str], base: BaseModel) -> An
         row = torch.tensor([float(x) for x in given])
         return lambda groups, granularity: row.expand(len(groups), -1)
     table = _logit_table(Path(given), options.temperature)
+    for name in {name: None for row in table.values() for name in row}:
+        if name not in names:
+            raise MixtureError(
+                f"{given}: has logits of {name!r}, and no adapter of that name is given (they are {', '.join(names)}): give "
+                f"--adapter {name}=PATH too, or logits without it."
+            )
 
     def read(groups: dict[str, list[str]], granularity: str) -> torch.Tensor:
         stored = {key: group_of(base.find_module(modules[0]) or key, granularity) for key, modules in groups.items()}

@@ -77,7 +77,7 @@ FIT_OPTIONS = together(
         type=click.Choice(fit_options.SELECT),
         default="method",
         show_default=True,
-        help="best: keep uniform composition or one adapter where it did better than the method.",
+        help="best: keep uniform composition or one adapter where it is better, or as good within a standard error.",
     ),
     click.option("--weights", metavar="W,W,...", help="For --method fixed: one mixture weight for each adapter."),
     click.option(

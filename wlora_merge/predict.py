@@ -100,13 +100,13 @@ def _trainings(
     """
     from .candidates import fixed_candidates, fold_indices, learned_settings, several_each
 
-    keys = examples.strata(get_task(fit.task).labels(examples, problem_type=options.problem_type))
+    classes = examples.classes(get_task(fit.task).labels(examples, problem_type=options.problem_type))
     twins = examples.twins()
-    planned = learned_settings(options, head=head, several=several_each(keys, twins))
+    planned = learned_settings(options, head=head, several=several_each(classes, twins))
     settings = len(planned)
     search = options.method in ("search", "auto")
     fixed = len(fixed_candidates(names, options)) + 2 * search
-    folds = len(fold_indices(keys, twins, options.folds, options.seed)) if options.folds else 0
+    folds = len(fold_indices(classes, twins, options.folds, options.seed)) if options.folds else 0
     held = bool(fit.eval_data)
     learned, heads = folds * settings + (held and settings > 0), (1 if held else folds) * fixed
     if not held and not folds and options.method == "best-single":

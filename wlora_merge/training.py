@@ -217,6 +217,12 @@ class Learner:
         values = mixture_weights(attachment.weights.detach(), attachment.normalize, attachment.temperature).mean(0)
         return dict(zip(self.names, values.tolist(), strict=True))
 
+    def used(self) -> list[str]:
+        """Names of the adapters that have a weight anywhere."""
+        attachment = attachment_of(self.model)
+        values = mixture_weights(attachment.weights.detach(), attachment.normalize, attachment.temperature).any(0)
+        return [name for name, used in zip(self.names, values.tolist(), strict=True) if used]
+
     # -------------------------------------------------------------------------------------------------- training
 
     def train(
