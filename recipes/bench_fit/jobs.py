@@ -21,6 +21,13 @@ SENTENCES = {  # file, the words of its labels
     "trec": ("TREC.train.all", ["description", "entity", "abbreviation", "human", "number", "location"]),
     "mpqa": ("mpqa.all", ["negative", "positive"]),
 }
+PROMPTS = {  # as the adapters of the zoo were trained
+    "sst2": "Review: {}\nSentiment:",
+    "mr": "Review: {}\nSentiment:",
+    "subj": "Text: {}\nIs this subjective or objective?",
+    "trec": "Question: {}\nAnswer type:",
+    "mpqa": "Phrase: {}\nPolarity:",
+}
 
 
 @dataclass(frozen=True)
@@ -84,12 +91,12 @@ def _minilm(name: str, dataset: str, models: Path) -> Job:
 
 
 def _smollm2(name: str, dataset: str, models: Path) -> Job:
-    if dataset != "mr":
-        raise SystemExit(f"{name}: the adapters of the zoo have seen this task; there is smollm2:mr")
-    rows = [(f"Review: {text}\nSentiment:", f" {label}") for text, label in _sentences(dataset)]
+    """Sentences; the adapters of the other sentence tasks."""
+    adapters = {k: v for k, v in _zoo("smollm2-tasks").items() if k != dataset}
+    rows = [(PROMPTS[dataset].format(text), f" {label}") for text, label in _sentences(dataset)]
     pool, judged = _halves(rows)
     labels = [f" {label}" for label in SENTENCES[dataset][1]]
-    return _job(name, "causal-lm", models / "smollm2", _zoo("smollm2-tasks"), pool, judged, labels)
+    return _job(name, "causal-lm", models / "smollm2", adapters, pool, judged, labels)
 
 
 def _bbh(name: str, dataset: str, models: Path) -> Job:
