@@ -282,9 +282,7 @@ def test_text_that_a_guess_leaves_out_is_said_and_recorded(tmp_path: Path, recwa
     found = read_examples(path, task="text-classification")
     assert found.unused == ("id", "sent2")
     (warning,) = recwarn
-    assert "reads 'sentence1' as text, 'label' as label, and of what else holds text nothing ('sent2')" in str(
-        warning.message
-    )
+    assert "'sentence1' is read as text, 'label' is read as label; 'sent2' hold text too" in str(warning.message)
     read_examples(path, task="text-classification", columns={"text": "sentence1"})
     assert len(recwarn) == 1
 

@@ -131,7 +131,19 @@ def test_eval_data_is_judged_on_and_nothing_is_held_out(
 ) -> None:
     base, folders, shots = bert_zoo
     held = others(shots, tmp_path)
-    mixture = fit(base, folders, shots, "text-classification", eval_data=held, max_steps=3)
+    seen: list[str] = []
+    mixture = fit(
+        base,
+        folders,
+        shots,
+        "text-classification",
+        eval_data=held,
+        max_steps=3,
+        folds=0,
+        progress=lambda n, *_: seen.append(n),
+    )
+    assert seen[0] == "learned, new adapter"  # first what will be kept, as time may end
+    assert list(mixture.metrics["candidates"]) == ["base", "uniform", "a0", "a1", "a2", "learned"]
     assert mixture.metrics["held_out"]["examples"] == 16
     assert mixture.metrics["held_out"]["from"]["name"] == "held.csv"
 

@@ -126,10 +126,10 @@ def read_examples(
     unused = tuple(name for name in table.columns if name not in chosen.values())
     texts = [name for name in unused if not columns and _is_prose(table.values(name)[0])]
     if texts:
-        read = ", ".join(f"{column!r} as {name}" for name, column in chosen.items())
+        read = ", ".join(f"{column!r} is read as {name}" for name, column in chosen.items())
         warnings.warn(
-            f"{table.name}: reads {read}, and of what else holds text nothing ({', '.join(map(repr, texts))}); if that is not what "
-            "the examples are, name the columns with --column.",
+            f"{table.name}: {read}; {', '.join(map(repr, texts))} hold text too and are not used: if they belong to the examples, "
+            "name the columns with --column.",
             WloraMergeWarning,
             stacklevel=2,
         )

@@ -290,10 +290,11 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     on_folds, planned = comparison, {name: comparison.steps.get(name, steps) for name in [*fixed, c.SEARCH, c.LEARNED]}
     if job.held:
         comparison = c.compare(
-            learner, [*fixed.values(), *search, *learned], [(job.shots, job.held)], planned,
+            learner, [*learned, *search, *fixed.values()], [(job.shots, job.held)], planned,
             judge_at=tuple(i / 10 for i in range(1, 11)) if options.early_stopping else (1.0,), tag="all, ",
             deadline=job.deadline(JUDGED_SHARE), patience=options.early_stopping,
         )  # fmt: skip
+        comparison.scores = {name: comparison.scores[name] for name in planned if name in comparison.scores}
     elif not job.parts and options.method == c.BEST_SINGLE:
         among = [fixed[name] for name in names]
         comparison = c.compare(learner, among, [(job.shots, job.shots)], steps, judge_at=(1.0,), tag="shots, ")
