@@ -12,9 +12,9 @@ import pytest
 from conftest import make_adapter, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from wlora_merge.check import load_model
 from wlora_merge.errors import VerifyError, WloraMergeError
 from wlora_merge.export import export
+from wlora_merge.loaded_model import load_model
 from wlora_merge.mix import mix
 from wlora_merge.verify import verify
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from .base_model import INDEX, BaseModel, refuse_quantized
 from .card import write_card
-from .check import locate_head, make_probe
 from .checkpoint import Entry
 from .deltas import ModuleDelta
 from .digests import sha256_files
@@ -27,6 +26,7 @@ from .layouts import matrix_shape
 from .manifest import PACKAGES, build_manifest, versions, write_manifest
 from .mixture import Mixture
 from .names import DTYPES
+from .probe import make_probe
 from .ranks import Team, team
 from .report import write_report
 from .serving import check_rank, check_server
@@ -34,6 +34,7 @@ from .staging import Staging, staged
 from .tying import untied_config
 from .writers.dense import OutputFile, changed_config, folder_bytes, index_bytes, plan, with_dtype
 from .writers.stream import write_files
+from .written_head import locate_head
 
 if TYPE_CHECKING:
     from .writers.onnx_refold import Refold

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import Adapter
 from .base_model import BaseModel
-from .check import quiet_libraries
 from .encoding import token_limit
 from .errors import BaseModelError, MixtureError, UnsupportedError, first_line
 from .fit_options import FitOptions
+from .libraries import quiet_libraries
 from .module_tree import empty_model
 from .ranks import Team
 from .tasks import Task

@@ -8,28 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from .base_model import BaseModel, open_base
-from .check import (
-    HEAD_KEYS,
-    Checked,
-    attach_mixture,
-    check_files,
-    compare,
-    difference_of,
-    export_model,
-    load_model,
-    outputs_of,
-    probe_tensors,
-    tolerance_of,
-    unused_by,
-)
+from .check import Checked, check_files, compare, tolerance_of
 from .digests import path_of
 from .errors import UnsupportedError, VerifyError, WloraMergeError
 from .inputs import Inputs, find_inputs
+from .loaded_model import HEAD_KEYS, attach_mixture, export_model, load_model, unused_by
 from .manifest import FILE, digest, read_manifest
 from .mixture import Mixture
 from .names import DTYPES, nearest
+from .probe import difference_of, outputs_of, probe_tensors
 from .structure import check_folded, check_lora, check_untouched
 from .writers.dense import plan
+from .written_head import read_head
 
 
 def verify(
@@ -222,8 +212,6 @@ def _absent(manifest: Mapping[str, Any], adapters: Mapping[str, Path]) -> list[s
 def _mixture(manifest: Mapping[str, Any], base: BaseModel, adapters: Mapping[str, Path], folder: Path) -> Mixture:
     """The mixture that the manifest records, with its inputs where they were found; its head is the export's own."""
     import torch
-
-    from .check import read_head
 
     names = [row["name"] for row in manifest["adapters"]]
     try:

@@ -1,0 +1,182 @@
+"""Models as libraries load them: an export's own, and the base with the mixture attached and not merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UnsupportedError, VerifyError
+from .layouts import matrix_shape
+from .libraries import library_errors, quiet_libraries
+from .module_tree import bounded
+from .progress import Meter
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .adapters import Adapter
+    from .base_model import BaseModel
+    from .deltas import TensorDelta
+    from .mixture import Mixture
+
+HEAD_KEYS = ("id2label", "label2id", "problem_type", "pad_token_id")
+"""Keys of a mixture's config that make its head."""
+SAFE = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+"""For `from_pretrained`: nothing is fetched, no code of the folder is run, no pickle is loaded."""
+
+
+def load_model(
+    folder: Path,
+    task: str | None,
+    *,
+    complete: bool = True,
+    unused: Callable[[str], bool] = lambda _: False,
+    **options: Any,
+) -> nn.Module:
+    """Load a model folder by its task, in float32, in evaluation mode.
+
+    Args:
+        complete: refuse a folder whose tensors are not just the model's.
+        unused: whether a tensor may be one that the model has no place for.
+        options: handed to `from_pretrained` (num_labels, id2label, ...).
+
+    Raises:
+        VerifyError: missing, unexpected or mismatched tensors.
+    """
+    import torch
+
+    Meter("loading the model")
+    with (
+        quiet_libraries(),
+        library_errors(f"{folder}: transformers cannot load it as {task}"),
+        bounded(folder, VerifyError),
+    ):
+        model, info = _class_for(folder, task).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=complete, **SAFE, **options
+        )
+    missing = {str(key) for key in info["missing_keys"]}
+    if complete and task in (None, "feature-extraction") and any(key.startswith("pooler.") for key in missing):
+        model.pooler = None  # of a base that was trained without; one drawn anew would say nothing
+        missing = {key for key in missing if not key.startswith("pooler.")}
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if complete else ():
+        keys = missing if kind == "missing_keys" else set(map(str, info[kind]))
+        left = sorted(key for key in keys if kind != "unexpected_keys" or not unused(key))
+        if left:
+            raise VerifyError(f"{folder}: loading it as {task} leaves {kind.replace('_', ' ')}: {left[:3]}.")
+    result: nn.Module = model.eval()
+    return result
+
+
+def _class_for(folder: Path, task: str | None) -> Any:
+    """The task's class; without a task, for a tower with a projection, or where that class does not know the model (a
+    vision-language one as causal-lm), the one that its config names."""
+    import transformers
+
+    from .tasks import get_task
+    from .writers.onnx_tasks import PROJECTED
+
+    auto: Any = get_task(task or "feature-extraction").auto_class()
+    config = transformers.AutoConfig.from_pretrained(folder, **SAFE)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    projected = task == "feature-extraction" and named.endswith(PROJECTED)
+    known = task and type(config) in auto._model_mapping and not projected
+    return auto if known else getattr(transformers, named, auto)
+
+
+def unused_by(manifest: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Which tensors of an export, or of its base, the task's model may have no place for: those that neither an adapter nor the head
+    changes. A ViT has a pooler, for instance, and a classifier made of it has none; a causal-lm has an output embedding, and its
+    features have none."""
+    head = set(manifest.get("head") or [])
+    if manifest.get("task") == "feature-extraction":
+        return lambda name: name not in head  # no place for an output embedding, though an adapter changes it
+    changed = {module for modules in manifest["groups"].values() for module in modules}
+    return lambda name: name not in head and name.rpartition(".")[0] not in changed
+
+
+def export_model(folder: Path, manifest: Mapping[str, Any], base: BaseModel | None) -> nn.Module:
+    """The model of a dense or lora export, loaded by its own libraries.
+
+    Raises:
+        UnsupportedError: a lora export without its base.
+    """
+    task, config = manifest.get("task"), manifest.get("config") or {}
+    if manifest["format"] == "dense":
+        return load_model(folder, task, unused=unused_by(manifest))
+    if base is None:
+        raise UnsupportedError("a lora export can be loaded only with its base: say --base PATH.")
+    from peft import PeftModel
+
+    options = {key: config[key] for key in HEAD_KEYS if key in config}
+    model = load_model(base.folder, task, complete=not manifest.get("head"), unused=unused_by(manifest), **options)
+    with quiet_libraries(), library_errors(f"{folder}: PEFT cannot load it"):
+        loaded: nn.Module = PeftModel.from_pretrained(model, folder).eval()
+    return loaded
+
+
+def attach_mixture(
+    model: nn.Module, mixture: Mixture, adapters: list[Adapter], base: BaseModel, tensors: Iterable[TensorDelta] = ()
+) -> nn.Module:
+    """The unmerged mixture: adapters attached with the mixture's own weights, its head and mixed whole tensors put in place."""
+    import torch
+
+    from .attachment import PARAMETER, attach, attachment_of
+    from .fold import fold_saved
+    from .layers import StackedLora
+    from .live_model import live_tensors, set_parameter
+    from .mixture import rows_of
+    from .targets import tensors_of
+
+    with torch.no_grad():
+        _resize(model, base)
+        attach(
+            model, [replace(a, tensors={}) for a in adapters], granularity=mixture.granularity, normalize=mixture.normalize,
+            delta_scale=mixture.delta_scale,
+        )  # fmt: skip
+        weights = mixture.mixture_weights
+        logits = weights if mixture.normalize == "none" else weights.log()
+        row = rows_of(mixture.groups)
+        parameter = model.get_parameter(PARAMETER)
+        for g, modules in enumerate(attachment_of(model).groups.values()):
+            module = base.find_module(modules[0])
+            if module is None:
+                raise VerifyError(f"{base.folder}: has no tensor for target module {modules[0]!r}.")
+            if module not in row:
+                raise VerifyError(f"target module {module!r} belongs to no group of the manifest: export again.")
+            parameter[g] = logits[row[module]]
+        for name, tensor in mixture.head.items():
+            with library_errors(f"tensor {name!r} of the trained head does not fit the base"):
+                set_parameter(model, name, tensor)
+        for delta in tensors:
+            own, live = tensors_of(base)(delta.tensor), live_tensors(model)(delta.tensor)
+            if own is None or own.read is None or live is None:
+                raise VerifyError(
+                    f"{base.folder}: its model has no tensor {delta.tensor!r}, which the mixture changes."
+                )
+            weight = own.read()
+            block = weight.reshape(*(matrix_shape(own.shape) if own.shape else (1, 1)))
+            total = fold_saved(block, delta, mixture.whole_gains_of(delta), block.double())
+            set_parameter(model, live.module, total.reshape(own.shape))
+            lora = getattr(model.get_submodule(live.module.rpartition(".")[0]), "wlora", None)
+            if isinstance(lora, StackedLora):
+                lora.present = delta.present  # a LoRA of the same module knows its own adapters alone
+    return model
+
+
+def _resize(model: nn.Module, base: BaseModel) -> None:
+    """Give a model the added rows that its base is exported with."""
+    from .live_model import live_tensors, set_parameter
+    from .targets import tensors_of
+
+    for name in base.added:
+        own, live = tensors_of(base)(name), live_tensors(model)
+        if own is None or own.read is None:
+            continue
+        model.resize_token_embeddings(own.shape[0], mean_resizing=False)  # type: ignore[operator]
+        target = live(name)
+        if target is not None and name in base.entries:
+            model.get_parameter(target.module).copy_(own.read())  # and what is tied to it
+        elif target is not None:
+            set_parameter(model, target.module, own.read())

@@ -1,0 +1,92 @@
+"""The trained head in an export's own files: where a writer has put it, and back out of there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import read_header, read_tensor
+from .errors import UnsupportedError, VerifyError
+from .names import PEFT_PREFIX
+
+if TYPE_CHECKING:
+    import torch
+
+    from .base_model import BaseModel
+
+
+def read_head(folder: Path, manifest: Mapping[str, Any], base: BaseModel) -> dict[str, torch.Tensor]:
+    """The trained head out of an export's own files, under its parameter names; what replaces a tensor of the base has that one's.
+
+    Raises:
+        VerifyError: it is not there.
+        UnsupportedError: a graph has it in no form that can be read back.
+    """
+    wanted = set(manifest.get("head") or [])
+    if wanted and manifest["format"] == "onnx":
+        places = (manifest.get("report") or {}).get("head")
+        return _located(folder / "onnx" / "model.onnx", places if isinstance(places, dict) else {}, wanted)
+    found = {}
+    names = {stored: name for name, stored in base.stored_names(sorted(wanted)).items()} | {
+        name: name for name in wanted
+    }
+    for file in sorted(folder.glob("*.safetensors")):
+        for key, entry in read_header(file).entries.items():
+            if (name := names.get(key.removeprefix(PEFT_PREFIX))) is not None:
+                found[name] = read_tensor(entry)
+    if wanted - set(found):
+        raise VerifyError(f"{folder}: the tensor {sorted(wanted - set(found))[0]!r} of its trained head is not there.")
+    return found
+
+
+def locate_head(folder: Path, head: Mapping[str, torch.Tensor]) -> dict[str, list[Any]]:
+    """Where the tensors of a head lie in a traced graph: name -> [name of the initializer, whether it is transposed there].
+
+    A product of three dimensions has its weight transposed under a name of its own, and of two equal tensors a graph keeps one. What
+    is not found as a whole, as it went into a product of constants, is left out.
+    """
+    import numpy as np
+    import onnx
+
+    wanted = {name: tensor.detach().float().cpu().numpy() for name, tensor in head.items()}
+    shapes = {shape for value in wanted.values() for shape in (value.shape, value.T.shape)}
+    stored = {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for file in sorted((folder / "onnx").glob("*.onnx"))[:1]
+        for tensor in (onnx.load(str(file)).graph.initializer if head else ())
+        if tuple(tensor.dims) in shapes
+    }
+    places = {
+        name: next(
+            (
+                [at, transposed]
+                for at, array in sorted(stored.items(), key=lambda item: item[0].removeprefix("model.") != name)
+                for transposed, form in ((False, value), (True, value.T))
+                if np.array_equal(array, form.astype(array.dtype))
+            ),
+            None,
+        )
+        for name, value in wanted.items()
+    }
+    return {name: place for name, place in places.items() if place is not None}
+
+
+def _located(file: Path, places: Mapping[str, Any], wanted: set[str]) -> dict[str, torch.Tensor]:
+    """The head out of a graph, from where `locate_head` found it."""
+    import onnx
+    import torch
+
+    if missing := sorted(wanted - set(places)):
+        raise UnsupportedError(
+            f"{file}: the tensor {missing[0]!r} of the trained head does not stand in the graph as a whole."
+        )
+    stored = {tensor.name: tensor for tensor in onnx.load(str(file)).graph.initializer}
+    found = {}
+    for name in sorted(wanted):
+        at, transposed = places[name] if isinstance(places[name], list) and len(places[name]) == 2 else (None, False)
+        if at not in stored:
+            raise VerifyError(f"{file}: the tensor {name!r} of its trained head is not there: export again.")
+        array = onnx.numpy_helper.to_array(stored[at])
+        found[name] = torch.from_numpy((array.T if transposed else array).copy())
+    return found
