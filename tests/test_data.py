@@ -284,6 +284,8 @@ def test_text_that_a_guess_leaves_out_is_said_and_recorded(tmp_path: Path, recwa
     (warning,) = recwarn
     assert "'sentence1' is read as text, 'label' is read as label; 'sent2' hold text too" in str(warning.message)
     read_examples(path, task="text-classification", columns={"text": "sentence1"})
+    article = lines(tmp_path / "b.jsonl", [{"title": "A title", "text": "a b c"}])
+    assert read_examples(article, task="causal-lm").unused == ("title",)
     assert len(recwarn) == 1
 
 

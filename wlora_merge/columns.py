@@ -80,7 +80,7 @@ CONVENTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "image-classification": {"image": ("image", "img", "picture"), "label": _LABEL},
 }
-_MORE_TEXT: Mapping[tuple[str, str], tuple[str, ...]] = {
+MORE_TEXT: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("text-classification", "text"): (
         "context", "passage", "paragraph", "document", "title", "body", "answer", "response", "completion",
     ),
@@ -133,7 +133,7 @@ def _check_unused(
     """Refuse to leave out, by a guess, what is probably a part of the examples."""
     for name, column in chosen.items():
         beside = [
-            c for c in found if c.strip().casefold() in _MORE_TEXT.get((task, name), ()) and c not in chosen.values()
+            c for c in found if c.strip().casefold() in MORE_TEXT.get((task, name), ()) and c not in chosen.values()
         ]
         if beside and name not in given:
             raise DataError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .columns import FORMS, choose_columns
+from .columns import FORMS, MORE_TEXT, choose_columns
 from .data_sources import TRAIN, read_table
 from .errors import DataError, UnsupportedError, WloraMergeWarning
 from .formats import Table, read_bytes_of
@@ -124,7 +124,8 @@ def read_examples(
     if digest is None:
         digest = _digest_of_values(checked, table.values(chosen["image"]) if "image" in chosen else ())
     unused = tuple(name for name in table.columns if name not in chosen.values())
-    texts = [name for name in unused if not columns and _is_prose(table.values(name)[0])]
+    guessed = not columns and any((task, name) in MORE_TEXT for name in chosen)
+    texts = [name for name in unused if guessed and _is_prose(table.values(name)[0])]
     if texts:
         read = ", ".join(f"{column!r} is read as {name}" for name, column in chosen.items())
         warnings.warn(
