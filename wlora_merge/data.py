@@ -124,7 +124,7 @@ def read_examples(
     if digest is None:
         digest = _digest_of_values(checked, table.values(chosen["image"]) if "image" in chosen else ())
     unused = tuple(name for name in table.columns if name not in chosen.values())
-    guessed = not columns and any((task, name) in MORE_TEXT for name in chosen)
+    guessed = any((task, name) in MORE_TEXT and name not in (columns or {}) for name in chosen)
     texts = [name for name in unused if guessed and _is_prose(table.values(name)[0])]
     if texts:
         read = ", ".join(f"{column!r} is read as {name}" for name, column in chosen.items())
