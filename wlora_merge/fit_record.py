@@ -63,10 +63,11 @@ def _said_of_rivals(asked: str, better: Leads, equal: Leads, adapters: Sequence[
 
 def said_of_pruning(pruned: Mapping[str, Any], *, scored: bool) -> str:
     """What pruning did, for the note."""
+    count = pruned["weights_set_to_zero"]
     left = f" {', '.join(pruned['left'])} left the mixture." if pruned["left"] else ""
     before = " The scores are those before it." if scored else ""
     return (
-        f"Pruning below {pruned['below']:g} set {pruned['weights_set_to_zero']} weights to zero and added {pruned['loss_added']:.3g} "
+        f"Pruning below {pruned['below']:g} set {count} weight{'s' if count != 1 else ''} to zero and added {pruned['loss_added']:.3g} "
         f"to the loss on {pruned['on']}.{left}{before}"
     )
 
