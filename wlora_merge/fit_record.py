@@ -67,8 +67,8 @@ def said_of_pruning(pruned: Mapping[str, Any], *, scored: bool) -> str:
     left = f" {', '.join(pruned['left'])} left the mixture." if pruned["left"] else ""
     before = " The scores are those before it." if scored else ""
     return (
-        f"Pruning below {pruned['below']:g} set {count} weight{'s' if count != 1 else ''} to zero and added {pruned['loss_added']:.3g} "
-        f"to the loss on {pruned['on']}.{left}{before}"
+        f"Pruning below {pruned['below']:g} set {count} weight{'s' if count != 1 else ''} to zero and added "
+        f"{pruned['loss_added']:.3g} to the loss on {pruned['on']}.{left}{before}"
     )
 
 
