@@ -140,10 +140,41 @@ def test_a_search_is_made_once_and_ends_with_its_time(
     judged: list[int] = []
     judge = Learner.judge
     monkeypatch.setattr(Learner, "judge", lambda self, *a, **k: judged.append(1) or judge(self, *a, **k))
-    monkeypatch.setattr(sys.modules["wlora_merge.fit"], "JUDGED_SHARE", -1.0)
-    found = fitted(zoo, method="search", folds=0, max_minutes=10, max_steps=1)
+    with pytest.raises(MixtureError, match="max_minutes left no time"):
+        fitted(zoo, method="search", folds=0, max_minutes=1e-9, max_steps=1)
     assert judged == []
-    assert torch.allclose(found.mixture_weights, torch.full((1, 3), 1 / 3))
+
+
+def test_a_search_that_time_cut_says_where_it_stopped_and_is_not_taken_for_done(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        ends = False
+
+        def monotonic(self) -> float:
+            return 310.0 if self.ends else 0.0  # of ten minutes
+
+    clock, judge, judged, finished = Clock(), Learner.judge, list[int](), list[str]()
+
+    def ending(self: Learner, *args: Any, **options: Any) -> Judged:
+        judged.append(1)
+        clock.ends = len(judged) >= 7
+        return judge(self, *args, **options)
+
+    for module in ("fit", "candidates", "training"):
+        monkeypatch.setattr(sys.modules[f"wlora_merge.{module}"], "time", clock)
+    monkeypatch.setattr(Learner, "judge", ending)
+    monkeypatch.setattr(FitState, "finish", lambda self, key, value: finished.append(key))
+    options = {"method": "search", "folds": 0, "max_minutes": 10, "max_steps": 1}
+    alone = fitted(zoo, **options).metrics
+    assert "The search stopped after 7 of 40 evaluations, for want of time." in alone["note"]
+    judged.clear()
+    clock.ends = False
+    held = fitted(zoo, eval_data=others(zoo[2], tmp_path), **options).metrics
+    assert held["kept"] == "search"
+    assert list(held["candidates"]) == ["base", "uniform", "a0", "a1", "a2", "search"]
+    assert "The search stopped after 7 of 40 evaluations, for want of time." in held["note"]
+    assert not any(key.endswith("row") for key in finished)
 
 
 def test_a_search_is_pulled_towards_small_weights_and_stays_within_its_bound(
@@ -299,6 +330,33 @@ class Scripted:
         logits = torch.stack([1.0 - right, right.float()], dim=1)  # the label is always 1
         judged = Judged(logits, torch.ones(len(right), dtype=torch.long), float(1 - right.float().mean()), len(right))
         return Trained(steps, 0.0, {steps: judged})
+
+
+class Stopping(Scripted):
+    """A learner whose time ends during the training of one candidate."""
+
+    def train(self, candidate: Candidate, rows: Sequence[int], steps: int, **_: Any) -> Trained:
+        done = super().train(candidate, rows, steps)
+        stops = candidate.granularity == "layer"
+        return replace(done, steps=2, judged={}, complete=False) if stops else done
+
+    def judge(self, rows: Sequence[int]) -> Judged:
+        return super().train(Candidate(LEARNED, None), rows, 2).judged[2]
+
+
+@pytest.mark.parametrize(("stopped", "judged"), [(0, ["a", "b", "c"]), (1, ["a", "c"]), (2, ["a", "b"])])
+def test_of_candidates_that_time_stopped_the_first_alone_is_judged(stopped: int, judged: list[str]) -> None:
+    learner = Stopping({key: [1, 1, 0] for key in ("layer", "global", "module")})
+    found = [
+        Candidate(name, (1.0,), granularity="layer" if i == stopped else "global")
+        for i, name in enumerate(("a", "b", "c"))
+    ]
+    one = compare(learner, found, [(range(3), range(3))], 5, judge_at=(1.0,))  # type: ignore[arg-type]
+    assert list(one.scores) == judged
+    assert one.skipped == [name for name in ("a", "b", "c") if name not in judged]
+    assert one.steps == {name: 2 if name == found[stopped].name else 5 for name in judged}
+    folds = compare(learner, found, [(range(3), range(3))] * 2, 5, judge_at=(1.0,))  # type: ignore[arg-type]
+    assert folds.skipped == [found[stopped].name]  # parts of different lengths are no score
 
 
 @pytest.mark.parametrize(

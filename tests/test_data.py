@@ -248,7 +248,7 @@ def test_conventional_names_are_found(task: str, found: list[str], chosen: dict[
         ("causal-lm", ["instruction", "input", "output"], {}, ["'instruction', 'input'"]),
         ("causal-lm", ["a", "b"], {"text": "a", "prompt": "b"}, ["text together with prompt"]),
         ("token-classification", ["tokens", "pos_tags", "ner_tags"], {}, ["--column tags="]),
-        ("text-classification", ["question", "passage", "label"], {}, ["'passage'", "--column text=question"]),
+        ("text-classification", ["question", "passage", "label"], {}, ["'passage'", "--column text_pair=passage"]),
         (
             "text-classification",
             ["label", "title", "content"],
@@ -257,6 +257,9 @@ def test_conventional_names_are_found(task: str, found: list[str], chosen: dict[
         ),
         ("causal-lm", ["instruction", "context", "response"], {}, ["'context'", "--column prompt=instruction"]),
         ("seq2seq-lm", ["question", "context", "answer"], {}, ["'context'", "--column source=question"]),
+        ("seq2seq-lm", ["instruction", "input", "output"], {}, ["'instruction'", "--column source=input"]),
+        ("causal-lm", ["document", "summary", "id"], {}, ["'summary'", "--column text=document"]),
+        ("text-classification", ["question", "sentence", "label"], {}, ["which leaves the other out"]),
     ],
 )
 def test_what_could_be_read_in_two_ways_is_refused(
@@ -287,6 +290,24 @@ def test_text_that_a_guess_leaves_out_is_said_and_recorded(tmp_path: Path, recwa
     article = lines(tmp_path / "b.jsonl", [{"title": "A title", "text": "a b c"}])
     assert read_examples(article, task="causal-lm").unused == ("title",)
     assert len(recwarn) == 1
+    late = [{"prompt": "a", "completion": "b", "more": more} for more in ("", None, ["one", "two words"])]
+    read_examples(lines(tmp_path / "c.jsonl", late), task="causal-lm")
+    assert "'more' hold text too" in str(recwarn[1].message)
+
+
+def test_an_unused_column_is_not_decoded(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    import datasets
+
+    rows = {
+        "text": ["a", "b"],
+        "label": [0, 1],
+        "image": [{"bytes": b"no image", "path": None}] * 2,
+        "note": ["x y", "z"],
+    }
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "a.parquet")
+    assert read_examples(tmp_path / "a.parquet", task="text-classification").unused == ("image", "note")
+    assert "'note' hold text too" in str(recwarn[0].message)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +373,7 @@ def test_missing_files_and_unknown_kinds_are_refused(tmp_path: Path) -> None:
         ([2, 10], ["2", "10"]),
         ([1, 2.5], [1.0, 2.5]),
         ([True, False], ["True", "False"]),
-        (["[PAD]", "[a]"], ["[PAD]", "[a]"]),
+        (["[PAD]", "[a]", "[1]"], ["[PAD]", "[a]", "[1]"]),
         ([["a"], [], ["a", "b"]], [["a"], [], ["a", "b"]]),
     ],
 )

@@ -148,6 +148,21 @@ def test_eval_data_is_judged_on_and_nothing_is_held_out(
     assert mixture.metrics["held_out"]["from"]["name"] == "held.csv"
 
 
+@pytest.mark.parametrize(("method", "first"), [("uniform", "uniform"), ("fixed", "fixed"), ("best-single", "a0")])
+def test_evaluation_data_judge_first_what_the_method_gives(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path, method: str, first: str
+) -> None:
+    base, folders, shots = bert_zoo
+    seen: list[str] = []
+    weights = {"weights": [1.0, 0.0, 0.5]} if method == "fixed" else {}
+    fit(
+        base, folders, shots, "text-classification", eval_data=others(shots, tmp_path), max_steps=1, method=method,
+        progress=lambda name, *_: seen.append(name), **weights,
+    )  # fmt: skip
+    assert seen[0] == first
+    assert len(seen) == 5 + (method == "fixed")  # and no folds, which would decide nothing
+
+
 @pytest.mark.parametrize("options", [{}, {"problem_type": "regression"}])
 def test_a_regression_is_held_out_in_folds_however_its_numbers_are_written(
     bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path, options: dict[str, str]
@@ -304,6 +319,13 @@ def test_evaluation_data_judges_and_the_folds_compare_the_settings_alone(
     assert trained.count("learned, new adapter") + trained.count("learned") == 2 * 2 + 1
     assert trained.count("learned, new adapter") >= 2 <= trained.count("learned")
     assert trained.count("uniform") == trained.count("base") == 1
+    trained.clear()
+    mixture = fit(
+        base, folders, shots, "text-classification", eval_data=others(shots, tmp_path), max_steps=1, folds=2, settings=1,
+        progress=lambda name, *_: trained.append(name),
+    )  # fmt: skip
+    assert trained.count("learned, new adapter") == 1  # one setting, one number of steps: nothing to decide
+    assert "settings" not in mixture.metrics
 
 
 def test_one_shot_per_class_leaves_the_metrics_not_estimated(

@@ -283,8 +283,14 @@ def test_early_stopping_goes_back_to_the_best_step(llamas: Zoo, tmp_path: Path) 
     )  # fmt: skip
     steps = stopped.metrics["chosen"]["steps"]
     assert max(made) == steps + 2 * 3 < 30  # it judges after every tenth of the steps
-    assert f"Stopped early: its weights are those of step {steps} of 30." in stopped.metrics["note"]
-    assert "Stopped early" not in fitted_lm(llamas, early_stopping=50, **(options | {"max_steps": 3})).metrics["note"]
+    assert (
+        f"The weights are those of step {steps} of 30, where the loss on the evaluation data was lowest."
+        in stopped.metrics["note"]
+    )
+    assert (
+        "The weights are those"
+        not in fitted_lm(llamas, early_stopping=50, **(options | {"max_steps": 3})).metrics["note"]
+    )
     again = fitted_lm(llamas, **(options | {"max_steps": steps}))
     assert torch.allclose(stopped.wlora_weights, again.wlora_weights, atol=1e-6)
     rows = [m.metrics["candidates"]["learned"]["loss"] for m in (stopped, again, fitted_lm(llamas, **options))]

@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -157,6 +157,8 @@ def compare(
         parts: (rows to train on, rows to judge on).
         steps: optimizer steps, for all or by candidate.
         judge_at: shares of the steps after which to judge.
+        deadline: after it nothing is trained. Where there is one part, the first candidate is judged as far as it came; any other
+            that did not run to its end is skipped, as its score would say nothing of it.
     """
     result = Comparison()
     best: dict[str, Score] = {}
@@ -168,8 +170,8 @@ def compare(
             _one(learner, candidate, part, total, points, f"{tag}{i}", deadline, patience, keep=len(parts) == 1)
             for i, part in enumerate(parts)
         ]
-        judged = found[0][0].judged if len(parts) == 1 else all(trained.complete for trained, _ in found)
-        if not judged:
+        partial = len(parts) == 1 and not best and bool(found[0][0].judged)  # the first one, which is to be kept
+        if not (partial or all(trained.complete for trained, _ in found)):
             several = candidate.learned and settings > 1
             result.skipped.append(f"{LEARNED} ({setting_name(candidate)})" if several else candidate.name)
             continue
@@ -217,20 +219,24 @@ def _one(
     Args:
         keep: what was trained too, not the judgements alone.
     """
-    key = f"{candidate} {tag}"
-    if saved := learner.state.done(key):
+    key, (rows, held), tried = f"{candidate} {tag}", part, SEARCH_EVALUATIONS
+    saved = learner.state.done(key)
+    if saved is None and deadline is not None and learner.team.share(time.monotonic() > deadline):
+        return Trained(complete=False), None
+    if candidate.name == SEARCH:
+        candidate, tried = searched(learner, candidate, rows, tag, deadline)
+    if saved:
         judged = {step: Judged(**row) for step, row in saved["judged"].items()}
         return Trained(
-            saved["steps"], saved["loss"], judged, tensors=saved["tensors"], history=saved["history"]
+            saved["steps"], saved["loss"], judged, True, saved["tensors"], saved["history"], candidate
         ), Judged(**saved["pruned"]) if saved["pruned"] else None
-    if deadline is not None and learner.team.share(time.monotonic() > deadline):
+    if not tried:
         return Trained(complete=False), None
-    rows, held = part
-    if candidate.name == SEARCH:
-        candidate = searched(learner, candidate, rows, tag, deadline)
     trained = learner.train(
         candidate, rows, steps, key=key, held=held, judge_at=points, patience=patience, deadline=deadline
     )
+    trained.candidate, trained.complete = candidate, trained.complete and tried == SEARCH_EVALUATIONS
+    trained.stopped = cut(tried)
     if keep and not trained.complete and trained.steps:  # what time allowed is what would be kept
         trained.judged[trained.steps] = learner.judge(held)
     pruned = None
@@ -270,35 +276,48 @@ def prune(learner: Learner) -> int:
 
 def searched(
     learner: Learner, candidate: Candidate, rows: Sequence[int], tag: str, deadline: float | None
-) -> Candidate:
+) -> tuple[Candidate, int]:
     """Global weights by CMA-ES on the loss of some rows, from uniform composition; the head is trained on that first.
 
-    Free weights are bounded and pulled to zero as LoraHub does; logits are searched as they are. The same tag has the same result
-    within a fit; after the deadline nothing more is evaluated.
+    Free weights are bounded and pulled to zero as LoraHub does; logits are searched as they are. A search that ran to its end is
+    not made again within a fit.
+
+    Returns:
+        the candidate with the best weights; how many of `SEARCH_EVALUATIONS` were made in half of the time that is left.
     """
     key = f"{candidate} {tag} row"
     saved = learner.state.done(key)
-    if saved is None:
-        start = list(candidate.row or ())
-        steps = total_steps(learner, len(rows))
-        learner.train(replace(candidate, name=UNIFORM), rows, steps, key=f"{key} head", deadline=deadline)
-        free = candidate.normalize == "none"
+    if saved is not None:
+        return replace(candidate, row=tuple(saved)), SEARCH_EVALUATIONS
+    start, tried, steps = list(candidate.row or ()), 0, total_steps(learner, len(rows))
+    deadline = (
+        None if deadline is None else (time.monotonic() + deadline) / 2
+    )  # the head is trained again on what is found
+    learner.train(replace(candidate, name=UNIFORM), rows, steps, key=f"{key} head", deadline=deadline)
+    free = candidate.normalize == "none"
 
-        def loss(point: Sequence[float]) -> float:
-            if deadline is not None and learner.team.share(time.monotonic() > deadline):
-                return math.inf
-            row = [max(-SEARCH_BOUND, min(SEARCH_BOUND, x)) for x in point] if free else list(point)
-            with torch.no_grad():
-                weights = attachment_of(learner.model).weights
-                weights.copy_(torch.tensor(row).expand_as(weights))
-            return learner.judge(rows).loss + (SEARCH_L1 * sum(map(abs, row)) if free else 0.0)
+    def loss(point: Sequence[float]) -> float:
+        nonlocal tried
+        if deadline is not None and learner.team.share(time.monotonic() > deadline):
+            return math.inf
+        tried += 1
+        row = [max(-SEARCH_BOUND, min(SEARCH_BOUND, x)) for x in point] if free else list(point)
+        with torch.no_grad():
+            weights = attachment_of(learner.model).weights
+            weights.copy_(torch.tensor(row).expand_as(weights))
+        return learner.judge(rows).loss + (SEARCH_L1 * sum(map(abs, row)) if free else 0.0)
 
-        found = minimize(
-            loss, start, sigma=0.3 if free else 1.0, evaluations=SEARCH_EVALUATIONS, seed=learner.options.seed
-        )
-        saved = [max(-SEARCH_BOUND, min(SEARCH_BOUND, x)) for x in found] if free else found
-        learner.state.finish(key, saved)
-    return replace(candidate, row=tuple(saved))
+    found = minimize(loss, start, sigma=0.3 if free else 1.0, evaluations=SEARCH_EVALUATIONS, seed=learner.options.seed)
+    row = [max(-SEARCH_BOUND, min(SEARCH_BOUND, x)) for x in found] if free else found
+    if tried == SEARCH_EVALUATIONS:
+        learner.state.finish(key, row)
+    return replace(candidate, row=tuple(row)), tried
+
+
+def cut(tried: int) -> str:
+    """What a note says of a search that made so many evaluations: nothing, where it made all."""
+    whole = tried == SEARCH_EVALUATIONS
+    return "" if whole else f"The search stopped after {tried} of {SEARCH_EVALUATIONS} evaluations, for want of time."
 
 
 def total_steps(learner: Learner, shots: int) -> int:
@@ -316,31 +335,33 @@ def steps_of(options: FitOptions, shots: int, *, head: bool) -> int:
     return 100 if head else 40
 
 
-def chosen(method: str, select: str, comparison: Comparison, names: Sequence[str]) -> str:
-    """The candidate to keep, of what was judged.
+def of_method(method: str, comparison: Comparison, names: Sequence[str]) -> str:
+    """The candidate that the method itself gives, of what was judged.
 
-    `auto` takes the best in the metric, then in the loss. `select: best` keeps what the method gives only where neither uniform
-    composition nor one adapter is better or as good (`rivals`): the one-standard-error rule of Breiman et al. 1984. Without scores
-    the learned mixture, or the method itself, is kept.
+    `auto` takes the best in the metric, then in the loss, and without scores the learned mixture.
+    """
+    among = [name for name in comparison.scores if (name in names if method == BEST_SINGLE else name != BASE)]
+    if method not in (AUTO, BEST_SINGLE):
+        return method
+    if not among and method == BEST_SINGLE:
+        raise MixtureError("max_minutes left no time to judge a single adapter: give more.")
+    return max(among, key=lambda name: comparison.scores[name].key(), default=LEARNED)
+
+
+def chosen(method: str, select: str, comparison: Comparison, names: Sequence[str]) -> str:
+    """The candidate to keep, of what was judged: what the method gives, or, with `select: best`, what is as good and simpler.
+
+    That is the one-standard-error rule of Breiman et al. 1984: uniform composition or one adapter, where it is better or as good
+    (`rivals`). Those are equally simple: between them the metric, then the loss, decides.
     """
     scores, simple = comparison.scores, (UNIFORM, *names)
-
-    def best(among: Iterable[str]) -> str | None:
-        return max((name for name in among if name in scores), key=lambda name: scores[name].key(), default=None)
-
-    if method == AUTO:
-        return best(name for name in scores if name != BASE) or LEARNED
-    if method == BEST_SINGLE:
-        single = best(names)
-        if single is None:
-            raise MixtureError("max_minutes left no time to judge a single adapter: give more.")
-        method = single
+    asked = of_method(method, comparison, names)
     if select == "method":
-        return method
-    if method in simple or method not in scores:
-        return best(simple) or method
-    better, as_good = rivals(method, comparison, simple)
-    return next(iter(better | as_good), method)
+        return asked
+    if asked in simple or asked not in scores:
+        return max((name for name in simple if name in scores), key=lambda name: scores[name].key(), default=asked)
+    better, as_good = rivals(asked, comparison, simple)
+    return next(iter(better | as_good), asked)
 
 
 Leads = dict[str, tuple[float, float]]

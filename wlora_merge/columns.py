@@ -80,12 +80,14 @@ CONVENTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "image-classification": {"image": ("image", "img", "picture"), "label": _LABEL},
 }
-MORE_TEXT: Mapping[tuple[str, str], tuple[str, ...]] = {
+_PASSAGES = ("context", "passage", "paragraph", "article", "document", "choices", "options", "history", "dialogue")
+_MORE_TEXT: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("text-classification", "text"): (
-        "context", "passage", "paragraph", "document", "title", "body", "answer", "response", "completion",
+        *_PASSAGES, "title", "body", "headline", "instruction", "prompt", "answer", "response", "completion",
     ),
-    ("causal-lm", "prompt"): ("context", "passage", "document", "system"),
-    ("seq2seq-lm", "source"): ("context", "passage"),
+    ("causal-lm", "text"): (*_COMPLETION, "summary", "highlights"),
+    ("causal-lm", "prompt"): (*_PASSAGES, "system", "system_prompt"),
+    ("seq2seq-lm", "source"): (*_PASSAGES, "instruction", "prompt"),
 }  # fmt: skip
 """(task, its column): what other columns are called that often hold a part of the same example."""
 
@@ -133,13 +135,18 @@ def _check_unused(
     """Refuse to leave out, by a guess, what is probably a part of the examples."""
     for name, column in chosen.items():
         beside = [
-            c for c in found if c.strip().casefold() in MORE_TEXT.get((task, name), ()) and c not in chosen.values()
+            c for c in found if c.strip().casefold() in _MORE_TEXT.get((task, name), ()) and c not in chosen.values()
         ]
         if beside and name not in given:
             raise DataError(
-                f"{source}: {_list(beside)} may be a part of the examples, which {column!r} as {name!r} would leave out; say which "
-                f"to read with --column {name}={column}, or put both into one column."
+                f"{source}: {_list(beside)} may be a part of the examples, which {column!r} as {name!r} would leave out; say with "
+                f"--column {name}={column} that it is none,{_as_pair(task, column, beside[0])} or put both into one column."
             )
+
+
+def _as_pair(task: str, column: str, other: str) -> str:
+    pair = task == "text-classification"
+    return f" or with --column text={column} --column text_pair={other} that both are," if pair else ""
 
 
 def _candidates(task: str, name: str, found: Sequence[str], given: Mapping[str, str]) -> list[str]:
@@ -153,8 +160,8 @@ def _only(form: Form, candidates: Mapping[str, list[str]], source: str) -> dict[
     for name in form.columns:
         if len(candidates[name]) > 1:
             raise DataError(
-                f"{source} has several columns that could be {name!r}: {_list(candidates[name])}; "
-                f"say which, for example with --column {name}={candidates[name][0]}."
+                f"{source} has several columns that could be {name!r}: {_list(candidates[name])}; say which, for example with "
+                f"--column {name}={candidates[name][0]}, which leaves the other out."
             )
     chosen = {name: candidates[name][0] for name in form.columns if candidates[name]}
     for name, column in chosen.items():

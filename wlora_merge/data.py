@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .columns import FORMS, MORE_TEXT, choose_columns
+from .columns import FORMS, choose_columns
 from .data_sources import TRAIN, read_table
 from .errors import DataError, UnsupportedError, WloraMergeWarning
 from .formats import Table, read_bytes_of
@@ -30,7 +30,7 @@ Label: TypeAlias = "str | float | list[str]"
 _TEXT = ("text", "text_pair", "prompt", "completion", "source", "target", "question", "context")
 EVAL_SPLITS = ("validation", "test")
 """What evaluation data are by default, of a folder or hub data set with splits."""
-_LIST = re.compile(r"\[(?:['\"].*|.*,.*|[\d\s.]*)\]", re.DOTALL)
+_LIST = re.compile(r"\[(?:['\"].*|.*,.*|\s*|[\d.]+(?:\s+[\d.]+)+\s*)\]", re.DOTALL)
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -124,8 +124,11 @@ def read_examples(
     if digest is None:
         digest = _digest_of_values(checked, table.values(chosen["image"]) if "image" in chosen else ())
     unused = tuple(name for name in table.columns if name not in chosen.values())
-    guessed = any((task, name) in MORE_TEXT and name not in (columns or {}) for name in chosen)
-    texts = [name for name in unused if guessed and _is_prose(table.values(name)[0])]
+    several = {"text-classification": "text", "causal-lm": "prompt", "seq2seq-lm": "source"}.get(task)
+    guessed = several in chosen and several not in (
+        columns or {}
+    )  # a document that is all text may have a title beside it
+    texts = [name for name in unused if guessed and any(map(_is_prose, table.first(name)))]
     if texts:
         read = ", ".join(f"{column!r} is read as {name}" for name, column in chosen.items())
         warnings.warn(
@@ -138,7 +141,8 @@ def read_examples(
 
 
 def _is_prose(value: Any) -> bool:
-    return isinstance(value, str) and len(value.split()) > 1
+    """Whether a value is more than one word, or holds such."""
+    return any(map(_is_prose, value)) if isinstance(value, list) else isinstance(value, str) and len(value.split()) > 1
 
 
 def _digest_of_values(checked: Mapping[str, list[Any]], images: Sequence[Mapping[str, Any]]) -> str:

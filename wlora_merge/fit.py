@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .training import Candidate, FitProgress, Learner
 
 FOLD_SHARE, JUDGED_SHARE = 0.5, 0.75
-"""Of `max_minutes`: when the folds must end, and what evaluation data judge or a search tries."""
+"""Of `max_minutes`: when the folds must end, and what evaluation data judge."""
 
 
 def fit(
@@ -280,17 +280,19 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     search = [replace(fixed[c.UNIFORM], name=c.SEARCH)] if options.method in (c.SEARCH, c.AUTO) else []
     set_by_hand = options.max_steps is not None or options.epochs is not None
     comparison = c.Comparison()
+    judge_at = (1.0,) if set_by_hand or learner.head else c.CHECKPOINTS
     judged = settings if job.held else [*fixed.values(), *search, *settings]
-    if job.parts and judged:
-        comparison = c.compare(
-            learner, judged, job.parts, steps,
-            judge_at=(1.0,) if set_by_hand or learner.head else c.CHECKPOINTS, deadline=job.deadline(FOLD_SHARE),
-        )  # fmt: skip
+    if not judged or (job.held and len(settings) == len(judge_at) == 1):
+        job.parts = []  # they would decide nothing
+    if job.parts:
+        comparison = c.compare(learner, judged, job.parts, steps, judge_at=judge_at, deadline=job.deadline(FOLD_SHARE))
     learned = [comparison.learned] if comparison.learned else settings[:1]
     on_folds, planned = comparison, {name: comparison.steps.get(name, steps) for name in [*fixed, c.SEARCH, c.LEARNED]}
     if job.held:
+        first = names if options.method == c.BEST_SINGLE else [options.method]  # what is kept, as time may end
+        order = sorted([*learned, *search, *fixed.values()], key=lambda candidate: candidate.name not in first)
         comparison = c.compare(
-            learner, [*learned, *search, *fixed.values()], [(job.shots, job.held)], planned,
+            learner, order, [(job.shots, job.held)], planned,
             judge_at=tuple(i / 10 for i in range(1, 11)) if options.early_stopping else (1.0,), tag="all, ",
             deadline=job.deadline(JUDGED_SHARE), patience=options.early_stopping,
         )  # fmt: skip
@@ -316,13 +318,10 @@ def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Compariso
     from . import candidates as c
     from .training import restore
 
-    learner = job.learner
-    if candidate.name == c.SEARCH:
-        tag = "all, 0" if job.held else "all"
-        candidate = c.searched(learner, candidate, job.shots, tag, job.deadline(JUDGED_SHARE))
-    final = candidate
+    learner, final = job.learner, candidate
     with tracking(job.options, learner.team.leads) as log:
         if done := comparison.trained.get(candidate.name):
+            candidate = done.candidate or candidate
             restore(learner.place(candidate), done.tensors)
             if log and done.history:
                 *before, (last, loss) = done.history
@@ -330,18 +329,27 @@ def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Compariso
                     log({"loss": value}, step)
                 log({"loss": loss, **{f"weight/{name}": w for name, w in learner.weights().items()}}, last)
         else:
+            tried = c.SEARCH_EVALUATIONS
+            if candidate.name == c.SEARCH:
+                candidate, tried = c.searched(learner, candidate, job.shots, "all", job.deadline())
             final = replace(candidate, name=f"{candidate.name}, all shots") if job.parts else candidate
             learner.log = log
             done = learner.train(final, job.shots, steps, key="final", deadline=job.deadline())
+            done.stopped = c.cut(tried)
             learner.log = None
-    job.losses = {final.name: done.history}
-    if not done.complete:
-        if not done.steps:
-            less = ", or --folds 0" if job.parts else ""
-            raise MixtureError(f"max_minutes left no time for a single step on all shots: give more{less}.")
-        job.stopped = f"Stopped after {done.steps} of {steps} steps, for want of time."
-    elif 0 < done.steps < steps:
-        job.stopped = f"Stopped early: its weights are those of step {done.steps} of {steps}."
+    job.losses, job.steps = {final.name: done.history}, done.steps
+    made = done.history[-1][0] if done.history else 0
+    if (not done.complete and not made and not done.stopped) or done.stopped == c.cut(0):
+        less = ", or --folds 0" if job.parts else ""
+        raise MixtureError(f"max_minutes left no time for a single step on all shots: give more{less}.")
+    said = [done.stopped] * bool(done.stopped)
+    if made and not done.complete and made < steps:
+        said.append(f"Stopped after {made} of {steps} steps, for want of time.")
+    if done.steps < made or (done.complete and 0 < made < steps):
+        said.append(
+            f"The weights are those of step {done.steps} of {steps}, where the loss on the evaluation data was lowest."
+        )
+    job.stopped = " ".join(said)
     return candidate
 
 

@@ -62,7 +62,8 @@ class FitOptions:
     How long:
         epochs, max_steps: passes over the shots, or optimizer steps; neither: 100 steps where a head is
             trained, at most 40 where not, fewer if the folds say so.
-        max_minutes: wall-clock budget; the folds get at most half of it.
+        max_minutes: wall-clock budget, looked at between steps, evaluations of a search, and trainings, not while examples are
+            judged; the folds end after half of it, and what evaluation data judge after three quarters.
         early_stopping: stop when so many evaluations on the evaluation data, one every tenth of the steps, brought no lower
             loss, and keep the best step.
 
@@ -228,7 +229,7 @@ def check_together(options: FitOptions) -> None:
         row = getattr(options, name)
         if row is not None and not isinstance(row, str) and not all(math.isfinite(x) for x in row):
             raise MixtureError(f"{name} are {', '.join(map(str, row))}, expected finite numbers.")
-    if options.prune_below >= 1 and options.normalize != "none" and options.method != "fixed":
+    if options.prune_below >= 1 and options.normalize != "none" and options.method not in ("fixed", "best-single"):
         raise MixtureError(
             f"prune_below is {options.prune_below}, expected less than 1, as no weight of a softmax is larger; for free weights give "
             "--normalize none too."

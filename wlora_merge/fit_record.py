@@ -29,6 +29,7 @@ class FitJob:
     start: float
     losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     stopped: str = ""
+    steps: int = 0
 
     def deadline(self, share: float = 1.0) -> float | None:
         """In `time.monotonic()`; None without a budget."""
@@ -87,17 +88,19 @@ def metrics_of(
     """The scores of all candidates, what was kept, and in words what they were measured on and what else is as good."""
     from . import candidates as c
 
-    skipped = "; ".join(dict.fromkeys([*on_folds.skipped, *comparison.skipped]))
+    skipped = "; ".join(comparison.skipped)
     idle = _without_effect(job.options, candidate, folds=bool(job.parts))
     if not comparison.scores:
-        more = "two different shots per class or more" if job.options.folds else "--folds 2 or more"
+        each = "a second example of more classes" if job.several else "two different shots per class or more"
+        more = each if job.options.folds else "--folds 2 or more"
         why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
         if job.options.method == c.AUTO or job.options.select == "best":
             why += f" Kept: {_called(kept, job.learner.names)}, as there was nothing to choose by."
         return {"kept": kept, "note": " ".join([f"Not estimated: {why}", *_between(candidate), *idle])}
     metric, names = job.learner.metric, job.learner.names
     simple = [c.UNIFORM, *names]
-    asked = job.options.method if job.options.method in comparison.scores else kept
+    asked = c.of_method(job.options.method, comparison, names)
+    asked = asked if asked in comparison.scores else kept
     better, equal = c.rivals(asked, comparison, [c.BASE, *simple])
     if job.held:
         how = f"on {len(job.held)} evaluation examples, every candidate trained on all {len(job.shots)} shots"
@@ -119,12 +122,15 @@ def metrics_of(
     said += _between(candidate)
     if skipped:
         said.append(f"Not compared for want of time: {skipped}.")
+    if job.held and on_folds.skipped:
+        said.append(f"Not compared on the folds for want of time: {'; '.join(on_folds.skipped)}.")
     said += idle
     result: dict[str, Any] = {
         "metric": metric.name,
         "higher_is_better": metric.higher_is_better,
         "candidates": c.tables(comparison),
         "kept": kept,
+        "compared_with": asked,
         "better": list(better),
         "as_good": list(equal),
         "note": " ".join(said),
@@ -135,7 +141,7 @@ def metrics_of(
         result["chosen"] = {
             "granularity": candidate.granularity, "normalize": candidate.normalize, "pull": candidate.pull,
             "new_adapter": candidate.new_adapter, "interpolation": candidate.interpolation,
-            "steps": comparison.steps.get(kept, c.total_steps(job.learner, len(job.shots))),
+            "steps": job.steps,
         }  # fmt: skip
     return result
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import MixtureError
 from .fit_options import FitOptions, check_together
 from .mixture import Mixture
-from .names import group_of
+from .names import NEW_FOLDER, group_of
 
 if TYPE_CHECKING:
     import torch
@@ -64,9 +64,10 @@ def initial_logits(options: FitOptions, names: list[str], base: BaseModel) -> An
     table = _logit_table(Path(given), options.temperature)
     for name in {name: None for row in table.values() for name in row}:
         if name not in names:
+            trained = Path(given) / NEW_FOLDER  # if the adapter is the one that the mixture's own fit trained
             raise MixtureError(
                 f"{given}: has logits of {name!r}, and no adapter of that name is given (they are {', '.join(names)}): give "
-                f"--adapter {name}=PATH too, or logits without it."
+                f"--adapter {name}={trained if trained.is_dir() else 'PATH'} too, or logits without it."
             )
 
     def read(groups: dict[str, list[str]], granularity: str) -> torch.Tensor:

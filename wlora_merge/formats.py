@@ -66,6 +66,13 @@ class Table:
         except Exception as error:  # decoders of sound, video, JSON and others, which a file may name, raise all kinds
             raise DataError(f"{self.name}: column {column!r} cannot be decoded ({first_line(error)}).") from error
 
+    def first(self, column: str, count: int = 20) -> list[Any]:
+        """The first values of a column of text or lists of text; of any other, which is not decoded, none."""
+        if isinstance(self.rows, list):
+            return [row.get(column) for row in self.rows[:count]]
+        told = str(self.rows.features[column])
+        return list(self.rows.select_columns([column])[:count][column]) if "string" in told and "{" not in told else []
+
 
 def read_file(path: Path) -> Table:
     """Read one file by its suffix.

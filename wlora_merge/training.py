@@ -81,7 +81,10 @@ class Judged:
 
 @dataclass
 class Trained:
-    """What a training gave: its steps, the loss of the last, what was judged after which step, whether it ran to its end."""
+    """What a training gave: its steps, the loss of the last, what was judged after which step, whether it ran to its end.
+
+    `candidate` is what was trained, with the weights that a search found; `stopped` says where that search stopped, if it did.
+    """
 
     steps: int = 0
     loss: float = math.nan
@@ -89,6 +92,8 @@ class Trained:
     complete: bool = True
     tensors: list[torch.Tensor] = field(default_factory=list)
     history: list[tuple[int, float]] = field(default_factory=list)
+    candidate: Candidate | None = None
+    stopped: str = ""
 
 
 class Learner:
