@@ -699,7 +699,7 @@ def test_options_that_come_to_nothing_are_said(zoo: Zoo, tmp_path: Path) -> None
     )
 
 
-def test_a_check_predicts_as_many_trainings_as_a_fit_makes(zoo: Zoo) -> None:
+def test_a_check_predicts_as_many_trainings_as_a_fit_makes(zoo: Zoo, tmp_path: Path) -> None:
     from wlora_merge.data import read_examples
     from wlora_merge.predict import _trainings
     from wlora_merge.recipe import FitRecipe
@@ -712,11 +712,14 @@ def test_a_check_predicts_as_many_trainings_as_a_fit_makes(zoo: Zoo) -> None:
         {"folds": 0},
         {"folds": 0, "interpolation": 0.5},
         {"settings": 2, "interpolation": 0.5},
+        {"settings": 2, "eval_data": others(zoo[2], tmp_path)},
+        {"settings": 1, "eval_data": others(zoo[2], tmp_path)},
+        {"method": "uniform", "eval_data": others(zoo[2], tmp_path)},
     ):
         trained: list[str] = []
         fitted(zoo, progress=lambda n, step, *_, to=trained: to.append(n) if step == 1 else None, **given)
-        options = fit_options({"folds": 2} | given)
-        fit_recipe = FitRecipe(data="shots.csv", task="text-classification")
+        options = fit_options({"folds": 2, "max_steps": 4} | {k: v for k, v in given.items() if k != "eval_data"})
+        fit_recipe = FitRecipe(data="shots.csv", task="text-classification", eval_data=given.get("eval_data"))
         learned, heads, _ = _trainings(options, fit_recipe, examples, ["a0", "a1", "a2"], True)
         assert abs(learned + heads - len(trained)) <= (1 if options.method == "auto" else 0), (given, trained)
 

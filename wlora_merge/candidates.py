@@ -335,6 +335,16 @@ def steps_of(options: FitOptions, shots: int, *, head: bool) -> int:
     return 100 if head else 40
 
 
+def checkpoints(options: FitOptions, *, head: bool) -> tuple[float, ...]:
+    """Shares of the steps after which the folds judge a candidate; `head`: whether a new head is trained."""
+    return (1.0,) if head or options.max_steps is not None or options.epochs is not None else CHECKPOINTS
+
+
+def folds_decide(options: FitOptions, settings: Sequence[Candidate], *, head: bool) -> bool:
+    """Whether there is anything left to decide on the folds where evaluation data judge the candidates: a setting, or the steps."""
+    return len(settings) * len(checkpoints(options, head=head)) > 1
+
+
 def of_method(method: str, comparison: Comparison, names: Sequence[str]) -> str:
     """The candidate that the method itself gives, of what was judged.
 

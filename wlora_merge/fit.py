@@ -24,7 +24,7 @@ from .data import EVAL_SPLITS, Examples, read_examples
 from .digests import sha256_file
 from .errors import DataError, MixtureError, first_line
 from .fit_options import FitOptions, check_for_task, fit_options
-from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded, said_of_pruning
+from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded, said_of_pruning, said_of_stop
 from .fit_start import initial_logits, initial_scale, like_start
 from .fit_state import FitState, only_fit, state_file
 from .inputs import find_inputs
@@ -278,14 +278,14 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     settings = c.learned_settings(options, head=bool(learner.head), several=job.several)
     steps = c.total_steps(learner, len(job.shots))
     search = [replace(fixed[c.UNIFORM], name=c.SEARCH)] if options.method in (c.SEARCH, c.AUTO) else []
-    set_by_hand = options.max_steps is not None or options.epochs is not None
-    comparison = c.Comparison()
-    judge_at = (1.0,) if set_by_hand or learner.head else c.CHECKPOINTS
-    judged = settings if job.held else [*fixed.values(), *search, *settings]
-    if not judged or (job.held and len(settings) == len(judge_at) == 1):
-        job.parts = []  # they would decide nothing
+    comparison, head = c.Comparison(), bool(learner.head)
+    if job.held and not c.folds_decide(options, settings, head=head):
+        job.parts = []
     if job.parts:
-        comparison = c.compare(learner, judged, job.parts, steps, judge_at=judge_at, deadline=job.deadline(FOLD_SHARE))
+        comparison = c.compare(
+            learner, settings if job.held else [*fixed.values(), *search, *settings], job.parts, steps,
+            judge_at=c.checkpoints(options, head=head), deadline=job.deadline(FOLD_SHARE),
+        )  # fmt: skip
     learned = [comparison.learned] if comparison.learned else settings[:1]
     on_folds, planned = comparison, {name: comparison.steps.get(name, steps) for name in [*fixed, c.SEARCH, c.LEARNED]}
     if job.held:
@@ -337,19 +337,10 @@ def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Compariso
             done = learner.train(final, job.shots, steps, key="final", deadline=job.deadline())
             done.stopped = c.cut(tried)
             learner.log = None
-    job.losses, job.steps = {final.name: done.history}, done.steps
-    made = done.history[-1][0] if done.history else 0
-    if (not done.complete and not made and not done.stopped) or done.stopped == c.cut(0):
+    job.losses, job.steps, job.stopped = {final.name: done.history}, done.steps, said_of_stop(done, steps)
+    if done.stopped == c.cut(0) or not (done.complete or done.steps or done.stopped):
         less = ", or --folds 0" if job.parts else ""
         raise MixtureError(f"max_minutes left no time for a single step on all shots: give more{less}.")
-    said = [done.stopped] * bool(done.stopped)
-    if made and not done.complete and made < steps:
-        said.append(f"Stopped after {made} of {steps} steps, for want of time.")
-    if done.steps < made or (done.complete and 0 < made < steps):
-        said.append(
-            f"The weights are those of step {done.steps} of {steps}, where the loss on the evaluation data was lowest."
-        )
-    job.stopped = " ".join(said)
     return candidate
 
 

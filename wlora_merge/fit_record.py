@@ -13,7 +13,7 @@ from .fit_options import FitOptions
 
 if TYPE_CHECKING:
     from .candidates import Comparison, Leads
-    from .training import Candidate, Learner
+    from .training import Candidate, Learner, Trained
 
 
 @dataclass
@@ -60,6 +60,19 @@ def _said_of_rivals(asked: str, better: Leads, equal: Leads, adapters: Sequence[
             f"As good as {name}, within one standard error and with a loss at most a quarter larger: {listed(equal)}."
         )
     return said
+
+
+def said_of_stop(done: Trained, steps: int) -> str:
+    """Where a training of so many steps stopped, and what its weights are, for the note; nothing where it ran to its end."""
+    made = done.history[-1][0] if done.history else 0
+    said = [done.stopped] if done.stopped else []
+    if 0 < made < steps and not done.complete:
+        said.append(f"Stopped after {made} of {steps} steps, for want of time.")
+    if done.steps < made or (0 < made < steps and done.complete):
+        said.append(
+            f"The weights are those of step {done.steps} of {steps}, where the loss on the evaluation data was lowest."
+        )
+    return " ".join(said)
 
 
 def said_of_pruning(pruned: Mapping[str, Any], *, scored: bool) -> str:
