@@ -228,7 +228,12 @@ def _one(
     if saved:
         judged = {step: Judged(**row) for step, row in saved["judged"].items()}
         return Trained(
-            saved["steps"], saved["loss"], judged, True, saved["tensors"], saved["history"], candidate
+            saved["steps"],
+            saved["loss"],
+            judged,
+            tensors=saved["tensors"],
+            history=saved["history"],
+            candidate=candidate,
         ), Judged(**saved["pruned"]) if saved["pruned"] else None
     if not tried:
         return Trained(complete=False), None
@@ -266,8 +271,7 @@ def prune(learner: Learner) -> int:
     for group, modules in enumerate(attachment.groups.values()):
         for module in modules:
             present = learner.model.get_buffer(f"{module}.wlora.present")
-            with torch.no_grad():
-                size = attachment.weights_of(module, present).abs().to(logits.device)
+            size = attachment.weights_of(module, present).detach().abs().to(logits.device)
             used[group] |= size > 0
             kept[group] |= (size >= learner.options.prune_below) | (size == size.max())
     logits.masked_fill_(~kept, 0.0 if attachment.normalize == "none" else float("-inf"))
@@ -290,25 +294,29 @@ def searched(
     if saved is not None:
         return replace(candidate, row=tuple(saved)), SEARCH_EVALUATIONS
     start, tried, steps = list(candidate.row or ()), 0, total_steps(learner, len(rows))
-    deadline = (
-        None if deadline is None else (time.monotonic() + deadline) / 2
-    )  # the head is trained again on what is found
+    if deadline is not None:  # the head is trained again on what is found
+        deadline = (time.monotonic() + deadline) / 2
     learner.train(replace(candidate, name=UNIFORM), rows, steps, key=f"{key} head", deadline=deadline)
     free = candidate.normalize == "none"
 
+    def bounded(point: Sequence[float]) -> list[float]:
+        return [max(-SEARCH_BOUND, min(SEARCH_BOUND, x)) for x in point] if free else list(point)
+
     def loss(point: Sequence[float]) -> float:
+        """Of the rows at these weights; infinite, so that nothing is better, once the time is over."""
         nonlocal tried
         if deadline is not None and learner.team.share(time.monotonic() > deadline):
             return math.inf
         tried += 1
-        row = [max(-SEARCH_BOUND, min(SEARCH_BOUND, x)) for x in point] if free else list(point)
+        row = bounded(point)
         with torch.no_grad():
             weights = attachment_of(learner.model).weights
             weights.copy_(torch.tensor(row).expand_as(weights))
         return learner.judge(rows).loss + (SEARCH_L1 * sum(map(abs, row)) if free else 0.0)
 
-    found = minimize(loss, start, sigma=0.3 if free else 1.0, evaluations=SEARCH_EVALUATIONS, seed=learner.options.seed)
-    row = [max(-SEARCH_BOUND, min(SEARCH_BOUND, x)) for x in found] if free else found
+    row = bounded(
+        minimize(loss, start, sigma=0.3 if free else 1.0, evaluations=SEARCH_EVALUATIONS, seed=learner.options.seed)
+    )
     if tried == SEARCH_EVALUATIONS:
         learner.state.finish(key, row)
     return replace(candidate, row=tuple(row)), tried

@@ -90,6 +90,8 @@ _MORE_TEXT: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("seq2seq-lm", "source"): (*_PASSAGES, "instruction", "prompt"),
 }  # fmt: skip
 """(task, its column): what other columns are called that often hold a part of the same example."""
+PARTS = {"text-classification": "text", "causal-lm": "prompt", "seq2seq-lm": "source"}
+"""The column of a task whose text may stand in several columns of a file; a document, all text, may have a title beside it."""
 
 
 def choose_columns(

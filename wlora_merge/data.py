@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .columns import FORMS, choose_columns
+from .columns import FORMS, PARTS, choose_columns
 from .data_sources import TRAIN, read_table
 from .errors import DataError, UnsupportedError, WloraMergeWarning
 from .formats import Table, read_bytes_of
@@ -124,20 +124,22 @@ def read_examples(
     if digest is None:
         digest = _digest_of_values(checked, table.values(chosen["image"]) if "image" in chosen else ())
     unused = tuple(name for name in table.columns if name not in chosen.values())
-    several = {"text-classification": "text", "causal-lm": "prompt", "seq2seq-lm": "source"}.get(task)
-    guessed = several in chosen and several not in (
-        columns or {}
-    )  # a document that is all text may have a title beside it
-    texts = [name for name in unused if guessed and any(map(_is_prose, table.first(name)))]
+    if PARTS.get(task) in chosen and PARTS[task] not in (columns or {}):
+        _tell_unused(table, chosen, unused)
+    return Examples(rows, task, chosen, str(source), digest, unused)
+
+
+def _tell_unused(table: Table, chosen: Mapping[str, str], unused: Sequence[str]) -> None:
+    """Warn of text that a guess of the columns leaves out."""
+    texts = [name for name in unused if any(map(_is_prose, table.first(name)))]
     if texts:
         read = ", ".join(f"{column!r} is read as {name}" for name, column in chosen.items())
         warnings.warn(
             f"{table.name}: {read}; {', '.join(map(repr, texts))} hold text too and are not used: if they belong to the examples, "
             "name the columns with --column.",
             WloraMergeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return Examples(rows, task, chosen, str(source), digest, unused)
 
 
 def _is_prose(value: Any) -> bool:

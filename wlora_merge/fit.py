@@ -275,10 +275,11 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     if options.new_adapter is None and not new_targets(learner.model):
         options = replace(options, new_adapter=0)
     fixed = c.fixed_candidates(names, options)
-    settings = c.learned_settings(options, head=bool(learner.head), several=job.several)
+    head = bool(learner.head)
+    settings = c.learned_settings(options, head=head, several=job.several)
     steps = c.total_steps(learner, len(job.shots))
     search = [replace(fixed[c.UNIFORM], name=c.SEARCH)] if options.method in (c.SEARCH, c.AUTO) else []
-    comparison, head = c.Comparison(), bool(learner.head)
+    comparison = c.Comparison()
     if job.held and not c.folds_decide(options, settings, head=head):
         job.parts = []
     if job.parts:

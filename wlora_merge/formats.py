@@ -70,8 +70,11 @@ class Table:
         """The first values of a column of text or lists of text; of any other, which is not decoded, none."""
         if isinstance(self.rows, list):
             return [row.get(column) for row in self.rows[:count]]
-        told = str(self.rows.features[column])
-        return list(self.rows.select_columns([column])[:count][column]) if "string" in told and "{" not in told else []
+        feature = self.rows.features[column]
+        while hasattr(feature, "feature"):  # a list's
+            feature = feature.feature
+        text = "string" in str(getattr(feature, "dtype", ""))
+        return list(self.rows.select_columns([column])[:count][column]) if text else []
 
 
 def read_file(path: Path) -> Table:

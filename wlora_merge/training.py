@@ -218,15 +218,16 @@ class Learner:
 
     def weights(self) -> dict[str, float]:
         """The mean mixture weight of each adapter over the groups, as they are now."""
-        attachment = attachment_of(self.model)
-        values = mixture_weights(attachment.weights.detach(), attachment.normalize, attachment.temperature).mean(0)
-        return dict(zip(self.names, values.tolist(), strict=True))
+        return dict(zip(self.names, self._mixture_weights().mean(0).tolist(), strict=True))
 
     def used(self) -> list[str]:
         """Names of the adapters that have a weight anywhere."""
+        return [name for name, used in zip(self.names, self._mixture_weights().any(0).tolist(), strict=True) if used]
+
+    def _mixture_weights(self) -> torch.Tensor:
+        """[G, N], as they are now."""
         attachment = attachment_of(self.model)
-        values = mixture_weights(attachment.weights.detach(), attachment.normalize, attachment.temperature).any(0)
-        return [name for name, used in zip(self.names, values.tolist(), strict=True) if used]
+        return mixture_weights(attachment.weights.detach(), attachment.normalize, attachment.temperature)
 
     # -------------------------------------------------------------------------------------------------- training
 
