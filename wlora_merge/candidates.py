@@ -93,7 +93,7 @@ def learned_settings(options: FitOptions, *, head: bool, several: bool) -> list[
     from_file = isinstance(options.initial_logits, str)  # which has its own groups
     granularities = [options.granularity or "module"] if options.granularity or from_file else ["module", "global"]
     pulls = [options.pull] if options.pull is not None else list(PULLS)
-    default = NEW_RANK if head and several else 0
+    default = NEW_RANK if several else 0
     half = head and not several and options.initial_logits is None
     share = options.interpolation if options.interpolation is not None else ONE_SHOT if half else 1.0
     ranks = [options.new_adapter] if options.new_adapter is not None else [default, NEW_RANK - default]

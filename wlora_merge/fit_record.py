@@ -101,43 +101,19 @@ def metrics_of(
     """The scores of all candidates, what was kept, and in words what they were measured on and what else is as good."""
     from . import candidates as c
 
-    skipped = "; ".join(comparison.skipped)
-    idle = _without_effect(job.options, candidate, folds=bool(job.parts))
     if not comparison.scores:
-        each = "a second example of more classes" if job.several else "two different shots per class or more"
-        more = each if job.options.folds else "--folds 2 or more"
-        why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
-        if job.options.method == c.AUTO or job.options.select == "best":
-            why += f" Kept: {_called(kept, job.learner.names)}, as there was nothing to choose by."
-        return {"kept": kept, "note": " ".join([f"Not estimated: {why}", *_between(candidate), *idle])}
+        return {"kept": kept, "note": _not_estimated(job, comparison, kept, candidate)}
     metric, names = job.learner.metric, job.learner.names
-    simple = [c.UNIFORM, *names]
     asked = c.of_method(job.options.method, comparison, names)
     asked = asked if asked in comparison.scores else kept
-    better, equal = c.rivals(asked, comparison, [c.BASE, *simple])
-    if job.held:
-        how = f"on {len(job.held)} evaluation examples, every candidate trained on all {len(job.shots)} shots"
-    elif job.parts:
-        tested = sum(len(held) for _, held in job.parts)
-        rest = "" if tested == len(job.shots) else f", {tested} of them held out: the only one of a class never is"
-        how = f"out of fold ({len(job.parts)} folds of {len(job.shots)} shots{rest}); what is kept was then trained on all shots"
-    else:
-        how = "on the shots themselves, which flatters every candidate"
-    said = [f"Loss, {metric.name} and its standard error {how}."]
-    said += _said_of_rivals(asked, better, equal, names, metric.name)
-    rival = next((name for name in [*better, *equal] if name in simple), None)
-    if rival and kept == asked and kept not in simple and job.options.method != c.AUTO:
-        said.append(f"Kept: {kept}; --select best keeps {_called(rival, names)}.")
-    elif kept != c.LEARNED:
-        said.append(f"Kept: {_called(kept, names)}.")
-    if candidate.new_adapter:
-        said.append(f"With a new adapter of rank {candidate.new_adapter}, trained on the shots beside those given.")
-    said += _between(candidate)
-    if skipped:
-        said.append(f"Not compared for want of time: {skipped}.")
-    if job.held and on_folds.skipped:
-        said.append(f"Not compared on the folds for want of time: {'; '.join(on_folds.skipped)}.")
-    said += idle
+    better, equal = c.rivals(asked, comparison, [c.BASE, c.UNIFORM, *names])
+    said = [
+        f"Loss, {metric.name} and its standard error {_how_judged(job)}.",
+        *_said_of_rivals(asked, better, equal, names, metric.name),
+        *_said_of_kept(job, [*better, *equal], asked, kept, candidate),
+        *_said_of_skipped(job, comparison, on_folds),
+        *_without_effect(job.options, candidate, folds=bool(job.parts)),
+    ]
     result: dict[str, Any] = {
         "metric": metric.name,
         "higher_is_better": metric.higher_is_better,
@@ -157,6 +133,55 @@ def metrics_of(
             "steps": job.steps,
         }  # fmt: skip
     return result
+
+
+def _not_estimated(job: FitJob, comparison: Comparison, kept: str, candidate: Candidate) -> str:
+    """The note where nothing was judged: why, and what to give."""
+    from . import candidates as c
+
+    each = "a second example of more classes" if job.several else "two different shots per class or more"
+    more = each if job.options.folds else "--folds 2 or more"
+    skipped = "; ".join(comparison.skipped)
+    why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
+    if job.options.method == c.AUTO or job.options.select == "best":
+        why += f" Kept: {_called(kept, job.learner.names)}, as there was nothing to choose by."
+    idle = _without_effect(job.options, candidate, folds=bool(job.parts))
+    return " ".join([f"Not estimated: {why}", *_between(candidate), *idle])
+
+
+def _how_judged(job: FitJob) -> str:
+    """What the scores were measured on."""
+    if job.held:
+        return f"on {len(job.held)} evaluation examples, every candidate trained on all {len(job.shots)} shots"
+    if not job.parts:
+        return "on the shots themselves, which flatters every candidate"
+    tested = sum(len(held) for _, held in job.parts)
+    rest = "" if tested == len(job.shots) else f", {tested} of them held out: the only one of a class never is"
+    return f"out of fold ({len(job.parts)} folds of {len(job.shots)} shots{rest}); what is kept was then trained on all shots"
+
+
+def _said_of_kept(job: FitJob, rivals: Sequence[str], asked: str, kept: str, candidate: Candidate) -> list[str]:
+    """What is kept, with what, and what --select best would keep."""
+    from . import candidates as c
+
+    names, said = job.learner.names, []
+    simple = [c.UNIFORM, *names]
+    rival = next((name for name in rivals if name in simple), None)
+    if rival and kept == asked and kept not in simple and job.options.method != c.AUTO:
+        said.append(f"Kept: {kept}; --select best keeps {_called(rival, names)}.")
+    elif kept != c.LEARNED:
+        said.append(f"Kept: {_called(kept, names)}.")
+    if candidate.new_adapter:
+        said.append(f"With a new adapter of rank {candidate.new_adapter}, trained on the shots beside those given.")
+    return said + _between(candidate)
+
+
+def _said_of_skipped(job: FitJob, comparison: Comparison, on_folds: Comparison) -> list[str]:
+    """What the time did not allow."""
+    said = [f"Not compared for want of time: {'; '.join(comparison.skipped)}."] if comparison.skipped else []
+    if job.held and on_folds.skipped:
+        said.append(f"Not compared on the folds for want of time: {'; '.join(on_folds.skipped)}.")
+    return said
 
 
 def history(losses: Mapping[str, list[tuple[int, float]]], kept: str) -> dict[str, list[tuple[int, float]]]:
