@@ -446,12 +446,13 @@ def test_what_the_settings_are_follows_from_the_head_and_the_shots() -> None:
 
     assert settings(True, True) == [("none", 8, 1.0), ("none", 0, 1.0)]
     assert settings(True, False) == [("none", 0, 0.5), ("none", 8, 0.5)]
-    assert settings(False, True) == settings(False, False) == [("all", 0, 1.0), ("all", 8, 1.0)]
+    assert settings(False, True) == [("all", 8, 1.0), ("all", 0, 1.0)]
+    assert settings(False, False) == [("all", 0, 1.0), ("all", 8, 1.0)]
     assert settings(True, True, new_adapter=0) == [("none", 0, 1.0), ("all", 0, 1.0)]
     assert settings(True, True, normalize="present") == [("present", 0, 1.0)] * 2  # the other granularity
     assert settings(True, True, method="uniform") == []
     assert settings(True, False, interpolation=1)[0] == ("none", 0, 1.0)
-    assert settings(False, True, interpolation=0.2)[0] == ("all", 0, 0.2)
+    assert settings(False, True, interpolation=0.2)[0] == ("all", 8, 0.2)
     assert settings(True, False, initial_logits=[1.0, 0.0])[0] == ("all", 0, 1.0)
 
 

@@ -366,7 +366,8 @@ def test_a_causal_lm_fit_lowers_the_loss_on_the_completion(tmp_path: Path) -> No
     mixture = fit(
         tmp_path / "base", folders, tmp_path / "shots.jsonl", "causal-lm", max_steps=30, learning_rate=0.05,
         batch_size=20, folds=0, eval_data=others(tmp_path / "shots.jsonl", tmp_path),
-        normalize="none", progress=lambda name, step, steps, loss, weights: losses.append(loss) if name == "learned" else None,
+        normalize="none", new_adapter=0,
+        progress=lambda name, step, steps, loss, weights: losses.append(loss) if name == "learned" else None,
     )  # fmt: skip
     assert sum(losses[-5:]) < sum(losses[:5])
     assert mixture.head == {}

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import EVERY_LINEAR, make_adapter, tiny_llama
+from safetensors.torch import load
 from test_candidates import Zoo, fitted
 from test_candidates import zoo as zoo
 from test_fit import WORDS, others, save_tokenizer
@@ -24,6 +25,7 @@ from wlora_merge.errors import MixtureError, UnsupportedError
 from wlora_merge.export import export
 from wlora_merge.fit_options import fit_options
 from wlora_merge.mixture import Mixture
+from wlora_merge.names import NEW_FOLDER
 from wlora_merge.verify import verify
 
 ROWS = [{"prompt": f"w{i} w{i + 1}", "completion": " " + " ".join(["w7"] * (1 + i % 5))} for i in range(7)]
@@ -44,8 +46,9 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
 
 def fitted_lm(llamas: Zoo, out: Path | None = None, **options: Any) -> Mixture:
+    """Of the given adapters alone, unless `new_adapter` says otherwise."""
     base, folders, shots = llamas
-    settings = {"folds": 0, "max_steps": 4, "batch_size": 3, "granularity": "module"}
+    settings = {"folds": 0, "max_steps": 4, "batch_size": 3, "granularity": "module", "new_adapter": 0}
     return wlora_merge.fit(base, folders, shots, "causal-lm", out, **(settings | options))
 
 
@@ -126,7 +129,7 @@ def test_every_epoch_has_every_row_once_in_an_order_that_only_the_seed_decides()
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_give_the_result_of_one(llamas: Zoo, tmp_path: Path, sharded: bool) -> None:
     base, folders, shots = llamas
-    one = fitted_lm(llamas)
+    one = fitted_lm(llamas, new_adapter=None)
     code = (
         "import warnings; warnings.simplefilter('ignore')\n"
         "import torch.distributed.fsdp as fsdp; shards, real = [], fsdp.fully_shard\n"
@@ -142,6 +145,11 @@ def test_two_processes_give_the_result_of_one(llamas: Zoo, tmp_path: Path, shard
     two = Mixture.load(tmp_path / "two")
     assert float(two.wlora_weights.abs().max()) > 0.05
     assert torch.allclose(one.wlora_weights, two.wlora_weights, atol=1e-5)
+    factors = load(one.new_files["adapter_model.safetensors"])
+    again = load((tmp_path / "two" / NEW_FOLDER / "adapter_model.safetensors").read_bytes())
+    assert len(factors) > 2
+    for name, factor in factors.items():
+        assert torch.allclose(factor, again[name], atol=1e-5), name
     assert not (tmp_path / "two.fit-state").exists()
 
 

@@ -77,9 +77,9 @@ def fixed_candidates(names: Sequence[str], options: FitOptions) -> dict[str, Can
 def learned_settings(options: FitOptions, *, head: bool, several: bool) -> list[Candidate]:
     """What the folds compare for the learned method: the default, then what differs from it in one option, then in more.
 
-    Empty for a method that learns nothing by gradients. The default is free weights where a new head is trained, with a new adapter
-    where there are two shots per class or more, else half-way back to uniform composition, and a softmax where the base already does
-    the task (recipes/bench_fit/README.md says what was measured).
+    Empty for a method that learns nothing by gradients. The default is free weights where a new head is trained, on one shot
+    per class half-way back to uniform composition, and a softmax where the base already does the task; with a new adapter where there
+    are two shots per class or more (recipes/bench_fit/README.md says what was measured).
 
     Args:
         head: whether a new head is trained.

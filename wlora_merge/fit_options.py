@@ -38,8 +38,8 @@ class FitOptions:
             start as uniform composition; None: `none` if a new head is trained, else `all`, and from 3 settings on the folds try
             the other; always `all` where logits or a temperature are given, or nothing is learned.
         new_adapter: rank of a LoRA that is trained from zero beside the given adapters, on the linear layers that they change; it
-            becomes one more adapter of the mixture, with weight 1, and the weights free ones. 0: none; None: 8 where a new head is
-            trained on two shots per class or more, else 0, unless the folds prefer the other; always 0 with `normalize: present`.
+            becomes one more adapter of the mixture, with weight 1, and the weights free ones. 0: none; None: 8 on two shots
+            per class or more, else 0, unless the folds prefer the other; always 0 with `normalize: present`.
         delta_scale: factor of the whole delta weight, or `learned`; None: 1, or that of the mixture folder to start from.
         initial_logits: [N] logits for all groups (free weights with `normalize: none`), a mixture folder to start from, or a
             JSON file {group: {adapter: logit}}; None: zero, which is uniform composition.

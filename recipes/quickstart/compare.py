@@ -13,6 +13,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from digits import DOWNSTREAM, UPSTREAM, Digits, read_digits, write_pictures
@@ -29,7 +30,11 @@ import wlora_merge
 TASK = "image-classification"
 BASE, UNIFORM, SCRATCH = "base model", "uniform composition", "LoRA from scratch"
 ALONE = {f"{name} alone": name for name in UPSTREAM}
-LEARNED = {"learned, per layer": "layer", "learned, per module": "module"}  # method -> granularity
+LEARNED: dict[str, dict[str, Any]] = {  # options of the fit
+    "learned, per layer": {"granularity": "layer", "new_adapter": 0},
+    "learned, per module": {"granularity": "module", "new_adapter": 0},
+    "per layer and a new adapter": {"granularity": "layer", "new_adapter": 8},
+}
 METHODS = [BASE, *ALONE, UNIFORM, *LEARNED, SCRATCH]  # the rows of the table
 
 
@@ -95,10 +100,10 @@ def make_model(zoo: Zoo, settings: Settings, few: FewShot, trial: Trial, shots: 
         return PeftModel.from_pretrained(model, zoo.adapters[ALONE[trial.method]])
     if trial.method == SCRATCH:
         return from_scratch(zoo, shots, settings, few, trial.seed)
-    return learned(zoo, shots, few, trial.seed, LEARNED[trial.method])
+    return learned(zoo, shots, few, trial.seed, **LEARNED[trial.method])
 
 
-def learned(zoo: Zoo, shots: Digits, few: FewShot, seed: int, granularity: str) -> torch.nn.Module:
+def learned(zoo: Zoo, shots: Digits, few: FewShot, seed: int, **options: Any) -> torch.nn.Module:
     """The product, in Python: fit, export, and load what was exported. So the table judges what a server would load."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -108,13 +113,13 @@ def learned(zoo: Zoo, shots: Digits, few: FewShot, seed: int, granularity: str) 
             list(zoo.adapters.items()),
             folder / "shots",
             TASK,
-            granularity=granularity,
             normalize="all",
             max_steps=few.steps,
             batch_size=few.batch_size,
             learning_rate=few.learning_rate,
             folds=0,
             seed=seed,
+            **options,
         )
         wlora_merge.export(mixture, "dense", folder / "dense")
         return ViTForImageClassification.from_pretrained(folder / "dense")
