@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -27,6 +28,7 @@ from wlora_merge.candidates import (
     rivals,
     several_each,
 )
+from wlora_merge.data import Examples
 from wlora_merge.errors import MixtureError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
@@ -627,6 +629,25 @@ def test_equal_examples_are_held_out_together() -> None:
     two = [("a",), ("a",), ("b",), ("b",)]
     assert not several_each(two, [0, 0, 2, 2])
     assert several_each(two, [0, 1, 2, 3])
+    assert not several_each([("a",)] * 3, [0, 1, 2])  # too few of anything
+
+
+def test_what_a_language_model_is_to_write_is_a_class_where_the_rows_repeat_it() -> None:
+    def classes(task: str, **columns: list[Any]) -> list[tuple[str, ...]]:
+        rows = datasets.Dataset.from_dict(columns)
+        return Examples(rows, task, {name: name for name in columns}, "shots.jsonl", "").classes(None)
+
+    yes_or_no, inputs = [" yes", " no", " yes", " yes"], ["a", "b", "c", "d"]
+    assert classes("causal-lm", prompt=inputs, completion=yes_or_no) == [(" yes",), (" no",), (" yes",), (" yes",)]
+    assert classes("seq2seq-lm", source=inputs[:3], target=["x", "y", "x"]) == [("",)] * 3  # three rows, two targets
+    assert classes("causal-lm", text=["x", "x"]) == [("",)] * 2
+    chats = [
+        [{"role": "user", "content": i}, {"role": "assistant", "content": o}]
+        for i, o in zip(inputs, yes_or_no, strict=True)
+    ]
+    found = classes("causal-lm", messages=chats)
+    assert found == [(text,) for text in yes_or_no]
+    assert all(len({found[i] for i in fold}) > 1 for fold in fold_indices(found * 3, range(12), 3, seed=0))
 
 
 def test_a_score_has_the_jackknife_error_which_for_a_mean_is_the_usual_one() -> None:

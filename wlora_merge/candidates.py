@@ -36,6 +36,9 @@ NEW_RANK = 8
 ONE_SHOT = 0.5
 """How far from uniform composition a new head and weights go on one shot per class, where nothing can be held out: half-way costs
 nothing near the adapters, and has most of the gain far from them (recipes/bench_fit/README.md)."""
+FEWEST = 4
+"""Different examples without which there are not two shots per class, even where all are of one: two or three teach a new adapter
+nothing that lasts (recipes/bench_fit/README.md)."""
 OVERRULES = 2.0
 """Standard errors of the difference by which a setting must be ahead on the folds to take the place of the default: at one, two
 examples do it, and they mislead (recipes/bench_fit/README.md)."""
@@ -133,9 +136,9 @@ def fold_indices(classes: Sequence[Sequence[str]], twins: Sequence[int], folds: 
 
 
 def several_each(classes: Sequence[Sequence[str]], twins: Sequence[int]) -> bool:
-    """Whether there are two different examples per class or more, on average."""
+    """Whether there are two different examples per class or more, on average, and `FEWEST` in all."""
     distinct = [name for index in set(twins) for name in classes[index]]
-    return len(distinct) >= 2 * len(set(distinct))
+    return len(distinct) >= 2 * len(set(distinct)) and len(set(twins)) >= FEWEST
 
 
 def compare(
