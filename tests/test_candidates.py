@@ -647,7 +647,8 @@ def test_what_a_language_model_is_to_write_is_a_class_where_the_rows_repeat_it()
     ]
     found = classes("causal-lm", messages=chats)
     assert found == [(text,) for text in yes_or_no]
-    assert all(len({found[i] for i in fold}) > 1 for fold in fold_indices(found * 3, range(12), 3, seed=0))
+    found *= 3
+    assert all(len({found[i] for i in fold}) > 1 for fold in fold_indices(found, range(12), 3, seed=0))
 
 
 def test_a_score_has_the_jackknife_error_which_for_a_mean_is_the_usual_one() -> None:
