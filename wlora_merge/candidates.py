@@ -40,8 +40,9 @@ FEWEST = 4
 """Different examples without which there are not two shots per class, even where all are of one: two or three teach a new adapter
 nothing that lasts (recipes/bench_fit/README.md)."""
 OVERRULES = 2.0
-"""Standard errors of the difference by which a setting must be ahead on the folds to take the place of the default: at one, two
-examples do it, and they mislead (recipes/bench_fit/README.md)."""
+"""Standard errors of the difference by which a setting must be ahead on the folds to take the place of the default, where a head is
+trained: at one, two examples do it, and they mislead. Where none is, two thirds of the shots teach what all do, and the folds are
+right (recipes/bench_fit/README.md)."""
 SEARCH_EVALUATIONS = 40
 SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.13269
 
@@ -156,7 +157,8 @@ def compare(
 
     Args:
         candidates: the settings of the learned method among them, the default first. One stands for all: each takes the place of
-            those before it only where it is ahead in the metric by more than `OVERRULES` standard errors of the difference.
+            those before it only where it is ahead in the metric, with a head by more than `OVERRULES` standard errors of the
+            difference.
         parts: (rows to train on, rows to judge on).
         steps: optimizer steps, for all or by candidate.
         judge_at: shares of the steps after which to judge.
@@ -186,7 +188,7 @@ def compare(
             result.settings[setting_name(candidate)] = scores[step].row() | {"steps": step}
         if before := best.get(candidate.name):
             lead, error = scores[step].ahead_of(before)
-            if lead <= OVERRULES * error:
+            if lead <= (OVERRULES if learner.head else 0.0) * error:
                 continue
         best[candidate.name], result.steps[candidate.name] = scores[step], step
         if candidate.learned:
