@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -320,6 +320,7 @@ class Scripted:
 
     options = fit_options({})
     metric = classification_metric(LabelSet(("a", "b"), SINGLE))
+    head: ClassVar = ["classifier"]
 
     def __init__(self, right: dict[str, list[int]]) -> None:
         self.right = right
@@ -362,17 +363,20 @@ def test_of_candidates_that_time_stopped_the_first_alone_is_judged(stopped: int,
 
 
 @pytest.mark.parametrize(
-    ("second", "expected"),
+    ("second", "with_head", "without"),
     [
-        ([1, 1, 1, 1, 1, 1, 0, 0, 0, 0], "module"),  # as good
-        ([1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "module"),  # ahead by one of ten, and so is the standard error
-        ([1, 1, 1, 1, 1, 1, 1, 1, 1, 0], "module"),  # ahead by three of ten: 1.96 standard errors
-        ([1, 1, 1, 1, 1, 1, 1, 1, 1, 1], "global"),  # ahead by four of ten: 2.4 standard errors
-        ([0, 0, 0, 1, 1, 1, 1, 1, 1, 1], "module"),  # ahead by one, but wrong where the default is right
+        ([1, 1, 1, 1, 1, 1, 0, 0, 0, 0], "module", "module"),  # as good
+        ([1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "module", "global"),  # ahead by one of ten, and so is the standard error
+        ([1, 1, 1, 1, 1, 1, 1, 1, 1, 0], "module", "global"),  # ahead by three of ten: 1.96 standard errors
+        ([1, 1, 1, 1, 1, 1, 1, 1, 1, 1], "global", "global"),  # ahead by four of ten: 2.4 standard errors
+        ([0, 0, 0, 1, 1, 1, 1, 1, 1, 1], "module", "global"),  # ahead by one, but wrong where the default is right
     ],
 )
-def test_which_setting_is_kept(second: list[int], expected: str) -> None:
+@pytest.mark.parametrize("head", [True, False])
+def test_which_setting_is_kept(second: list[int], with_head: str, without: str, head: bool) -> None:
+    expected = with_head if head else without
     learner = Scripted({"module": [1, 1, 1, 1, 1, 1, 0, 0, 0, 0], "global": second})
+    learner.head = ["classifier"] if head else []  # type: ignore[misc]
     settings = [Candidate(LEARNED, None, granularity=g) for g in ("module", "global")]
     found = compare(learner, settings, [(range(10), range(10))], 5, judge_at=(1.0,))  # type: ignore[arg-type]
     assert found.learned is not None

@@ -56,8 +56,8 @@ class FitOptions:
         folds: parts of the shots, each held out once; 0 holds nothing out. Classes with one shot are never held out.
         settings: how many settings of the learned method the folds compare at most, in this order: the default, without a new
             adapter (where it has none: with one), the other normalize, the other granularity, with a pull, then two of these at once;
-            each costs as many trainings as there are folds. One is taken instead of those before it where it is ahead by more than
-            two standard errors.
+            each costs as many trainings as there are folds. One is taken instead of those before it where it is ahead, with a
+            new head by more than two standard errors.
 
     How long:
         epochs, max_steps: passes over the shots, or optimizer steps; neither: 100 steps where a head is
