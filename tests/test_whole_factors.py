@@ -173,7 +173,7 @@ def test_a_fit_at_the_command_line_mixes_heads_and_its_export_is_their_float64_s
         tmp_path / "shots.jsonl",
     ]
     words += ["--task", "text-classification", "--modules-to-save", "mix", "--max-steps", "4", "--settings", "2"]
-    words += ["--folds", "2", "--no-report", "--json", "--out", tmp_path / "m"]
+    words += ["--folds", "2", "--new-adapter", "0", "--no-report", "--json", "--out", tmp_path / "m"]
     done = CliRunner().invoke(main, list(map(str, words)))
     assert done.exit_code == 0, done.output
     valid("fit", json.loads(done.stdout))
