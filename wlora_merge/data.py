@@ -82,7 +82,8 @@ class Examples:
             return [tuple(sorted(set(tags))) for tags in self.column("tags")]
         if written := next((name for name in ("completion", "target", "messages") if name in self.columns), None):
             texts = [v if isinstance(v, str) else str(v[-1]["content"]) for v in self.column(written)]
-            return [(text,) if 2 * len(set(texts)) <= len(texts) else ("",) for text in texts]
+            repeated = 2 * len(set(texts)) <= len(texts)
+            return [(text if repeated else "",) for text in texts]
         if "label" not in self.columns or labels is None or labels.problem_type == REGRESSION:
             return [("",)] * len(self)
         values = self.column("label")
