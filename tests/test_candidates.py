@@ -644,6 +644,7 @@ def test_what_a_language_model_is_to_write_is_a_class_where_the_rows_repeat_it()
     yes_or_no, inputs = [" yes", " no", " yes", " yes"], ["a", "b", "c", "d"]
     assert classes("causal-lm", prompt=inputs, completion=yes_or_no) == [(" yes",), (" no",), (" yes",), (" yes",)]
     assert classes("seq2seq-lm", source=inputs[:3], target=["x", "y", "x"]) == [("",)] * 3  # three rows, two targets
+    assert classes("seq2seq-lm", source=["a", "b"] * 2, target=["x", "y"] * 2) == [("",)] * 4  # two rows, each twice
     assert classes("causal-lm", text=["x", "x"]) == [("",)] * 2
     chats = [
         [{"role": "user", "content": i}, {"role": "assistant", "content": o}]

@@ -76,13 +76,13 @@ class Examples:
     def classes(self, labels: LabelSet | None) -> list[tuple[str, ...]]:
         """The classes or tags of each row, [len(self)]; of a task that has none, one that is called "".
 
-        What a language model is to write is a class where the rows repeat it, twice each on average: a few-shot classification.
+        What a language model is to write is a class where different rows repeat it, twice each on average: a few-shot classification.
         """
         if "tags" in self.columns:
             return [tuple(sorted(set(tags))) for tags in self.column("tags")]
         if written := next((name for name in ("completion", "target", "messages") if name in self.columns), None):
             texts = [v if isinstance(v, str) else str(v[-1]["content"]) for v in self.column(written)]
-            repeated = 2 * len(set(texts)) <= len(texts)
+            repeated = 2 * len(set(texts)) <= len(set(self.twins()))
             return [(text if repeated else "",) for text in texts]
         if "label" not in self.columns or labels is None or labels.problem_type == REGRESSION:
             return [("",)] * len(self)
