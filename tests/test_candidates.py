@@ -332,7 +332,7 @@ class Scripted:
         right = torch.tensor(self.right[candidate.granularity])
         logits = torch.stack([1.0 - right, right.float()], dim=1)  # the label is always 1
         judged = Judged(logits, torch.ones(len(right), dtype=torch.long), float(1 - right.float().mean()), len(right))
-        return Trained(steps, 0.0, {steps: judged})
+        return Trained(steps, 0.0, {(steps, 1.0): judged})
 
 
 class Stopping(Scripted):
@@ -344,7 +344,7 @@ class Stopping(Scripted):
         return replace(done, steps=2, judged={}, complete=False) if stops else done
 
     def judge(self, rows: Sequence[int]) -> Judged:
-        return super().train(Candidate(LEARNED, None), rows, 2).judged[2]
+        return super().train(Candidate(LEARNED, None), rows, 2).judged[2, 1.0]
 
 
 @pytest.mark.parametrize(("stopped", "judged"), [(0, ["a", "b", "c"]), (1, ["a", "c"]), (2, ["a", "b"])])
@@ -382,6 +382,42 @@ def test_which_setting_is_kept(second: list[int], with_head: str, without: str, 
     assert found.learned is not None
     assert found.learned.granularity == expected
     assert found.scores[LEARNED].value == pytest.approx(np.mean(learner.right[expected]))
+
+
+class Halfway(Scripted):
+    """A learner whose new adapter does at each step and interpolation as it is told: which examples are right, and the loss."""
+
+    def __init__(self, points: dict[tuple[int, float], tuple[list[int], float]]) -> None:
+        super().__init__({})
+        self.points = points
+
+    def train(self, candidate: Candidate, rows: Sequence[int], steps: int, **_: Any) -> Trained:
+        judged = {}
+        for point, (right, loss) in self.points.items():
+            logits = torch.tensor([[1.0 - r, float(r)] for r in right])
+            judged[point] = Judged(logits, torch.ones(len(right), dtype=torch.long), loss, len(right))
+        return Trained(steps, 0.0, judged)
+
+
+@pytest.mark.parametrize(
+    ("whole", "kept"),
+    [
+        ([1, 1, 0, 0], (2, 0.5)),  # as good, with a larger loss
+        ([1, 0, 0, 0], (2, 0.5)),
+        ([1, 1, 1, 0], (4, 1.0)),  # better in the metric, whatever its loss
+    ],
+)
+def test_how_far_a_new_adapter_goes_is_what_the_metric_says_and_for_how_long_what_the_loss_says(
+    whole: list[int], kept: tuple[int, float]
+) -> None:
+    points = {(2, 0.5): ([1, 1, 0, 0], 0.4), (4, 0.5): ([1, 1, 1, 1], 0.5)}
+    learner = Halfway(points | {(2, 1.0): ([1, 1, 1, 1], 9.0), (4, 1.0): (whole, 5.0)})
+    setting = Candidate(LEARNED, None, new_adapter=8, new_interpolations=(0.5, 1.0))
+    found = compare(learner, [setting], [(range(4), range(4))], 4, judge_at=(0.5, 1.0))  # type: ignore[arg-type]
+    assert found.learned is not None
+    assert (found.steps[LEARNED], *found.learned.new_interpolations) == kept
+    (row,) = found.settings.values()
+    assert (row["steps"], row["new_adapter_interpolation"]) == kept
 
 
 def test_each_candidate_is_trained_for_its_own_number_of_steps() -> None:
@@ -446,9 +482,14 @@ def test_a_mixture_per_module_continues_a_fit_under_the_files_own_names(zoo: Zoo
 
 
 def test_what_the_settings_are_follows_from_the_head_and_the_shots() -> None:
+    def found(head: bool, several: bool, **options: Any) -> list[Candidate]:
+        return learned_settings(fit_options(options), head=head, several=several)
+
     def settings(head: bool, several: bool, **options: Any) -> list[tuple[str, int, float]]:
-        found = learned_settings(fit_options(options), head=head, several=several)
-        return [(s.normalize, s.new_adapter, s.interpolation) for s in found]
+        return [(s.normalize, s.new_adapter, s.interpolation) for s in found(head, several, **options)]
+
+    def new_interpolations(head: bool, several: bool, **options: Any) -> list[tuple[float, ...]]:
+        return [s.new_interpolations for s in found(head, several, **options)]
 
     assert settings(True, True) == [("none", 8, 1.0), ("none", 0, 1.0)]
     assert settings(True, False) == [("none", 0, 0.5), ("none", 8, 0.5)]
@@ -460,6 +501,10 @@ def test_what_the_settings_are_follows_from_the_head_and_the_shots() -> None:
     assert settings(True, False, interpolation=1)[0] == ("none", 0, 1.0)
     assert settings(False, True, interpolation=0.2)[0] == ("all", 8, 0.2)
     assert settings(True, False, initial_logits=[1.0, 0.0])[0] == ("all", 0, 1.0)
+    assert new_interpolations(False, True) == [(0.5, 0.25, 1.0), (1.0,)]  # none is trained in the second
+    assert new_interpolations(True, True) == [(1.0,), (1.0,)]
+    assert new_interpolations(False, True, new_adapter_interpolation=0.7) == [(0.7,), (1.0,)]
+    assert new_interpolations(True, True, new_adapter_interpolation=0.7) == [(0.7,), (1.0,)]
 
 
 @pytest.mark.parametrize(
@@ -515,7 +560,7 @@ def test_what_is_judged_is_the_interpolation(zoo: Zoo, tmp_path: Path) -> None:
     held = tmp_path / "held.csv"
     held.write_text("text,label\nw9 w30,low\nw33 w12,high\nw35 w8,high\n")
     given = {"eval_data": held, "folds": 0, "learning_rate": 0.2, "max_steps": 12}
-    for options in ({}, {"early_stopping": 20}):
+    for options in ({}, {"early_stopping": 20}, {"new_adapter": 2, "new_adapter_interpolation": 0.5}):
         mixture = fitted(zoo, **given, **options, interpolation=0.25)
         said = mixture.metrics["candidates"]["learned"]["loss"]
         export(mixture, "dense", tmp_path / "dense", force=True)
@@ -788,6 +833,8 @@ def test_cma_es_finds_the_minimum_of_a_rotated_ellipsoid() -> None:
         ({"method": "auto", "select": "best"}, "leave --select best out"),
         ({"method": "best-single", "normalize": "present"}, "leave --normalize out"),
         ({"new_adapter": 0, "new_adapter_learning_rate": 1e-4}, "leave --new-adapter-learning-rate out"),
+        ({"new_adapter": 0, "new_adapter_interpolation": 0.5}, "leave --new-adapter-interpolation out"),
+        ({"new_adapter_interpolation": 2}, "new_adapter_interpolation is 2, expected a share above 0 and at most 1"),
         ({"seed": -1}, "from 0 to"),
         ({"seed": 2**32}, "from 0 to"),
         ({"max_steps": 2.5}, "max_steps is 2.5, expected a whole number"),

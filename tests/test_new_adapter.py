@@ -112,6 +112,23 @@ def test_it_starts_from_the_mixture_alone_and_the_same_seed_gives_the_same_files
     assert not any("wlora" in name for name, _ in model.named_modules())
 
 
+def test_half_way_the_new_adapters_change_is_half_of_what_was_trained_and_all_else_as_it_was(
+    zoo: Zoo, tmp_path: Path
+) -> None:
+    for share in (1.0, 0.5):
+        mixture = with_new(zoo, tmp_path / f"{share}", new_adapter_interpolation=share)
+        assert ("given, 0.5 of the way" in mixture.metrics["note"]) == (share == 0.5)
+    (whole, of_whole), (half, of_half) = (
+        (
+            peft_changes(classifier(zoo), tmp_path / f"{s}" / NEW_FOLDER),
+            load_file(tmp_path / f"{s}/mixture.safetensors"),
+        )
+        for s in (1.0, 0.5)
+    )
+    assert all(torch.allclose(half[name], whole[name] / 2, rtol=1e-9, atol=1e-12) for name in whole)
+    assert all(torch.equal(of_half[name], of_whole[name]) for name in of_whole)
+
+
 def test_a_mixture_folder_keeps_its_new_adapter_wherever_it_is_moved(zoo: Zoo, tmp_path: Path) -> None:
     in_memory = with_new(zoo)
     export(in_memory, "dense", tmp_path / "from memory")

@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,9 @@ CHECKPOINTS = (0.3, 0.6, 1.0)
 costs more than the weights gain (recipes/bench_fit/README.md)."""
 PULLS = (0.0, 0.3)
 NEW_RANK = 8
+NEW_INTERPOLATIONS = (0.5, 0.25, 1.0)
+"""How far the new adapter goes to what was trained, where no head is trained: half-way it keeps what it gains far from the given
+adapters, and loses little near them; the folds may prefer less or all of it (recipes/bench_fit/README.md)."""
 ONE_SHOT = 0.5
 """How far from uniform composition a new head and weights go on one shot per class, where nothing can be held out: half-way costs
 nothing near the adapters, and has most of the gain far from them (recipes/bench_fit/README.md)."""
@@ -100,11 +103,13 @@ def learned_settings(options: FitOptions, *, head: bool, several: bool) -> list[
     default = NEW_RANK if several else 0
     half = head and not several and options.initial_logits is None
     share = options.interpolation if options.interpolation is not None else ONE_SHOT if half else 1.0
+    given = options.new_adapter_interpolation
+    new = (given,) if given is not None else (1.0,) if head else NEW_INTERPOLATIONS
     ranks = [options.new_adapter] if options.new_adapter is not None else [default, NEW_RANK - default]
     table = itertools.product(enumerate(pulls), enumerate(granularities), enumerate(normalizes), enumerate(ranks))
     ordered = sorted(table, key=lambda row: sum(number for number, _ in row))
     settings = [
-        Candidate(LEARNED, None, m, g, p, new_adapter=r, interpolation=share)
+        Candidate(LEARNED, None, m, g, p, new_adapter=r, interpolation=share, new_interpolations=new if r else (1.0,))
         for (_, p), (_, g), (_, m), (_, r) in ordered
     ]
     return [s for s in settings if not (s.new_adapter and s.normalize == "present")][: options.settings]
@@ -182,26 +187,37 @@ def compare(
             continue
         if len(parts) == 1:
             result.trained[candidate.name] = found[0][0]
-        scores = {step: score(pool([t.judged[step] for t, _ in found]), learner.metric) for step in found[0][0].judged}
-        step = min(scores, key=lambda s: (scores[s].loss, s))
+        scores = {at: score(pool([t.judged[at] for t, _ in found]), learner.metric) for at in found[0][0].judged}
+        step, new = _best_point(scores)
+        reached = scores[step, new]
         if candidate.learned:
-            result.settings[setting_name(candidate)] = scores[step].row() | {"steps": step}
+            interpolation = {"new_adapter_interpolation": new} if candidate.new_adapter else {}
+            result.settings[setting_name(candidate)] = reached.row() | {"steps": step} | interpolation
         if before := best.get(candidate.name):
-            lead, error = scores[step].ahead_of(before)
+            lead, error = reached.ahead_of(before)
             if lead <= (OVERRULES if learner.head else 0.0) * error:
                 continue
-        best[candidate.name], result.steps[candidate.name] = scores[step], step
+        best[candidate.name], result.steps[candidate.name] = reached, step
         if candidate.learned:
-            result.learned = candidate
+            result.learned = replace(candidate, new_interpolations=(new,))
             if found[0][1] is not None:
                 pruned = pool([p for _, p in found if p is not None])
-                result.pruned = score(pruned, learner.metric).loss - scores[max(scores)].loss
+                whole = scores[max(step for step, _ in scores), candidate.new_interpolations[0]]
+                result.pruned = score(pruned, learner.metric).loss - whole.loss
     result.scores = best
     return result
 
 
+def _best_point(scores: Mapping[tuple[int, float], Score]) -> tuple[int, float]:
+    """The step and the interpolation of the new adapter to keep: of each interpolation's step of the lowest loss the best score."""
+    steps: dict[float, int] = {}
+    for step, new in sorted(scores, key=lambda point: (scores[point].loss, point[0])):
+        steps.setdefault(new, step)
+    return max(((step, new) for new, step in sorted(steps.items())), key=lambda point: scores[point].key())
+
+
 def setting_name(candidate: Candidate) -> str:
-    """A learned setting as tables show it."""
+    """A learned setting as tables show it; how far a new adapter goes is chosen within it."""
     new = f", new adapter of rank {candidate.new_adapter}" if candidate.new_adapter else ""
     share = f", interpolation {candidate.interpolation:g}" if candidate.interpolation != 1 else ""
     return f"{candidate.granularity}, normalize {candidate.normalize}, pull {candidate.pull:g}{new}{share}"
@@ -231,7 +247,7 @@ def _one(
     if candidate.name == SEARCH:
         candidate, tried = searched(learner, candidate, rows, tag, deadline)
     if saved:
-        judged = {step: Judged(**row) for step, row in saved["judged"].items()}
+        judged = {point: Judged(**row) for point, row in saved["judged"].items()}
         return Trained(
             saved["steps"],
             saved["loss"],
@@ -248,7 +264,7 @@ def _one(
     trained.candidate, trained.complete = candidate, trained.complete and tried == SEARCH_EVALUATIONS
     trained.stopped = cut(tried)
     if keep and not trained.complete and trained.steps:  # what time allowed is what would be kept
-        trained.judged[trained.steps] = learner.judge(held)
+        trained.judged[trained.steps, candidate.new_interpolations[0]] = learner.judge(held)
     pruned = None
     if candidate.learned and learner.options.prune_below and trained.complete:
         prune(learner)
@@ -261,7 +277,7 @@ def _one(
             "tensors": trained.tensors if keep else [],
             "history": trained.history,
         }
-        learner.state.finish(key, table | {"judged": {s: vars(j) for s, j in trained.judged.items()}})
+        learner.state.finish(key, table | {"judged": {point: vars(j) for point, j in trained.judged.items()}})
     return trained, pruned
 
 
@@ -354,8 +370,8 @@ def checkpoints(options: FitOptions, *, head: bool) -> tuple[float, ...]:
 
 
 def folds_decide(options: FitOptions, settings: Sequence[Candidate], *, head: bool) -> bool:
-    """Whether there is anything left to decide on the folds where evaluation data judge the candidates: a setting, or the steps."""
-    return len(settings) * len(checkpoints(options, head=head)) > 1
+    """Whether evaluation data leave the folds anything to decide: a setting, the steps, or how far a new adapter goes."""
+    return sum(len(s.new_interpolations) for s in settings) * len(checkpoints(options, head=head)) > 1
 
 
 def of_method(method: str, comparison: Comparison, names: Sequence[str]) -> str:

@@ -287,7 +287,8 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
             learner, settings if job.held else [*fixed.values(), *search, *settings], job.parts, steps,
             judge_at=c.checkpoints(options, head=head), deadline=job.deadline(FOLD_SHARE),
         )  # fmt: skip
-    learned = [comparison.learned] if comparison.learned else settings[:1]
+    default = [replace(s, new_interpolations=s.new_interpolations[:1]) for s in settings[:1]]
+    learned = [comparison.learned] if comparison.learned else default
     on_folds, planned = comparison, {name: comparison.steps.get(name, steps) for name in [*fixed, c.SEARCH, c.LEARNED]}
     if job.held:
         first = names if options.method == c.BEST_SINGLE else [options.method]  # what is kept, as time may end

@@ -40,6 +40,8 @@ class FitOptions:
         new_adapter: rank of a LoRA that is trained from zero beside the given adapters, on the linear layers that they change; it
             becomes one more adapter of the mixture, with weight 1, and the weights free ones. 0: none; None: 8 on two shots
             per class or more, else 0, unless the folds prefer the other; always 0 with `normalize: present`.
+        new_adapter_interpolation: how far it goes from nothing (0) to what was trained (1), as in WiSE-FT; None: 1 if a new head is
+            trained, else 0.5, or 0.25 or 1 where the folds' metric, or with the same metric the loss, is better.
         delta_scale: factor of the whole delta weight, or `learned`; None: 1, or that of the mixture folder to start from.
         initial_logits: [N] logits for all groups (free weights with `normalize: none`), a mixture folder to start from, or a
             JSON file {group: {adapter: logit}}; None: zero, which is uniform composition.
@@ -84,6 +86,7 @@ class FitOptions:
     granularity: str | None = None
     normalize: str | None = None
     new_adapter: int | None = None
+    new_adapter_interpolation: float | None = None
     delta_scale: float | str | None = None
     initial_logits: str | Sequence[float] | None = None
     temperature: float = 1.0
@@ -125,11 +128,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
 _ABOVE_0 = (
     "temperature", "epochs", "max_steps", "max_minutes", "early_stopping", "learning_rate", "head_learning_rate",
     "new_adapter_learning_rate", "batch_size", "gradient_accumulation_steps", "max_length", "settings", "interpolation",
+    "new_adapter_interpolation",
 )  # fmt: skip
 _AT_LEAST_0 = ("pull", "prune_below", "folds", "new_adapter")
+OF_NEW = ("new_adapter_learning_rate", "new_adapter_interpolation")
 _LEARNED_ALONE = (
     "granularity", "pull", "temperature", "initial_logits", "learning_rate", "settings", "new_adapter",
-    "new_adapter_learning_rate", "interpolation",
+    "new_adapter_learning_rate", "new_adapter_interpolation", "interpolation",
 )  # fmt: skip
 
 
@@ -217,6 +222,7 @@ def check_together(options: FitOptions) -> None:
     Raises:
         MixtureError: with the options' names.
     """
+    defaults = FitOptions()
     if options.folds == 1:
         raise MixtureError("folds is 1, expected 0 (hold nothing out) or 2 and more.")
     if options.folds == 0 and options.settings != FitOptions.settings:
@@ -235,7 +241,6 @@ def check_together(options: FitOptions) -> None:
             "--normalize none too."
         )
     if options.method not in ("learned", "auto"):
-        defaults = FitOptions()
         given = [n for n in _LEARNED_ALONE if getattr(options, n) not in (getattr(defaults, n), 0)]
         given += ["delta_scale: learned"] * (options.delta_scale == "learned")
         if given:
@@ -247,12 +252,15 @@ def check_together(options: FitOptions) -> None:
         raise MixtureError("method auto keeps what is best anyway: leave --select best out.")
     if options.method in ("fixed", "best-single") and options.normalize is not None:
         raise MixtureError(f"method {options.method} uses weights as they are: leave --normalize out.")
-    if options.new_adapter == 0 and options.new_adapter_learning_rate != FitOptions.new_adapter_learning_rate:
-        raise MixtureError("new_adapter 0 trains none: leave --new-adapter-learning-rate out.")
+    for name in OF_NEW:
+        if options.new_adapter == 0 and getattr(options, name) != getattr(defaults, name):
+            raise MixtureError(f"new_adapter 0 trains none: leave --{name.replace('_', '-')} out.")
     if options.temperature != 1 and options.normalize == "none":
         raise MixtureError("the temperature is of a softmax, and normalize none has none: leave one of them out.")
-    if (options.interpolation or 1) > 1:
-        raise MixtureError(f"interpolation is {options.interpolation}, expected a share above 0 and at most 1.")
+    for name in ("interpolation", "new_adapter_interpolation"):
+        share = getattr(options, name)
+        if (share or 1) > 1:
+            raise MixtureError(f"{name} is {share}, expected a share above 0 and at most 1.")
     if options.interpolation is not None and options.initial_logits is not None:
         raise MixtureError(
             "interpolation goes back to uniform composition, not to initial_logits: leave one of them out."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .data import Examples
-from .fit_options import FitOptions
+from .fit_options import OF_NEW, FitOptions
 
 if TYPE_CHECKING:
     from .candidates import Comparison, Leads
@@ -40,11 +40,19 @@ def _called(name: str, adapters: Sequence[str]) -> str:
     return f"{name} alone" if name in adapters else name
 
 
-def _between(candidate: Candidate) -> list[str]:
-    share = candidate.interpolation
-    if share == 1:
-        return []
-    return [f"The mixture lies {share:g} of the way from uniform composition to what was learned (--interpolation)."]
+def _with_what(candidate: Candidate) -> list[str]:
+    """What is kept beside the weights, and how far it goes."""
+    said, share, (new,) = [], candidate.interpolation, candidate.new_interpolations
+    if candidate.new_adapter:
+        far = "" if new == 1 else f", {new:g} of the way to what was trained (--new-adapter-interpolation)"
+        said.append(
+            f"With a new adapter of rank {candidate.new_adapter}, trained on the shots beside those given{far}."
+        )
+    if share != 1:
+        said.append(
+            f"The mixture lies {share:g} of the way from uniform composition to what was learned (--interpolation)."
+        )
+    return said
 
 
 def _said_of_rivals(asked: str, better: Leads, equal: Leads, adapters: Sequence[str], metric: str) -> list[str]:
@@ -89,9 +97,9 @@ def said_of_pruning(pruned: Mapping[str, Any], *, scored: bool) -> str:
 def _without_effect(options: FitOptions, candidate: Candidate, *, folds: bool) -> list[str]:
     """Options that were given, and that came to nothing."""
     names = [] if folds or options.settings == FitOptions.settings else ["--settings (there were no folds)"]
-    rate = options.new_adapter_learning_rate != FitOptions.new_adapter_learning_rate
-    if rate and not candidate.new_adapter:
-        names.append("--new-adapter-learning-rate (no new adapter was kept)")
+    given = [name for name in OF_NEW if getattr(options, name) != getattr(FitOptions, name)]
+    if not candidate.new_adapter:
+        names += [f"--{name.replace('_', '-')} (no new adapter was kept)" for name in given]
     return [f"Without effect: {', '.join(names)}."] if names else []
 
 
@@ -130,7 +138,7 @@ def metrics_of(
         result["chosen"] = {
             "granularity": candidate.granularity, "normalize": candidate.normalize, "pull": candidate.pull,
             "new_adapter": candidate.new_adapter, "interpolation": candidate.interpolation,
-            "steps": job.steps,
+            "new_adapter_interpolation": candidate.new_interpolations[0], "steps": job.steps,
         }  # fmt: skip
     return result
 
@@ -146,7 +154,7 @@ def _not_estimated(job: FitJob, comparison: Comparison, kept: str, candidate: Ca
     if job.options.method == c.AUTO or job.options.select == "best":
         why += f" Kept: {_called(kept, job.learner.names)}, as there was nothing to choose by."
     idle = _without_effect(job.options, candidate, folds=bool(job.parts))
-    return " ".join([f"Not estimated: {why}", *_between(candidate), *idle])
+    return " ".join([f"Not estimated: {why}", *_with_what(candidate), *idle])
 
 
 def _how_judged(job: FitJob) -> str:
@@ -171,9 +179,7 @@ def _said_of_kept(job: FitJob, rivals: Sequence[str], asked: str, kept: str, can
         said.append(f"Kept: {kept}; --select best keeps {_called(rival, names)}.")
     elif kept != c.LEARNED:
         said.append(f"Kept: {_called(kept, names)}.")
-    if candidate.new_adapter:
-        said.append(f"With a new adapter of rank {candidate.new_adapter}, trained on the shots beside those given.")
-    return said + _between(candidate)
+    return said + _with_what(candidate)
 
 
 def _said_of_skipped(job: FitJob, comparison: Comparison, on_folds: Comparison) -> list[str]:

@@ -18,8 +18,8 @@ OPTIONS = {
         "onnx_base",
     ),
     "How they are mixed": (
-        "method", "select", "weights", "granularity", "normalize", "new_adapter", "delta_scale", "initial_logits",
-        "temperature", "pull", "interpolation", "prune_below",
+        "method", "select", "weights", "granularity", "normalize", "new_adapter", "new_adapter_interpolation", "delta_scale",
+        "initial_logits", "temperature", "pull", "interpolation", "prune_below",
     ),
     "How it is judged": ("folds", "settings"),
     "How it is trained": (

@@ -95,8 +95,14 @@ FIT_OPTIONS = together(
         "--new-adapter",
         type=click.IntRange(min=0),
         metavar="R",
-        help="Rank of a LoRA that is trained from zero beside the given ones, with weight 1; 0: none. Default: 8 if a head is "
-        "trained on two shots per class or more, else 0, unless the folds prefer the other; always 0 with --normalize present.",
+        help="Rank of a LoRA that is trained from zero beside the given ones, with weight 1; 0: none. Default: 8 on two "
+        "shots per class or more, else 0, unless the folds prefer the other; always 0 with --normalize present.",
+    ),
+    click.option(
+        "--new-adapter-interpolation",
+        type=click.FloatRange(0, 1, min_open=True),
+        help="How far the new adapter goes from nothing (0) to what was trained (1). Default: 1 if a head is trained, else 0.5, "
+        "unless the folds prefer 0.25 or 1.",
     ),
     click.option(
         "--delta-scale",

@@ -51,7 +51,8 @@ class Candidate:
     """One way to mix: a row of weights for all groups, or (`row` None) weights learned from the start.
 
     `scale` 0 is the base model alone; `new_adapter` the rank of a LoRA that is trained beside them; `interpolation` how far it goes
-    from uniform composition (0) to what was learned (1).
+    from uniform composition (0) to what was learned (1), and `new_interpolations` how far the new adapter goes besides, from nothing:
+    the first, or that of several which the folds prefer.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Candidate:
     scale: float | None = None
     new_adapter: int = 0
     interpolation: float = 1.0
+    new_interpolations: tuple[float, ...] = (1.0,)
 
     @property
     def learned(self) -> bool:
@@ -81,14 +83,15 @@ class Judged:
 
 @dataclass
 class Trained:
-    """What a training gave: its steps, the loss of the last, what was judged after which step, whether it ran to its end.
+    """What a training gave: its steps, the loss of the last, what was judged, whether it ran to its end.
 
+    `judged` is by the step and the interpolation of the new adapter.
     `candidate` is what was trained, with the weights that a search found; `stopped` says where that search stopped, if it did.
     """
 
     steps: int = 0
     loss: float = math.nan
-    judged: dict[int, Judged] = field(default_factory=dict)
+    judged: dict[tuple[int, float], Judged] = field(default_factory=dict)
     complete: bool = True
     tensors: list[torch.Tensor] = field(default_factory=list)
     history: list[tuple[int, float]] = field(default_factory=list)
@@ -257,10 +260,11 @@ class Learner:
         parameters = self.place(candidate)
         result = Trained()
         if not parameters:
-            result.judged = dict.fromkeys(judge_at, self.judge(held)) if held and judge_at else {}
+            points = [(step, candidate.new_interpolations[0]) for step in judge_at]
+            result.judged = dict.fromkeys(points, self.judge(held)) if held and judge_at else {}
             return result
         loop = _Loop(self, candidate, rows, steps, parameters)
-        uniform = [*loop.tensors()[: len(parameters) - len(head)], *head]
+        loop.uniform[len(parameters) - len(head) :] = head
         best = (math.inf, 0, loop.tensors())
         if saved := self.state.current(key):
             result, best = loop.restore(saved)
@@ -277,20 +281,22 @@ class Learner:
                 self.log({"loss": result.loss, **{f"weight/{n}": w for n, w in self.weights().items()}}, step)
             if step in judge_at:
                 learned = loop.tensors()
-                interpolate(parameters, uniform, candidate.interpolation)
-                result.judged[step] = judged = self.judge(held, loop.features)
-                restore(parameters, learned)
+                for share in candidate.new_interpolations:
+                    loop.interpolate(share)
+                    result.judged[step, share] = self.judge(held, loop.features)
+                    restore(parameters, learned)
+                judged = result.judged[step, candidate.new_interpolations[0]]
                 if patience is not None:
                     if judged.loss < best[0]:
                         best = (judged.loss, step, loop.tensors())
-                    elif sum(s > best[1] for s in result.judged) >= patience:
+                    elif len({s for s, _ in result.judged if s > best[1]}) >= patience:
                         break
             self.state.save_current(key, lambda result=result, best=best: loop.saved(result, best))  # type: ignore[misc]
         self._check(candidate, loop, result)
         if patience is not None and best[1]:
             restore(loop.parameters, best[2])
             result.steps = best[1]
-        interpolate(parameters, uniform, candidate.interpolation)
+        loop.interpolate(candidate.new_interpolations[0])
         result.tensors = loop.tensors()
         return result
 
@@ -450,10 +456,11 @@ class _Loop:
         self.learner, self.candidate, self.parameters = learner, candidate, parameters
         self.features = learner.features(candidate)
         self.batches = learner.batches(rows, steps)
-        self.done = 0
+        self.done, self.uniform = 0, self.tensors()
         model, options = learner.model, learner.options
         head = [model.get_parameter(name) for name in learner.start]
         factors = new_parameters(model)
+        self.rising = {id(lora_B) for lora_B in factors[1::2]}
         others = {id(p) for p in (*head, *factors)}
         groups = [
             {
@@ -500,13 +507,25 @@ class _Loop:
         """Copies of what is trained."""
         return [p.detach().clone() for p in self.parameters]
 
+    def interpolate(self, new: float) -> None:
+        """Leave what is trained as far from uniform composition as the candidate says, and the new adapter's change `new` times that.
+
+        That is WiSE-FT, https://arxiv.org/abs/2109.01903. lora_B starts at zero, where the new adapter changes nothing.
+        """
+        share = self.candidate.interpolation
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.uniform, strict=True):
+                far = share * new if id(parameter) in self.rising else share
+                if far != 1:
+                    parameter.copy_(torch.lerp(value, parameter, far))
+
     def saved(self, result: Trained, best: tuple[float, int, list[torch.Tensor]]) -> dict[str, Any]:
         """All that `restore` needs, as plain containers and tensors."""
         return {
             "steps": result.steps,
             "loss": result.loss,
             "history": list(result.history),
-            "judged": {step: vars(judged) for step, judged in result.judged.items()},
+            "judged": {point: vars(judged) for point, judged in result.judged.items()},
             "tensors": self.tensors(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -520,7 +539,7 @@ class _Loop:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
-        judged = {step: Judged(**row) for step, row in saved["judged"].items()}
+        judged = {point: Judged(**row) for point, row in saved["judged"].items()}
         best = saved["best"]
         return Trained(saved["steps"], saved["loss"], judged, history=saved["history"]), (best[0], best[1], best[2])
 
@@ -530,14 +549,6 @@ def restore(parameters: Sequence[nn.Parameter], tensors: Sequence[torch.Tensor])
     with torch.no_grad():
         for parameter, value in zip(parameters, tensors, strict=True):
             parameter.copy_(value)
-
-
-def interpolate(parameters: Sequence[nn.Parameter], start: Sequence[torch.Tensor], share: float) -> None:
-    """Leave the parameters that share of the way from `start` to what they are: WiSE-FT, https://arxiv.org/abs/2109.01903."""
-    if share != 1:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, start, strict=True):
-                parameter.copy_(torch.lerp(value, parameter, share))
 
 
 def _distance(model: nn.Module) -> torch.Tensor:

@@ -33,7 +33,7 @@ ALONE = {f"{name} alone": name for name in UPSTREAM}
 LEARNED: dict[str, dict[str, Any]] = {  # options of the fit
     "learned, per layer": {"granularity": "layer", "new_adapter": 0},
     "learned, per module": {"granularity": "module", "new_adapter": 0},
-    "with a new adapter": {"granularity": "layer", "new_adapter": 8},
+    "with a new adapter": {"granularity": "layer", "new_adapter": 8, "new_adapter_interpolation": 1.0},
 }
 METHODS = [BASE, *ALONE, UNIFORM, *LEARNED, SCRATCH]  # the rows of the table
 
