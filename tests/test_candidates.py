@@ -416,8 +416,9 @@ def test_how_far_a_new_adapter_goes_is_what_the_metric_says_and_for_how_long_wha
     found = compare(learner, [setting], [(range(4), range(4))], 4, judge_at=(0.5, 1.0))  # type: ignore[arg-type]
     assert found.learned is not None
     assert (found.steps[LEARNED], *found.learned.new_interpolations) == kept
-    (row,) = found.settings.values()
-    assert (row["steps"], row["new_adapter_interpolation"]) == kept
+    ((name, row),) = found.settings.items()
+    assert row["steps"] == kept[0]
+    assert name.endswith("new adapter of rank 8 at 0.5" if kept[1] == 0.5 else "new adapter of rank 8")
 
 
 def test_each_candidate_is_trained_for_its_own_number_of_steps() -> None:

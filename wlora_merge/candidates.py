@@ -189,17 +189,16 @@ def compare(
             result.trained[candidate.name] = found[0][0]
         scores = {at: score(pool([t.judged[at] for t, _ in found]), learner.metric) for at in found[0][0].judged}
         step, new = _best_point(scores)
-        reached = scores[step, new]
+        chosen, reached = replace(candidate, new_interpolations=(new,)), scores[step, new]
         if candidate.learned:
-            interpolation = {"new_adapter_interpolation": new} if candidate.new_adapter else {}
-            result.settings[setting_name(candidate)] = reached.row() | {"steps": step} | interpolation
+            result.settings[setting_name(chosen)] = reached.row() | {"steps": step}
         if before := best.get(candidate.name):
             lead, error = reached.ahead_of(before)
             if lead <= (OVERRULES if learner.head else 0.0) * error:
                 continue
         best[candidate.name], result.steps[candidate.name] = reached, step
         if candidate.learned:
-            result.learned = replace(candidate, new_interpolations=(new,))
+            result.learned = chosen
             if found[0][1] is not None:
                 pruned = pool([p for _, p in found if p is not None])
                 whole = scores[max(step for step, _ in scores), candidate.new_interpolations[0]]
@@ -217,10 +216,12 @@ def _best_point(scores: Mapping[tuple[int, float], Score]) -> tuple[int, float]:
 
 
 def setting_name(candidate: Candidate) -> str:
-    """A learned setting as tables show it; how far a new adapter goes is chosen within it."""
-    new = f", new adapter of rank {candidate.new_adapter}" if candidate.new_adapter else ""
-    share = f", interpolation {candidate.interpolation:g}" if candidate.interpolation != 1 else ""
-    return f"{candidate.granularity}, normalize {candidate.normalize}, pull {candidate.pull:g}{new}{share}"
+    """A learned setting as tables show it, with how far a new adapter goes, where that has been chosen."""
+    share, *others = candidate.new_interpolations
+    far = f" at {share:g}" if share != 1 and not others else ""
+    new = f", new adapter of rank {candidate.new_adapter}{far}" if candidate.new_adapter else ""
+    between = f", interpolation {candidate.interpolation:g}" if candidate.interpolation != 1 else ""
+    return f"{candidate.granularity}, normalize {candidate.normalize}, pull {candidate.pull:g}{new}{between}"
 
 
 def _one(
