@@ -126,6 +126,33 @@ def test_every_epoch_has_every_row_once_in_an_order_that_only_the_seed_decides()
     assert batches(5) == steps != batches(6)
 
 
+def test_a_check_predicts_as_many_judgements_as_the_fit_of_a_language_model_makes(
+    llamas: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wlora_merge.data import read_examples
+    from wlora_merge.predict import _trainings
+    from wlora_merge.recipe import FitRecipe
+
+    judge, judged = training.Learner.judge, list[int]()
+
+    def counted(self: Any, rows: Any, *features: Any) -> Any:
+        judged.append(len(rows))
+        return judge(self, rows, *features)
+
+    monkeypatch.setattr(training.Learner, "judge", counted)
+    held = tmp_path / "held.jsonl"
+    held.write_text("\n".join(json.dumps(row | {"prompt": f"{row['prompt']} w9"}) for row in ROWS))
+    for given in ({}, {"eval_data": str(held)}):
+        judged.clear()
+        fitted_lm(llamas, folds=3, max_steps=None, new_adapter=None, **given)
+        examples, recipe = (
+            read_examples(llamas[2], task="causal-lm"),
+            FitRecipe(data="shots.jsonl", task="causal-lm", **given),
+        )
+        *_, passes = _trainings(fit_options({"granularity": "module"}), recipe, examples, ["a0", "a1"], False)
+        assert sum(judged) == passes * len(ROWS)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_give_the_result_of_one(llamas: Zoo, tmp_path: Path, sharded: bool) -> None:
     base, folders, shots = llamas

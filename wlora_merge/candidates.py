@@ -370,9 +370,9 @@ def checkpoints(options: FitOptions, *, head: bool) -> tuple[float, ...]:
     return (1.0,) if head or options.max_steps is not None or options.epochs is not None else CHECKPOINTS
 
 
-def folds_decide(options: FitOptions, settings: Sequence[Candidate], *, head: bool) -> bool:
-    """Whether evaluation data leave the folds anything to decide: a setting, the steps, or how far a new adapter goes."""
-    return sum(len(s.new_interpolations) for s in settings) * len(checkpoints(options, head=head)) > 1
+def judgements(options: FitOptions, settings: Sequence[Candidate], *, head: bool) -> int:
+    """How often the folds judge each example by settings of the learned method: at every number of steps and every interpolation."""
+    return sum(len(s.new_interpolations) for s in settings) * len(checkpoints(options, head=head))
 
 
 def of_method(method: str, comparison: Comparison, names: Sequence[str]) -> str:

@@ -280,7 +280,7 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     steps = c.total_steps(learner, len(job.shots))
     search = [replace(fixed[c.UNIFORM], name=c.SEARCH)] if options.method in (c.SEARCH, c.AUTO) else []
     comparison = c.Comparison()
-    if job.held and not c.folds_decide(options, settings, head=head):
+    if job.held and c.judgements(options, settings, head=head) <= 1:  # nothing is left to decide
         job.parts = []
     if job.parts:
         comparison = c.compare(

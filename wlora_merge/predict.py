@@ -98,7 +98,7 @@ def _trainings(
     Args:
         head: whether the task brings a new one, without which candidates with fixed weights have nothing to train.
     """
-    from .candidates import fixed_candidates, fold_indices, folds_decide, learned_settings, several_each
+    from .candidates import fixed_candidates, fold_indices, judgements, learned_settings, several_each
 
     classes = examples.classes(get_task(fit.task).labels(examples, problem_type=options.problem_type))
     twins = examples.twins()
@@ -108,7 +108,8 @@ def _trainings(
     fixed = len(fixed_candidates(names, options)) + 2 * search
     folds = len(fold_indices(classes, twins, options.folds, options.seed)) if options.folds else 0
     held = bool(fit.eval_data)
-    folds *= not held or folds_decide(options, planned, head=head)
+    judged = judgements(options, planned, head=head)
+    folds *= not held or judged > 1
     learned, heads = folds * settings + (held and settings > 0), (1 if held else folds) * fixed
     if not held and not folds and options.method == "best-single":
         heads += len(names)
@@ -118,7 +119,7 @@ def _trainings(
         heads += 1 + search
     if any(s.interpolation != 1 for s in planned):
         heads += learned  # each on its way to uniform composition
-    return learned, heads * head, bool(folds) * (fixed * (not held) + settings) + held * (fixed + 1)
+    return learned, heads * head, bool(folds) * (fixed * (not held) + judged) + held * (fixed + 1)
 
 
 def _tokens(fit: FitRecipe, examples: Examples) -> int:
