@@ -1,4 +1,4 @@
-"""What a fit compares and keeps: methods, folds, pruning, the search; on tiny models, with numpy and scikit-learn as oracles."""
+"""What a fit compares: methods, settings, pruning, the search; on tiny models, with numpy as an oracle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,23 +17,13 @@ from safetensors.torch import load
 from test_fit import WORDS, others, save_tokenizer
 
 from wlora_merge.attachment import attachment_of
-from wlora_merge.candidates import (
-    LEARNED,
-    Comparison,
-    chosen,
-    compare,
-    fold_indices,
-    learned_settings,
-    rivals,
-    several_each,
-)
-from wlora_merge.data import Examples
+from wlora_merge.candidates import LEARNED, compare, learned_settings
 from wlora_merge.errors import MixtureError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
 from wlora_merge.fit_options import fit_options
 from wlora_merge.fit_state import FitState
-from wlora_merge.judging import Score, pool, score
+from wlora_merge.judging import pool, score
 from wlora_merge.labels import SINGLE, LabelSet
 from wlora_merge.metrics import Metric, classification_metric
 from wlora_merge.mixture import Mixture
@@ -76,10 +65,6 @@ def difference(zoo: Zoo, folder: Path, mixture: Mixture) -> float:
     checked = verify(folder, base=base, adapters=[f"{f.name}={f}" for f in folders if f.name in mixture.adapter_names])
     assert checked.largest_difference is not None
     return checked.largest_difference
-
-
-def made_score(value: float, loss: float = 1.0, left_out: tuple[float, ...] = (0.5, 0.5)) -> Score:
-    return Score(loss, {"accuracy": value}, "accuracy", True, np.array(left_out))
 
 
 # ---------------------------------------------------------------------------------------------------- the methods
@@ -207,58 +192,6 @@ def test_search_finds_global_weights_and_auto_keeps_what_is_best_on_the_folds(zo
     best = max((n for n in table if n != "base"), key=lambda n: (table[n]["accuracy"], -table[n]["loss"]))
     assert {"search", "learned", "uniform"} < set(table)
     assert auto.metrics["kept"] == best
-
-
-def test_select_best_keeps_a_simpler_candidate_where_it_did_better() -> None:
-    scores = {
-        "base": made_score(0.99),
-        "uniform": made_score(0.9),
-        "a": made_score(0.9, 0.5),
-        "learned": made_score(0.8),
-    }
-    comparison = Comparison(scores)
-    assert chosen("learned", "method", comparison, ["a"]) == "learned"
-    assert chosen("learned", "best", comparison, ["a"]) == "a"
-    assert chosen("auto", "method", comparison, ["a"]) == "a"
-    assert chosen("learned", "best", Comparison(), ["a"]) == "learned"
-
-
-def test_select_best_keeps_a_simpler_candidate_that_is_as_good_and_none_that_is_worse() -> None:
-    def kept(value: float, loss: float, method: str = "learned") -> str:
-        scores = {
-            "base": made_score(0.99),
-            "uniform": made_score(value, loss, (value, value + 0.1)),
-        }  # an error of 0.05
-        return chosen(method, "best", Comparison(scores | {method: made_score(0.8), "a": made_score(0.1)}), ["a"])
-
-    for method in ("learned", "search", "fixed"):
-        assert kept(0.76, 1.2, method) == "uniform"
-        assert kept(0.74, 1.0, method) == kept(0.76, 1.3, method) == method
-    scores = {"uniform": made_score(0.80), "a": made_score(0.79, left_out=(0.79, 0.89))}
-    assert chosen("uniform", "best", Comparison(scores), ["a"]) == "uniform"
-    assert chosen("best-single", "best", Comparison(scores), ["a"]) == "uniform"
-
-
-def test_what_was_not_judged_is_kept_only_where_nothing_was() -> None:
-    """Time may have ended before the learned mixture was judged."""
-    judged = Comparison({"base": made_score(0.9), "uniform": made_score(0.5), "a": made_score(0.6)})
-    assert chosen("auto", "method", judged, ["a"]) == "a"
-    assert chosen("learned", "best", judged, ["a"]) == "a"
-    assert chosen("learned", "method", judged, ["a"]) == "learned"
-    base = Comparison({"base": made_score(0.9)})
-    assert chosen("auto", "method", base, ["a"]) == chosen("learned", "best", base, ["a"]) == "learned"
-
-
-def test_where_the_metric_is_an_error_the_lowest_is_the_best() -> None:
-    def of(error: float) -> Score:
-        return Score(1.0, {"mse": error}, "mse", False, np.array([error, error + 0.1]))
-
-    scores = {"base": of(9.0), "uniform": of(2.0), "a": of(3.0), "learned": of(1.0)}
-    assert chosen("auto", "method", Comparison(scores), ["a"]) == "learned"
-    assert chosen("best-single", "best", Comparison(scores), ["a"]) == "uniform"
-    assert scores["learned"].ahead_of(scores["a"])[0] == pytest.approx(2.0)
-    better, _ = rivals("a", Comparison(scores), ["uniform"])
-    assert better["uniform"][0] == pytest.approx(1.0)
 
 
 def test_the_numbers_of_the_kept_candidate_are_those_of_its_export_on_the_evaluation_data(
@@ -641,65 +574,7 @@ def test_what_is_pruned_is_small_where_modules_use_it_and_none_loses_its_only_ad
     assert "to the loss on the shots themselves. c left the mixture." in mixture.metrics["note"]
 
 
-# ------------------------------------------------------------------------------------------- folds, scores, search
-
-
-def test_folds_are_stratified_and_hold_each_example_out_once() -> None:
-    from sklearn.model_selection import StratifiedKFold
-
-    keys = ["a"] * 6 + ["b"] * 4 + ["c"] * 2
-    classes, own = [(key,) for key in keys], range(12)
-    folds = fold_indices(classes, own, 2, seed=0)
-    assert sorted(i for fold in folds for i in fold) == list(range(12))
-    ours = [sorted(keys[i] for i in fold) for fold in folds]
-    theirs = [sorted(np.array(keys)[held].tolist()) for _, held in StratifiedKFold(2).split(keys, keys)]
-    assert ours == theirs
-    assert fold_indices(classes, own, 2, seed=0) == folds != fold_indices(classes, own, 2, seed=1)
-    assert fold_indices([("a",), ("b",)], range(2), 3, seed=0) == []
-    assert all(0 not in fold for fold in fold_indices([("only",), *[("a",)] * 3], range(4), 3, seed=0))
-
-
-def test_examples_of_several_classes_are_spread_by_their_rarest_one() -> None:
-    classes = [("all", "x"), ("all", "x"), ("all", "y"), ("all", "y", "x"), ("all",), ("all",), (), (), ("all", "once")]
-    for seed in range(5):
-        folds = fold_indices(classes, range(9), 2, seed=seed)
-        for name, each in {"x": {1, 2}, "y": {1}, "all": {3}, "once": {0}}.items():
-            assert {sum(name in classes[i] for i in fold) for fold in folds} <= each, name
-        assert [sum(not classes[i] for i in fold) for fold in folds] == [1, 1]
-    assert several_each(classes[:4], range(4))  # 4, 3 and 2 of three classes
-    assert not several_each([("a", "b"), ("c",), ("a",)], range(3))
-
-
-def test_equal_examples_are_held_out_together() -> None:
-    folds = fold_indices([("a",)] * 8, [0, 1, 0, 0, 1, 5, 6, 6], 2, seed=0)
-    assert sorted(i for fold in folds for i in fold) == list(range(8))
-    for equal in ({0, 2, 3}, {1, 4}, {6, 7}):
-        assert any(equal <= set(fold) for fold in folds)
-    assert fold_indices([("a",)] * 4, [0, 0, 0, 0], 3, seed=0) == []
-    two = [("a",), ("a",), ("b",), ("b",)]
-    assert not several_each(two, [0, 0, 2, 2])
-    assert several_each(two, [0, 1, 2, 3])
-    assert not several_each([("a",)] * 3, [0, 1, 2])  # too few of anything
-
-
-def test_what_a_language_model_is_to_write_is_a_class_where_the_rows_repeat_it() -> None:
-    def classes(task: str, **columns: list[Any]) -> list[tuple[str, ...]]:
-        rows = datasets.Dataset.from_dict(columns)
-        return Examples(rows, task, {name: name for name in columns}, "shots.jsonl", "").classes(None)
-
-    yes_or_no, inputs = [" yes", " no", " yes", " yes"], ["a", "b", "c", "d"]
-    assert classes("causal-lm", prompt=inputs, completion=yes_or_no) == [(" yes",), (" no",), (" yes",), (" yes",)]
-    assert classes("seq2seq-lm", source=inputs[:3], target=["x", "y", "x"]) == [("",)] * 3  # three rows, two targets
-    assert classes("seq2seq-lm", source=["a", "b"] * 2, target=["x", "y"] * 2) == [("",)] * 4  # two rows, each twice
-    assert classes("causal-lm", text=["x", "x"]) == [("",)] * 2
-    chats = [
-        [{"role": "user", "content": i}, {"role": "assistant", "content": o}]
-        for i, o in zip(inputs, yes_or_no, strict=True)
-    ]
-    found = classes("causal-lm", messages=chats)
-    assert found == [(text,) for text in yes_or_no]
-    found *= 3
-    assert all(len({found[i] for i in fold}) > 1 for fold in fold_indices(found, range(12), 3, seed=0))
+# -------------------------------------------------------------------------------------------------- scores, search
 
 
 def test_a_score_has_the_jackknife_error_which_for_a_mean_is_the_usual_one() -> None:
@@ -726,23 +601,8 @@ def test_the_loss_of_pooled_folds_is_the_mean_over_their_examples() -> None:
     assert pool(folds).loss == pytest.approx(3.25)
 
 
-def test_rivals_are_better_in_the_metric_or_within_an_error_and_never_with_a_far_larger_loss() -> None:
-    def of(value: float, loss: float) -> Score:  # the error of a difference: 0.05 where one is under 0.9
-        return made_score(value, loss, (value, value + (0.1 if value < 0.9 else 0.0)))
-
-    scores = {"learned": of(0.9, 0.07), "a": of(0.95, 0.06), "b": of(0.9, 0.09), "c": of(0.9, 2.34), "d": of(0.88, 0.1)}
-    scores |= {"e": of(0.5, 0.05)}
-    better, good = rivals("learned", Comparison(scores), ["e", "d", "c", "b", "a", "learned", "gone"])
-    assert better == {"a": (pytest.approx(0.05), pytest.approx(0.0))}
-    assert list(good) == ["b", "d"]
-    assert good["d"] == (pytest.approx(-0.02), pytest.approx(0.05))
-    assert rivals("gone", Comparison(scores), ["a"]) == ({}, {})
-
-
 def test_the_note_says_first_what_did_better_and_what_was_kept(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wlora_merge import candidates
-
-    monkeypatch.setattr(candidates, "rivals", lambda *_: ({"a1": (0.1, 0.05)}, {"uniform": (-0.01, 0.02)}))
+    monkeypatch.setattr("wlora_merge.choice.rivals", lambda *_: ({"a1": (0.1, 0.05)}, {"uniform": (-0.01, 0.02)}))
     learned = fitted(zoo).metrics
     assert (learned["better"], learned["as_good"]) == (["a1"], ["uniform"])
     better, good, kept = (

@@ -1,4 +1,4 @@
-"""Which ways to mix are compared, on which folds, and which one is kept.
+"""Which ways to mix are compared, and what each gives on the folds or on evaluation data.
 
 The base, uniform composition, each adapter alone and the learned mixture all train their heads in the same way, on the same
 folds; each is judged after several numbers of steps, on examples that it was not trained on. This room knows no files.
@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
 from .attachment import attachment_of
-from .errors import MixtureError
 from .fit_options import FitOptions
 from .judging import Score, pool, score
 from .mixture import uniform_start
@@ -39,9 +35,6 @@ adapters, and loses little near them; the folds may prefer less or all of it (re
 ONE_SHOT = 0.5
 """How far from uniform composition a new head and weights go on one shot per class, where nothing can be held out: half-way costs
 nothing near the adapters, and has most of the gain far from them (recipes/bench_fit/README.md)."""
-FEWEST = 4
-"""Different examples without which there are not two shots per class, even where all are of one: two or three teach a new adapter
-nothing that lasts (recipes/bench_fit/README.md)."""
 OVERRULES = 2.0
 """Standard errors of the difference by which a setting must be ahead on the folds to take the place of the default, where a head is
 trained: at one, two examples do it, and they mislead. Where none is, two thirds of the shots teach what all do, and the folds are
@@ -113,38 +106,6 @@ def learned_settings(options: FitOptions, *, head: bool, several: bool) -> list[
         for (_, p), (_, g), (_, m), (_, r) in ordered
     ]
     return [s for s in settings if not (s.new_adapter and s.normalize == "present")][: options.settings]
-
-
-def fold_indices(classes: Sequence[Sequence[str]], twins: Sequence[int], folds: int, seed: int) -> list[list[int]]:
-    """Parts of the examples, each to be held out once; classes spread evenly, the only one of a class never held out.
-
-    An example of several classes counts for its rarest one, as in iterative stratification (Sechidis et al. 2011).
-
-    Args:
-        classes: those of each example.
-        twins: for each example the first that is equal to it; they are held out together.
-
-    Returns:
-        up to `folds` parts; none where fewer than two examples can be held out.
-    """
-    count = Counter(name for index in set(twins) for name in classes[index])
-    groups: dict[str, list[int]] = {}
-    for index in sorted(set(twins)):
-        groups.setdefault(min(classes[index], key=lambda name: (count[name], name), default=""), []).append(index)
-    generator = random.Random(seed)
-    usable = []
-    for key in sorted(groups):
-        generator.shuffle(groups[key])
-        usable += groups[key] if count[key] != 1 else []
-    folds = min(folds, len(usable))
-    parts = [set(usable[fold::folds]) for fold in range(folds)] if folds > 1 else []
-    return [[index for index, twin in enumerate(twins) if twin in part] for part in parts]
-
-
-def several_each(classes: Sequence[Sequence[str]], twins: Sequence[int]) -> bool:
-    """Whether there are two different examples per class or more, on average, and `FEWEST` in all."""
-    distinct = [name for index in set(twins) for name in classes[index]]
-    return len(distinct) >= 2 * len(set(distinct)) and len(set(twins)) >= FEWEST
 
 
 def compare(
@@ -373,63 +334,3 @@ def checkpoints(options: FitOptions, *, head: bool) -> tuple[float, ...]:
 def judgements(options: FitOptions, settings: Sequence[Candidate], *, head: bool) -> int:
     """How often the folds judge each example by settings of the learned method: at every number of steps and every interpolation."""
     return sum(len(s.new_interpolations) for s in settings) * len(checkpoints(options, head=head))
-
-
-def of_method(method: str, comparison: Comparison, names: Sequence[str]) -> str:
-    """The candidate that the method itself gives, of what was judged.
-
-    `auto` takes the best in the metric, then in the loss, and without scores the learned mixture.
-    """
-    among = [name for name in comparison.scores if (name in names if method == BEST_SINGLE else name != BASE)]
-    if method not in (AUTO, BEST_SINGLE):
-        return method
-    if not among and method == BEST_SINGLE:
-        raise MixtureError("max_minutes left no time to judge a single adapter: give more.")
-    return max(among, key=lambda name: comparison.scores[name].key(), default=LEARNED)
-
-
-def chosen(method: str, select: str, comparison: Comparison, names: Sequence[str]) -> str:
-    """The candidate to keep, of what was judged: what the method gives, or, with `select: best`, what is as good and simpler.
-
-    That is the one-standard-error rule of Breiman et al. 1984: uniform composition or one adapter, where it is better or as good
-    (`rivals`). Those are equally simple: between them the metric, then the loss, decides.
-    """
-    scores, simple = comparison.scores, (UNIFORM, *names)
-    asked = of_method(method, comparison, names)
-    if select == "method":
-        return asked
-    if asked in simple or asked not in scores:
-        return max((name for name in simple if name in scores), key=lambda name: scores[name].key(), default=asked)
-    better, as_good = rivals(asked, comparison, simple)
-    return next(iter(better | as_good), asked)
-
-
-Leads = dict[str, tuple[float, float]]
-
-
-def rivals(kept: str, comparison: Comparison, others: Sequence[str]) -> tuple[Leads, Leads]:
-    """The simpler candidates that did better than the kept one in the metric, and those that are as good, the best first.
-
-    As good: behind by at most a standard error of the difference, and the loss at most a quarter above the kept one's, or 0.05.
-
-    Returns:
-        for both: name -> (how much better than the kept one, negative where worse; its standard error).
-    """
-    scores = comparison.scores
-    if kept not in scores:
-        return {}, {}
-    present = [name for name in others if name in scores and name != kept]
-    leads = {name: scores[name].ahead_of(scores[kept]) for name in sorted(present, key=lambda n: scores[n].key())[::-1]}
-    loss = scores[kept].loss
-    better = {name: lead for name, lead in leads.items() if lead[0] > 0}
-    good = {
-        name: (lead, error)
-        for name, (lead, error) in leads.items()
-        if -error <= lead <= 0 and scores[name].loss <= max(1.25 * loss, loss + 0.05)
-    }
-    return better, good
-
-
-def tables(comparison: Comparison) -> dict[str, Any]:
-    """The scores as mixture.json has them."""
-    return {name: s.row() for name, s in comparison.scores.items()}

@@ -221,8 +221,8 @@ def _prepare(
     """Load the model and encode the examples; also the labels, in the head's order."""
     from torch.utils.data import ConcatDataset
 
-    from .candidates import fold_indices, several_each
     from .fit_model import load_model, max_tokens
+    from .folds import fold_indices, several_each
     from .training import Learner
 
     start, task, base, options = time.monotonic(), given.task, given.base, given.options
@@ -269,6 +269,7 @@ def _encoded(task: Task, examples: Examples, processor: Any, length: int | None,
 def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     """Compare, choose, train what is kept; the metrics and the candidate that the model now holds."""
     from . import candidates as c
+    from .choice import chosen
     from .new_adapter import new_targets
 
     learner, options, names = job.learner, job.options, job.learner.names
@@ -302,7 +303,7 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     elif not job.parts and options.method == c.BEST_SINGLE:
         among = [fixed[name] for name in names]
         comparison = c.compare(learner, among, [(job.shots, job.shots)], steps, judge_at=(1.0,), tag="shots, ")
-    kept = c.chosen(options.method, options.select, comparison, names)
+    kept = chosen(options.method, options.select, comparison, names)
     candidate = (fixed | {s.name: s for s in [*learned, *search]})[kept]
     candidate = _finish(job, candidate, planned[kept], comparison)
     metrics = metrics_of(job, comparison, on_folds, kept, candidate)

@@ -12,7 +12,8 @@ from .data import Examples
 from .fit_options import OF_NEW, FitOptions
 
 if TYPE_CHECKING:
-    from .candidates import Comparison, Leads
+    from .candidates import Comparison
+    from .choice import Leads
     from .training import Candidate, Learner, Trained
 
 
@@ -108,13 +109,14 @@ def metrics_of(
 ) -> dict[str, Any]:
     """The scores of all candidates, what was kept, and in words what they were measured on and what else is as good."""
     from . import candidates as c
+    from .choice import of_method, rivals, tables
 
     if not comparison.scores:
         return {"kept": kept, "note": _not_estimated(job, comparison, kept, candidate)}
     metric, names = job.learner.metric, job.learner.names
-    asked = c.of_method(job.options.method, comparison, names)
+    asked = of_method(job.options.method, comparison, names)
     asked = asked if asked in comparison.scores else kept
-    better, equal = c.rivals(asked, comparison, [c.BASE, c.UNIFORM, *names])
+    better, equal = rivals(asked, comparison, [c.BASE, c.UNIFORM, *names])
     said = [
         f"Loss, {metric.name} and its standard error {_how_judged(job)}.",
         *_said_of_rivals(asked, better, equal, names, metric.name),
@@ -125,7 +127,7 @@ def metrics_of(
     result: dict[str, Any] = {
         "metric": metric.name,
         "higher_is_better": metric.higher_is_better,
-        "candidates": c.tables(comparison),
+        "candidates": tables(comparison),
         "kept": kept,
         "compared_with": asked,
         "better": list(better),

@@ -98,7 +98,8 @@ def _trainings(
     Args:
         head: whether the task brings a new one, without which candidates with fixed weights have nothing to train.
     """
-    from .candidates import fixed_candidates, fold_indices, judgements, learned_settings, several_each
+    from .candidates import fixed_candidates, judgements, learned_settings
+    from .folds import fold_indices, several_each
 
     classes = examples.classes(get_task(fit.task).labels(examples, problem_type=options.problem_type))
     twins = examples.twins()

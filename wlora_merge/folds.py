@@ -1,0 +1,46 @@
+"""The folds: parts of the shots that are held out in turn, stratified, equal shots together.
+
+This room knows the classes of the examples alone, and imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+FEWEST = 4
+"""Different examples without which there are not two shots per class, even where all are of one: two or three teach a new adapter
+nothing that lasts (recipes/bench_fit/README.md)."""
+
+
+def fold_indices(classes: Sequence[Sequence[str]], twins: Sequence[int], folds: int, seed: int) -> list[list[int]]:
+    """Parts of the examples, each to be held out once; classes spread evenly, the only one of a class never held out.
+
+    An example of several classes counts for its rarest one, as in iterative stratification (Sechidis et al. 2011).
+
+    Args:
+        classes: those of each example.
+        twins: for each example the first that is equal to it; they are held out together.
+
+    Returns:
+        up to `folds` parts; none where fewer than two examples can be held out.
+    """
+    count = Counter(name for index in set(twins) for name in classes[index])
+    groups: dict[str, list[int]] = {}
+    for index in sorted(set(twins)):
+        groups.setdefault(min(classes[index], key=lambda name: (count[name], name), default=""), []).append(index)
+    generator = random.Random(seed)
+    usable = []
+    for key in sorted(groups):
+        generator.shuffle(groups[key])
+        usable += groups[key] if count[key] != 1 else []
+    folds = min(folds, len(usable))
+    parts = [set(usable[fold::folds]) for fold in range(folds)] if folds > 1 else []
+    return [[index for index, twin in enumerate(twins) if twin in part] for part in parts]
+
+
+def several_each(classes: Sequence[Sequence[str]], twins: Sequence[int]) -> bool:
+    """Whether there are two different examples per class or more, on average, and `FEWEST` in all."""
+    distinct = [name for index in set(twins) for name in classes[index]]
+    return len(distinct) >= 2 * len(set(distinct)) and len(set(twins)) >= FEWEST
