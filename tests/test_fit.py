@@ -352,6 +352,19 @@ def test_a_choice_without_anything_to_choose_by_is_said(
     assert end in mixture.metrics["note"]
 
 
+def test_the_seed_alone_decides_a_fit_and_the_callers_generator_goes_on_as_without_it(
+    bert_zoo: tuple[Path, list[Path], Path],
+) -> None:
+    heads, drawn = [], []
+    for seed in (5, 9):
+        torch.manual_seed(seed)
+        heads.append(fit(*bert_zoo, "text-classification", max_steps=1, folds=0).head["classifier.weight"])
+        drawn.append(torch.rand(3))
+        torch.manual_seed(seed)
+        assert torch.equal(drawn[-1], torch.rand(3))
+    assert torch.equal(*heads)
+
+
 def test_a_causal_lm_fit_lowers_the_loss_on_the_completion(tmp_path: Path) -> None:
     model = tiny_llama(vocab_size=len(WORDS))
     model.save_pretrained(tmp_path / "base")

@@ -111,7 +111,7 @@ def fit(
     with team() as ranks, only_fit(out if ranks.leads else None):
         state = _state(out if ranks.leads else None, given, shots, held, resume)
         state.table = ranks.share(state.table)  # what a killed fit has trained, no process trains again
-        with _within_memory():
+        with _within_memory(), _seeded(chosen.seed):
             work, labels = _prepare(given, shots, held, ranks, state, progress)
             metrics, kept = _work(work)
         metrics["held_out"] = held_out(work, shots, held, eval_split)
@@ -191,6 +191,16 @@ def _within_memory() -> Iterator[None]:
             f"the device's memory does not hold the model, or a step ({first_line(error)}): use a smaller --batch-size with "
             "--gradient-accumulation-steps, --gradient-checkpointing, --precision bf16 or --quantize 4bit."
         ) from error
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """A new head starts from this seed; the caller's generators stay as they were."""
+    import torch
+
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 def _check_adapters(adapters: list[Adapter], options: FitOptions) -> None:

@@ -39,7 +39,6 @@ def load_model(
     team: Team,
 ) -> tuple[nn.Module, list[str], LabelSet | None]:
     """The model with its adapters attached; the names of the head's modules, where it is new; the labels in the head's order."""
-    import transformers
 
     from .attachment import attach
 
@@ -51,7 +50,6 @@ def load_model(
         )
     if sharded:  # otherwise transformers loads nothing on ranks above 0
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    transformers.set_seed(options.seed)
     model, new, labels = _load(base, task, labels, processor, options)
     head = sorted({name.rpartition(".")[0] for name in new})
     if options.precision == "bf16":
