@@ -201,9 +201,9 @@ def test_a_text_of_any_length_is_read_from_csv(tmp_path: Path) -> None:
 def test_twins_are_equal_rows(tmp_path: Path) -> None:
     rows = [{"text": t, "text_pair": p, "label": y} for t, p, y in (("x", "1", "a"), ("x", "2", "a"), ("x", "1", "b"))]
     rows.append(rows[0])
-    assert read_examples(lines(tmp_path / "d.jsonl", rows), task="text-classification").twins() == [0, 1, 2, 0]
+    assert read_examples(lines(tmp_path / "d.jsonl", rows), task="text-classification").twins == [0, 1, 2, 0]
     chats = [{"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "y"}]} for c in "aba"]
-    assert read_examples(lines(tmp_path / "c.jsonl", chats), task="causal-lm").twins() == [0, 1, 0]
+    assert read_examples(lines(tmp_path / "c.jsonl", chats), task="causal-lm").twins == [0, 1, 0]
 
 
 def test_splits_of_a_folder_are_its_train_files_unless_another_is_named(tmp_path: Path) -> None:

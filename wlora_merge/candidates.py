@@ -162,7 +162,7 @@ def compare(
             result.learned = chosen
             if found[0][1] is not None:
                 pruned = pool([p for _, p in found if p is not None])
-                whole = scores[max(step for step, _ in scores), candidate.new_interpolations[0]]
+                whole = scores[max(step for step, _ in scores), candidate.new_interpolation]
                 result.pruned = score(pruned, learner.metric).loss - whole.loss
     result.scores = best
     return result
@@ -226,7 +226,7 @@ def _one(
     trained.candidate, trained.complete = candidate, trained.complete and tried == SEARCH_EVALUATIONS
     trained.stopped = cut(tried)
     if keep and not trained.complete and trained.steps:  # what time allowed is what would be kept
-        trained.judged[trained.steps, candidate.new_interpolations[0]] = learner.judge(held)
+        trained.judged[trained.steps, candidate.new_interpolation] = learner.judge(held)
     pruned = None
     if candidate.learned and learner.options.prune_below and trained.complete:
         prune(learner)

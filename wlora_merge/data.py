@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -82,13 +83,14 @@ class Examples:
             return [tuple(sorted(set(tags))) for tags in self.column("tags")]
         if written := next((name for name in ("completion", "target", "messages") if name in self.columns), None):
             texts = [v if isinstance(v, str) else str(v[-1]["content"]) for v in self.column(written)]
-            repeated = 2 * len(set(texts)) <= len(set(self.twins()))
+            repeated = 2 * len(set(texts)) <= len(set(self.twins))
             return [(text if repeated else "",) for text in texts]
         if "label" not in self.columns or labels is None or labels.problem_type == REGRESSION:
             return [("",)] * len(self)
         values = self.column("label")
         return [tuple(value) if isinstance(value, list) else (class_name(value),) for value in values]
 
+    @cached_property
     def twins(self) -> list[int]:
         """For each row the first that is equal to it, [len(self)]; rows with images are not compared."""
         if "image" in self.columns:

@@ -255,7 +255,7 @@ def _prepare(
         initial_scale(options),
     )  # fmt: skip
     whole = len(shots) == n  # else an example is several rows
-    classes, twins = (shots.classes(labels), shots.twins()) if whole else ([("",)] * n, list(range(n)))
+    classes, twins = (shots.classes(labels), shots.twins) if whole else ([("",)] * n, list(range(n)))
     folds = fold_indices(classes, twins, options.folds, options.seed) if options.folds else []
     every, held_rows = list(range(n)), list(range(n, n + len(judged)))
     parts = [(sorted({*every}.difference(fold)), fold) for fold in folds]
@@ -298,7 +298,7 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
             learner, settings if job.held else [*fixed.values(), *search, *settings], job.parts, steps,
             judge_at=c.checkpoints(options, head=head), deadline=job.deadline(FOLD_SHARE),
         )  # fmt: skip
-    default = [replace(s, new_interpolations=s.new_interpolations[:1]) for s in settings[:1]]
+    default = [replace(s, new_interpolations=(s.new_interpolation,)) for s in settings[:1]]
     learned = [comparison.learned] if comparison.learned else default
     on_folds, planned = comparison, {name: comparison.steps.get(name, steps) for name in [*fixed, c.SEARCH, c.LEARNED]}
     if job.held:

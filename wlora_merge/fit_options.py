@@ -131,7 +131,7 @@ _ABOVE_0 = (
     "new_adapter_interpolation",
 )  # fmt: skip
 _AT_LEAST_0 = ("pull", "prune_below", "folds", "new_adapter")
-OF_NEW = ("new_adapter_learning_rate", "new_adapter_interpolation")
+_OF_NEW = ("new_adapter_learning_rate", "new_adapter_interpolation")
 _LEARNED_ALONE = (
     "granularity", "pull", "temperature", "initial_logits", "learning_rate", "settings", "new_adapter",
     "new_adapter_learning_rate", "new_adapter_interpolation", "interpolation",
@@ -194,6 +194,11 @@ def plain_value(options: type[Any], name: str, value: Any, error: type[WloraMerg
     return fspath(value) if isinstance(value, PathLike) else value
 
 
+def given_of_new(options: FitOptions) -> list[str]:
+    """The flags of a new adapter's own options that are not at their defaults."""
+    return [f"--{name.replace('_', '-')}" for name in _OF_NEW if getattr(options, name) != getattr(FitOptions, name)]
+
+
 def check_for_task(options: FitOptions, task: str, eval_data: Any, eval_split: str | None) -> None:
     """Refuse options that this task, or a fit without evaluation data, does not have.
 
@@ -222,7 +227,6 @@ def check_together(options: FitOptions) -> None:
     Raises:
         MixtureError: with the options' names.
     """
-    defaults = FitOptions()
     if options.folds == 1:
         raise MixtureError("folds is 1, expected 0 (hold nothing out) or 2 and more.")
     if options.folds == 0 and options.settings != FitOptions.settings:
@@ -241,7 +245,7 @@ def check_together(options: FitOptions) -> None:
             "--normalize none too."
         )
     if options.method not in ("learned", "auto"):
-        given = [n for n in _LEARNED_ALONE if getattr(options, n) not in (getattr(defaults, n), 0)]
+        given = [n for n in _LEARNED_ALONE if getattr(options, n) not in (getattr(FitOptions, n), 0)]
         given += ["delta_scale: learned"] * (options.delta_scale == "learned")
         if given:
             raise MixtureError(
@@ -252,9 +256,8 @@ def check_together(options: FitOptions) -> None:
         raise MixtureError("method auto keeps what is best anyway: leave --select best out.")
     if options.method in ("fixed", "best-single") and options.normalize is not None:
         raise MixtureError(f"method {options.method} uses weights as they are: leave --normalize out.")
-    for name in OF_NEW:
-        if options.new_adapter == 0 and getattr(options, name) != getattr(defaults, name):
-            raise MixtureError(f"new_adapter 0 trains none: leave --{name.replace('_', '-')} out.")
+    if options.new_adapter == 0 and (idle := given_of_new(options)):
+        raise MixtureError(f"new_adapter 0 trains none: leave {idle[0]} out.")
     if options.temperature != 1 and options.normalize == "none":
         raise MixtureError("the temperature is of a softmax, and normalize none has none: leave one of them out.")
     for name in ("interpolation", "new_adapter_interpolation"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .data import Examples
-from .fit_options import OF_NEW, FitOptions
+from .fit_options import FitOptions, given_of_new
 
 if TYPE_CHECKING:
     from .candidates import Comparison
@@ -43,7 +43,7 @@ def _called(name: str, adapters: Sequence[str]) -> str:
 
 def _with_what(candidate: Candidate) -> list[str]:
     """What is kept beside the weights, and how far it goes."""
-    said, share, (new,) = [], candidate.interpolation, candidate.new_interpolations
+    said, share, new = [], candidate.interpolation, candidate.new_interpolation
     if candidate.new_adapter:
         far = "" if new == 1 else f", {new:g} of the way to what was trained (--new-adapter-interpolation)"
         said.append(
@@ -98,9 +98,8 @@ def said_of_pruning(pruned: Mapping[str, Any], *, scored: bool) -> str:
 def _without_effect(options: FitOptions, candidate: Candidate, *, folds: bool) -> list[str]:
     """Options that were given, and that came to nothing."""
     names = [] if folds or options.settings == FitOptions.settings else ["--settings (there were no folds)"]
-    given = [name for name in OF_NEW if getattr(options, name) != getattr(FitOptions, name)]
     if not candidate.new_adapter:
-        names += [f"--{name.replace('_', '-')} (no new adapter was kept)" for name in given]
+        names += [f"{flag} (no new adapter was kept)" for flag in given_of_new(options)]
     return [f"Without effect: {', '.join(names)}."] if names else []
 
 
@@ -140,7 +139,7 @@ def metrics_of(
         result["chosen"] = {
             "granularity": candidate.granularity, "normalize": candidate.normalize, "pull": candidate.pull,
             "new_adapter": candidate.new_adapter, "interpolation": candidate.interpolation,
-            "new_adapter_interpolation": candidate.new_interpolations[0], "steps": job.steps,
+            "new_adapter_interpolation": candidate.new_interpolation, "steps": job.steps,
         }  # fmt: skip
     return result
 

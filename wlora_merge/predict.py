@@ -102,7 +102,7 @@ def _trainings(
     from .folds import fold_indices, several_each
 
     classes = examples.classes(get_task(fit.task).labels(examples, problem_type=options.problem_type))
-    twins = examples.twins()
+    twins = examples.twins
     planned = learned_settings(options, head=head, several=several_each(classes, twins))
     settings = len(planned)
     search = options.method in ("search", "auto")

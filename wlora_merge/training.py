@@ -51,8 +51,7 @@ class Candidate:
     """One way to mix: a row of weights for all groups, or (`row` None) weights learned from the start.
 
     `scale` 0 is the base model alone; `new_adapter` the rank of a LoRA that is trained beside them; `interpolation` how far it goes
-    from uniform composition (0) to what was learned (1), and `new_interpolations` how far the new adapter goes besides, from nothing:
-    the first, or that of several which the folds prefer.
+    from uniform composition (0) to what was learned (1), `new_interpolations` how far the new adapter may go besides, from nothing.
     """
 
     name: str
@@ -69,6 +68,11 @@ class Candidate:
     def learned(self) -> bool:
         """Whether its weights are trained."""
         return self.row is None
+
+    @property
+    def new_interpolation(self) -> float:
+        """How far its new adapter goes: of several the first, where the folds have not chosen."""
+        return self.new_interpolations[0]
 
 
 @dataclass(frozen=True)
@@ -260,11 +264,10 @@ class Learner:
         parameters = self.place(candidate)
         result = Trained()
         if not parameters:
-            points = [(step, candidate.new_interpolations[0]) for step in judge_at]
+            points = [(step, candidate.new_interpolation) for step in judge_at]
             result.judged = dict.fromkeys(points, self.judge(held)) if held and judge_at else {}
             return result
-        loop = _Loop(self, candidate, rows, steps, parameters)
-        loop.uniform[len(parameters) - len(head) :] = head
+        loop = _Loop(self, candidate, rows, steps, parameters, head)
         best = (math.inf, 0, loop.tensors())
         if saved := self.state.current(key):
             result, best = loop.restore(saved)
@@ -285,7 +288,7 @@ class Learner:
                     loop.interpolate(share)
                     result.judged[step, share] = self.judge(held, loop.features)
                     restore(parameters, learned)
-                judged = result.judged[step, candidate.new_interpolations[0]]
+                judged = result.judged[step, candidate.new_interpolation]
                 if patience is not None:
                     if judged.loss < best[0]:
                         best = (judged.loss, step, loop.tensors())
@@ -296,7 +299,7 @@ class Learner:
         if patience is not None and best[1]:
             restore(loop.parameters, best[2])
             result.steps = best[1]
-        loop.interpolate(candidate.new_interpolations[0])
+        loop.interpolate(candidate.new_interpolation)
         result.tensors = loop.tensors()
         return result
 
@@ -448,15 +451,27 @@ class Learner:
 
 
 class _Loop:
-    """One training: its optimizer, its batches, and the state with which it can be taken up again."""
+    """One training: its optimizer, its batches, and the state with which it can be taken up again.
+
+    Args:
+        parameters: what is trained, the head's last.
+        uniform_head: the head's parameters trained on uniform composition, where the candidate ends between it and what it learns.
+    """
 
     def __init__(
-        self, learner: Learner, candidate: Candidate, rows: Sequence[int], steps: int, parameters: list[nn.Parameter]
+        self,
+        learner: Learner,
+        candidate: Candidate,
+        rows: Sequence[int],
+        steps: int,
+        parameters: list[nn.Parameter],
+        uniform_head: list[torch.Tensor],
     ) -> None:
         self.learner, self.candidate, self.parameters = learner, candidate, parameters
         self.features = learner.features(candidate)
         self.batches = learner.batches(rows, steps)
-        self.done, self.uniform = 0, self.tensors()
+        self.done = 0
+        self.uniform = [*self.tensors()[: len(parameters) - len(uniform_head)], *uniform_head]
         model, options = learner.model, learner.options
         head = [model.get_parameter(name) for name in learner.start]
         factors = new_parameters(model)
