@@ -17,11 +17,11 @@ from safetensors.torch import load
 from test_fit import WORDS, others, save_tokenizer
 
 from wlora_merge.attachment import attachment_of
-from wlora_merge.candidates import LEARNED, compare, learned_settings
+from wlora_merge.candidates import LEARNED, compare, learned_settings, steps_of
 from wlora_merge.errors import MixtureError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
-from wlora_merge.fit_options import fit_options
+from wlora_merge.fit_options import FitOptions, fit_options
 from wlora_merge.fit_state import FitState
 from wlora_merge.judging import pool, score
 from wlora_merge.labels import SINGLE, LabelSet
@@ -352,6 +352,18 @@ def test_how_far_a_new_adapter_goes_is_what_the_metric_says_and_for_how_long_wha
     ((name, row),) = found.settings.items()
     assert row["steps"] == kept[0]
     assert name.endswith("new adapter of rank 8 at 0.5" if kept[1] == 0.5 else "new adapter of rank 8")
+
+
+@pytest.mark.parametrize(
+    ("shots", "given", "head", "steps"),
+    [
+        (8, {}, False, 40), (24, {}, False, 60), (36, {}, False, 100), (500, {}, False, 100), (500, {}, True, 100),
+        (8, {}, True, 100), (80, {"batch_size": 32}, False, 60), (80, {"gradient_accumulation_steps": 4}, False, 50),
+        (80, {"epochs": 1}, False, 10), (8, {"max_steps": 7}, False, 7),
+    ],
+)  # fmt: skip
+def test_how_long_a_training_is(shots: int, given: dict[str, Any], head: bool, steps: int) -> None:
+    assert steps_of(FitOptions(**given), shots, head=head) == steps
 
 
 def test_each_candidate_is_trained_for_its_own_number_of_steps() -> None:

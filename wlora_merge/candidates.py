@@ -39,6 +39,9 @@ OVERRULES = 2.0
 """Standard errors of the difference by which a setting must be ahead on the folds to take the place of the default, where a head is
 trained: at one, two examples do it, and they mislead. Where none is, two thirds of the shots teach what all do, and the folds are
 right (recipes/bench_fit/README.md)."""
+EPOCHS, FEWEST_STEPS, MOST_STEPS = 20, 40, 100
+"""How long a training is: with a head the most, else so many passes within these bounds: eight examples are learned in forty steps,
+eighty are not (recipes/bench_fit/README.md)."""
 SEARCH_EVALUATIONS = 40
 SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.13269
 
@@ -320,10 +323,12 @@ def steps_of(options: FitOptions, shots: int, *, head: bool) -> int:
     """Optimizer steps on so many shots; `head`: whether a new head is trained."""
     if options.max_steps is not None:
         return options.max_steps
-    if options.epochs is not None:
-        batches = -(-shots // options.batch_size)
-        return max(1, round(options.epochs * batches / options.gradient_accumulation_steps))
-    return 100 if head else 40
+    if options.epochs is None and head:
+        return MOST_STEPS
+    batches = -(-shots // options.batch_size)
+    passes = options.epochs if options.epochs is not None else EPOCHS
+    steps = max(1, round(passes * batches / options.gradient_accumulation_steps))
+    return steps if options.epochs is not None else min(MOST_STEPS, max(FEWEST_STEPS, steps))
 
 
 def checkpoints(options: FitOptions, *, head: bool) -> tuple[float, ...]:

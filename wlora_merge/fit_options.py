@@ -63,7 +63,7 @@ class FitOptions:
 
     How long:
         epochs, max_steps: passes over the shots, or optimizer steps; neither: 100 steps where a head is
-            trained, at most 40 where not, fewer if the folds say so.
+            trained, 20 passes where not, but 40 steps at least and 100 at most, and fewer if the folds say so.
         max_minutes: wall-clock budget, looked at between steps, evaluations of a search, and trainings, not while examples are
             judged; the folds end after half of it, and what evaluation data judge after three quarters.
         early_stopping: stop when so many evaluations on the evaluation data, one every tenth of the steps, brought no lower

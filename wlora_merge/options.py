@@ -150,7 +150,7 @@ FIT_OPTIONS = together(
     click.option(
         "--max-steps",
         type=COUNT,
-        help="Optimizer steps. Default: 100 if a head is trained, else at most 40, chosen on the folds.",
+        help="Optimizer steps. Default: 100 if a head is trained, else 20 epochs, but 40 to 100 steps, or fewer by the folds.",
     ),
     click.option(
         "--max-minutes",

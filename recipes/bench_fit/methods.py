@@ -18,8 +18,9 @@ import torch
 from jobs import Job, Row, get_job
 
 import wlora_merge
+from wlora_merge.candidates import steps_of
+from wlora_merge.fit_options import FitOptions
 
-STEPS = {"text-classification": 100, "causal-lm": 40}  # the fit's own defaults
 BATCH, HEAD_RATE, MAX_LENGTH = 8, 0.01, 256
 
 
@@ -130,7 +131,7 @@ def _train(job: Job, model: Any, shots: list[Row], seed: int, *, rate: float) ->
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0, fused=True)
     drawn, order = random.Random(seed), []
     model.train()
-    for _ in range(STEPS[job.task]):
+    for _ in range(steps_of(FitOptions(), len(shots), head=_has_head(job))):  # the fit's own default
         if not order:
             order = drawn.sample(shots, len(shots))
         rows, order = order[:BATCH], order[BATCH:]
