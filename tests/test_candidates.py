@@ -428,14 +428,14 @@ def test_a_mixture_per_module_continues_a_fit_under_the_files_own_names(zoo: Zoo
 
 
 def test_what_the_settings_are_follows_from_the_head_and_the_shots() -> None:
-    def found(head: bool, several: bool, **options: Any) -> list[Candidate]:
-        return learned_settings(fit_options(options), head=head, several=several)
+    def found(head: bool, enough: bool, **options: Any) -> list[Candidate]:
+        return learned_settings(fit_options(options), head=head, enough=enough)
 
-    def settings(head: bool, several: bool, **options: Any) -> list[tuple[str, int, float]]:
-        return [(s.normalize, s.new_adapter, s.interpolation) for s in found(head, several, **options)]
+    def settings(head: bool, enough: bool, **options: Any) -> list[tuple[str, int, float]]:
+        return [(s.normalize, s.new_adapter, s.interpolation) for s in found(head, enough, **options)]
 
-    def new_interpolations(head: bool, several: bool, **options: Any) -> list[tuple[float, ...]]:
-        return [s.new_interpolations for s in found(head, several, **options)]
+    def new_interpolations(head: bool, enough: bool, **options: Any) -> list[tuple[float, ...]]:
+        return [s.new_interpolations for s in found(head, enough, **options)]
 
     assert settings(True, True) == [("none", 8, 1.0), ("none", 0, 1.0)]
     assert settings(True, False) == [("none", 0, 0.5), ("none", 8, 0.5)]

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 
 from wlora_merge.data import Examples
-from wlora_merge.folds import fold_indices, several_each
+from wlora_merge.folds import enough, fold_indices
 
 
 def test_folds_are_stratified_and_hold_each_example_out_once() -> None:
@@ -33,8 +33,8 @@ def test_examples_of_several_classes_are_spread_by_their_rarest_one() -> None:
         for name, each in {"x": {1, 2}, "y": {1}, "all": {3}, "once": {0}}.items():
             assert {sum(name in classes[i] for i in fold) for fold in folds} <= each, name
         assert [sum(not classes[i] for i in fold) for fold in folds] == [1, 1]
-    assert several_each(classes[:4], range(4))  # 4, 3 and 2 of three classes
-    assert not several_each([("a", "b"), ("c",), ("a",)], range(3))
+    assert enough(classes[:4], range(4), head=True)  # 4, 3 and 2 of three classes
+    assert not enough([("a", "b"), ("c",), ("a",)], range(3), head=True)
 
 
 def test_equal_examples_are_held_out_together() -> None:
@@ -44,9 +44,11 @@ def test_equal_examples_are_held_out_together() -> None:
         assert any(equal <= set(fold) for fold in folds)
     assert fold_indices([("a",)] * 4, [0, 0, 0, 0], 3, seed=0) == []
     two = [("a",), ("a",), ("b",), ("b",)]
-    assert not several_each(two, [0, 0, 2, 2])
-    assert several_each(two, [0, 1, 2, 3])
-    assert not several_each([("a",)] * 3, [0, 1, 2])  # too few of anything
+    assert not enough(two, [0, 0, 2, 2], head=True)
+    assert enough(two, [0, 1, 2, 3], head=True)
+    one_each = [("a",), ("b",), ("c",), ("d",)]
+    assert [enough(one_each, range(4), head=head) for head in (True, False)] == [False, True]
+    assert not enough([("a",)] * 3, [0, 1, 2], head=False)  # too few of anything
 
 
 def test_what_a_language_model_is_to_write_is_a_class_where_the_rows_repeat_it() -> None:

@@ -228,3 +228,26 @@ def test_the_folds_compare_a_new_adapter_and_the_note_says_that_it_was_kept(zoo:
     without = fitted(zoo, new_adapter=0, settings=1)
     assert without.adapter_names == ["a0", "a1", "a2"]
     assert "new adapter" not in without.metrics["note"]
+
+
+def test_one_shot_of_each_class_is_enough_where_the_base_knows_the_classes_and_four_there_are(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    names = ["north", "east", "south", "west"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    config = BertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, **labels
+    )
+    model = BertForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    folders = [make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=["query", "value"]) for i in range(2)]
+    (tmp_path / "shots.csv").write_text("text,label\n" + "".join(f"w{i} w9,{name}\n" for i, name in enumerate(names)))
+    mixture = fit(tmp_path / "base", folders, tmp_path / "shots.csv", "text-classification", max_steps=2)
+    assert mixture.head == {}
+    assert mixture.metrics["chosen"] == {
+        "granularity": "module", "normalize": "all", "pull": 0.0, "new_adapter": 8, "interpolation": 1.0,
+        "new_adapter_interpolation": 0.5, "steps": 2,
+    }  # fmt: skip
+    assert mixture.metrics["note"].startswith("Not estimated: nothing was held out.")
+    assert mixture.mixture_weights[:, :2].sum(1).tolist() == pytest.approx([1.0] * len(mixture.groups))

@@ -77,16 +77,16 @@ def fixed_candidates(names: Sequence[str], options: FitOptions) -> dict[str, Can
     return found
 
 
-def learned_settings(options: FitOptions, *, head: bool, several: bool) -> list[Candidate]:
+def learned_settings(options: FitOptions, *, head: bool, enough: bool) -> list[Candidate]:
     """What the folds compare for the learned method: the default, then what differs from it in one option, then in more.
 
     Empty for a method that learns nothing by gradients. The default is free weights where a new head is trained, on one shot
-    per class half-way back to uniform composition, and a softmax where the base already does the task; with a new adapter where there
-    are two shots per class or more (recipes/bench_fit/README.md says what was measured).
+    per class half-way back to uniform composition, and a softmax where the base already does the task; with a new adapter where the
+    examples are enough for one (recipes/bench_fit/README.md says what was measured).
 
     Args:
         head: whether a new head is trained.
-        several: whether there are two shots per class or more.
+        enough: whether the examples are enough for a new adapter (`folds.enough`).
     """
     if options.method not in (LEARNED, AUTO):
         return []
@@ -96,8 +96,8 @@ def learned_settings(options: FitOptions, *, head: bool, several: bool) -> list[
     from_file = isinstance(options.initial_logits, str)  # which has its own groups
     granularities = [options.granularity or "module"] if options.granularity or from_file else ["module", "global"]
     pulls = [options.pull] if options.pull is not None else list(PULLS)
-    default = NEW_RANK if several else 0
-    half = head and not several and options.initial_logits is None
+    default = NEW_RANK if enough else 0
+    half = head and not enough and options.initial_logits is None
     share = options.interpolation if options.interpolation is not None else ONE_SHOT if half else 1.0
     given = options.new_adapter_interpolation
     new = (given,) if given is not None else (1.0,) if head else NEW_INTERPOLATIONS

@@ -232,7 +232,7 @@ def _prepare(
     from torch.utils.data import ConcatDataset
 
     from .fit_model import load_model, max_tokens
-    from .folds import fold_indices, several_each
+    from .folds import enough, fold_indices
     from .training import Learner
 
     start, task, base, options = time.monotonic(), given.task, given.base, given.options
@@ -259,7 +259,7 @@ def _prepare(
     folds = fold_indices(classes, twins, options.folds, options.seed) if options.folds else []
     every, held_rows = list(range(n)), list(range(n, n + len(judged)))
     parts = [(sorted({*every}.difference(fold)), fold) for fold in folds]
-    return FitJob(learner, every, held_rows, parts, several_each(classes, twins), options, start), labels
+    return FitJob(learner, every, held_rows, parts, enough(classes, twins, head=bool(head)), options, start), labels
 
 
 def _encoded(task: Task, examples: Examples, processor: Any, length: int | None, labels: LabelSet | None) -> Any:
@@ -287,7 +287,7 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
         options = replace(options, new_adapter=0)
     fixed = c.fixed_candidates(names, options)
     head = bool(learner.head)
-    settings = c.learned_settings(options, head=head, several=job.several)
+    settings = c.learned_settings(options, head=head, enough=job.enough)
     steps = c.total_steps(learner, len(job.shots))
     search = [replace(fixed[c.UNIFORM], name=c.SEARCH)] if options.method in (c.SEARCH, c.AUTO) else []
     comparison = c.Comparison()

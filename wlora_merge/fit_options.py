@@ -38,8 +38,9 @@ class FitOptions:
             start as uniform composition; None: `none` if a new head is trained, else `all`, and from 3 settings on the folds try
             the other; always `all` where logits or a temperature are given, or nothing is learned.
         new_adapter: rank of a LoRA that is trained from zero beside the given adapters, on the linear layers that they change; it
-            becomes one more adapter of the mixture, with weight 1, and the weights free ones. 0: none; None: 8 on two shots
-            per class or more, else 0, unless the folds prefer the other; always 0 with `normalize: present`.
+            becomes one more adapter of the mixture, with weight 1, and the weights free ones. 0: none; None: 8 on four
+            different examples or more, if a new head is trained two per class too, else 0, unless the folds prefer the other;
+            always 0 with `normalize: present`.
         new_adapter_interpolation: how far it goes from nothing (0) to what was trained (1), as in WiSE-FT; None: 1 if a new head is
             trained, else 0.5, or 0.25 or 1 where the folds' metric, or with the same metric the loss, is better.
         delta_scale: factor of the whole delta weight, or `learned`; None: 1, or that of the mixture folder to start from.

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class FitJob:
-    """What a fit works on: the learner, which of its rows are for what, and whether there are two shots per class or more."""
+    """What a fit works on: the learner, which of its rows are for what, and whether they are enough for a new adapter."""
 
     learner: Learner
     shots: list[int]
     held: list[int]
     parts: list[tuple[list[int], list[int]]]
-    several: bool
+    enough: bool
     options: FitOptions
     start: float
     losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
@@ -110,8 +110,9 @@ def metrics_of(
     from . import candidates as c
     from .choice import of_method, rivals, tables
 
+    setting = {"chosen": _setting(job, candidate)} if candidate.learned else {}
     if not comparison.scores:
-        return {"kept": kept, "note": _not_estimated(job, comparison, kept, candidate)}
+        return {"kept": kept, "note": _not_estimated(job, comparison, kept, candidate)} | setting
     metric, names = job.learner.metric, job.learner.names
     asked = of_method(job.options.method, comparison, names)
     asked = asked if asked in comparison.scores else kept
@@ -135,20 +136,23 @@ def metrics_of(
     }
     if on_folds.settings:
         result["settings"] = on_folds.settings
-    if candidate.learned:
-        result["chosen"] = {
-            "granularity": candidate.granularity, "normalize": candidate.normalize, "pull": candidate.pull,
-            "new_adapter": candidate.new_adapter, "interpolation": candidate.interpolation,
-            "new_adapter_interpolation": candidate.new_interpolation, "steps": job.steps,
-        }  # fmt: skip
-    return result
+    return result | setting
+
+
+def _setting(job: FitJob, candidate: Candidate) -> dict[str, Any]:
+    """How what was kept was learned."""
+    return {
+        "granularity": candidate.granularity, "normalize": candidate.normalize, "pull": candidate.pull,
+        "new_adapter": candidate.new_adapter, "interpolation": candidate.interpolation,
+        "new_adapter_interpolation": candidate.new_interpolation, "steps": job.steps,
+    }  # fmt: skip
 
 
 def _not_estimated(job: FitJob, comparison: Comparison, kept: str, candidate: Candidate) -> str:
     """The note where nothing was judged: why, and what to give."""
     from . import candidates as c
 
-    each = "a second example of more classes" if job.several else "two different shots per class or more"
+    each = "a second example of more classes" if job.enough else "two different shots per class or more"
     more = each if job.options.folds else "--folds 2 or more"
     skipped = "; ".join(comparison.skipped)
     why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."

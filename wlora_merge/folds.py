@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 FEWEST = 4
-"""Different examples without which there are not two shots per class, even where all are of one: two or three teach a new adapter
-nothing that lasts (recipes/bench_fit/README.md)."""
+"""Different examples without which no new adapter is trained by default: two or three teach it nothing that lasts
+(recipes/bench_fit/README.md)."""
 
 
 def fold_indices(classes: Sequence[Sequence[str]], twins: Sequence[int], folds: int, seed: int) -> list[list[int]]:
@@ -40,7 +40,7 @@ def fold_indices(classes: Sequence[Sequence[str]], twins: Sequence[int], folds: 
     return [[index for index, twin in enumerate(twins) if twin in part] for part in parts]
 
 
-def several_each(classes: Sequence[Sequence[str]], twins: Sequence[int]) -> bool:
-    """Whether there are two different examples per class or more, on average, and `FEWEST` in all."""
+def enough(classes: Sequence[Sequence[str]], twins: Sequence[int], *, head: bool) -> bool:
+    """Whether the examples are enough for a new adapter: `FEWEST` different ones, with a new head two per class too, on average."""
     distinct = [name for index in set(twins) for name in classes[index]]
-    return len(distinct) >= 2 * len(set(distinct)) and len(set(twins)) >= FEWEST
+    return len(set(twins)) >= FEWEST and (not head or len(distinct) >= 2 * len(set(distinct)))

@@ -95,8 +95,9 @@ FIT_OPTIONS = together(
         "--new-adapter",
         type=click.IntRange(min=0),
         metavar="R",
-        help="Rank of a LoRA that is trained from zero beside the given ones, with weight 1; 0: none. Default: 8 on two "
-        "shots per class or more, else 0, unless the folds prefer the other; always 0 with --normalize present.",
+        help="Rank of a LoRA that is trained from zero beside the given ones, with weight 1; 0: none. Default: 8 on four "
+        "examples or more, if a head is trained two per class too, else 0, unless the folds prefer the other; always 0 with "
+        "--normalize present.",
     ),
     click.option(
         "--new-adapter-interpolation",

@@ -99,11 +99,11 @@ def _trainings(
         head: whether the task brings a new one, without which candidates with fixed weights have nothing to train.
     """
     from .candidates import fixed_candidates, judgements, learned_settings
-    from .folds import fold_indices, several_each
+    from .folds import enough, fold_indices
 
     classes = examples.classes(get_task(fit.task).labels(examples, problem_type=options.problem_type))
     twins = examples.twins
-    planned = learned_settings(options, head=head, several=several_each(classes, twins))
+    planned = learned_settings(options, head=head, enough=enough(classes, twins, head=head))
     settings = len(planned)
     search = options.method in ("search", "auto")
     fixed = len(fixed_candidates(names, options)) + 2 * search
