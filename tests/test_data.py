@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from wlora_merge.columns import choose_columns
 from wlora_merge.data import EVAL_SPLITS, Examples, read_examples
 from wlora_merge.errors import DataError, UnsupportedError
+from wlora_merge.labels import MULTI, REGRESSION, SINGLE, label_set
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is absent")
@@ -443,3 +445,34 @@ def test_the_real_data_is_read() -> None:
     bbh = read_examples(DATA / "bbh" / "navigate.json", task="causal-lm")
     assert (len(bbh), bbh.columns) == (250, {"prompt": "input", "completion": "target"})
     assert "or one file" in refusal(DATA / "banking77")
+
+
+def test_a_labels_name_is_an_example_of_it(tmp_path: Path) -> None:
+    def named(*rows: dict[str, Any], kind: str = SINGLE) -> list[dict[str, Any]]:
+        path = tmp_path / "shots.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        examples = read_examples(path, task="text-classification")
+        labels = label_set(examples.column("label"), kind)
+        found = examples.with_label_names(labels)
+        assert list(found.rows)[: len(rows)] == list(rows)
+        assert found.sha256 == examples.sha256
+        return list(found.rows)[len(rows) :]
+
+    one, two = {"text": "a", "label": "Card_not-working"}, {"text": "b", "label": "don't know/other"}
+    assert named(one, two, two) == [
+        {"text": "Card not working", "label": "Card_not-working"},
+        {"text": "don't know other", "label": "don't know/other"},
+    ]
+    assert named({"text": "a", "label": ["été", "b"]}, {"text": "c", "label": []}, kind=MULTI) == [
+        {"text": "b", "label": ["b"]},
+        {"text": "été", "label": ["été"]},
+    ]
+    for name in ("7", "LABEL_0", "class 3", "?!"):
+        with pytest.raises(
+            DataError, match=rf"shots.jsonl: the label '{re.escape(name)}' is no words.*--label-names out"
+        ):
+            named(one, {"text": "b", "label": name})
+    with pytest.raises(DataError, match="is pairs of texts, of which a label's name is no example"):
+        named(one | {"text_pair": "c"}, two | {"text_pair": "d"})
+    with pytest.raises(DataError, match="is a regression"):
+        named({"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}, kind=REGRESSION)

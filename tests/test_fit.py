@@ -18,6 +18,7 @@ from wlora_merge.export import export
 from wlora_merge.fit import fit
 from wlora_merge.inspect import setting_rows
 from wlora_merge.mixture import Mixture
+from wlora_merge.training import Learner
 from wlora_merge.verify import verify
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(60))]
@@ -328,6 +329,38 @@ def test_evaluation_data_judges_and_the_folds_compare_the_settings_alone(
     assert "settings" not in mixture.metrics
 
 
+def test_label_names_are_what_a_row_of_each_name_would_be_but_never_held_out(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, folders, _ = bert_zoo
+    rows = "text,label\nw1 w2,w7_w8\nw3 w4,w7_w8\nw40 w41,w50-w51\nw42 w43,w50-w51\n"
+    (tmp_path / "shots.csv").write_text(rows)
+    (tmp_path / "more.csv").write_text(f"{rows}w50 w51,w50-w51\nw7 w8,w7_w8\n")
+    named, by_hand = (
+        fit(base, folders, tmp_path / name, "text-classification", max_steps=4, folds=0, new_adapter=2, **options)
+        for name, options in (("shots.csv", {"label_names": True}), ("more.csv", {}))
+    )
+    assert torch.equal(named.wlora_weights, by_hand.wlora_weights)
+    assert all(torch.equal(tensor, by_hand.head[name]) for name, tensor in named.head.items())
+    assert named.new_files == by_hand.new_files
+    trained: list[tuple[list[int], list[int]]] = []
+    train = Learner.train
+
+    def watched(self: Learner, candidate: Any, rows: list[int], *args: Any, held: Any = (), **options: Any) -> Any:
+        trained.append((list(rows), list(held)))
+        return train(self, candidate, rows, *args, held=held, **options)
+
+    monkeypatch.setattr(Learner, "train", watched)
+    mixture = fit(base, folders, tmp_path / "shots.csv", "text-classification", max_steps=1, folds=2, label_names=True)
+    assert trained[-1] == ([0, 1, 2, 3, 4, 5], [])
+    assert all({4, 5} < set(rows) and not {4, 5} & set(held) for rows, held in trained)
+    assert (
+        "(2 folds of 6 shots, 4 of them held out: a label's name or the only one of a class never is)"
+        in mixture.metrics["note"]
+    )
+    assert mixture.data["fit"]["label_names"] is True
+
+
 def test_one_shot_per_class_leaves_the_metrics_not_estimated(
     bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path
 ) -> None:
@@ -336,10 +369,12 @@ def test_one_shot_per_class_leaves_the_metrics_not_estimated(
     shots.write_text("text,label\nw1 w2,low\nw40 w41,high\n")
     mixture = fit(base, folders, shots, "text-classification", max_steps=3)
     assert "candidates" not in mixture.metrics
-    told = "Give --eval-data, or two different shots per class or more. The mixture lies 0.5 of the way from uniform composition"
-    assert told in mixture.metrics["note"]
+    told = "or two different shots per class or more. If the labels are words, --label-names makes an example of each."
+    assert (
+        f"Give --eval-data, {told} The mixture lies 0.5 of the way from uniform composition" in mixture.metrics["note"]
+    )
     assert "(--interpolation)" in mixture.metrics["note"]
-    whole = fit(base, folders, shots, "text-classification", max_steps=3, interpolation=1)
+    whole = fit(base, folders, shots, "text-classification", max_steps=3, interpolation=1, label_names=True)
     assert whole.metrics["note"].endswith("shots per class or more.")
 
 

@@ -12,7 +12,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -21,7 +21,7 @@ from .columns import FORMS, PARTS, choose_columns
 from .data_sources import TRAIN, read_table
 from .errors import DataError, UnsupportedError, WloraMergeWarning
 from .formats import Table, read_bytes_of
-from .labels import REGRESSION, LabelSet, class_name
+from .labels import REGRESSION, LabelSet, class_name, words_of
 from .names import is_utf8, nearest
 
 if TYPE_CHECKING:
@@ -89,6 +89,28 @@ class Examples:
             return [("",)] * len(self)
         values = self.column("label")
         return [tuple(value) if isinstance(value, list) else (class_name(value),) for value in values]
+
+    def with_label_names(self, labels: LabelSet | None) -> Examples:
+        """These, and after them one example of each of their classes that is the class's name, as words.
+
+        Raises:
+            DataError: rows that are no single texts of classes, or a name that is no words.
+        """
+        import datasets
+
+        option = "leave --label-names out"
+        if "text_pair" in self.columns or labels is None or labels.problem_type == REGRESSION:
+            found = "pairs of texts" if "text_pair" in self.columns else "a regression"
+            raise DataError(f"{self.source} is {found}, of which a label's name is no example: {option}.")
+        names = sorted({name for row in self.classes(labels) for name in row})
+        try:
+            texts = [words_of(name) for name in names]
+        except DataError as error:
+            raise DataError(f"{self.source}: {error}, and no example of what it means: {option}.") from error
+        lists = isinstance(self.column("label")[0], list)
+        table = {"text": texts, "label": [[name] for name in names] if lists else names}
+        added = datasets.Dataset.from_dict(table).cast(self.rows.features)
+        return replace(self, rows=datasets.concatenate_datasets([self.rows, added]))
 
     @cached_property
     def twins(self) -> list[int]:

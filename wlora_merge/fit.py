@@ -245,8 +245,9 @@ def _prepare(
             f"{base.folder}: no new head is trained on it for {task.name}: leave --head-learning-rate out."
         )
     length = max_tokens(model, processor, options.max_length)
+    trained = shots.with_label_names(labels) if options.label_names else shots
     rows, judged = (
-        _encoded(task, examples, processor, length, labels) if examples else [] for examples in (shots, held)
+        _encoded(task, examples, processor, length, labels) if examples else [] for examples in (trained, held)
     )
     n, both = len(rows), ConcatDataset[Any]([rows, judged])  # read lazily: images are decoded when they are used
     initial = initial_logits(options, [a.name for a in given.adapters], base)
@@ -254,7 +255,7 @@ def _prepare(
         model, task, labels, processor, options, both, head, ranks, state, initial, progress,
         initial_scale(options),
     )  # fmt: skip
-    whole = len(shots) == n  # else an example is several rows
+    whole = len(trained) == n  # else an example is several rows
     classes, twins = (shots.classes(labels), shots.twins) if whole else ([("",)] * n, list(range(n)))
     folds = fold_indices(classes, twins, options.folds, options.seed) if options.folds else []
     every, held_rows = list(range(n)), list(range(n, n + len(judged)))

@@ -76,7 +76,8 @@ class FitOptions:
         max_length in tokens; seed; device; precision: `float32`, `bf16` (the base is loaded in
         bfloat16; what is trained is float32), or `fp16` mixed; quantize: load the base in `4bit` or
         `8bit` (bitsandbytes); problem_type, as in a transformers config, of a text or image classification: None takes lists for
-        multi-label, numbers with fractions for a regression, all else for single-label; packing, of a causal-lm: the
+        multi-label, numbers with fractions for a regression, all else for single-label; label_names, of
+        a text-classification: each label's name, as words, is an example of it too, never held out; packing, of a causal-lm: the
         examples of a training batch end to end in one row, to the same loss without padding; gradient_checkpointing: less
         memory, more time; report_to: trackers of accelerate (`tensorboard`, `wandb`, ...), with commas between them.
     """
@@ -112,6 +113,7 @@ class FitOptions:
     quantize: str | None = None
     problem_type: str | None = None
     packing: bool = False
+    label_names: bool = False
     gradient_checkpointing: bool = False
     report_to: str = "none"
 
@@ -212,6 +214,8 @@ def check_for_task(options: FitOptions, task: str, eval_data: Any, eval_split: s
         )
     if options.packing and task != "causal-lm":
         raise MixtureError(f"packing is of causal-lm, not of {task}: leave it out.")
+    if options.label_names and task != "text-classification":
+        raise MixtureError(f"label_names is of text-classification, not of {task}: leave it out.")
     if options.max_length and task == "image-classification":
         raise MixtureError("max_length is of texts, not of images: leave it out.")
     if eval_split and not eval_data:

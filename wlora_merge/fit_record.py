@@ -158,6 +158,8 @@ def _not_estimated(job: FitJob, comparison: Comparison, kept: str, candidate: Ca
     why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
     if job.options.method == c.AUTO or job.options.select == "best":
         why += f" Kept: {_called(kept, job.learner.names)}, as there was nothing to choose by."
+    if job.learner.task.name == "text-classification" and not (job.enough or job.options.label_names):
+        why += " If the labels are words, --label-names makes an example of each."
     idle = _without_effect(job.options, candidate, folds=bool(job.parts))
     return " ".join([f"Not estimated: {why}", *_with_what(candidate), *idle])
 
@@ -169,7 +171,8 @@ def _how_judged(job: FitJob) -> str:
     if not job.parts:
         return "on the shots themselves, which flatters every candidate"
     tested = sum(len(held) for _, held in job.parts)
-    rest = "" if tested == len(job.shots) else f", {tested} of them held out: the only one of a class never is"
+    never = "a label's name or the only one of a class" if job.options.label_names else "the only one of a class"
+    rest = "" if tested == len(job.shots) else f", {tested} of them held out: {never} never is"
     return f"out of fold ({len(job.parts)} folds of {len(job.shots)} shots{rest}); what is kept was then trained on all shots"
 
 

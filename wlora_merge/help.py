@@ -14,7 +14,7 @@ COMMANDS = {
 OPTIONS = {
     "Inputs": (
         "mixture", "folder", "recipe", "paths", "base", "adapters", "data", "split", "eval_data", "eval_split", "columns", "task",
-        "problem_type", "modules_to_save", "resize_vocab", "base_is_residual", "any_digest",
+        "problem_type", "label_names", "modules_to_save", "resize_vocab", "base_is_residual", "any_digest",
         "onnx_base",
     ),
     "How they are mixed": (

@@ -16,6 +16,8 @@ from .errors import DataError
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_MADE_UP = re.compile(r"(?:label|class)[ _-]?[0-9]+", re.IGNORECASE)
 _WHOLE = re.compile(r"0|-?[1-9][0-9]*")
 
 
@@ -87,6 +89,14 @@ def label_set(values: Sequence[Any], problem_type: str | None = None) -> LabelSe
 def class_name(value: str | float) -> str:
     """The name of a class that was given as text or as a number: 2.0 is `2`."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def words_of(name: str) -> str:
+    """The name of a class as words, `card_not-working` as `card not working`; a `DataError` where it has none."""
+    words = " ".join(_WORD.findall(name))
+    if _MADE_UP.fullmatch(name) or not any(character.isalpha() for character in words):
+        raise DataError(f"the label {name!r} is no words")
+    return words
 
 
 def to_number(value: Any, where: str = "an example") -> float:

@@ -181,6 +181,11 @@ FIT_OPTIONS = together(
         "--gradient-accumulation-steps", type=COUNT, default=1, show_default=True, help="Batches in an optimizer step."
     ),
     click.option(
+        "--label-names",
+        is_flag=True,
+        help="text-classification: take each label's name, as words, for one more example of it, which is never held out.",
+    ),
+    click.option(
         "--packing",
         is_flag=True,
         help="causal-lm: the examples of a batch end to end in one row; the same loss, no padding.",

@@ -60,10 +60,12 @@ def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -
     parameters = sum(math.prod(e.shape) for e in entries)
     tokens = _tokens(fit, examples)
     options = fit_options(options_of(fit, FitOptions))
-    head = get_task(fit.task).has_head
+    task = get_task(fit.task)
+    head, labels = task.has_head, task.labels(examples, problem_type=options.problem_type)
+    trained = examples.with_label_names(labels) if options.label_names else examples
     learned, heads, judgings = _trainings(options, fit, examples, [a.name for a in inputs.adapters], head)
     batch = options.batch_size * options.gradient_accumulation_steps
-    steps = steps_of(options, len(examples), head=head)
+    steps = steps_of(options, len(trained), head=head)
     judged = len(examples) * judgings
     work = 2 * max(1, parameters - embedding) * tokens * (2 * learned * steps * batch + judged)
     config = inputs.base.config
