@@ -68,3 +68,16 @@ def test_the_lead_of_the_fit_is_over_the_cells_that_both_methods_have() -> None:
         "+2.0 ± 1.0",
         "2",
     ]
+
+
+def test_with_label_names_every_method_has_them_beside_the_same_shots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPE))
+    import jobs
+
+    if not (jobs.SHARED / "data").is_dir():
+        pytest.skip(f"needs the data and adapters of {jobs.SHARED}")
+    plain, named = (jobs.get_job(name, Path("models")) for name in ("minilm:subj", "minilm:subj+names"))
+    assert plain.shots(2, 0) == named.shots(2, 0)
+    assert (plain.label_names, named.label_names) == (False, True)
+    with pytest.raises(SystemExit, match=r"minilm:subj\+more: expected one of banking"):
+        jobs.get_job("minilm:subj+more", Path("models"))

@@ -6,7 +6,7 @@ import csv
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -32,7 +32,8 @@ PROMPTS = {  # as the adapters of the zoo were trained
 
 @dataclass(frozen=True)
 class Job:
-    """`labels` are the class names, or the completions that a language model chooses from."""
+    """`labels` are the class names, or the completions that a language model chooses from; `label_names` whether every method takes
+    each class's name for one more example of it."""
 
     name: str
     task: str
@@ -41,6 +42,7 @@ class Job:
     pool: list[Row]
     judged: list[Row]
     labels: list[str]
+    label_names: bool = False
 
     def shots(self, per_class: int, seed: int) -> list[Row]:
         """So many examples of each class, drawn with this seed."""
@@ -59,11 +61,15 @@ class Job:
 
 
 def get_job(name: str, models: Path) -> Job:
-    """`banking:g5` and `minilm:mr` are text classification with MiniLM, `smollm2:mr` and `bbh:navigate` with SmolLM2."""
-    family, _, rest = name.partition(":")
-    if family not in FAMILIES:
+    """`banking:g5` and `minilm:mr` are text classification with MiniLM, `smollm2:mr` and `bbh:navigate` causal-lm with SmolLM2.
+
+    `banking:g5+names` is the same task and the same shots, with the names of the classes as examples too.
+    """
+    plain, _, names = name.partition("+")
+    family, _, rest = plain.partition(":")
+    if family not in FAMILIES or names not in ("", "names"):
         raise SystemExit(f"{name}: expected one of {', '.join(f'{f}:…' for f in FAMILIES)}")
-    return FAMILIES[family](name, rest, models)
+    return replace(FAMILIES[family](plain, rest, models), label_names=bool(names))
 
 
 def _banking(name: str, group: str, models: Path) -> Job:

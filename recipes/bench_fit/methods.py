@@ -20,6 +20,7 @@ from jobs import Job, Row, get_job
 import wlora_merge
 from wlora_merge.candidates import steps_of
 from wlora_merge.fit_options import FitOptions
+from wlora_merge.labels import words_of
 
 BATCH, HEAD_RATE, MAX_LENGTH = 8, 0.01, 256
 
@@ -44,7 +45,9 @@ def _fitted(**options: Any) -> Method:
             adapters = list(job.adapters.items())
             chosen = {k: v(len(adapters)) if callable(v) else v for k, v in options.items()}
             data = job.write(shots, folder)
-            mixture = wlora_merge.fit(job.base, adapters, data, job.task, seed=seed, device="cpu", **chosen)
+            mixture = wlora_merge.fit(
+                job.base, adapters, data, job.task, seed=seed, device="cpu", label_names=job.label_names, **chosen
+            )
             wlora_merge.export(mixture, "dense", folder / "dense")
             model = _auto(job).from_pretrained(folder / "dense", dtype=torch.float32)
             frozen = chosen.get("method") in ("fixed", "uniform", "best-single")
@@ -124,6 +127,7 @@ def _new_model(job: Job, seed: int) -> Any:
 
 def _train(job: Job, model: Any, shots: list[Row], seed: int, *, rate: float) -> Trained:
     tokenizer = _tokenizer(job)
+    shots = shots + [(words_of(label), label) for label in job.labels] * job.label_names
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     head = [p for n, p in named if "classifier" in n]
     body = [p for n, p in named if "classifier" not in n]
