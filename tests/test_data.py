@@ -447,7 +447,7 @@ def test_the_real_data_is_read() -> None:
     assert "or one file" in refusal(DATA / "banking77")
 
 
-def test_a_labels_name_is_an_example_of_it(tmp_path: Path) -> None:
+def test_a_labels_name_is_an_example_of_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def named(*rows: dict[str, Any], kind: str = SINGLE) -> list[dict[str, Any]]:
         path = tmp_path / "shots.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -476,3 +476,4 @@ def test_a_labels_name_is_an_example_of_it(tmp_path: Path) -> None:
         named(one | {"text_pair": "c"}, two | {"text_pair": "d"})
     with pytest.raises(DataError, match="is a regression"):
         named({"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}, kind=REGRESSION)
+    assert capfd.readouterr() == ("", "")  # no progress bar

@@ -109,7 +109,7 @@ class Examples:
             raise DataError(f"{self.source}: {error}, and no example of what it means: {option}.") from error
         lists = isinstance(self.column("label")[0], list)
         table = {"text": texts, "label": [[name] for name in names] if lists else names}
-        added = datasets.Dataset.from_dict(table).cast(self.rows.features)
+        added = datasets.Dataset.from_dict(table, features=self.rows.features)
         return replace(self, rows=datasets.concatenate_datasets([self.rows, added]))
 
     @cached_property
