@@ -51,6 +51,11 @@ def test_equal_examples_are_held_out_together() -> None:
     assert not enough([("a",)] * 3, [0, 1, 2], head=False)  # too few of anything
 
 
+def test_of_three_examples_or_of_three_different_ones_none_is_held_out() -> None:
+    assert [len(fold_indices([("",)] * n, range(n), 3, seed=0)) for n in (2, 3, 4)] == [0, 0, 3]
+    assert fold_indices([("",)] * 6, [0, 1, 2, 0, 1, 2], 3, seed=0) == []
+
+
 def test_what_a_language_model_is_to_write_is_a_class_where_the_rows_repeat_it() -> None:
     def classes(task: str, **columns: list[Any]) -> list[tuple[str, ...]]:
         rows = datasets.Dataset.from_dict(columns)

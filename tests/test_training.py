@@ -423,3 +423,16 @@ def test_report_to_logs_the_final_training_with_accelerates_trackers(
         fitted_lm(
             llamas, report_to="nothing", device="cpu", progress=lambda *_: pytest.fail("trained before it refused")
         )
+
+
+def test_three_examples_of_a_language_model_are_not_held_out_and_the_note_says_how_many_would_be(
+    llamas: Zoo, tmp_path: Path
+) -> None:
+    base, folders, _ = llamas
+    shots = tmp_path / "three.jsonl"
+    shots.write_text("".join(json.dumps({"prompt": f"w{i}", "completion": f" w{i + 9}"}) + "\n" for i in range(3)))
+    mixture = wlora_merge.fit(base, folders, shots, "causal-lm", max_steps=1)
+    assert mixture.metrics["note"] == (
+        "Not estimated: nothing was held out. Give --eval-data, or 4 different examples or more."
+    )
+    assert mixture.metrics["chosen"]["new_adapter"] == 0

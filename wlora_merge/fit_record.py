@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .data import Examples
 from .fit_options import FitOptions, given_of_new
+from .folds import FEWEST
 
 if TYPE_CHECKING:
     from .candidates import Comparison
@@ -152,7 +153,8 @@ def _not_estimated(job: FitJob, comparison: Comparison, kept: str, candidate: Ca
     """The note where nothing was judged: why, and what to give."""
     from . import candidates as c
 
-    each = "a second example of more classes" if job.enough else "two different shots per class or more"
+    fewer = "two different shots per class or more" if job.learner.head else f"{FEWEST} different examples or more"
+    each = "a second example of more classes" if job.enough else fewer
     more = each if job.options.folds else "--folds 2 or more"
     skipped = "; ".join(comparison.skipped)
     why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 FEWEST = 4
-"""Different examples without which no new adapter is trained by default: two or three teach it nothing that lasts
-(recipes/bench_fit/README.md)."""
+"""Different examples without which nothing is held out, and no new adapter is trained by default: two or three teach it nothing that
+lasts, and tell nothing of what to keep (recipes/bench_fit/README.md)."""
 
 
 def fold_indices(classes: Sequence[Sequence[str]], twins: Sequence[int], folds: int, seed: int) -> list[list[int]]:
@@ -24,7 +24,7 @@ def fold_indices(classes: Sequence[Sequence[str]], twins: Sequence[int], folds: 
         twins: for each example the first that is equal to it; they are held out together.
 
     Returns:
-        up to `folds` parts; none where fewer than two examples can be held out.
+        up to `folds` parts; none where fewer than two examples can be held out, or fewer than `FEWEST` are different.
     """
     count = Counter(name for index in set(twins) for name in classes[index])
     groups: dict[str, list[int]] = {}
@@ -36,7 +36,7 @@ def fold_indices(classes: Sequence[Sequence[str]], twins: Sequence[int], folds: 
         generator.shuffle(groups[key])
         usable += groups[key] if count[key] != 1 else []
     folds = min(folds, len(usable))
-    parts = [set(usable[fold::folds]) for fold in range(folds)] if folds > 1 else []
+    parts = [set(usable[fold::folds]) for fold in range(folds)] if folds > 1 and len(set(twins)) >= FEWEST else []
     return [[index for index, twin in enumerate(twins) if twin in part] for part in parts]
 
 
