@@ -56,8 +56,8 @@ class FitOptions:
             renormalized (free weights stay as they are); an adapter without weight anywhere leaves the mixture.
 
     How it is judged:
-        folds: parts of the shots, each held out once; 0 holds nothing out. Nor are classes with one shot, or fewer than four
-            different examples.
+        folds: parts of the shots, each held out once; 0: none. Classes with one shot, and fewer than four different
+            examples, are never held out.
         settings: how many settings of the learned method the folds compare at most, in this order: the default, without a new
             adapter (where it has none: with one), the other normalize, the other granularity, with a pull, then two of these at once;
             each costs as many trainings as there are folds. One is taken instead of those before it where it is ahead, with a
