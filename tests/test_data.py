@@ -469,7 +469,8 @@ def test_a_labels_name_is_an_example_of_it(tmp_path: Path, capfd: pytest.Capture
     ]
     for name in ("7", "LABEL_0", "class 3", "?!"):
         with pytest.raises(
-            DataError, match=rf"shots.jsonl: the label '{re.escape(name)}' is no words.*--label-names out"
+            DataError,
+            match=rf"shots.jsonl: the label '{re.escape(name)}' says nothing in words: leave --label-names out",
         ):
             named(one, {"text": "b", "label": name})
     with pytest.raises(DataError, match="is pairs of texts, of which a label's name is no example"):

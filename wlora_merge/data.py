@@ -106,7 +106,7 @@ class Examples:
         try:
             texts = [words_of(name) for name in names]
         except DataError as error:
-            raise DataError(f"{self.source}: {error}, and no example of what it means: {option}.") from error
+            raise DataError(f"{self.source}: {error}: {option}.") from error
         lists = isinstance(self.column("label")[0], list)
         table = {"text": texts, "label": [[name] for name in names] if lists else names}
         added = datasets.Dataset.from_dict(table, features=self.rows.features)

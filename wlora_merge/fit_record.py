@@ -157,11 +157,12 @@ def _not_estimated(job: FitJob, comparison: Comparison, kept: str, candidate: Ca
     each = "a second example of more classes" if job.enough else fewer
     more = each if job.options.folds else "--folds 2 or more"
     skipped = "; ".join(comparison.skipped)
+    named = not (job.enough or job.options.label_names) and job.learner.labels and job.learner.labels.names
+    if job.learner.task.name == "text-classification" and named:
+        more += ". If the labels are words, --label-names makes an example of each"
     why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
     if job.options.method == c.AUTO or job.options.select == "best":
         why += f" Kept: {_called(kept, job.learner.names)}, as there was nothing to choose by."
-    if job.learner.task.name == "text-classification" and not (job.enough or job.options.label_names):
-        why += " If the labels are words, --label-names makes an example of each."
     idle = _without_effect(job.options, candidate, folds=bool(job.parts))
     return " ".join([f"Not estimated: {why}", *_with_what(candidate), *idle])
 

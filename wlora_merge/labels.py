@@ -95,7 +95,7 @@ def words_of(name: str) -> str:
     """The name of a class as words, `card_not-working` as `card not working`; a `DataError` where it has none."""
     words = " ".join(_WORD.findall(name))
     if _MADE_UP.fullmatch(name) or not any(character.isalpha() for character in words):
-        raise DataError(f"the label {name!r} is no words")
+        raise DataError(f"the label {name!r} says nothing in words")
     return words
 
 
