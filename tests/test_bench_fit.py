@@ -70,7 +70,7 @@ def test_the_lead_of_the_fit_is_over_the_cells_that_both_methods_have() -> None:
     ]
 
 
-def test_with_label_names_every_method_has_them_beside_the_same_shots(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_with_label_names_has_the_same_shots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(RECIPE))
     import jobs
 

@@ -24,7 +24,7 @@ from wlora_merge.fit import fit
 from wlora_merge.fit_options import FitOptions, fit_options
 from wlora_merge.fit_state import FitState
 from wlora_merge.judging import pool, score
-from wlora_merge.labels import SINGLE, LabelSet
+from wlora_merge.labels import SINGLE, LabelSet, label_set
 from wlora_merge.metrics import Metric, classification_metric
 from wlora_merge.mixture import Mixture
 from wlora_merge.search import minimize
@@ -666,7 +666,8 @@ def test_a_check_predicts_as_many_trainings_as_a_fit_makes(zoo: Zoo, tmp_path: P
         fitted(zoo, progress=lambda n, step, *_, to=trained: to.append(n) if step == 1 else None, **given)
         options = fit_options({"folds": 2, "max_steps": 4} | {k: v for k, v in given.items() if k != "eval_data"})
         fit_recipe = FitRecipe(data="shots.csv", task="text-classification", eval_data=given.get("eval_data"))
-        learned, heads, _ = _trainings(options, fit_recipe, examples, ["a0", "a1", "a2"], True)
+        labels = label_set(examples.column("label"))
+        learned, heads, _ = _trainings(options, fit_recipe, examples, labels, ["a0", "a1", "a2"], True)
         assert abs(learned + heads - len(trained)) <= (1 if options.method == "auto" else 0), (given, trained)
 
 

@@ -359,6 +359,10 @@ def test_label_names_are_what_a_row_of_each_name_would_be_but_never_held_out(
         in mixture.metrics["note"]
     )
     assert mixture.data["fit"]["label_names"] is True
+    (tmp_path / "shots.csv").write_text("text,label\nw1,0\nw2,1\n")
+    monkeypatch.setattr("wlora_merge.fit_model.load_model", lambda *args: pytest.fail("the model was loaded"))
+    with pytest.raises(DataError, match="the label '0' says nothing in words"):
+        fit(base, folders, tmp_path / "shots.csv", "text-classification", label_names=True)
 
 
 def test_one_shot_per_class_leaves_the_metrics_not_estimated(

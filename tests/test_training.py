@@ -149,7 +149,7 @@ def test_a_check_predicts_as_many_judgements_as_the_fit_of_a_language_model_make
             read_examples(llamas[2], task="causal-lm"),
             FitRecipe(data="shots.jsonl", task="causal-lm", **given),
         )
-        *_, passes = _trainings(fit_options({"granularity": "module"}), recipe, examples, ["a0", "a1"], False)
+        *_, passes = _trainings(fit_options({"granularity": "module"}), recipe, examples, None, ["a0", "a1"], False)
         assert sum(judged) == passes * len(ROWS)
 
 

@@ -323,12 +323,10 @@ def steps_of(options: FitOptions, shots: int, *, head: bool) -> int:
     """Optimizer steps on so many shots; `head`: whether a new head is trained."""
     if options.max_steps is not None:
         return options.max_steps
-    if options.epochs is None and head:
-        return MOST_STEPS
-    batches = -(-shots // options.batch_size)
-    passes = options.epochs if options.epochs is not None else EPOCHS
-    steps = max(1, round(passes * batches / options.gradient_accumulation_steps))
-    return steps if options.epochs is not None else min(MOST_STEPS, max(FEWEST_STEPS, steps))
+    batches, each = -(-shots // options.batch_size), options.gradient_accumulation_steps
+    if options.epochs is not None:
+        return max(1, round(options.epochs * batches / each))
+    return MOST_STEPS if head else min(MOST_STEPS, max(FEWEST_STEPS, round(EPOCHS * batches / each)))
 
 
 def checkpoints(options: FitOptions, *, head: bool) -> tuple[float, ...]:

@@ -99,8 +99,9 @@ class Examples:
         import datasets
 
         option = "leave --label-names out"
-        if "text_pair" in self.columns or labels is None or labels.problem_type == REGRESSION:
-            found = "pairs of texts" if "text_pair" in self.columns else "a regression"
+        pairs = "text_pair" in self.columns
+        if pairs or labels is None or labels.problem_type == REGRESSION:
+            found = "pairs of texts" if pairs else "a regression"
             raise DataError(f"{self.source} is {found}, of which a label's name is no example: {option}.")
         names = sorted({name for row in self.classes(labels) for name in row})
         try:

@@ -237,6 +237,7 @@ def _prepare(
 
     start, task, base, options = time.monotonic(), given.task, given.base, given.options
     processor, labels = task.load_processor(base.folder), task.labels(shots, problem_type=options.problem_type)
+    trained = shots.with_label_names(labels) if options.label_names else shots  # refuses before the model is loaded
     model, head, labels = load_model(
         base, given.adapters, task, labels, processor, options, given.modules_to_save, ranks
     )
@@ -245,7 +246,6 @@ def _prepare(
             f"{base.folder}: no new head is trained on it for {task.name}: leave --head-learning-rate out."
         )
     length = max_tokens(model, processor, options.max_length)
-    trained = shots.with_label_names(labels) if options.label_names else shots
     rows, judged = (
         _encoded(task, examples, processor, length, labels) if examples else [] for examples in (trained, held)
     )

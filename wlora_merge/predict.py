@@ -23,6 +23,7 @@ from .writers.dense import folder_bytes, plan
 
 if TYPE_CHECKING:
     from .fit_options import FitOptions
+    from .labels import LabelSet
 
 IMPORTS = 160 << 20  # bytes of a process that has imported torch
 TRAINER_IMPORTS = 600 << 20  # and transformers
@@ -63,7 +64,7 @@ def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -
     task = get_task(fit.task)
     head, labels = task.has_head, task.labels(examples, problem_type=options.problem_type)
     trained = examples.with_label_names(labels) if options.label_names else examples
-    learned, heads, judgings = _trainings(options, fit, examples, [a.name for a in inputs.adapters], head)
+    learned, heads, judgings = _trainings(options, fit, examples, labels, [a.name for a in inputs.adapters], head)
     batch = options.batch_size * options.gradient_accumulation_steps
     steps = steps_of(options, len(trained), head=head)
     judged = len(examples) * judgings
@@ -93,7 +94,7 @@ def _new_adapter_bytes(inputs: Inputs, r: int | None) -> int:
 
 
 def _trainings(
-    options: FitOptions, fit: FitRecipe, examples: Examples, names: list[str], head: bool
+    options: FitOptions, fit: FitRecipe, examples: Examples, labels: LabelSet | None, names: list[str], head: bool
 ) -> tuple[int, int, int]:
     """Trainings of learned mixtures, trainings of a head alone (on activations computed once), passes over the examples to judge.
 
@@ -103,8 +104,7 @@ def _trainings(
     from .candidates import fixed_candidates, judgements, learned_settings
     from .folds import enough, fold_indices
 
-    classes = examples.classes(get_task(fit.task).labels(examples, problem_type=options.problem_type))
-    twins = examples.twins
+    classes, twins = examples.classes(labels), examples.twins
     planned = learned_settings(options, head=head, enough=enough(classes, twins, head=head))
     settings = len(planned)
     search = options.method in ("search", "auto")
