@@ -18,13 +18,14 @@ from test_fit import WORDS, others, save_tokenizer
 
 from wlora_merge.attachment import attachment_of
 from wlora_merge.candidates import LEARNED, compare, learned_settings, steps_of
+from wlora_merge.constants import SINGLE
 from wlora_merge.errors import MixtureError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
 from wlora_merge.fit_options import FitOptions, fit_options
 from wlora_merge.fit_state import FitState
 from wlora_merge.judging import pool, score
-from wlora_merge.labels import SINGLE, LabelSet, label_set
+from wlora_merge.labels import LabelSet, label_set
 from wlora_merge.metrics import Metric, classification_metric
 from wlora_merge.mixture import Mixture
 from wlora_merge.search import minimize

@@ -11,9 +11,9 @@ import torch
 from huggingface_hub import ModelCard
 
 from wlora_merge.card import write_card
+from wlora_merge.constants import TASKS
 from wlora_merge.fit_options import FitOptions
 from wlora_merge.mixture import InputRef, Mixture
-from wlora_merge.names import TASKS
 from wlora_merge.serving import PIPELINE_TAGS
 from wlora_merge.tasks import get_task
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from wlora_merge.columns import choose_columns
+from wlora_merge.constants import MULTI, REGRESSION, SINGLE
 from wlora_merge.data import EVAL_SPLITS, Examples, read_examples
 from wlora_merge.errors import DataError, UnsupportedError
-from wlora_merge.labels import MULTI, REGRESSION, SINGLE, label_set
+from wlora_merge.labels import label_set
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is absent")

@@ -17,8 +17,9 @@ from wlora_merge.errors import AdapterError, RecipeError, WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.input_files import MAX_TABLE_BYTES, find_file, parse_yaml, read_bytes, read_table
 from wlora_merge.mix import mix
-from wlora_merge.names import natural_key, pattern_value, redacted
+from wlora_merge.names import natural_key, pattern_value
 from wlora_merge.recipe import read_recipe
+from wlora_merge.text import redacted
 
 
 def test_a_file_is_found_and_a_missing_one_is_none(tmp_path: Path) -> None:

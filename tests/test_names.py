@@ -9,13 +9,12 @@ from wlora_merge.names import (
     NameResolver,
     check_adapter_name,
     group_of,
-    human_bytes,
     is_plain_file_name,
     natural_key,
-    nearest,
     parse_adapter_key,
     pattern_value,
 )
+from wlora_merge.text import human_bytes, nearest
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import make_adapter, tiny_llama
 
+from wlora_merge.distributed import is_leader
 from wlora_merge.errors import WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.mix import mix
-from wlora_merge.ranks import is_leader
 
 
 @pytest.fixture(scope="module")

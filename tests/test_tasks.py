@@ -16,12 +16,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from wlora_merge.constants import MULTI, REGRESSION, SINGLE
+from wlora_merge.constants import TASKS as TASK_NAMES
 from wlora_merge.data import Examples, read_examples
 from wlora_merge.encoding import leading_ids
 from wlora_merge.errors import BaseModelError, DataError, UnsupportedError, WloraMergeError, WloraMergeWarning
-from wlora_merge.labels import MULTI, REGRESSION, SINGLE, LabelSet, label_set
+from wlora_merge.labels import LabelSet, label_set
 from wlora_merge.metrics import best_span, token_sums
-from wlora_merge.names import TASKS as TASK_NAMES
 from wlora_merge.tasks import get_task, task_of
 
 WORDS = [

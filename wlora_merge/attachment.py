@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .adapters import Adapter, load_adapters
+from .constants import NORMALIZE
 from .errors import AdapterError, MixtureError, UnsupportedError, WloraMergeWarning
 from .layers import Attachment, StackedLora, add_delta
 from .live_model import check_bias, live_modules, live_tensors, set_parameter
@@ -33,7 +34,6 @@ from .mixture import (
     prefixes,
     uniform_start,
 )
-from .names import NORMALIZE
 from .saved_tensors import joined, stack_tensors
 from .stacking import stack
 from .whole_factors import with_whole_tensors

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Entry, Header, read_header, read_tensor
+from .constants import FIT_STATE
 from .digests import sha256_files
 from .errors import BaseModelError, UnsupportedError
 from .input_files import find_file, read_bytes, read_table
-from .names import FIT_STATE, NameResolver, is_hidden, is_plain_file_name, is_utf8
+from .names import NameResolver, is_hidden, is_plain_file_name, is_utf8
 from .quantized import quantized_format
 from .sources import BASE_PATTERNS, Source, resolve_source
 

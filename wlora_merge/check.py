@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import TORCH_NAMES, read_header
+from .constants import DTYPES
 from .digests import sha256_files
 from .errors import VerifyError
 from .input_files import find_file
 from .manifest import FILE
-from .names import DTYPES
 from .probe import difference_of
 from .structure import check_structure
 

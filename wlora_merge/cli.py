@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from . import names
+from . import constants
 from .errors import RecipeError, WloraMergeError
 from .export_options import ExportOptions, export_options
 from .fit_options import FitOptions, check_for_task, fit_options
@@ -41,9 +41,10 @@ from .options import (
 )
 from .signals import terminate_as_exit
 from .terminal import fit_progress, human_time, say, show_table, shown_log, shown_warnings, work_progress
+from .text import human_bytes, redacted
 
-TASKS = click.Choice(names.TASKS)
-DTYPES = click.Choice(list(names.DTYPES))
+TASKS = click.Choice(constants.TASKS)
+DTYPES = click.Choice(list(constants.DTYPES))
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -79,7 +80,7 @@ class Main(Group):
             except WloraMergeError as error:
                 if ctx.params.get("debug"):
                     raise
-                raise click.ClickException(names.redacted(str(error))) from error
+                raise click.ClickException(redacted(str(error))) from error
             except KeyboardInterrupt:
                 click.echo("Stopped.", err=True)
                 sys.exit(130)
@@ -104,7 +105,7 @@ def _naming_state(out: str) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        from .ranks import is_leader
+        from .distributed import is_leader
 
         if (kept := state_file(out)).is_file() and is_leader():
             say(f"{kept} holds what has been trained: the same command with --resume goes on.")
@@ -148,7 +149,7 @@ def main(debug: bool, quiet: bool) -> None:
 @main.command(epilog=COLUMNS)
 @INPUTS
 @click.option("--data", required=True, metavar="FILE_OR_ID", help="The shots: JSONL, CSV, Parquet, a folder, a hub id.")
-@click.option("--task", required=True, type=click.Choice(names.FIT_TASKS), help="What the model is for.")
+@click.option("--task", required=True, type=click.Choice(constants.FIT_TASKS), help="What the model is for.")
 @OUT
 @FIT_OPTIONS
 @MODULES_TO_SAVE
@@ -206,7 +207,7 @@ def fit(
             progress=progress,
             **options,
         )
-    from .ranks import is_leader
+    from .distributed import is_leader
 
     if is_leader():
         _show_mixture(mixture, out, as_json)
@@ -254,7 +255,7 @@ def mix(
 
 @main.command()
 @click.argument("mixture", metavar="MIXTURE_DIR", type=click.Path())
-@click.option("--format", "format_", required=True, type=click.Choice(names.FORMATS), help="What to write.")
+@click.option("--format", "format_", required=True, type=click.Choice(constants.FORMATS), help="What to write.")
 @OUT
 @click.option("--rank", type=COUNT, help="lora: the uniform r. Default: the smallest that is exact.")
 @click.option(
@@ -262,7 +263,9 @@ def mix(
     type=click.FloatRange(0, 1, min_open=True),
     help="lora: smallest r that keeps this share (0 to 1) of the squared norm.",
 )
-@click.option("--for", "server", type=click.Choice(names.SERVERS), help="lora: refuse what this server would not load.")
+@click.option(
+    "--for", "server", type=click.Choice(constants.SERVERS), help="lora: refuse what this server would not load."
+)
 @click.option("--max-rank", type=COUNT, help="lora: refuse a larger r, as a server's --max-lora-rank does.")
 @click.option("--dtype", type=DTYPES, help="Of the weights. Default: dense the base's, lora and onnx float32.")
 @click.option("--max-shard-size", metavar="SIZE", help="dense: file size, as 5GB. Default: the base's own shards.")
@@ -271,15 +274,17 @@ def mix(
     "--onnx-base", metavar="PATH", help="onnx: an ONNX export of the base; rewrite its weights, trace nothing."
 )
 @click.option(
-    "--onnx-runtime", type=click.Choice(names.ONNX_RUNTIMES), help="onnx: write an onnxruntime-genai folder instead."
+    "--onnx-runtime",
+    type=click.Choice(constants.ONNX_RUNTIMES),
+    help="onnx: write an onnxruntime-genai folder instead.",
 )
 @click.option(
     "--ort-fusions",
-    type=click.Choice(names.ONNX_PROVIDERS),
+    type=click.Choice(constants.ONNX_PROVIDERS),
     help="onnx: ONNX Runtime's own operators for cpu, cuda, dml or webgpu.",
 )
 @click.option(
-    "--quantize", type=click.Choice(names.ONNX_QUANTIZE), help="onnx: a quantized graph beside the float one."
+    "--quantize", type=click.Choice(constants.ONNX_QUANTIZE), help="onnx: a quantized graph beside the float one."
 )
 @MOVED
 @click.option("--base-name", help="What the card and a lora's config call the base. Default: hub id or folder name.")
@@ -297,9 +302,9 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
     options["max_shard_bytes"] = _bytes(max_shard_size)
     with _wrong_usage():
         export_options({"format": format_} | _those_of(ExportOptions, options))
+    from .distributed import is_leader
     from .export import export as run
     from .manifest import digest
-    from .ranks import is_leader
 
     with work_progress():
         result = run(mixture, format_, out, **options)
@@ -322,7 +327,7 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
     if "quantized" in report:
         q = report["quantized"]
         detail += f" {q['file']}: off by {q['relative']:.2e} of the largest, same choice {q['same_choice']:.1%}."
-    click.echo(f"Wrote {out} ({format_}, {names.human_bytes(result.bytes)}).{detail}\n{digest(result.folder)}")
+    click.echo(f"Wrote {out} ({format_}, {human_bytes(result.bytes)}).{detail}\n{digest(result.folder)}")
 
 
 # -------------------------------------------------------------------------------------------------------- verify
@@ -424,7 +429,7 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
             {
                 "export": name,
                 "format": done.format,
-                "size": names.human_bytes(done.bytes),
+                "size": human_bytes(done.bytes),
                 "difference": f"{c.largest_difference:.1e}"
                 if (c := result.checked.get(name)) and c.largest_difference is not None
                 else "not checked",
@@ -494,8 +499,8 @@ def _readable(row: dict[str, Any]) -> dict[str, Any]:
     known = row["seconds"] is not None
     return {
         "step": row["step"],
-        "disk": names.human_bytes(row["disk"]),
-        "memory": names.human_bytes(row["memory"]),
+        "disk": human_bytes(row["disk"]),
+        "memory": human_bytes(row["memory"]),
         "time": human_time(row["seconds"]) if known else "on a GPU",
     }
 

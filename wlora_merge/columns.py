@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import DataError
-from .names import nearest
+from .text import nearest
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .columns import FORMS, PARTS, choose_columns
+from .constants import REGRESSION
 from .data_sources import TRAIN, read_table
 from .errors import DataError, UnsupportedError, WloraMergeWarning
 from .formats import Table, read_bytes_of
-from .labels import REGRESSION, LabelSet, class_name, words_of
-from .names import is_utf8, nearest
+from .labels import LabelSet, class_name, words_of
+from .names import is_utf8
+from .text import nearest
 
 if TYPE_CHECKING:
     import datasets

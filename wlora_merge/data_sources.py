@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, UnsupportedError, first_line
+from .errors import DataError, UnsupportedError
 from .formats import TABLES, TEXTS, Table, decode, read_bytes_of, read_file
-from .names import is_hidden, redacted
+from .names import is_hidden
 from .sources import is_here
+from .text import first_line, redacted
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TRAIN = "train"

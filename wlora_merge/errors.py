@@ -44,8 +44,3 @@ class RecipeError(WloraMergeError):
 
 class WloraMergeWarning(UserWarning):
     """Something that the user should know and that does not stop the work."""
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, in one line without its full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

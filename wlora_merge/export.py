@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 from .base_model import INDEX, BaseModel, refuse_quantized
 from .card import write_card
 from .checkpoint import Entry
+from .constants import DTYPES
 from .deltas import ModuleDelta
 from .digests import sha256_files
+from .distributed import Team, team
 from .errors import BaseModelError, UnsupportedError
 from .export_options import ExportOptions, export_options
 from .inputs import Inputs, find_inputs
 from .layouts import matrix_shape
 from .manifest import PACKAGES, build_manifest, versions, write_manifest
 from .mixture import Mixture
-from .names import DTYPES
 from .probe import make_probe
-from .ranks import Team, team
 from .report import write_report
 from .serving import check_rank, check_server
 from .staging import Staging, staged

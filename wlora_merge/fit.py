@@ -22,7 +22,7 @@ from .adapters import Adapter, load_adapters
 from .base_model import BaseModel, open_base, refuse_quantized
 from .data import EVAL_SPLITS, Examples, read_examples
 from .digests import sha256_file
-from .errors import DataError, MixtureError, first_line
+from .errors import DataError, MixtureError
 from .fit_options import FitOptions, check_for_task, fit_options
 from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded, said_of_pruning, said_of_stop
 from .fit_start import initial_logits, initial_scale, like_start
@@ -35,12 +35,13 @@ from .stacking import stack
 from .staging import refuse_out
 from .targets import modules_of, tensors_of
 from .tasks import Task, get_task
+from .text import first_line
 from .trackers import tracker_names, tracking
 
 if TYPE_CHECKING:
     from .candidates import Comparison
+    from .distributed import Team
     from .labels import LabelSet
-    from .ranks import Team
     from .training import Candidate, FitProgress, Learner
 
 FOLD_SHARE, JUDGED_SHARE = 0.5, 0.75
@@ -94,7 +95,7 @@ def fit(
     Raises:
         WloraMergeError: with one sentence; nothing is left in `out`.
     """
-    from .ranks import team
+    from .distributed import team
 
     chosen = like_start(fit_options(options))
     job = get_task(task)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import Adapter
 from .base_model import BaseModel
+from .distributed import Team
 from .encoding import token_limit
-from .errors import BaseModelError, MixtureError, UnsupportedError, first_line
+from .errors import BaseModelError, MixtureError, UnsupportedError
 from .fit_options import FitOptions
 from .libraries import quiet_libraries
 from .module_tree import empty_model
-from .ranks import Team
 from .tasks import Task
+from .text import first_line
 
 if TYPE_CHECKING:
     from torch import nn

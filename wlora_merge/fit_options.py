@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any
 
+from .constants import GRANULARITIES, NORMALIZE, PROBLEM_TYPES
 from .errors import MixtureError, WloraMergeError
-from .labels import PROBLEM_TYPES
-from .names import GRANULARITIES, NORMALIZE, nearest
+from .text import nearest
 
 METHODS = ("learned", "uniform", "best-single", "fixed", "search", "auto")
 SELECT = ("method", "best")

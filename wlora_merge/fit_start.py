@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .constants import NEW_FOLDER
 from .errors import MixtureError
 from .fit_options import FitOptions, check_together
 from .mixture import Mixture
-from .names import NEW_FOLDER, group_of
+from .names import group_of
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .constants import FIT_STATE
 from .errors import MixtureError, OutputError
-from .names import FIT_STATE
 from .staging import reserved
 
 SAVE_EVERY_S = 5.0

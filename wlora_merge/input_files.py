@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import WloraMergeError
-from .names import human_bytes
+from .text import human_bytes
 
 MAX_TABLE_BYTES = 32 << 20
 """Of a JSON or YAML file, or a card; the largest index on the hub has 9 MB. Parsed, it takes at most some 30 times as much."""

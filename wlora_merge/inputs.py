@@ -13,10 +13,10 @@ from pathlib import Path
 from .adapters import Adapter, load_adapter, split_adapter_spec
 from .base_model import BaseModel, open_base
 from .checkpoint import Entry, one_torch_thread
+from .constants import NEW_FOLDER
 from .deltas import ModuleDelta, TensorDelta
 from .errors import MixtureError
 from .mixture import InputRef, Mixture
-from .names import NEW_FOLDER
 from .saved_tensors import joined, stack_tensors
 from .sources import is_here
 from .stacking import stack

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .constants import MULTI, PROBLEM_TYPES, REGRESSION, SINGLE
 from .errors import DataError
 
-SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _MADE_UP = re.compile(r"(?:label|class)[ _-]?[0-9]+", re.IGNORECASE)

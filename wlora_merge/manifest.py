@@ -16,11 +16,12 @@ from typing import Any
 
 from .adapters import Adapter
 from .base_model import BaseModel
+from .constants import DTYPES
 from .digests import sha256_file
 from .errors import VerifyError
 from .input_files import find_file, read_table
 from .mixture import InputRef, Mixture, adapter_ref, base_ref
-from .names import DTYPES, is_plain_file_name
+from .names import is_plain_file_name
 from .sources import public_name
 
 FILE = "wlora_merge.json"

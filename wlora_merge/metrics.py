@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .labels import MULTI, REGRESSION, LabelSet
+from .constants import MULTI, REGRESSION
+from .labels import LabelSet
 
 if TYPE_CHECKING:
     import torch

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import load_adapters
 from .base_model import BaseModel, open_base
-from .errors import AdapterError, MixtureError, UnsupportedError, first_line
+from .constants import NORMALIZE, TASKS
+from .errors import AdapterError, MixtureError, UnsupportedError
 from .mixture import Mixture, adapter_ref, base_ref, make_groups, mixture_weights, prefixes, uniform
-from .names import NORMALIZE, TASKS, nearest
 from .saved_tensors import joined, stack_tensors
 from .stacking import stack
 from .targets import modules_of, tensors_of
+from .text import first_line, nearest
 from .vocabulary import resized, resized_config, warn_of_end
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .adapters import Adapter
 from .base_model import OUTPUT_EMBEDDINGS, BaseModel
 from .checkpoint import write_tensors
+from .constants import GRANULARITIES, NEW_FOLDER, NORMALIZE
 from .deltas import ModuleDelta, TensorDelta
 from .digests import remember
 from .errors import AdapterError, MixtureError
@@ -31,7 +32,7 @@ from .mixture_file import (
     read_mixture_table,
     read_mixture_tensors,
 )
-from .names import GRANULARITIES, NEW_FOLDER, NORMALIZE, group_of, natural_key
+from .names import group_of, natural_key
 from .sources import at_revision, public_name
 from .staging import staged
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import read_header, read_tensor
+from .constants import TASKS
 from .errors import MixtureError, WloraMergeError
 from .input_files import find_file, read_table
-from .names import TASKS, check_adapter_name
+from .names import check_adapter_name
 
 if TYPE_CHECKING:
     import torch

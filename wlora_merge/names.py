@@ -8,42 +8,18 @@ no files, no tensors and no library.
 
 from __future__ import annotations
 
-import difflib
 import re
-import reprlib
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from .errors import AdapterError, UnsupportedError, WloraMergeError
+from .text import short
 
 PEFT_PREFIX = "base_model.model."
-GRANULARITIES = ("module", "layer", "global")
 GLOBAL_GROUP = "all"
-NEW_ADAPTER = "new"
-"""What a mixture calls the adapter that its fit trained."""
-NEW_FOLDER = "new_adapter"
-"""Where a mixture folder has it."""
-FIT_STATE = ".fit-state"
-TASKS = (
-    "causal-lm",
-    "seq2seq-lm",
-    "text-classification",
-    "token-classification",
-    "question-answering",
-    "image-classification",
-    "feature-extraction",
-)
-FIT_TASKS = TASKS[:-1]
-NORMALIZE = ("all", "present", "none")
-FORMATS = ("dense", "lora", "onnx")
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""What weights may be written in, and how safetensors calls it."""
-SERVERS = ("vllm",)
-ONNX_DTYPES, ONNX_QUANTIZE, ONNX_RUNTIMES = ("float32", "float16"), ("int8", "int4"), ("genai",)
-ONNX_PROVIDERS = ("cpu", "cuda", "dml", "webgpu")
 
 _LORA_KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
@@ -51,8 +27,6 @@ _LORA_KEY = re.compile(
 )
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _INDEX = re.compile(r"[0-9]{1,18}")
-_USER = re.compile(r"://[^/@\s]+@")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 PATTERN_SECONDS = 5.0
 _WRAPPED = re.compile(r"(?<![^.])_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
@@ -146,22 +120,6 @@ def pattern_value(patterns: Mapping[str, V], module: str, default: V, deadline: 
     return default
 
 
-def short(value: Any) -> str:
-    """What a message shows of a value: parts of it, as the aliases of a YAML of ten lines can mean 10^9 of them."""
-    parts = reprlib.Repr()
-    parts.maxlevel, parts.maxstring, parts.maxother = 2, 80, 80
-    return parts.repr(value)
-
-
-def redacted(text: str) -> str:
-    """The text without credentials: hub tokens, and what stands before the `@` of a URL.
-
-    >>> redacted("https://user:secret@huggingface.co/org/name with hf_abcdefghijklmnop")
-    'https://***@huggingface.co/org/name with hf_***'
-    """
-    return _TOKEN.sub("hf_***", _USER.sub("://***@", text))
-
-
 class NameResolver:
     """Finds names of one spelling among names of another that differs by a leading component (`bert.`, `model.`)."""
 
@@ -231,20 +189,3 @@ def is_hidden(path: PurePath) -> bool:
 def is_utf8(text: str) -> bool:
     """Whether a name can be written as UTF-8: one that a file system has in other bytes has halves of surrogate pairs."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def nearest(word: str, known: Collection[str]) -> str:
-    """`; did you mean 'x'?` for the known word nearest to `word`, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def human_bytes(count: float) -> str:
-    """A number of bytes as a person reads it: `900 bytes`, `1.5 GB` (10^9 bytes)."""
-    if count < 1000:
-        return f"{count:.0f} bytes"
-    for unit in ("kB", "MB", "GB", "TB"):
-        count /= 1000
-        if count < 999.95 or unit == "TB":
-            break
-    return f"{count:.1f} {unit}"

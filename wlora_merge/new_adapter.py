@@ -20,12 +20,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from .adapters import CONFIG_FILE, WEIGHTS_FILE
+from .constants import NEW_ADAPTER, NEW_FOLDER
 from .errors import UnsupportedError
 from .layers import Attachment, StackedLora
 from .layouts import Layout
 from .lora_config import plain_config
 from .mixture import InputRef, Mixture
-from .names import NEW_ADAPTER, NEW_FOLDER, PEFT_PREFIX
+from .names import PEFT_PREFIX
 
 ALPHA_OVER_R = 2.0
 """lora_alpha / r: the scaling of the new adapter."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from . import fit_options, names
-from .labels import PROBLEM_TYPES
+from . import constants, fit_options
+from .constants import PROBLEM_TYPES
 
 COUNT, ABOVE_0 = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 
@@ -82,12 +82,12 @@ FIT_OPTIONS = together(
     click.option("--weights", metavar="W,W,...", help="For --method fixed: one mixture weight for each adapter."),
     click.option(
         "--granularity",
-        type=click.Choice(names.GRANULARITIES),
+        type=click.Choice(constants.GRANULARITIES),
         help="Which modules share mixture weights. Default: module; the folds try global too from --settings 4 on.",
     ),
     click.option(
         "--normalize",
-        type=click.Choice(names.NORMALIZE),
+        type=click.Choice(constants.NORMALIZE),
         help="Softmax over all adapters, renormalized over those present in a module, or none: free weights. Default: none if a head "
         "is trained, else all; the folds try the other too from --settings 3 on.",
     ),

@@ -11,12 +11,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .constants import DTYPES
 from .data import Examples
 from .deltas import ModuleDelta
 from .export import lora_bytes
 from .inputs import Inputs
 from .layouts import matrix_shape
-from .names import DTYPES
 from .recipe import ExportRecipe, FitRecipe, options_of
 from .tasks import get_task
 from .writers.dense import folder_bytes, plan

@@ -21,11 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .constants import FIT_TASKS, TASKS
 from .errors import RecipeError, WloraMergeError
 from .export_options import ExportOptions, export_options
 from .fit_options import FitOptions, check_for_task, fit_options
 from .input_files import parse_yaml, read_bytes
-from .names import FIT_TASKS, TASKS, is_plain_file_name, nearest, short
+from .names import is_plain_file_name
+from .text import nearest, short
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from . import export_options, fit_options
-from .names import FIT_TASKS, FORMATS, NORMALIZE, TASKS
+from .constants import FIT_TASKS, FORMATS, NORMALIZE, TASKS
 from .recipe import ExportRecipe, FitRecipe, MixRecipe, Recipe, has_default
 
 KINDS: dict[str, dict[str, Any]] = {

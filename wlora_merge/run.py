@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from .check import Checked
+from .constants import NEW_FOLDER
 from .export import ExportResult, export
 from .export_options import ExportOptions
 from .inputs import find_inputs
 from .mixture import Mixture
-from .names import NEW_FOLDER, human_bytes
 from .recipe import FitRecipe, Recipe, options_of
 from .sources import is_here
 from .staging import staged
+from .text import human_bytes
 from .verify import verify
 
 Say = Callable[[str], None]

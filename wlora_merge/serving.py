@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .constants import TASKS
 from .deltas import ModuleDelta, TensorDelta
 from .errors import UnsupportedError
 from .layouts import Layout
 from .mixture import Mixture
-from .names import TASKS
 from .tasks import get_task
 
 PIPELINE_TAGS = {task: task for task in TASKS} | {"causal-lm": "text-generation", "seq2seq-lm": "text2text-generation"}

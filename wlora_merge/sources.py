@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import WloraMergeError, first_line
-from .names import is_utf8, redacted
+from .errors import WloraMergeError
+from .names import is_utf8
+from .text import first_line, redacted
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -38,8 +38,8 @@ from typing import Literal
 
 from .errors import OutputError, WloraMergeWarning
 from .locks import beside, locked
-from .names import human_bytes
 from .signals import signals_held
+from .text import human_bytes
 
 _LOG = logging.getLogger("wlora_merge")
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux and RENAME_SWAP of macOS happen to be the same number

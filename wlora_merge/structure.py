@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from .adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapters
 from .base_model import INDEX, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, BaseModel, open_base
 from .checkpoint import FLOATING, Entry, read_header, read_tensor
+from .constants import DTYPES
 from .deltas import ModuleDelta, TensorDelta
 from .errors import VerifyError, WloraMergeError
 from .input_files import find_file, read_table
-from .names import DTYPES, parse_adapter_key
+from .names import parse_adapter_key
 from .progress import Meter
 from .stacking import stack
 from .targets import modules_of, tensors_of

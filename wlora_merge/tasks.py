@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from .constants import MULTI, REGRESSION, TASKS
 from .encoding import encode_causal_lm, token_limit, warn_cut
-from .errors import BaseModelError, DataError, UnsupportedError, WloraMergeError, first_line
+from .errors import BaseModelError, DataError, UnsupportedError, WloraMergeError
 from .images import EncodedImages
-from .labels import MULTI, REGRESSION, LabelSet, class_name, label_set, order_names, to_number
+from .labels import LabelSet, class_name, label_set, order_names, to_number
 from .metrics import (
     IGNORED,
     Metric,
@@ -24,8 +25,8 @@ from .metrics import (
     seq2seq_metric,
     tagging_metric,
 )
-from .names import TASKS, nearest
 from .spans import encode_answers
+from .text import first_line, nearest
 
 if TYPE_CHECKING:
     from .data import Examples

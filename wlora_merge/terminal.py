@@ -15,9 +15,9 @@ from typing import Any
 
 import click
 
-from . import names
 from .errors import WloraMergeWarning
 from .progress import Done, listening
+from .text import human_bytes, redacted
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def shown_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", WloraMergeWarning)
-        warnings.showwarning = lambda message, *_, **__: click.echo(names.redacted(f"Warning: {message}"), err=True)
+        warnings.showwarning = lambda message, *_, **__: click.echo(redacted(f"Warning: {message}"), err=True)
         yield
 
 
@@ -51,7 +51,7 @@ def shown_log(quiet: bool) -> Iterator[None]:
 
 class _Echo(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(names.redacted(record.getMessage()), err=True)
+        click.echo(redacted(record.getMessage()), err=True)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def work_progress() -> Iterator[None]:
 
 def amount_of(done: Done) -> str:
     """How much is done, in human units: `1.2 GB of 2.2 GB, 45 of 291 tensors`."""
-    sizes = f"{names.human_bytes(done.bytes)} of {names.human_bytes(done.total_bytes)}" if done.total_bytes else ""
+    sizes = f"{human_bytes(done.bytes)} of {human_bytes(done.total_bytes)}" if done.total_bytes else ""
     items = f"{done.items} of {done.total_items} {done.unit}" if done.total_items > 1 else ""
     return ", ".join(part for part in (sizes, items) if part)
 

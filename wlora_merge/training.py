@@ -18,18 +18,19 @@ import torch
 from torch import nn
 
 from .attachment import SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
-from .errors import MixtureError, first_line
+from .errors import MixtureError
 from .fit_options import FitOptions
 from .live_model import refuse_uncalled
 from .mixture import mixture_weights, uniform_start
 from .new_adapter import new_parameters, place_new
+from .text import first_line
 
 if TYPE_CHECKING:
     from torch.utils.data import ConcatDataset
 
+    from .distributed import Team
     from .fit_state import FitState
     from .labels import LabelSet
-    from .ranks import Team
     from .tasks import Task
 
 FitProgress = Callable[[str, int, int, float, dict[str, float]], None]
@@ -439,7 +440,7 @@ class Learner:
         return logits
 
     def _head_loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        from .labels import MULTI, REGRESSION
+        from .constants import MULTI, REGRESSION
 
         logits = self._head_logits(features)
         kind = self.labels.problem_type if self.labels else ""

@@ -9,15 +9,16 @@ from typing import Any
 
 from .base_model import BaseModel, open_base
 from .check import Checked, check_files, compare, tolerance_of
+from .constants import DTYPES
 from .digests import path_of
 from .errors import UnsupportedError, VerifyError, WloraMergeError
 from .inputs import Inputs, find_inputs
 from .loaded_model import HEAD_KEYS, attach_mixture, export_model, load_model, unused_by
 from .manifest import FILE, digest, read_manifest
 from .mixture import Mixture
-from .names import DTYPES, nearest
 from .probe import difference_of, outputs_of, probe_tensors
 from .structure import check_folded, check_lora, check_untouched
+from .text import nearest
 from .writers.dense import plan
 from .written_head import read_head
 

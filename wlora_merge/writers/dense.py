@@ -13,13 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..base_model import INDEX, SINGLE, BaseModel
-from ..checkpoint import (
-    FLOATING,
-    Entry,
-    build_header,
-    byte_length,
-    safetensors_dtype,
-)
+from ..checkpoint import FLOATING, Entry, build_header, byte_length, safetensors_dtype
 from ..deltas import ModuleDelta, TensorDelta
 from ..errors import BaseModelError
 

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wlora_merge.base_model import carried_files
-from wlora_merge.errors import OutputError, UnsupportedError, VerifyError, first_line
-from wlora_merge.export_options import export_options
-from wlora_merge.progress import Meter
-from wlora_merge.writers.onnx_check import check_onnx
-from wlora_merge.writers.onnx_graph import INLINE_LIMIT, save, tidy
-from wlora_merge.writers.onnx_run import run_probe
-from wlora_merge.writers.onnx_seq2seq import BRANCHES as DECODER_BRANCHES
-from wlora_merge.writers.onnx_seq2seq import DECODER, merge
-from wlora_merge.writers.onnx_tasks import load_model, quiet
-from wlora_merge.writers.onnx_trace import trace
+from ..base_model import carried_files
+from ..errors import OutputError, UnsupportedError, VerifyError
+from ..export_options import export_options
+from ..progress import Meter
+from ..text import first_line
+from .onnx_check import check_onnx
+from .onnx_graph import INLINE_LIMIT, save, tidy
+from .onnx_run import run_probe
+from .onnx_seq2seq import BRANCHES as DECODER_BRANCHES
+from .onnx_seq2seq import DECODER, merge
+from .onnx_tasks import load_model, quiet
+from .onnx_trace import trace
 
 __all__ = ["DEFAULT_OPSET", "OnnxReport", "check_onnx", "run_probe", "write_onnx"]
 
@@ -132,7 +133,7 @@ def write_onnx(
         ) from e
     quantized = None
     if quantize is not None:
-        from wlora_merge.writers.onnx_quantize import quantize_onnx
+        from .onnx_quantize import quantize_onnx
 
         Meter("quantizing")
         quantized = quantize_onnx(out, load_model(dense, task, torch.float32), task=task, kind=quantize)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wlora_merge.errors import VerifyError
-from wlora_merge.writers.onnx_run import dtype_of, main_session, next_scores, open_graphs, output_names, run
-from wlora_merge.writers.onnx_tasks import GENERATING, load_model, quiet, sample_inputs, sentence_tokens
+from ..errors import VerifyError
+from .onnx_run import dtype_of, main_session, next_scores, open_graphs, output_names, run
+from .onnx_tasks import GENERATING, load_model, quiet, sample_inputs, sentence_tokens
 
 if TYPE_CHECKING:
     import torch

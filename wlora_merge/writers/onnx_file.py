@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wlora_merge.checkpoint import Entry, byte_length
-from wlora_merge.errors import BaseModelError
-from wlora_merge.names import is_plain_file_name
+from ..checkpoint import Entry, byte_length
+from ..errors import BaseModelError
+from ..names import is_plain_file_name
 
 # TensorProto.DataType of what a base weight can be
 FLOATS = {1: "F32", 10: "F16", 11: "F64", 16: "BF16"}

@@ -12,9 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wlora_merge.errors import UnsupportedError, VerifyError, first_line
-from wlora_merge.progress import Meter
-from wlora_merge.writers.onnx_tasks import DENSE_INSTEAD, load_model, quiet, sentence_tokens
+from ..errors import UnsupportedError, VerifyError
+from ..progress import Meter
+from ..text import first_line
+from .onnx_tasks import DENSE_INSTEAD, load_model, quiet, sentence_tokens
 
 if TYPE_CHECKING:
     import torch

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
-from wlora_merge.base_model import BaseModel
-from wlora_merge.checkpoint import FLOATING, Entry, byte_length, opened, read_rows, torch_dtype
-from wlora_merge.layouts import matrix_shape
-from wlora_merge.writers.onnx_file import OnnxFile
-from wlora_merge.writers.stream import BLOCK_ELEMENTS, Workspace
+from ..base_model import BaseModel
+from ..checkpoint import FLOATING, Entry, byte_length, opened, read_rows, torch_dtype
+from ..layouts import matrix_shape
+from .onnx_file import OnnxFile
+from .stream import BLOCK_ELEMENTS, Workspace
 
 if TYPE_CHECKING:
     import torch

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wlora_merge.checkpoint import read_header, read_tensor
-from wlora_merge.errors import BaseModelError, UnsupportedError
-from wlora_merge.input_files import find_file, read_bytes, read_table
+from ..checkpoint import read_header, read_tensor
+from ..errors import BaseModelError, UnsupportedError
+from ..input_files import find_file, read_bytes, read_table
 
 if TYPE_CHECKING:
     import torch

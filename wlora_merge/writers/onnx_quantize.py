@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wlora_merge.errors import UnsupportedError, first_line
-from wlora_merge.writers.onnx_check import differences
-from wlora_merge.writers.onnx_graph import INLINE_LIMIT, MODEL, data_file, graph_file
-from wlora_merge.writers.onnx_tasks import quiet
+from ..errors import UnsupportedError
+from ..text import first_line
+from .onnx_check import differences
+from .onnx_graph import INLINE_LIMIT, MODEL, data_file, graph_file
+from .onnx_tasks import quiet
 
 if TYPE_CHECKING:
     import torch

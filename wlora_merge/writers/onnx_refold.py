@@ -13,18 +13,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from wlora_merge.base_model import BaseModel
-from wlora_merge.checkpoint import Entry, torch_dtype
-from wlora_merge.errors import BaseModelError, UnsupportedError, VerifyError, WloraMergeError
-from wlora_merge.mixture import Mixture
-from wlora_merge.names import NameResolver
-from wlora_merge.sources import is_here
-from wlora_merge.writers.dense import OutputFile, Piece
-from wlora_merge.writers.onnx_file import OnnxFile, read_onnx
-from wlora_merge.writers.onnx_graph import MODEL, graph_file
-from wlora_merge.writers.onnx_match import Matcher, Tile, as_matrix, read_into
-from wlora_merge.writers.onnx_seq2seq import DECODER, ENCODER
-from wlora_merge.writers.stream import fold_into, write_files
+from ..base_model import BaseModel
+from ..checkpoint import Entry, torch_dtype
+from ..errors import BaseModelError, UnsupportedError, VerifyError, WloraMergeError
+from ..mixture import Mixture
+from ..names import NameResolver
+from ..sources import is_here
+from .dense import OutputFile, Piece
+from .onnx_file import OnnxFile, read_onnx
+from .onnx_graph import MODEL, graph_file
+from .onnx_match import Matcher, Tile, as_matrix, read_into
+from .onnx_seq2seq import DECODER, ENCODER
+from .stream import fold_into, write_files
 
 _LOG = logging.getLogger("wlora_merge")
 PAIR = (graph_file(ENCODER), graph_file(DECODER))

@@ -10,10 +10,11 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wlora_merge.errors import UnsupportedError, VerifyError, first_line
-from wlora_merge.names import is_plain_file_name
-from wlora_merge.writers.onnx_graph import MODEL, data_file, graph_file
-from wlora_merge.writers.onnx_seq2seq import DECODER, ENCODER, SWITCH
+from ..errors import UnsupportedError, VerifyError
+from ..names import is_plain_file_name
+from ..text import first_line
+from .onnx_graph import MODEL, data_file, graph_file
+from .onnx_seq2seq import DECODER, ENCODER, SWITCH
 
 if TYPE_CHECKING:
     import numpy as np

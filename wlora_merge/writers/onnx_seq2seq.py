@@ -10,8 +10,8 @@ import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from wlora_merge.errors import UnsupportedError
-from wlora_merge.writers.onnx_tasks import DENSE_INSTEAD, sample_inputs
+from ..errors import UnsupportedError
+from .onnx_tasks import DENSE_INSTEAD, sample_inputs
 
 if TYPE_CHECKING:
     import onnx_ir

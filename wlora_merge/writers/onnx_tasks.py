@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wlora_merge.errors import BaseModelError, UnsupportedError
-from wlora_merge.tasks import get_task
-from wlora_merge.writers.onnx_pooling import OUTPUTS as POOLED
-from wlora_merge.writers.onnx_pooling import add_pooling, pools
+from ..errors import BaseModelError, UnsupportedError
+from ..tasks import get_task
+from .onnx_pooling import OUTPUTS as POOLED
+from .onnx_pooling import add_pooling, pools
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,9 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from wlora_merge.errors import UnsupportedError
-from wlora_merge.writers.onnx_seq2seq import trace_seq2seq
-from wlora_merge.writers.onnx_tasks import DENSE_INSTEAD, one_sentence, outputs_of, quiet, sample_inputs
+from ..errors import UnsupportedError
+from .onnx_seq2seq import trace_seq2seq
+from .onnx_tasks import DENSE_INSTEAD, one_sentence, outputs_of, quiet, sample_inputs
 
 if TYPE_CHECKING:
     import onnx_ir

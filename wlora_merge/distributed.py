@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import WloraMergeError, first_line
+from .errors import WloraMergeError
+from .text import first_line
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,30 @@
+"""The values that options and files may hold, and the names of our own files. No rules, no other knowledge."""
+
+from __future__ import annotations
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
+
+GRANULARITIES = ("module", "layer", "global")
+NEW_ADAPTER = "new"
+"""What a mixture calls the adapter that its fit trained."""
+NEW_FOLDER = "new_adapter"
+"""Where a mixture folder has it."""
+FIT_STATE = ".fit-state"
+TASKS = (
+    "causal-lm",
+    "seq2seq-lm",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "image-classification",
+    "feature-extraction",
+)
+FIT_TASKS = TASKS[:-1]
+NORMALIZE = ("all", "present", "none")
+FORMATS = ("dense", "lora", "onnx")
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""What weights may be written in, and how safetensors calls it."""
+SERVERS = ("vllm",)
+ONNX_DTYPES, ONNX_QUANTIZE, ONNX_RUNTIMES = ("float32", "float16"), ("int8", "int4"), ("genai",)
+ONNX_PROVIDERS = ("cpu", "cuda", "dml", "webgpu")
