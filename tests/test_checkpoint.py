@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from wlora_merge import checkpoint
-from wlora_merge.checkpoint import (
+from wlora_merge.errors import UnsupportedError, WloraMergeError
+from wlora_merge.io import safetensors_file as checkpoint
+from wlora_merge.io.safetensors_file import (
     BITS,
     TORCH_NAMES,
     build_header,
@@ -26,7 +27,6 @@ from wlora_merge.checkpoint import (
     safetensors_dtype,
     torch_dtype,
 )
-from wlora_merge.errors import UnsupportedError, WloraMergeError
 
 
 def write(file: Path, table: Any, data: bytes = b"", length: int | None = None) -> Path:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from wlora_merge import digests as room
-from wlora_merge.digests import path_of, sha256_file, sha256_files
 from wlora_merge.errors import WloraMergeError
+from wlora_merge.io import digests as room
+from wlora_merge.io.digests import path_of, sha256_file, sha256_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,7 +67,7 @@ def test_a_known_file_is_not_read_again(tmp_path: Path, read: list[str]) -> None
 def test_a_known_file_is_known_by_another_process_and_through_a_link(tmp_path: Path, read: list[str]) -> None:
     file = aged(tmp_path / "file", b"abc")
     code = (
-        "import sys; from pathlib import Path; from wlora_merge.digests import *; print(sha256_file(Path(sys.argv[1])))"
+        "import sys; from pathlib import Path; from wlora_merge.io.digests import *; print(sha256_file(Path(sys.argv[1])))"
     )
     out = subprocess.run([sys.executable, "-c", code, file], cwd=ROOT, capture_output=True, text=True, check=True)
     (tmp_path / "link").symlink_to("file")
@@ -181,7 +181,7 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
 
 def test_several_processes_may_write_the_cache_at_once(tmp_path: Path, cache: Path) -> None:
     code = """
-import sys; from pathlib import Path; from wlora_merge.digests import *
+import sys; from pathlib import Path; from wlora_merge.io.digests import *
 for file in sorted(Path(sys.argv[1]).iterdir()): sha256_file(file)
 """
     for writer in range(3):

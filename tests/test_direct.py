@@ -11,8 +11,8 @@ from random import Random
 
 import pytest
 
-from wlora_merge import direct
-from wlora_merge.direct import BUFFER_BYTES, DirectFile
+from wlora_merge.io import direct_write as direct
+from wlora_merge.io.direct_write import BUFFER_BYTES, DirectFile
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from wlora_merge.base_model import open_base
 from wlora_merge.card import _LICENSE, _front, _named
 from wlora_merge.errors import AdapterError, RecipeError, WloraMergeError
 from wlora_merge.export import export
-from wlora_merge.input_files import MAX_TABLE_BYTES, find_file, parse_yaml, read_bytes, read_table
+from wlora_merge.io.untrusted import MAX_TABLE_BYTES, find_file, parse_yaml, read_bytes, read_json
 from wlora_merge.mix import mix
 from wlora_merge.names import natural_key, pattern_value
 from wlora_merge.recipe import read_recipe
@@ -77,13 +77,13 @@ def test_a_table_of_any_size_or_with_half_a_surrogate_pair_is_refused(tmp_path: 
     with open(file, "wb") as stream:
         stream.truncate(MAX_TABLE_BYTES + 1)
     with pytest.raises(WloraMergeError, match="longer than"):
-        read_table(file, WloraMergeError)
+        read_json(file, WloraMergeError)
     for text in ('{"a": "\\ud800"}', "[" * 100_000, '{"a": ' + "1" * 10_000 + "}"):
         file.write_text(text)
         with pytest.raises(WloraMergeError, match="not valid JSON"):
-            read_table(file, WloraMergeError)
+            read_json(file, WloraMergeError)
     file.write_text('{"a": "\\ud83d\\ude00"}')
-    assert read_table(file, WloraMergeError) == {"a": "😀"}
+    assert read_json(file, WloraMergeError) == {"a": "😀"}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from wlora_merge.errors import AdapterError, UnsupportedError
+from wlora_merge.io.tensors import matrix_shape
 from wlora_merge.layouts import (
     COMPOSITES,
     CONV1D_MODEL_TYPES,
@@ -19,7 +20,6 @@ from wlora_merge.layouts import (
     factors_from_file,
     factors_to_file,
     layout_of,
-    matrix_shape,
     stored_factors,
 )
 

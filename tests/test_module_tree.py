@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from test_architectures import CASES
 
 from wlora_merge.base_model import BaseModel, open_base
-from wlora_merge.checkpoint import Entry
 from wlora_merge.errors import BaseModelError, UnsupportedError
+from wlora_merge.io.safetensors_file import Entry
 from wlora_merge.module_tree import ModuleTree, build_tree
 
 
@@ -103,7 +103,7 @@ def tree_with(converter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: [converter])
     fused = torch.rand(18, 4)
     save_file({"qkv.weight": fused}, tmp_path / "model.safetensors")
-    from wlora_merge.checkpoint import read_header
+    from wlora_merge.io.safetensors_file import read_header
 
     entries: dict[str, Entry] = read_header(tmp_path / "model.safetensors").entries
     return ModuleTree(Joined(), entries), fused

@@ -86,7 +86,7 @@ def test_two_ranks_write_the_bytes_of_one(mixture: Path, tmp_path: Path) -> None
 
 DIES = """
 import os, signal, sys
-import wlora_merge.direct as direct
+import wlora_merge.io.direct_write as direct
 from wlora_merge.cli import main
 if os.environ["RANK"] == "{rank}":
     real, count = direct._write_all, [0]

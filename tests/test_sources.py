@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 
 from wlora_merge.errors import WloraMergeError
-from wlora_merge.sources import ADAPTER_PATTERNS, resolve_source
+from wlora_merge.io.hub import ADAPTER_PATTERNS, resolve_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -79,7 +79,7 @@ def test_what_the_hub_does_not_give_is_one_sentence(
 
 
 def test_no_pickle_is_ever_asked_for() -> None:
-    from wlora_merge.sources import BASE_PATTERNS
+    from wlora_merge.io.hub import BASE_PATTERNS
 
     ends = (".bin", ".pt", ".pth", ".pkl", "*")
     assert {p for p in (*BASE_PATTERNS, *ADAPTER_PATTERNS) if p.endswith(ends)} == {"LICENSE*", "NOTICE*"}

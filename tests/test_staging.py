@@ -18,10 +18,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from wlora_merge import staging as room
 from wlora_merge.errors import OutputError, WloraMergeWarning
-from wlora_merge.signals import terminate_as_exit
-from wlora_merge.staging import staged
+from wlora_merge.io import staging as room
+from wlora_merge.io.signals import terminate_as_exit
+from wlora_merge.io.staging import staged
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = int(os.environ.get("WLORA_MERGE_TRUST_ROUNDS", "12"))
@@ -29,7 +29,7 @@ ROUNDS = int(os.environ.get("WLORA_MERGE_TRUST_ROUNDS", "12"))
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
-from wlora_merge import staging as room
+from wlora_merge.io import staging as room
 from wlora_merge.errors import OutputError
 from wlora_merge.signals import terminate_as_exit
 from wlora_merge.staging import staged

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from wlora_merge.cli import main
 from wlora_merge.errors import WloraMergeError
-from wlora_merge.sources import resolve_source
+from wlora_merge.io.hub import resolve_source
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_" + "S3cret" * 5

@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.attachment import attach, read_mixture
-from wlora_merge.checkpoint import read_header
 from wlora_merge.errors import WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.inputs import find_inputs
+from wlora_merge.io.safetensors_file import read_header
 from wlora_merge.mix import mix
 from wlora_merge.writers import stream
 

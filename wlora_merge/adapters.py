@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import FLOATING, Header, all_finite, read_header, read_tensor
-from .digests import sha256_file
 from .errors import AdapterError, UnsupportedError, WloraMergeError
 from .factors import Factors, TokenRows
-from .input_files import find_file, read_table
+from .io.digests import sha256_file
+from .io.hub import ADAPTER_PATTERNS, Source, is_here, resolve_source
+from .io.safetensors_file import FLOATING, Header, read_header, read_tensor
+from .io.tensors import all_finite
+from .io.untrusted import find_file, read_json
 from .lora_config import check_config
 from .names import PATTERN_SECONDS, check_adapter_name, parse_adapter_key, pattern_value
-from .sources import ADAPTER_PATTERNS, Source, is_here, resolve_source
 
 if TYPE_CHECKING:
     import torch
@@ -160,7 +161,7 @@ def _read_config(folder: Path, where: str) -> dict[str, Any]:
     file = find_file(folder, CONFIG_FILE, AdapterError)
     if file is None:
         raise AdapterError(f"{where}: has no {CONFIG_FILE}: give the folder that PEFT's save_pretrained wrote.")
-    return read_table(file, AdapterError, "a table of LoraConfig fields")
+    return read_json(file, AdapterError, "a table of LoraConfig fields")
 
 
 def _weights_file(folder: Path, where: str) -> Path:

@@ -14,14 +14,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Entry, Header, read_header, read_tensor
 from .constants import FIT_STATE
-from .digests import sha256_files
 from .errors import BaseModelError, UnsupportedError
-from .input_files import find_file, read_bytes, read_table
-from .names import NameResolver, is_hidden, is_plain_file_name, is_utf8
+from .io.digests import sha256_files
+from .io.hub import BASE_PATTERNS, Source, resolve_source
+from .io.safetensors_file import Entry, Header, read_header, read_tensor
+from .io.untrusted import find_file, is_hidden, is_plain_file_name, is_utf8, read_bytes, read_json
+from .names import NameResolver
 from .quantized import quantized_format
-from .sources import BASE_PATTERNS, Source, resolve_source
 
 if TYPE_CHECKING:
     import torch
@@ -191,12 +191,12 @@ def open_base(path_or_id: str | Path) -> BaseModel:
     if config_file is None:
         missing = f"{folder}: has no config.json: give the folder of a Hugging Face model."
         raise BaseModelError(_gguf(folder) or missing)
-    config = read_table(config_file, BaseModelError)
+    config = read_json(config_file, BaseModelError)
     _check_config(config, config_file)
     single = find_file(folder, SINGLE, BaseModelError)  # where both are there, transformers loads this one
     index_file = None if single else find_file(folder, INDEX, BaseModelError)
     if index_file is not None:
-        index = read_table(index_file, BaseModelError)
+        index = read_json(index_file, BaseModelError)
         headers = _open_shards(folder, index)
     elif single is not None:
         index, headers = None, {SINGLE: read_header(single)}

@@ -11,12 +11,12 @@ from typing import Any
 
 from .errors import WloraMergeError
 from .fit_options import FitOptions
-from .input_files import find_file, parse_yaml, read_bytes
+from .io.hub import at_revision
+from .io.untrusted import find_file, parse_yaml, read_bytes
 from .mixture import TRAINING_LOOP, Mixture
 from .report import CAPTIONS, FIGURES
 from .report import FILE as REPORT
 from .serving import PIPELINE_TAGS, serving
-from .sources import at_revision
 
 LIBRARIES = {"dense": "transformers", "lora": "peft", "onnx": "transformers.js"}
 KNOWN_METRICS = ("accuracy", "f1", "exact_match", "rouge", "bleu", "perplexity", "squad", "seqeval")

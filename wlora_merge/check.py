@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import TORCH_NAMES, read_header
 from .constants import DTYPES
-from .digests import sha256_files
 from .errors import VerifyError
-from .input_files import find_file
+from .io.digests import sha256_files
+from .io.safetensors_file import TORCH_NAMES, read_header
+from .io.untrusted import find_file
 from .manifest import FILE
 from .probe import difference_of
 from .structure import check_structure

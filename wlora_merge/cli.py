@@ -26,6 +26,7 @@ from .errors import RecipeError, WloraMergeError
 from .export_options import ExportOptions, export_options
 from .fit_options import FitOptions, check_for_task, fit_options
 from .help import COLUMNS, Group
+from .io.signals import terminate_as_exit
 from .options import (
     AS_JSON,
     COUNT,
@@ -39,7 +40,6 @@ from .options import (
     RESIDUAL,
     RESIZE_VOCAB,
 )
-from .signals import terminate_as_exit
 from .terminal import fit_progress, human_time, say, show_table, shown_log, shown_warnings, work_progress
 from .text import human_bytes, redacted
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .columns import FORMS, PARTS, choose_columns
 from .constants import REGRESSION
-from .data_sources import TRAIN, read_table
+from .data_sources import TRAIN, read_source
 from .errors import DataError, UnsupportedError, WloraMergeWarning
 from .formats import Table, read_bytes_of
+from .io.untrusted import is_utf8
 from .labels import LabelSet, class_name, words_of
-from .names import is_utf8
 from .text import nearest
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def read_examples(
     """
     if task not in FORMS:
         raise UnsupportedError(f"task {task!r} reads no examples{nearest(task, FORMS)}.")
-    table = read_table(source, split=split, default_splits=default_splits)
+    table = read_source(source, split=split, default_splits=default_splits)
     if not len(table.rows):
         raise DataError(f"{table.name} holds no examples.")
     chosen = choose_columns(task, table.columns, columns, source=table.name)

@@ -15,8 +15,8 @@ from typing import Any
 
 from .errors import DataError, UnsupportedError
 from .formats import TABLES, TEXTS, Table, decode, read_bytes_of, read_file
-from .names import is_hidden
-from .sources import is_here
+from .io.hub import is_here
+from .io.untrusted import is_hidden
 from .text import first_line, redacted
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -28,7 +28,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(?:/[A-Za-z0-9_.-]+)?(?::[^/\\]+)?")
 _HUB_BUILDERS = ("parquet", "json", "csv", "text", "arrow", "imagefolder")
 
 
-def read_table(source: str | Path, *, split: str | None = None, default_splits: Sequence[str] = (TRAIN,)) -> Table:
+def read_source(source: str | Path, *, split: str | None = None, default_splits: Sequence[str] = (TRAIN,)) -> Table:
     """Read a local file or folder, or download a hub data set.
 
     Args:

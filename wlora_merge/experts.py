@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .adapters import Adapter
-from .checkpoint import Entry, read_tensor
 from .errors import AdapterError, UnsupportedError
 from .factors import Factors, Slice
+from .io.safetensors_file import Entry, read_tensor
 from .layouts import Layout
 from .module_tree import ModuleTree, Part
 

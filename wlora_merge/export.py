@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 from .base_model import INDEX, BaseModel, refuse_quantized
 from .card import write_card
-from .checkpoint import Entry
 from .constants import DTYPES
 from .deltas import ModuleDelta
-from .digests import sha256_files
 from .distributed import Team, team
 from .errors import BaseModelError, UnsupportedError
 from .export_options import ExportOptions, export_options
 from .inputs import Inputs, find_inputs
-from .layouts import matrix_shape
+from .io.digests import sha256_files
+from .io.safetensors_file import Entry
+from .io.staging import Staging, staged
+from .io.tensors import matrix_shape
 from .manifest import PACKAGES, build_manifest, versions, write_manifest
 from .mixture import Mixture
 from .probe import make_probe
 from .report import write_report
 from .serving import check_rank, check_server
-from .staging import Staging, staged
 from .tying import untied_config
 from .writers.dense import OutputFile, changed_config, folder_bytes, index_bytes, plan, with_dtype
 from .writers.stream import write_files

@@ -21,18 +21,18 @@ from typing import TYPE_CHECKING, Any
 from .adapters import Adapter, load_adapters
 from .base_model import BaseModel, open_base, refuse_quantized
 from .data import EVAL_SPLITS, Examples, read_examples
-from .digests import sha256_file
 from .errors import DataError, MixtureError
 from .fit_options import FitOptions, check_for_task, fit_options
 from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded, said_of_pruning, said_of_stop
 from .fit_start import initial_logits, initial_scale, like_start
 from .fit_state import FitState, only_fit, state_file
 from .inputs import find_inputs
+from .io.digests import sha256_file
+from .io.hub import is_here
+from .io.staging import refuse_out
 from .mixture import Mixture, adapter_ref
 from .report import write_report
-from .sources import is_here
 from .stacking import stack
-from .staging import refuse_out
 from .targets import modules_of, tensors_of
 from .tasks import Task, get_task
 from .text import first_line

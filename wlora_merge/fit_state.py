@@ -18,7 +18,7 @@ from typing import Any
 
 from .constants import FIT_STATE
 from .errors import MixtureError, OutputError
-from .staging import reserved
+from .io.staging import reserved
 
 SAVE_EVERY_S = 5.0
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import DataError, UnsupportedError
-from .input_files import read_bytes
+from .io.untrusted import read_bytes
 from .text import first_line, human_bytes
 
 if TYPE_CHECKING:

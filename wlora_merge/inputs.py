@@ -12,13 +12,14 @@ from pathlib import Path
 
 from .adapters import Adapter, load_adapter, split_adapter_spec
 from .base_model import BaseModel, open_base
-from .checkpoint import Entry, one_torch_thread
 from .constants import NEW_FOLDER
 from .deltas import ModuleDelta, TensorDelta
 from .errors import MixtureError
+from .io.hub import is_here
+from .io.safetensors_file import Entry
+from .io.tensors import one_torch_thread
 from .mixture import InputRef, Mixture
 from .saved_tensors import joined, stack_tensors
-from .sources import is_here
 from .stacking import stack
 from .targets import modules_of, tensors_of
 from .tying import untied

@@ -15,10 +15,10 @@ Every LoRA is a product lora_B @ lora_A of shape [out, in]. How that product lie
 from __future__ import annotations
 
 import enum
-import math
 from typing import TYPE_CHECKING
 
 from .errors import AdapterError, UnsupportedError
+from .io.tensors import matrix_shape
 
 if TYPE_CHECKING:
     import torch
@@ -147,8 +147,3 @@ def row_norms(layout: Layout, base: torch.Tensor, lora_A: torch.Tensor, lora_B: 
 def row_factor(layout: Layout, factor: torch.Tensor) -> torch.Tensor:
     """A factor [out] of the output rows in the shape that multiplies the base tensor's matrix: [1, cols] or [rows, 1]."""
     return factor[None, :] if layout.transposed else factor[:, None]
-
-
-def matrix_shape(base: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a base tensor viewed as a matrix: its first dimension, and all others together."""
-    return base[0], math.prod(base[1:])

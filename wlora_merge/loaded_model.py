@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UnsupportedError, VerifyError
-from .layouts import matrix_shape
+from .io.tensors import matrix_shape
 from .libraries import library_errors, quiet_libraries
 from .module_tree import bounded
 from .progress import Meter

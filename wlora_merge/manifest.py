@@ -17,12 +17,11 @@ from typing import Any
 from .adapters import Adapter
 from .base_model import BaseModel
 from .constants import DTYPES
-from .digests import sha256_file
 from .errors import VerifyError
-from .input_files import find_file, read_table
+from .io.digests import sha256_file
+from .io.hub import public_name
+from .io.untrusted import find_file, is_plain_file_name, read_json
 from .mixture import InputRef, Mixture, adapter_ref, base_ref
-from .names import is_plain_file_name
-from .sources import public_name
 
 FILE = "wlora_merge.json"
 FORMAT_VERSION = 1
@@ -135,7 +134,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise VerifyError(f"{folder}: does not exist.")
         inside = f"; below it are {', '.join(found)}: give one of the exports" if (found := below(folder)) else ""
         raise VerifyError(f"{folder}: has no {FILE}: this is not an export of wlora-merge{inside}.")
-    table = read_table(file, VerifyError)
+    table = read_json(file, VerifyError)
     if table.get("format_version") != FORMAT_VERSION:
         raise VerifyError(
             f"{file}: its format_version is not {FORMAT_VERSION}: another version of wlora-merge wrote it."

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .base_model import BaseModel
-from .checkpoint import Entry, byte_length, one_torch_thread, opened, read_header, read_rows, torch_dtype
 from .deltas import ModuleDelta, TensorDelta
 from .errors import BaseModelError
 from .fold import fold_factor, fold_factors, fold_rows
-from .layouts import matrix_shape
+from .io.safetensors_file import Entry, byte_length, opened, read_header, read_rows, torch_dtype
+from .io.tensors import matrix_shape, one_torch_thread
 from .mixture import Mixture
 
 if TYPE_CHECKING:

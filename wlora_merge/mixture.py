@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import Adapter
 from .base_model import OUTPUT_EMBEDDINGS, BaseModel
-from .checkpoint import write_tensors
 from .constants import GRANULARITIES, NEW_FOLDER, NORMALIZE
 from .deltas import ModuleDelta, TensorDelta
-from .digests import remember
 from .errors import AdapterError, MixtureError
+from .io.digests import remember
+from .io.hub import at_revision, public_name
+from .io.safetensors_file import write_tensors
+from .io.staging import staged
 from .mixture_file import (
     FORMAT_VERSION,
     JSON_FILE,
@@ -33,8 +35,6 @@ from .mixture_file import (
     read_mixture_tensors,
 )
 from .names import group_of, natural_key
-from .sources import at_revision, public_name
-from .staging import staged
 
 if TYPE_CHECKING:
     import torch

@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import read_header, read_tensor
 from .constants import TASKS
 from .errors import MixtureError, WloraMergeError
-from .input_files import find_file, read_table
+from .io.safetensors_file import read_header, read_tensor
+from .io.untrusted import find_file, read_json
 from .names import check_adapter_name
 
 if TYPE_CHECKING:
     import torch
-
 
 FORMAT_VERSION = 1
 JSON_FILE = "mixture.json"
@@ -31,7 +30,7 @@ def read_mixture_table(folder: Path) -> dict[str, Any]:
     file = find_file(folder, JSON_FILE, MixtureError)
     if file is None:
         raise MixtureError(f"{folder}: has no {JSON_FILE}: give the folder that `wlora-merge fit` or `mix` wrote.")
-    table = read_table(file, MixtureError)
+    table = read_json(file, MixtureError)
     version = table.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise MixtureError(

@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import TypeVar
 
 from .errors import AdapterError, UnsupportedError, WloraMergeError
@@ -174,18 +173,3 @@ def check_adapter_name(name: str) -> str:
     if name in RESERVED:
         raise AdapterError(f"adapter name {name!r} is a word of --modules-to-save: set another with NAME=PATH.")
     return name
-
-
-def is_plain_file_name(name: object) -> bool:
-    """True for the name of a file in its own folder: no separator, no `..`, no drive, nothing hidden."""
-    return isinstance(name, str) and bool(name) and not name.startswith(".") and not re.search(r"[/\\:\0]", name)
-
-
-def is_hidden(path: PurePath) -> bool:
-    """Whether a relative path is that of a hidden file, or lies in a hidden folder."""
-    return any(part.startswith(".") for part in path.parts)
-
-
-def is_utf8(text: str) -> bool:
-    """Whether a name can be written as UTF-8: one that a file system has in other bytes has halves of surrogate pairs."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)

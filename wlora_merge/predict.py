@@ -16,7 +16,7 @@ from .data import Examples
 from .deltas import ModuleDelta
 from .export import lora_bytes
 from .inputs import Inputs
-from .layouts import matrix_shape
+from .io.tensors import matrix_shape
 from .recipe import ExportRecipe, FitRecipe, options_of
 from .tasks import get_task
 from .writers.dense import folder_bytes, plan

@@ -25,8 +25,7 @@ from .constants import FIT_TASKS, TASKS
 from .errors import RecipeError, WloraMergeError
 from .export_options import ExportOptions, export_options
 from .fit_options import FitOptions, check_for_task, fit_options
-from .input_files import parse_yaml, read_bytes
-from .names import is_plain_file_name
+from .io.untrusted import is_plain_file_name, parse_yaml, read_bytes
 from .text import nearest, short
 
 

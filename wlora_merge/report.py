@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from .base_model import BaseModel
 from .deltas import ModuleDelta, TensorDelta
 from .errors import WloraMergeWarning
+from .io.hub import public_name
 from .measures import Change, adapter_similarity, changes, error_by_rank, spectra
 from .mixture import Mixture
 from .names import group_of, natural_key
 from .progress import Meter
-from .sources import public_name
 
 if TYPE_CHECKING:
     import torch

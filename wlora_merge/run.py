@@ -13,10 +13,10 @@ from .constants import NEW_FOLDER
 from .export import ExportResult, export
 from .export_options import ExportOptions
 from .inputs import find_inputs
+from .io.hub import is_here
+from .io.staging import staged
 from .mixture import Mixture
 from .recipe import FitRecipe, Recipe, options_of
-from .sources import is_here
-from .staging import staged
 from .text import human_bytes
 from .verify import verify
 

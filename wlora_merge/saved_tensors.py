@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from .adapters import Adapter
 from .base_model import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
-from .checkpoint import equal
 from .deltas import ModuleDelta, TensorDelta
 from .errors import AdapterError, UnsupportedError
+from .io.tensors import equal
 from .names import natural_key
 from .targets import Find, Target, refuse_tied
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapters
 from .base_model import INDEX, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, BaseModel, open_base
-from .checkpoint import FLOATING, Entry, read_header, read_tensor
 from .constants import DTYPES
 from .deltas import ModuleDelta, TensorDelta
 from .errors import VerifyError, WloraMergeError
-from .input_files import find_file, read_table
+from .io.safetensors_file import FLOATING, Entry, read_header, read_tensor
+from .io.untrusted import find_file, read_json
 from .names import parse_adapter_key
 from .progress import Meter
 from .stacking import stack
@@ -99,7 +99,7 @@ def _check_lora(folder: Path) -> None:
     config_file = find_file(folder, CONFIG_FILE, VerifyError)
     if file is None or config_file is None:
         raise VerifyError(f"{folder}: lacks {CONFIG_FILE} or {WEIGHTS_FILE}: export again.")
-    config, entries = read_table(config_file, VerifyError), read_header(file).entries
+    config, entries = read_json(config_file, VerifyError), read_header(file).entries
     r, targets = config.get("r"), config.get("target_modules")
     if type(r) is not int or config.get("lora_alpha") != r or not isinstance(targets, list):
         raise VerifyError(
@@ -166,7 +166,8 @@ def check_folded(folder: Path, planned: Sequence[OutputFile], mixture: Mixture) 
     Raises:
         VerifyError: a number that is off by more than the last bit, in which another machine's float64 sums may differ.
     """
-    from .writers.stream import Workspace, differing
+    from .io.tensors import Workspace
+    from .writers.stream import differing
 
     found, space = open_base(folder).entries, Workspace()
     pieces = [p for file in planned for p in file.pieces]

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from .adapters import Adapter
 from .base_model import BaseModel
-from .checkpoint import FLOATING
 from .errors import AdapterError, UnsupportedError
 from .experts import WRAPPER
+from .io.safetensors_file import FLOATING
 from .quantized import WEIGHT_SUFFIXES
 from .tying import twin_of
 

@@ -13,7 +13,7 @@ from .base_model import BaseModel
 from .errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from .checkpoint import Entry
+    from .io.safetensors_file import Entry
 
 KEY = "tie_word_embeddings"
 

@@ -10,9 +10,9 @@ from typing import Any
 from .base_model import BaseModel, open_base
 from .check import Checked, check_files, compare, tolerance_of
 from .constants import DTYPES
-from .digests import path_of
 from .errors import UnsupportedError, VerifyError, WloraMergeError
 from .inputs import Inputs, find_inputs
+from .io.digests import path_of
 from .loaded_model import HEAD_KEYS, attach_mixture, export_model, load_model, unused_by
 from .manifest import FILE, digest, read_manifest
 from .mixture import Mixture

@@ -16,11 +16,11 @@ from typing import Any
 
 from .adapters import Adapter
 from .base_model import TOKENIZER_FILES, BaseModel
-from .checkpoint import equal
 from .errors import AdapterError, BaseModelError, UnsupportedError, WloraMergeWarning
-from .input_files import find_file, read_table
+from .io.hub import resolve_source
+from .io.tensors import equal
+from .io.untrusted import find_file, read_json
 from .names import NameResolver
-from .sources import resolve_source
 
 KEY = "vocab_size"
 
@@ -79,13 +79,13 @@ def warn_of_end(base: BaseModel) -> None:
     file = base.tokenizer.get("tokenizer_config.json")
     if file is None:
         return
-    table = read_table(file, AdapterError)
+    table = read_json(file, AdapterError)
     end = table.get("eos_token")
     text = end.get("content") if isinstance(end, dict) else end
     found = [number for number, content in _added(base.tokenizer) if content == text]
     generation = find_file(base.folder, "generation_config.json", BaseModelError)
     parts = [base.config, *(v for v in base.config.values() if isinstance(v, dict))]
-    parts += [read_table(generation, BaseModelError)] if generation else []
+    parts += [read_json(generation, BaseModelError)] if generation else []
     told = [part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None]
     known = [number for value in told for number in (value if isinstance(value, list) else [value])]
     if found and known and found[0] not in known:
@@ -157,7 +157,7 @@ def _added(files: Mapping[str, Path]) -> list[tuple[int, Any]]:
     """Ids and contents of the tokens that were added to a tokenizer."""
     found: list[tuple[int, Any]] = []
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        table = read_table(files[name], AdapterError) if name in files else {}
+        table = read_json(files[name], AdapterError) if name in files else {}
         rows = [row for row in table.get("added_tokens") or [] if isinstance(row, dict)]
         found += [(row["id"], row.get("content")) for row in rows if isinstance(row.get("id"), int)]
         rows_by_id = table.get("added_tokens_decoder") or {}

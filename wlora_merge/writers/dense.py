@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..base_model import INDEX, SINGLE, BaseModel
-from ..checkpoint import FLOATING, Entry, build_header, byte_length, safetensors_dtype
 from ..deltas import ModuleDelta, TensorDelta
 from ..errors import BaseModelError
+from ..io.safetensors_file import FLOATING, Entry, build_header, byte_length, safetensors_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base_model import BaseModel
-from ..checkpoint import all_finite, one_torch_thread, overflow_advice, write_tensors
 from ..deltas import ModuleDelta, TensorDelta
 from ..errors import UnsupportedError, WloraMergeError
 from ..fold import lora_product, low_rank_svd, pad_rank, truncate
+from ..io.safetensors_file import write_tensors
+from ..io.tensors import all_finite, one_torch_thread, overflow_advice
 from ..layouts import Layout, factors_to_file
 from ..lora_config import plain_config
 from ..mixture import Mixture, prefixes

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoint import Entry, byte_length
 from ..errors import BaseModelError
-from ..names import is_plain_file_name
+from ..io.safetensors_file import Entry, byte_length
+from ..io.untrusted import is_plain_file_name
 
 # TensorProto.DataType of what a base weight can be
 FLOATS = {1: "F32", 10: "F16", 11: "F64", 16: "BF16"}

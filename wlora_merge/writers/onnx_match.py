@@ -15,10 +15,9 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from ..base_model import BaseModel
-from ..checkpoint import FLOATING, Entry, byte_length, opened, read_rows, torch_dtype
-from ..layouts import matrix_shape
+from ..io.safetensors_file import FLOATING, Entry, byte_length, opened, read_rows, torch_dtype
+from ..io.tensors import BLOCK_ELEMENTS, Workspace, matrix_shape
 from .onnx_file import OnnxFile
-from .stream import BLOCK_ELEMENTS, Workspace
 
 if TYPE_CHECKING:
     import torch

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import read_header, read_tensor
 from ..errors import BaseModelError, UnsupportedError
-from ..input_files import find_file, read_bytes, read_table
+from ..io.safetensors_file import read_header, read_tensor
+from ..io.untrusted import find_file, read_bytes, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,7 @@ def _steps(folder: Path) -> list[torch.nn.Module | None]:
             )
         if number:
             config = find_file(folder, f"{path}/config.json", BaseModelError) if path else None
-            table = read_table(config, BaseModelError) if config is not None else {}
+            table = read_json(config, BaseModelError) if config is not None else {}
             steps.append(known[name](config or folder / path / "config.json", table))
     if not steps:
         raise UnsupportedError(f"{file}: has no module that pools: {TRANSFORMERS_INSTEAD}.")

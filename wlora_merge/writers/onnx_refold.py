@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 
 from ..base_model import BaseModel
-from ..checkpoint import Entry, torch_dtype
 from ..errors import BaseModelError, UnsupportedError, VerifyError, WloraMergeError
+from ..io.hub import is_here
+from ..io.safetensors_file import Entry, torch_dtype
 from ..mixture import Mixture
 from ..names import NameResolver
-from ..sources import is_here
 from .dense import OutputFile, Piece
 from .onnx_file import OnnxFile, read_onnx
 from .onnx_graph import MODEL, graph_file

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError, VerifyError
-from ..names import is_plain_file_name
+from ..io.untrusted import is_plain_file_name
 from ..text import first_line
 from .onnx_graph import MODEL, data_file, graph_file
 from .onnx_seq2seq import DECODER, ENCODER, SWITCH

@@ -22,23 +22,20 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint import (
-    FLOATING,
-    Entry,
-    all_finite,
-    byte_length,
-    one_torch_thread,
-    opened,
-    overflow_advice,
-    read_rows,
-    read_tensor,
-    torch_dtype,
-)
 from ..deltas import ModuleDelta, TensorDelta
-from ..direct import DirectFile
 from ..errors import OutputError, WloraMergeError
 from ..fold import bias_factors, fold_factor, fold_factors, fold_rows, fold_saved
-from ..layouts import matrix_shape
+from ..io.direct_write import DirectFile
+from ..io.safetensors_file import FLOATING, Entry, byte_length, opened, read_rows, read_tensor, torch_dtype
+from ..io.tensors import (
+    BLOCK_BYTES,
+    BLOCK_ELEMENTS,
+    Workspace,
+    all_finite,
+    matrix_shape,
+    one_torch_thread,
+    overflow_advice,
+)
 from ..mixture import Mixture
 from ..progress import Meter
 from .dense import OutputFile, Piece
@@ -46,47 +43,7 @@ from .dense import OutputFile, Piece
 if TYPE_CHECKING:
     import torch
 
-BLOCK_BYTES = 4 << 20  # an untouched range moves in pieces of this size, through buffers of this size
-BLOCK_ELEMENTS = 1 << 20  # a fold's row block: 8 MiB of float64, 2 MiB of bf16
 AHEAD = 4  # blocks in memory for each output file, beyond one for each thread
-
-
-class Workspace:
-    """Memory that is used again and again: fresh memory costs a page fault for every 4 KiB."""
-
-    def __init__(self) -> None:
-        self._spare: deque[bytearray] = deque()
-        self._local = threading.local()
-
-    def take(self, length: int) -> memoryview:
-        """`length` bytes with anything in them."""
-        try:
-            buffer = self._spare.pop() if length <= BLOCK_BYTES else bytearray(length)
-        except IndexError:
-            buffer = bytearray(BLOCK_BYTES)
-        return memoryview(buffer)[:length]
-
-    def give_back(self, block: memoryview) -> None:
-        """Take back what `take` gave, once it is written."""
-        if isinstance(block.obj, bytearray) and len(block.obj) == BLOCK_BYTES:
-            self._spare.append(block.obj)
-
-    def own(self, name: str, length: int) -> memoryview:
-        """This thread's buffer of that name, with anything in it."""
-        buffer: bytearray | None = getattr(self._local, name, None)
-        if buffer is None or len(buffer) < length:
-            buffer = bytearray(length)
-            setattr(self._local, name, buffer)
-        return memoryview(buffer)[:length]
-
-    def sum(self, elements: int) -> torch.Tensor:
-        """This thread's float64 buffer."""
-        import torch
-
-        buffer: torch.Tensor | None = getattr(self._local, "sum", None)
-        if buffer is None or buffer.numel() < elements:
-            buffer = self._local.sum = torch.empty(max(elements, BLOCK_ELEMENTS), dtype=torch.float64)
-        return buffer[:elements]
 
 
 def write_files(

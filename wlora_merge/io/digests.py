@@ -25,8 +25,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import WloraMergeError
-from .progress import Meter
+from ..errors import WloraMergeError
+from ..progress import Meter
 
 _READ_BYTES = 1 << 20
 _CACHE_BYTES = 1 << 20  # about 2,500 records; the older half goes when it is full

@@ -13,14 +13,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .errors import OutputError, UnsupportedError, WloraMergeError
+from ..errors import OutputError, UnsupportedError, WloraMergeError
 
 if TYPE_CHECKING:
     import torch
@@ -262,38 +261,3 @@ def read_tensor(entry: Entry) -> torch.Tensor:
     if not data:
         return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
     return torch.frombuffer(data, dtype=torch_dtype(entry.dtype)).reshape(entry.shape)
-
-
-def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors have the same shape and the same numbers, whatever their dtypes."""
-    return one.shape == other.shape and bool((one.double() == other.double()).all())
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """True where a floating tensor holds no NaN and no infinity; 20 times faster than `isfinite().all()`."""
-    import torch
-
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor)  # both are NaN if one element is
-    return bool(low.isfinite() & high.isfinite())
-
-
-def overflow_advice(dtype: torch.dtype) -> str:
-    """What to do about a sum that overflows in `dtype`."""
-    if safetensors_dtype(dtype) == "F16":
-        return "export with a wider --dtype (bfloat16, float32)"
-    return "look at the adapters' numbers, the mixture weights and the delta_scale"
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Small tensors, or many blocks side by side: threads inside an operation would only wait for each other."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import OutputError, WloraMergeWarning
+from ..errors import OutputError, WloraMergeWarning
 
 
 def beside(target: Path, what: str) -> Path:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from .errors import WloraMergeError
-from .text import human_bytes
+from ..errors import WloraMergeError
+from ..text import human_bytes
 
 MAX_TABLE_BYTES = 32 << 20
 """Of a JSON or YAML file, or a card; the largest index on the hub has 9 MB. Parsed, it takes at most some 30 times as much."""
@@ -98,7 +99,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(failure).split()) or type(failure).__name__) from failure
 
 
-def read_table(path: Path, error: type[WloraMergeError], expected: str = "a table") -> dict[str, Any]:
+def read_json(path: Path, error: type[WloraMergeError], expected: str = "a table") -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
@@ -116,3 +117,18 @@ def read_table(path: Path, error: type[WloraMergeError], expected: str = "a tabl
     if not isinstance(table, dict):
         raise error(f"{path}: holds a {type(table).__name__}, expected {expected}.")
     return table
+
+
+def is_plain_file_name(name: object) -> bool:
+    """True for the name of a file in its own folder: no separator, no `..`, no drive, nothing hidden."""
+    return isinstance(name, str) and bool(name) and not name.startswith(".") and not re.search(r"[/\\:\0]", name)
+
+
+def is_hidden(path: PurePath) -> bool:
+    """Whether a relative path is that of a hidden file, or lies in a hidden folder."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a name can be written as UTF-8: one that a file system has in other bytes has halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -36,10 +36,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .errors import OutputError, WloraMergeWarning
+from ..errors import OutputError, WloraMergeWarning
+from ..text import human_bytes
 from .locks import beside, locked
 from .signals import signals_held
-from .text import human_bytes
 
 _LOG = logging.getLogger("wlora_merge")
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux and RENAME_SWAP of macOS happen to be the same number

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import WloraMergeError
-from .names import is_utf8
-from .text import first_line, redacted
+from ..errors import WloraMergeError
+from ..text import first_line, redacted
+from .untrusted import is_utf8
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
