@@ -20,13 +20,13 @@ from conftest import make_adapter
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.attachment import attach
-from wlora_merge.base_model import open_base
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.export import export
 from wlora_merge.fit_options import FitOptions
 from wlora_merge.fit_start import initial_logits, like_start
 from wlora_merge.mix import mix
 from wlora_merge.mixture import Mixture
+from wlora_merge.models.base_model import open_base
 from wlora_merge.verify import verify
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}

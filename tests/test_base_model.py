@@ -12,8 +12,9 @@ import torch
 from conftest import tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from wlora_merge.base_model import INDEX, SINGLE, open_base
 from wlora_merge.errors import BaseModelError, WloraMergeError
+from wlora_merge.models.base_model import open_base
+from wlora_merge.models.files import INDEX, SINGLE
 
 
 @pytest.fixture

@@ -66,9 +66,7 @@ def test_a_known_file_is_not_read_again(tmp_path: Path, read: list[str]) -> None
 
 def test_a_known_file_is_known_by_another_process_and_through_a_link(tmp_path: Path, read: list[str]) -> None:
     file = aged(tmp_path / "file", b"abc")
-    code = (
-        "import sys; from pathlib import Path; from wlora_merge.io.digests import *; print(sha256_file(Path(sys.argv[1])))"
-    )
+    code = "import sys; from pathlib import Path; from wlora_merge.io.digests import *; print(sha256_file(Path(sys.argv[1])))"
     out = subprocess.run([sys.executable, "-c", code, file], cwd=ROOT, capture_output=True, text=True, check=True)
     (tmp_path / "link").symlink_to("file")
     assert out.stdout.strip() == sha256_file(tmp_path / "link") == sha(b"abc")

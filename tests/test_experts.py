@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from test_architectures import GATED, LM, TEXT, Case, expected_state, merged
 
 from wlora_merge.adapters import load_adapter
-from wlora_merge.base_model import open_base
 from wlora_merge.errors import AdapterError, UnsupportedError
 from wlora_merge.export import export
 from wlora_merge.inputs import find_inputs
 from wlora_merge.measures import changes, spectra
 from wlora_merge.mix import mix
+from wlora_merge.models.base_model import open_base
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from wlora_merge.adapters import load_adapter
-from wlora_merge.base_model import open_base
 from wlora_merge.card import _LICENSE, _front, _named
 from wlora_merge.errors import AdapterError, RecipeError, WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.io.untrusted import MAX_TABLE_BYTES, find_file, parse_yaml, read_bytes, read_json
 from wlora_merge.mix import mix
-from wlora_merge.names import natural_key, pattern_value
+from wlora_merge.models.base_model import open_base
+from wlora_merge.models.names import natural_key
+from wlora_merge.names import pattern_value
 from wlora_merge.recipe import read_recipe
 from wlora_merge.text import redacted
 

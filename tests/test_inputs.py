@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wlora_merge import base_model
 from wlora_merge.errors import MixtureError, WloraMergeError
 from wlora_merge.inputs import find_inputs
 from wlora_merge.mix import mix
 from wlora_merge.mixture import InputRef, Mixture
+from wlora_merge.models import base_model
 
 
 @pytest.fixture

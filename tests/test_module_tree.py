@@ -13,10 +13,10 @@ from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 from test_architectures import CASES
 
-from wlora_merge.base_model import BaseModel, open_base
 from wlora_merge.errors import BaseModelError, UnsupportedError
 from wlora_merge.io.safetensors_file import Entry
-from wlora_merge.module_tree import ModuleTree, build_tree
+from wlora_merge.models.base_model import BaseModel, open_base
+from wlora_merge.models.module_tree import ModuleTree, build_tree
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 
 from wlora_merge.errors import AdapterError, UnsupportedError, WloraMergeError
 from wlora_merge.io.untrusted import is_plain_file_name
-from wlora_merge.names import NameResolver, check_adapter_name, group_of, natural_key, parse_adapter_key, pattern_value
+from wlora_merge.models.names import NameResolver, natural_key
+from wlora_merge.names import check_adapter_name, group_of, parse_adapter_key, pattern_value
 from wlora_merge.text import human_bytes, nearest
 
 Q = "model.layers.0.self_attn.q_proj"

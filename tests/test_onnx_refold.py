@@ -22,9 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from wlora_merge import Mixture, export, mix, verify
-from wlora_merge.base_model import open_base
 from wlora_merge.errors import BaseModelError, OutputError, UnsupportedError, WloraMergeError
 from wlora_merge.io import direct_write as direct
+from wlora_merge.models.base_model import open_base
 from wlora_merge.writers.onnx import write_onnx
 from wlora_merge.writers.onnx_file import read_onnx
 from wlora_merge.writers.onnx_refold import plan_refold

@@ -13,12 +13,12 @@ from conftest import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.adapters import Adapter, load_adapter, load_adapters
-from wlora_merge.base_model import open_base
 from wlora_merge.deltas import ModuleDelta
 from wlora_merge.errors import AdapterError, UnsupportedError, WloraMergeWarning
 from wlora_merge.factors import Factors
 from wlora_merge.io.hub import Source
 from wlora_merge.layouts import Layout
+from wlora_merge.models.base_model import open_base
 from wlora_merge.saved_tensors import joined, stack_tensors
 from wlora_merge.stacking import Change, _refuse_overlapping_rows, stack
 from wlora_merge.targets import Target, modules_of, tensors_of

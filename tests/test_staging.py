@@ -31,8 +31,8 @@ import os, signal, sys, time
 from pathlib import Path
 from wlora_merge.io import staging as room
 from wlora_merge.errors import OutputError
-from wlora_merge.signals import terminate_as_exit
-from wlora_merge.staging import staged
+from wlora_merge.io.signals import terminate_as_exit
+from wlora_merge.io.staging import staged
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 out = Path(sys.argv[1])
 """

@@ -39,9 +39,8 @@ from .stacking import stack
 from .whole_factors import with_whole_tensors
 
 if TYPE_CHECKING:
-    from .base_model import BaseModel
     from .deltas import ModuleDelta, TensorDelta
-
+    from .models.base_model import BaseModel
 
 PARAMETER = "wlora_weights"
 SCALE_PARAMETER = "wlora_delta_scale"
@@ -262,7 +261,7 @@ def _head_parameters(model: nn.Module, head: Sequence[str]) -> list[str]:
 
 def _refuse_new(model: nn.Module, tensors: Sequence[TensorDelta]) -> None:
     """Refuse to mix tensors against values that the model's base does not have, but that were drawn when it was loaded."""
-    from .base_model import open_base
+    from .models.base_model import open_base
 
     source = getattr(getattr(model, "config", None), "_name_or_path", "")
     base = open_base(source) if source and Path(source).is_dir() else None
@@ -299,7 +298,7 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
     Raises:
         MixtureError: the model has no adapters attached, or its base is not known.
     """
-    from .base_model import BaseModel, open_base
+    from .models.base_model import BaseModel, open_base
     from .tasks import task_of
 
     model = _whole(model)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import Adapter, load_adapter
-from .base_model import BaseModel
 from .deltas import ModuleDelta
 from .errors import WloraMergeError
 from .fold import fold_factor, fold_factors
+from .models.base_model import BaseModel
 from .saved_tensors import joined, stack_tensors
 from .stacking import stack
 from .targets import modules_of, tensors_of

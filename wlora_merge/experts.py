@@ -18,7 +18,7 @@ from .errors import AdapterError, UnsupportedError
 from .factors import Factors, Slice
 from .io.safetensors_file import Entry, read_tensor
 from .layouts import Layout
-from .module_tree import ModuleTree, Part
+from .models.module_tree import ModuleTree, Part
 
 if TYPE_CHECKING:
     import torch

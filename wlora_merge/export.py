@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .base_model import INDEX, BaseModel, refuse_quantized
 from .card import write_card
 from .constants import DTYPES
 from .deltas import ModuleDelta
@@ -28,10 +27,12 @@ from .io.staging import Staging, staged
 from .io.tensors import matrix_shape
 from .manifest import PACKAGES, build_manifest, versions, write_manifest
 from .mixture import Mixture
+from .models.base_model import BaseModel, refuse_quantized
+from .models.files import INDEX
+from .models.tied_embeddings import untied_config
 from .probe import make_probe
 from .report import write_report
 from .serving import check_rank, check_server
-from .tying import untied_config
 from .writers.dense import OutputFile, changed_config, folder_bytes, index_bytes, plan, with_dtype
 from .writers.stream import write_files
 from .written_head import locate_head

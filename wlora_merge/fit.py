@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import Adapter, load_adapters
-from .base_model import BaseModel, open_base, refuse_quantized
 from .data import EVAL_SPLITS, Examples, read_examples
 from .errors import DataError, MixtureError
 from .fit_options import FitOptions, check_for_task, fit_options
@@ -31,6 +30,7 @@ from .io.digests import sha256_file
 from .io.hub import is_here
 from .io.staging import refuse_out
 from .mixture import Mixture, adapter_ref
+from .models.base_model import BaseModel, open_base, refuse_quantized
 from .report import write_report
 from .stacking import stack
 from .targets import modules_of, tensors_of

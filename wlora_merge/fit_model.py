@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .adapters import Adapter
-from .base_model import BaseModel
 from .distributed import Team
 from .encoding import token_limit
 from .errors import BaseModelError, MixtureError, UnsupportedError
 from .fit_options import FitOptions
-from .libraries import quiet_libraries
-from .module_tree import empty_model
+from .models.base_model import BaseModel
+from .models.loading import quiet_libraries
+from .models.module_tree import empty_model
 from .tasks import Task
 from .text import first_line
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .labels import LabelSet
-
 
 POSITIONS = ("position_embeddings", "position_embedding", "wpe", "embed_positions", "positions_embed")
 """How models call their table of learned positions."""

@@ -16,7 +16,7 @@ from .names import group_of
 if TYPE_CHECKING:
     import torch
 
-    from .base_model import BaseModel
+    from .models.base_model import BaseModel
 
 
 def like_start(options: FitOptions) -> FitOptions:

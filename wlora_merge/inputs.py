@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 
 from .adapters import Adapter, load_adapter, split_adapter_spec
-from .base_model import BaseModel, open_base
 from .constants import NEW_FOLDER
 from .deltas import ModuleDelta, TensorDelta
 from .errors import MixtureError
@@ -19,10 +18,11 @@ from .io.hub import is_here
 from .io.safetensors_file import Entry
 from .io.tensors import one_torch_thread
 from .mixture import InputRef, Mixture
+from .models.base_model import BaseModel, open_base
+from .models.tied_embeddings import untied
 from .saved_tensors import joined, stack_tensors
 from .stacking import stack
 from .targets import modules_of, tensors_of
-from .tying import untied
 from .vocabulary import resized
 
 

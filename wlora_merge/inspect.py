@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import CONFIG_FILE
-from .base_model import BaseModel, open_base
 from .card import judged_on
 from .compatibility import Rows, adapter_tables
 from .io.hub import is_here
 from .manifest import FILE, below, read_manifest
 from .mixture import Mixture
 from .mixture_file import JSON_FILE
+from .models.base_model import BaseModel, open_base
 
 
 def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:

@@ -14,8 +14,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import UnsupportedError
-from .module_tree import ModuleTree
-from .names import NameResolver
+from .models.module_tree import ModuleTree
+from .models.names import NameResolver
 from .targets import Find, Target
 
 CHANNELS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)

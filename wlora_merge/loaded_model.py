@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UnsupportedError, VerifyError
 from .io.tensors import matrix_shape
-from .libraries import library_errors, quiet_libraries
-from .module_tree import bounded
+from .models.loading import library_errors, quiet_libraries
+from .models.module_tree import bounded
 from .progress import Meter
 
 if TYPE_CHECKING:
     from torch import nn
 
     from .adapters import Adapter
-    from .base_model import BaseModel
     from .deltas import TensorDelta
     from .mixture import Mixture
+    from .models.base_model import BaseModel
 
 HEAD_KEYS = ("id2label", "label2id", "problem_type", "pad_token_id")
 """Keys of a mixture's config that make its head."""

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import Adapter
-from .base_model import BaseModel
 from .constants import DTYPES
 from .errors import VerifyError
 from .io.digests import sha256_file
 from .io.hub import public_name
 from .io.untrusted import find_file, is_plain_file_name, read_json
 from .mixture import InputRef, Mixture, adapter_ref, base_ref
+from .models.base_model import BaseModel
 
 FILE = "wlora_merge.json"
 FORMAT_VERSION = 1

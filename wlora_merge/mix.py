@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import load_adapters
-from .base_model import BaseModel, open_base
 from .constants import NORMALIZE, TASKS
 from .errors import AdapterError, MixtureError, UnsupportedError
 from .mixture import Mixture, adapter_ref, base_ref, make_groups, mixture_weights, prefixes, uniform
+from .models.base_model import BaseModel, open_base
 from .saved_tensors import joined, stack_tensors
 from .stacking import stack
 from .targets import modules_of, tensors_of
@@ -151,7 +151,7 @@ def _config_of(head: Mapping[str, torch.Tensor], base: BaseModel, task: str | No
 
 def _shapes_of(base: BaseModel, task: str, n_labels: int) -> tuple[str, dict[str, tuple[int, ...]]]:
     """The class of the base's model for a task, and the shapes of its tensors, built without memory."""
-    from .module_tree import empty_model
+    from .models.module_tree import empty_model
     from .tasks import get_task
 
     try:

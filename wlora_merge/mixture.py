@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import Adapter
-from .base_model import OUTPUT_EMBEDDINGS, BaseModel
 from .constants import GRANULARITIES, NEW_FOLDER, NORMALIZE
 from .deltas import ModuleDelta, TensorDelta
 from .errors import AdapterError, MixtureError
@@ -34,7 +33,9 @@ from .mixture_file import (
     read_mixture_table,
     read_mixture_tensors,
 )
-from .names import group_of, natural_key
+from .models.base_model import BaseModel
+from .models.names import OUTPUT_EMBEDDINGS, natural_key
+from .names import group_of
 
 if TYPE_CHECKING:
     import torch

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .errors import AdapterError, UnsupportedError, WloraMergeError
+from .errors import AdapterError, UnsupportedError
+from .models.names import NUMERIC_PART
 from .text import short
 
 PEFT_PREFIX = "base_model.model."
@@ -25,7 +26,6 @@ _LORA_KEY = re.compile(
     r"(?:\.(?P<adapter>[^.]+))??(?:\.(?P<parameter>weight|bias))?$"
 )
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
-_INDEX = re.compile(r"[0-9]{1,18}")
 PATTERN_SECONDS = 5.0
 _WRAPPED = re.compile(r"(?<![^.])_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
@@ -119,30 +119,6 @@ def pattern_value(patterns: Mapping[str, V], module: str, default: V, deadline: 
     return default
 
 
-class NameResolver:
-    """Finds names of one spelling among names of another that differs by a leading component (`bert.`, `model.`)."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = set(names)
-        self._without_first: dict[str, list[str]] = {}
-        for name in self._names:
-            self._without_first.setdefault(name.partition(".")[2], []).append(name)
-
-    def find(self, name: str) -> str | None:
-        """The one known name that is `name`, or differs from it by one leading component; None when there is none.
-
-        Raises:
-            WloraMergeError: when several known names fit.
-        """
-        if name in self._names:
-            return name
-        shorter = name.partition(".")[2]
-        found = [*self._without_first.get(name, []), *([shorter] if shorter in self._names else [])]
-        if len(found) > 1:
-            raise WloraMergeError(f"{name!r} fits several names of the base model: {', '.join(sorted(found))}.")
-        return found[0] if found else None
-
-
 def group_of(module: str, granularity: str) -> str:
     """The group of a module: itself, the prefix through its first numeric part, or `all`.
 
@@ -154,14 +130,9 @@ def group_of(module: str, granularity: str) -> str:
     if granularity == "layer":
         parts = module.split(".")
         for i, part in enumerate(parts):
-            if _INDEX.fullmatch(part):
+            if NUMERIC_PART.fullmatch(part):
                 return ".".join(parts[: i + 1])
     return module
-
-
-def natural_key(name: str) -> tuple[tuple[int, str], ...]:
-    """A sort key that puts layer 2 before layer 10."""
-    return tuple((int(part), "") if _INDEX.fullmatch(part) else (-1, part) for part in name.split("."))
 
 
 def check_adapter_name(name: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .libraries import library_errors
 from .manifest import is_probe
+from .models.loading import library_errors
 from .progress import Meter
 
 if TYPE_CHECKING:

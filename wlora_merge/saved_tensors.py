@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .adapters import Adapter
-from .base_model import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 from .deltas import ModuleDelta, TensorDelta
 from .errors import AdapterError, UnsupportedError
 from .io.tensors import equal
-from .names import natural_key
+from .models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, natural_key
 from .targets import Find, Target, refuse_tied
 
 if TYPE_CHECKING:

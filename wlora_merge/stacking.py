@@ -13,13 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .adapters import Adapter
-from .base_model import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 from .deltas import ModuleDelta
 from .errors import AdapterError, UnsupportedError, WloraMergeWarning
 from .experts import split_factors
 from .factors import Factors
 from .layouts import Layout, layout_of, output_rows
-from .names import natural_key
+from .models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, natural_key
 from .targets import Find, Target, foreign, target_of
 from .token_rows import with_token_rows
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapters
-from .base_model import INDEX, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, BaseModel, open_base
 from .constants import DTYPES
 from .deltas import ModuleDelta, TensorDelta
 from .errors import VerifyError, WloraMergeError
 from .io.safetensors_file import FLOATING, Entry, read_header, read_tensor
 from .io.untrusted import find_file, read_json
+from .models.base_model import BaseModel, open_base
+from .models.files import INDEX
+from .models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 from .names import parse_adapter_key
 from .progress import Meter
 from .stacking import stack

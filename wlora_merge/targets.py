@@ -11,17 +11,17 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .adapters import Adapter
-from .base_model import BaseModel
 from .errors import AdapterError, UnsupportedError
 from .experts import WRAPPER
 from .io.safetensors_file import FLOATING
-from .quantized import WEIGHT_SUFFIXES
-from .tying import twin_of
+from .models.base_model import BaseModel
+from .models.quantization import WEIGHT_SUFFIXES
+from .models.tied_embeddings import twin_of
 
 if TYPE_CHECKING:
     import torch
 
-    from .module_tree import ModuleTree
+    from .models.module_tree import ModuleTree
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .adapters import Adapter
-from .base_model import OUTPUT_EMBEDDINGS
 from .errors import AdapterError, UnsupportedError
 from .factors import Factors, TokenRows
+from .models.names import OUTPUT_EMBEDDINGS
 
 if TYPE_CHECKING:
     from .targets import Target

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .base_model import BaseModel, open_base
 from .check import Checked, check_files, compare, tolerance_of
 from .constants import DTYPES
 from .errors import UnsupportedError, VerifyError, WloraMergeError
@@ -16,6 +15,7 @@ from .io.digests import path_of
 from .loaded_model import HEAD_KEYS, attach_mixture, export_model, load_model, unused_by
 from .manifest import FILE, digest, read_manifest
 from .mixture import Mixture
+from .models.base_model import BaseModel, open_base
 from .probe import difference_of, outputs_of, probe_tensors
 from .structure import check_folded, check_lora, check_untouched
 from .text import nearest

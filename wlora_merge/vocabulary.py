@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import Adapter
-from .base_model import TOKENIZER_FILES, BaseModel
 from .errors import AdapterError, BaseModelError, UnsupportedError, WloraMergeWarning
 from .io.hub import resolve_source
 from .io.tensors import equal
 from .io.untrusted import find_file, read_json
-from .names import NameResolver
+from .models.base_model import BaseModel
+from .models.files import TOKENIZER_FILES
+from .models.names import NameResolver
 
 KEY = "vocab_size"
 

@@ -13,7 +13,7 @@ from .names import PEFT_PREFIX
 if TYPE_CHECKING:
     import torch
 
-    from .base_model import BaseModel
+    from .models.base_model import BaseModel
 
 
 def read_head(folder: Path, manifest: Mapping[str, Any], base: BaseModel) -> dict[str, torch.Tensor]:

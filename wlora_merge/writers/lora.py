@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..base_model import BaseModel
 from ..deltas import ModuleDelta, TensorDelta
 from ..errors import UnsupportedError, WloraMergeError
 from ..fold import lora_product, low_rank_svd, pad_rank, truncate
@@ -24,6 +23,7 @@ from ..io.tensors import all_finite, one_torch_thread, overflow_advice
 from ..layouts import Layout, factors_to_file
 from ..lora_config import plain_config
 from ..mixture import Mixture, prefixes
+from ..models.base_model import BaseModel
 from ..names import PEFT_PREFIX
 from ..progress import Meter
 from ..targets import ATTENTION

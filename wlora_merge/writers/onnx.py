@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base_model import carried_files
 from ..errors import OutputError, UnsupportedError, VerifyError
 from ..export_options import export_options
+from ..models.files import carried_files
 from ..progress import Meter
 from ..text import first_line
 from .onnx_check import check_onnx

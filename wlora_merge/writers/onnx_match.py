@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
-from ..base_model import BaseModel
 from ..io.safetensors_file import FLOATING, Entry, byte_length, opened, read_rows, torch_dtype
 from ..io.tensors import BLOCK_ELEMENTS, Workspace, matrix_shape
+from ..models.base_model import BaseModel
 from .onnx_file import OnnxFile
 
 if TYPE_CHECKING:

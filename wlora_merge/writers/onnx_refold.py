@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from ..base_model import BaseModel
 from ..errors import BaseModelError, UnsupportedError, VerifyError, WloraMergeError
 from ..io.hub import is_here
 from ..io.safetensors_file import Entry, torch_dtype
 from ..mixture import Mixture
-from ..names import NameResolver
+from ..models.base_model import BaseModel
+from ..models.names import NameResolver
 from .dense import OutputFile, Piece
 from .onnx_file import OnnxFile, read_onnx
 from .onnx_graph import MODEL, graph_file

@@ -20,8 +20,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BaseModelError, UnsupportedError, WloraMergeError
-from .io.safetensors_file import Entry, read_header
+from ..errors import BaseModelError, UnsupportedError, WloraMergeError
+from ..io.safetensors_file import Entry, read_header
 from .names import NameResolver
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .io.safetensors_file import FLOATING, Entry
+from ..io.safetensors_file import FLOATING, Entry
 
 WEIGHT_SUFFIXES = ("weight", "qweight", "weight_packed", "weight_blocks")
 """How the formats call a packed weight: bitsandbytes and FP8, GPTQ and AWQ, compressed-tensors, MXFP4."""

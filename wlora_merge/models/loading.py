@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import VerifyError, WloraMergeError
+from ..errors import VerifyError, WloraMergeError
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UnsupportedError
 from .base_model import BaseModel
-from .errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from .io.safetensors_file import Entry
+    from ..io.safetensors_file import Entry
 
 KEY = "tie_word_embeddings"
 
