@@ -14,7 +14,7 @@ import torch
 from conftest import make_adapter, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from wlora_merge.adapters import load_adapter, load_adapters, split_adapter_spec
+from wlora_merge.adapters.adapter import load_adapter, load_adapters, split_adapter_spec
 from wlora_merge.errors import AdapterError, UnsupportedError, WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.mix import mix

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from wlora_merge.adapters import load_adapter
+from wlora_merge.adapters.adapter import load_adapter
 from wlora_merge.attachment import attach, read_mixture
 from wlora_merge.errors import AdapterError, UnsupportedError
 from wlora_merge.export import export

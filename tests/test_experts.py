@@ -12,7 +12,7 @@ from conftest import make_adapter
 from safetensors.torch import load_file, save_file
 from test_architectures import GATED, LM, TEXT, Case, expected_state, merged
 
-from wlora_merge.adapters import load_adapter
+from wlora_merge.adapters.adapter import load_adapter
 from wlora_merge.errors import AdapterError, UnsupportedError
 from wlora_merge.export import export
 from wlora_merge.inputs import find_inputs

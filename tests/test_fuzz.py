@@ -29,11 +29,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from wlora_merge.adapters import load_adapter
+from wlora_merge.adapters.adapter import load_adapter
+from wlora_merge.adapters.config import FOLDED, INERT, REFUSED
 from wlora_merge.errors import WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.io.safetensors_file import read_header
-from wlora_merge.lora_config import FOLDED, INERT, REFUSED
 from wlora_merge.mix import mix
 from wlora_merge.mixture import Mixture
 from wlora_merge.recipe import read_recipe

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from wlora_merge.adapters import load_adapter
+from wlora_merge.adapters.adapter import load_adapter
+from wlora_merge.adapters.keys import pattern_value
 from wlora_merge.card import _LICENSE, _front, _named
 from wlora_merge.errors import AdapterError, RecipeError, WloraMergeError
 from wlora_merge.export import export
@@ -18,7 +19,6 @@ from wlora_merge.io.untrusted import MAX_TABLE_BYTES, find_file, parse_yaml, rea
 from wlora_merge.mix import mix
 from wlora_merge.models.base_model import open_base
 from wlora_merge.models.names import natural_key
-from wlora_merge.names import pattern_value
 from wlora_merge.recipe import read_recipe
 from wlora_merge.text import redacted
 
@@ -128,7 +128,7 @@ def test_numbers_of_a_recipe_are_numbers(tmp_path: Path, text: str) -> None:
 
 
 def test_a_pattern_that_would_match_for_ever_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wlora_merge.names.PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr("wlora_merge.adapters.keys.PATTERN_SECONDS", 0.2)
     with pytest.raises(AdapterError, match="takes more than"):
         pattern_value({"(a|aa)+=": 3}, "a" * 60, 8)
 

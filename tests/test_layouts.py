@@ -10,9 +10,7 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from wlora_merge.errors import AdapterError, UnsupportedError
-from wlora_merge.io.tensors import matrix_shape
-from wlora_merge.layouts import (
+from wlora_merge.adapters.layouts import (
     COMPOSITES,
     CONV1D_MODEL_TYPES,
     CONV1D_NAMES,
@@ -22,6 +20,8 @@ from wlora_merge.layouts import (
     layout_of,
     stored_factors,
 )
+from wlora_merge.errors import AdapterError, UnsupportedError
+from wlora_merge.io.tensors import matrix_shape
 
 CALL = re.compile(r"self\.(\w+)\s*=\s*(?<!\w)Conv1D\(")
 

@@ -10,8 +10,8 @@ import pytest
 from peft import LoraConfig
 from peft.tuners.lora.config import LoraRuntimeConfig
 
+from wlora_merge.adapters.config import FOLDED, INERT, KEEPS_BASE, MUTATES_BASE, REFUSED, check_config
 from wlora_merge.errors import AdapterError, UnsupportedError
-from wlora_merge.lora_config import FOLDED, INERT, KEEPS_BASE, MUTATES_BASE, REFUSED, check_config
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
 SET: dict[str, Any] = {

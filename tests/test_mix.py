@@ -11,7 +11,7 @@ import torch
 from conftest import assert_equal_but_for_rounding, make_adapter, peft_sum, tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from wlora_merge.deltas import TensorDelta
+from wlora_merge.adapters.deltas import TensorDelta
 from wlora_merge.errors import AdapterError, MixtureError, UnsupportedError, WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.inputs import find_inputs

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wlora_merge.deltas import ModuleDelta, TensorDelta
+from wlora_merge.adapters.deltas import ModuleDelta, TensorDelta
+from wlora_merge.adapters.factors import Factors
+from wlora_merge.adapters.layouts import Layout
 from wlora_merge.errors import MixtureError, OutputError
-from wlora_merge.factors import Factors
-from wlora_merge.layouts import Layout
 from wlora_merge.mix import mix
 from wlora_merge.mixture import (
     InputRef,

@@ -14,7 +14,7 @@ from test_candidates import Zoo, fitted
 from test_candidates import zoo as zoo
 from test_fit import save_tokenizer
 
-from wlora_merge.adapters import load_adapter
+from wlora_merge.adapters.adapter import load_adapter
 from wlora_merge.attachment import PARAMETER, attach, detach
 from wlora_merge.constants import NEW_FOLDER
 from wlora_merge.errors import MixtureError, UnsupportedError

@@ -12,16 +12,16 @@ import torch
 from conftest import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from wlora_merge.adapters import Adapter, load_adapter, load_adapters
-from wlora_merge.deltas import ModuleDelta
+from wlora_merge.adapters.adapter import Adapter, load_adapter, load_adapters
+from wlora_merge.adapters.deltas import ModuleDelta
+from wlora_merge.adapters.factors import Factors
+from wlora_merge.adapters.layouts import Layout
+from wlora_merge.adapters.modules_to_save import join_changes, stack_tensors
+from wlora_merge.adapters.stacking import ModuleChange, _refuse_overlapping_rows, stack
+from wlora_merge.adapters.targets import Target, modules_of, tensors_of
 from wlora_merge.errors import AdapterError, UnsupportedError, WloraMergeWarning
-from wlora_merge.factors import Factors
 from wlora_merge.io.hub import Source
-from wlora_merge.layouts import Layout
 from wlora_merge.models.base_model import open_base
-from wlora_merge.saved_tensors import joined, stack_tensors
-from wlora_merge.stacking import Change, _refuse_overlapping_rows, stack
-from wlora_merge.targets import Target, modules_of, tensors_of
 
 EMBED = "model.embed_tokens"
 
@@ -101,9 +101,9 @@ def test_two_names_for_one_module_are_refused() -> None:
 @pytest.mark.parametrize("start", [0, 4])
 @pytest.mark.parametrize("whole_first", [True, False])
 def test_a_tensor_that_changes_as_a_whole_and_in_some_rows_is_refused(start: int, whole_first: bool) -> None:
-    def change(n: int, start: int | None, rows: int) -> Change:
+    def change(n: int, start: int | None, rows: int) -> ModuleChange:
         factors = Factors(torch.ones(1, 4), torch.ones(rows, 1), 1.0, embedding=False)
-        return Change(n, "experts", (rows, 4), factors, Layout.LINEAR, start=start)
+        return ModuleChange(n, "experts", (rows, 4), factors, Layout.LINEAR, start=start)
 
     both = [change(0, None, 12), change(1, start, 4)]
     ordered = both if whole_first else both[::-1]
@@ -237,14 +237,16 @@ def test_a_tensor_that_the_base_calls_otherwise_is_not_taken_under_a_second_name
 def test_a_tensor_that_changes_and_is_replaced_is_refused() -> None:
     deltas: list[ModuleDelta] = stack([adapter(q=(4, 2, 4))], square, model_type="")
     with pytest.raises(UnsupportedError, match=r"tensor 'q\.weight'"):
-        joined(deltas, [], ["model.q.weight"], lambda name: Target("q.weight", (4, 4)))
-    assert joined(deltas, [], ["classifier.weight"], lambda name: None) == deltas
+        join_changes(deltas, [], ["model.q.weight"], lambda name: Target("q.weight", (4, 4)))
+    assert join_changes(deltas, [], ["classifier.weight"], lambda name: None) == deltas
 
 
 def test_a_weight_that_changes_by_a_lora_and_as_a_whole_belongs_to_all_those_adapters() -> None:
     both = [adapter(q=(4, 2, 4)), adapter("b", {"q.weight": torch.ones(4, 4)}), adapter("c", k=(4, 2, 4))]
     tensors, _ = stack_tensors(both, "mix", (), square)
-    changes = {(type(d).__name__, d.module): d for d in joined(stack(both, square, model_type=""), tensors, [], square)}
+    changes = {
+        (type(d).__name__, d.module): d for d in join_changes(stack(both, square, model_type=""), tensors, [], square)
+    }
     for kind in ("ModuleDelta", "TensorDelta"):
         assert changes[kind, "q"].present.tolist() == [True, True, False]
     assert changes["ModuleDelta", "k"].present.tolist() == [False, False, True]

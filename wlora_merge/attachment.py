@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .adapters import Adapter, load_adapters
+from .adapters.adapter import Adapter, load_adapters
+from .adapters.modules_to_save import join_changes, stack_tensors
+from .adapters.stacking import stack
 from .constants import NORMALIZE
 from .errors import AdapterError, MixtureError, UnsupportedError, WloraMergeWarning
 from .layers import Attachment, StackedLora, add_delta
@@ -34,12 +36,10 @@ from .mixture import (
     prefixes,
     uniform_start,
 )
-from .saved_tensors import joined, stack_tensors
-from .stacking import stack
 from .whole_factors import with_whole_tensors
 
 if TYPE_CHECKING:
-    from .deltas import ModuleDelta, TensorDelta
+    from .adapters.deltas import ModuleDelta, TensorDelta
     from .models.base_model import BaseModel
 
 PARAMETER = "wlora_weights"
@@ -167,7 +167,7 @@ def _changes(
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     deltas = stack(adapters, live_modules(model), find, model_type=model_type)
     tensors, saved = stack_tensors(adapters, modules_to_save, trained, find)
-    joined(deltas, tensors, trained, find)
+    join_changes(deltas, tensors, trained, find)
     if tensors:
         _refuse_new(model, tensors)
         changed = with_whole_tensors(adapters, tensors, layers, find)

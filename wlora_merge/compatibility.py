@@ -12,14 +12,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters import Adapter, load_adapter
-from .deltas import ModuleDelta
+from .adapters.adapter import Adapter, load_adapter
+from .adapters.deltas import ModuleDelta
+from .adapters.modules_to_save import join_changes, stack_tensors
+from .adapters.stacking import stack
+from .adapters.targets import modules_of, tensors_of
 from .errors import WloraMergeError
 from .fold import fold_factor, fold_factors
 from .models.base_model import BaseModel
-from .saved_tensors import joined, stack_tensors
-from .stacking import stack
-from .targets import modules_of, tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ def _on_base(adapter: Adapter, base: BaseModel, others: Sequence[Adapter]) -> di
             warnings.simplefilter("ignore")  # the line above has said it
             together = stack([*others, adapter], modules_of(base), find, model_type=base.model_type)
         tensors, head = stack_tensors([*others, adapter], "drop", (), find)
-        joined(together, tensors, head, find)
+        join_changes(together, tensors, head, find)
     except WloraMergeError as error:
         return row | {"reason": str(error)}
     row |= {"deltas": deltas, "delta / base norm": _relative_norm(deltas), "mixes": YES}

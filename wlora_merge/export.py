@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapters.deltas import ModuleDelta
 from .card import write_card
 from .constants import DTYPES
-from .deltas import ModuleDelta
 from .distributed import Team, team
 from .errors import BaseModelError, UnsupportedError
 from .export_options import ExportOptions, export_options

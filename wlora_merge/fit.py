@@ -18,7 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters import Adapter, load_adapters
+from .adapters.adapter import Adapter, load_adapters
+from .adapters.stacking import stack
+from .adapters.targets import modules_of, tensors_of
 from .data import EVAL_SPLITS, Examples, read_examples
 from .errors import DataError, MixtureError
 from .fit_options import FitOptions, check_for_task, fit_options
@@ -32,8 +34,6 @@ from .io.staging import refuse_out
 from .mixture import Mixture, adapter_ref
 from .models.base_model import BaseModel, open_base, refuse_quantized
 from .report import write_report
-from .stacking import stack
-from .targets import modules_of, tensors_of
 from .tasks import Task, get_task
 from .text import first_line
 from .trackers import tracker_names, tracking

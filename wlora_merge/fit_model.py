@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
-from .adapters import Adapter
+from .adapters.adapter import Adapter
 from .distributed import Team
 from .encoding import token_limit
 from .errors import BaseModelError, MixtureError, UnsupportedError

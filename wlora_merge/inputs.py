@@ -10,9 +10,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from .adapters import Adapter, load_adapter, split_adapter_spec
+from .adapters.adapter import Adapter, load_adapter, split_adapter_spec
+from .adapters.added_tokens import resized
+from .adapters.deltas import ModuleDelta, TensorDelta
+from .adapters.modules_to_save import join_changes, stack_tensors
+from .adapters.stacking import stack
+from .adapters.targets import modules_of, tensors_of
 from .constants import NEW_FOLDER
-from .deltas import ModuleDelta, TensorDelta
 from .errors import MixtureError
 from .io.hub import is_here
 from .io.safetensors_file import Entry
@@ -20,10 +24,6 @@ from .io.tensors import one_torch_thread
 from .mixture import InputRef, Mixture
 from .models.base_model import BaseModel, open_base
 from .models.tied_embeddings import untied
-from .saved_tensors import joined, stack_tensors
-from .stacking import stack
-from .targets import modules_of, tensors_of
-from .vocabulary import resized
 
 
 @dataclass
@@ -103,7 +103,7 @@ def _deltas(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter]) -> l
         mixture.modules_to_save if mixture.modules_to_save == "mix" else "drop"
     )  # the rest was settled when it was made
     tensors, _ = stack_tensors(adapters, choice, mixture.head, tensors_of(base))
-    return joined(modules, tensors, mixture.head, tensors_of(base))
+    return join_changes(modules, tensors, mixture.head, tensors_of(base))
 
 
 def _written(mixture: Mixture, ref: InputRef) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapters import CONFIG_FILE
+from .adapters.adapter import CONFIG_FILE
 from .card import judged_on
 from .compatibility import Rows, adapter_tables
 from .io.hub import is_here

@@ -17,9 +17,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .adapters import Adapter
-from .deltas import ModuleDelta
-from .layouts import Layout
+from .adapters.adapter import Adapter
+from .adapters.deltas import ModuleDelta
+from .adapters.layouts import Layout
 from .live_model import CHANNELS, CONVOLUTIONS, FLOATS
 from .mixture import at_module, gains, mixture_weights, rows_of
 

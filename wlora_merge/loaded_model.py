@@ -16,8 +16,8 @@ from .progress import Meter
 if TYPE_CHECKING:
     from torch import nn
 
-    from .adapters import Adapter
-    from .deltas import TensorDelta
+    from .adapters.adapter import Adapter
+    from .adapters.deltas import TensorDelta
     from .mixture import Mixture
     from .models.base_model import BaseModel
 
@@ -122,12 +122,12 @@ def attach_mixture(
     """The unmerged mixture: adapters attached with the mixture's own weights, its head and mixed whole tensors put in place."""
     import torch
 
+    from .adapters.targets import tensors_of
     from .attachment import PARAMETER, attach, attachment_of
     from .fold import fold_saved
     from .layers import StackedLora
     from .live_model import live_tensors, set_parameter
     from .mixture import rows_of
-    from .targets import tensors_of
 
     with torch.no_grad():
         _resize(model, base)
@@ -167,8 +167,8 @@ def attach_mixture(
 
 def _resize(model: nn.Module, base: BaseModel) -> None:
     """Give a model the added rows that its base is exported with."""
+    from .adapters.targets import tensors_of
     from .live_model import live_tensors, set_parameter
-    from .targets import tensors_of
 
     for name in base.added:
         own, live = tensors_of(base)(name), live_tensors(model)

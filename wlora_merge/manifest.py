@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .adapters import Adapter
+from .adapters.adapter import Adapter
 from .constants import DTYPES
 from .errors import VerifyError
 from .io.digests import sha256_file

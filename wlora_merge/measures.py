@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .deltas import ModuleDelta, TensorDelta
+from .adapters.deltas import ModuleDelta, TensorDelta
 from .errors import BaseModelError
 from .fold import fold_factor, fold_factors, fold_rows
 from .io.safetensors_file import Entry, byte_length, opened, read_header, read_rows, torch_dtype

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters import load_adapters
+from .adapters.adapter import load_adapters
+from .adapters.added_tokens import resized, resized_config, warn_of_end
+from .adapters.modules_to_save import join_changes, stack_tensors
+from .adapters.stacking import stack
+from .adapters.targets import modules_of, tensors_of
 from .constants import NORMALIZE, TASKS
 from .errors import AdapterError, MixtureError, UnsupportedError
 from .mixture import Mixture, adapter_ref, base_ref, make_groups, mixture_weights, prefixes, uniform
 from .models.base_model import BaseModel, open_base
-from .saved_tensors import joined, stack_tensors
-from .stacking import stack
-from .targets import modules_of, tensors_of
 from .text import first_line, nearest
-from .vocabulary import resized, resized_config, warn_of_end
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def mix(
     row = uniform(len(loaded)) if weights is None else _checked(weights, len(loaded))
     deltas = stack(loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type)
     tensors, head = stack_tensors(loaded, modules_to_save, (), tensors_of(opened))
-    changed = joined(deltas, tensors, head, tensors_of(opened))
+    changed = join_changes(deltas, tensors, head, tensors_of(opened))
     if not changed:
         raise AdapterError(
             f"{', '.join(a.where for a in loaded)}: no module of the base is changed, by factors or by mixed tensors, so there is "

@@ -17,10 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters import Adapter
+from .adapters.adapter import Adapter
+from .adapters.deltas import ModuleDelta, TensorDelta
 from .constants import GRANULARITIES, NEW_FOLDER, NORMALIZE
-from .deltas import ModuleDelta, TensorDelta
 from .errors import AdapterError, MixtureError
+from .groups import group_of
 from .io.digests import remember
 from .io.hub import at_revision, public_name
 from .io.safetensors_file import write_tensors
@@ -35,7 +36,6 @@ from .mixture_file import (
 )
 from .models.base_model import BaseModel
 from .models.names import OUTPUT_EMBEDDINGS, natural_key
-from .names import group_of
 
 if TYPE_CHECKING:
     import torch

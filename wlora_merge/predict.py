@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .adapters.deltas import ModuleDelta
 from .constants import DTYPES
 from .data import Examples
-from .deltas import ModuleDelta
 from .export import lora_bytes
 from .inputs import Inputs
 from .io.tensors import matrix_shape

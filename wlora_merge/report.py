@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .deltas import ModuleDelta, TensorDelta
+from .adapters.deltas import ModuleDelta, TensorDelta
 from .errors import WloraMergeWarning
+from .groups import group_of
 from .io.hub import public_name
 from .measures import Change, adapter_similarity, changes, error_by_rank, spectra
 from .mixture import Mixture
 from .models.base_model import BaseModel
 from .models.names import natural_key
-from .names import group_of
 from .progress import Meter
 
 if TYPE_CHECKING:

@@ -161,7 +161,7 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
             split = recipe.fit.eval_split
             held = read_examples(data, task=task, columns=columns, split=split, default_splits=EVAL_SPLITS)
             rows.append({"what": f"eval_data ({len(held)} examples)", "path": data})
-    from .deltas import ModuleDelta
+    from .adapters.deltas import ModuleDelta
     from .predict import predict
     from .serving import check_rank
 

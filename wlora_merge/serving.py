@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .adapters.deltas import ModuleDelta, TensorDelta
+from .adapters.layouts import Layout
 from .constants import TASKS
-from .deltas import ModuleDelta, TensorDelta
 from .errors import UnsupportedError
-from .layouts import Layout
 from .mixture import Mixture
 from .tasks import get_task
 

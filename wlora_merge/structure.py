@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapters
+from .adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapters
+from .adapters.deltas import ModuleDelta, TensorDelta
+from .adapters.keys import parse_adapter_key
+from .adapters.stacking import stack
+from .adapters.targets import modules_of, tensors_of
 from .constants import DTYPES
-from .deltas import ModuleDelta, TensorDelta
 from .errors import VerifyError, WloraMergeError
 from .io.safetensors_file import FLOATING, Entry, read_header, read_tensor
 from .io.untrusted import find_file, read_json
 from .models.base_model import BaseModel, open_base
 from .models.files import INDEX
 from .models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
-from .names import parse_adapter_key
 from .progress import Meter
-from .stacking import stack
-from .targets import modules_of, tensors_of
 
 if TYPE_CHECKING:
     from .mixture import Mixture

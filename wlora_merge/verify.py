@@ -184,7 +184,7 @@ def _check_genai(folder: Path, manifest: Mapping[str, Any], model: Any, checked:
 def _find_inputs(
     manifest: Mapping[str, Any], base: str | Path | None, adapters: Iterable[str | Path]
 ) -> tuple[Path | None, dict[str, Path]]:
-    from .adapters import split_adapter_spec
+    from .adapters.adapter import split_adapter_spec
 
     given: dict[str, Path] = {}
     names = [row["name"] for row in manifest["adapters"]]

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapters import Adapter
-from .deltas import TensorDelta
+from .adapters.adapter import Adapter
+from .adapters.deltas import TensorDelta
+from .adapters.factors import Factors
+from .adapters.targets import Find
 from .errors import UnsupportedError
-from .factors import Factors
 from .live_model import CONVOLUTIONS
-from .targets import Find
 
 
 def with_whole_tensors(

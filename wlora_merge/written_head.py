@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapters.keys import PEFT_PREFIX
 from .errors import UnsupportedError, VerifyError
 from .io.safetensors_file import read_header, read_tensor
-from .names import PEFT_PREFIX
 
 if TYPE_CHECKING:
     import torch

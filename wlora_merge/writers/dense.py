@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..deltas import ModuleDelta, TensorDelta
+from ..adapters.deltas import ModuleDelta, TensorDelta
 from ..errors import BaseModelError
 from ..io.safetensors_file import FLOATING, Entry, build_header, byte_length, safetensors_dtype
 from ..models.base_model import BaseModel

@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..deltas import ModuleDelta, TensorDelta
+from ..adapters.config import plain_config
+from ..adapters.deltas import ModuleDelta, TensorDelta
+from ..adapters.keys import PEFT_PREFIX
+from ..adapters.layouts import Layout, factors_to_file
+from ..adapters.targets import ATTENTION
 from ..errors import UnsupportedError, WloraMergeError
 from ..fold import lora_product, low_rank_svd, pad_rank, truncate
 from ..io.safetensors_file import write_tensors
 from ..io.tensors import all_finite, one_torch_thread, overflow_advice
-from ..layouts import Layout, factors_to_file
-from ..lora_config import plain_config
 from ..mixture import Mixture, prefixes
 from ..models.base_model import BaseModel
-from ..names import PEFT_PREFIX
 from ..progress import Meter
-from ..targets import ATTENTION
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..deltas import ModuleDelta, TensorDelta
+from ..adapters.deltas import ModuleDelta, TensorDelta
 from ..errors import OutputError, WloraMergeError
 from ..fold import bias_factors, fold_factor, fold_factors, fold_rows, fold_saved
 from ..io.direct_write import DirectFile

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from .errors import AdapterError
+from ..errors import AdapterError
 from .factors import Factors
 from .layouts import Layout, factors_from_file, output_rows, row_norms
 

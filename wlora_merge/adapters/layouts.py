@@ -17,8 +17,8 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING
 
-from .errors import AdapterError, UnsupportedError
-from .io.tensors import matrix_shape
+from ..errors import AdapterError, UnsupportedError
+from ..io.tensors import matrix_shape
 
 if TYPE_CHECKING:
     import torch

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .adapters import Adapter
+from ..errors import AdapterError, UnsupportedError, WloraMergeWarning
+from ..models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, natural_key
+from .adapter import Adapter
 from .deltas import ModuleDelta
-from .errors import AdapterError, UnsupportedError, WloraMergeWarning
 from .experts import split_factors
 from .factors import Factors
 from .layouts import Layout, layout_of, output_rows
-from .models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, natural_key
 from .targets import Find, Target, foreign, target_of
-from .token_rows import with_token_rows
+from .trainable_tokens import with_token_rows
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ def stack(
         UnsupportedError: a trained lora_B.bias where the base has no bias.
     """
     adapters = [with_token_rows(a, partial(target_of, a, find=find)) if a.token_rows else a for a in adapters]
-    rows: dict[tuple[str, int | None], list[Change]] = {}
+    rows: dict[tuple[str, int | None], list[ModuleChange]] = {}
     for n, adapter in enumerate(adapters):
         for name in adapter.modules:
             for change in _changes(n, adapter, name, find, model_type):
@@ -77,7 +77,7 @@ def stack(
 
 
 @dataclass(frozen=True)
-class Change:
+class ModuleChange:
     """One adapter's factors for one tensor of the base, or for some rows of it."""
 
     n: int
@@ -90,14 +90,14 @@ class Change:
     read: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
 
 
-def _changes(n: int, adapter: Adapter, name: str, find: Find, model_type: str) -> Iterator[Change]:
+def _changes(n: int, adapter: Adapter, name: str, find: Find, model_type: str) -> Iterator[ModuleChange]:
     target, factors = target_of(adapter, name, find), adapter.modules[name]
     if factors.is_zero and factors.magnitude is None and factors.bias is None:
         warnings.warn(f"{adapter.where}: the delta weight of {name!r} is zero.", WloraMergeWarning, stacklevel=2)
     if target.tree is None:
         factors = _scaled(adapter, name)
         layout = _layout(adapter, name, target, factors, model_type)
-        yield Change(n, target.module, target.shape, factors, layout, name, read=target.read)
+        yield ModuleChange(n, target.module, target.shape, factors, layout, name, read=target.read)
         return
     parts = split_factors(adapter, name, target.tree)
     if not parts:
@@ -106,7 +106,7 @@ def _changes(n: int, adapter: Adapter, name: str, find: Find, model_type: str) -
         shape = (part.count, part.entry.shape[-1])
         start = None if shape == part.entry.shape else part.start
         module = part.entry.name.removesuffix(".weight")
-        yield Change(n, module, shape, part.factors, part.layout, start=start, read=part.read)
+        yield ModuleChange(n, module, shape, part.factors, part.layout, start=start, read=part.read)
 
 
 def _scaled(adapter: Adapter, name: str) -> Factors:
@@ -121,7 +121,7 @@ def _scaled(adapter: Adapter, name: str) -> Factors:
     return replace(factors, scaling=adapter.scaling_of(f"{name}.weight" if wrapped else name, factors.r))
 
 
-def _refuse_overlapping_rows(rows: Mapping[tuple[str, int | None], list[Change]]) -> None:
+def _refuse_overlapping_rows(rows: Mapping[tuple[str, int | None], list[ModuleChange]]) -> None:
     ends: dict[str, float] = {}
     for (module, start), changes in sorted(rows.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
         if (start or 0) < ends.get(module, 0):
@@ -196,7 +196,9 @@ def _layout(adapter: Adapter, name: str, target: Target, factors: Factors, model
     return layout
 
 
-def _stack_one(module: str, changes: list[Change], biases: dict[int, torch.Tensor], n_adapters: int) -> ModuleDelta:
+def _stack_one(
+    module: str, changes: list[ModuleChange], biases: dict[int, torch.Tensor], n_adapters: int
+) -> ModuleDelta:
     import torch
 
     first, factors = changes[0] if changes else None, tuple(c.factors for c in changes)

@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapters import Adapter
-from .errors import AdapterError, BaseModelError, UnsupportedError, WloraMergeWarning
-from .io.hub import resolve_source
-from .io.tensors import equal
-from .io.untrusted import find_file, read_json
-from .models.base_model import BaseModel
-from .models.files import TOKENIZER_FILES
-from .models.names import NameResolver
+from ..errors import AdapterError, BaseModelError, UnsupportedError, WloraMergeWarning
+from ..io.hub import resolve_source
+from ..io.tensors import equal
+from ..io.untrusted import find_file, read_json
+from ..models.base_model import BaseModel
+from ..models.files import TOKENIZER_FILES
+from ..models.names import NameResolver
+from .adapter import Adapter
 
 KEY = "vocab_size"
 

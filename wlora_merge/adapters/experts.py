@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .adapters import Adapter
-from .errors import AdapterError, UnsupportedError
+from ..errors import AdapterError, UnsupportedError
+from ..io.safetensors_file import Entry, read_tensor
+from ..models.module_tree import ModuleTree, Part
+from .adapter import Adapter
 from .factors import Factors, Slice
-from .io.safetensors_file import Entry, read_tensor
 from .layouts import Layout
-from .models.module_tree import ModuleTree, Part
 
 if TYPE_CHECKING:
     import torch

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .adapters import Adapter
+from ..errors import AdapterError, UnsupportedError
+from ..io.tensors import equal
+from ..models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, natural_key
+from .adapter import Adapter
 from .deltas import ModuleDelta, TensorDelta
-from .errors import AdapterError, UnsupportedError
-from .io.tensors import equal
-from .models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, natural_key
 from .targets import Find, Target, refuse_tied
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _check_taken(adapter: Adapter, name: str, shape: tuple[int, ...], find: Find
         )
 
 
-def joined(
+def join_changes(
     deltas: Sequence[ModuleDelta], tensors: Sequence[TensorDelta], head: Iterable[str], find: Find
 ) -> list[ModuleDelta | TensorDelta]:
     """All changes in one list; where a weight changes by a LoRA and as a whole, each knows the other's adapters.

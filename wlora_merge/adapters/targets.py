@@ -10,18 +10,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .adapters import Adapter
-from .errors import AdapterError, UnsupportedError
+from ..errors import AdapterError, UnsupportedError
+from ..io.safetensors_file import FLOATING
+from ..models.base_model import BaseModel
+from ..models.quantization import WEIGHT_SUFFIXES
+from ..models.tied_embeddings import twin_of
+from .adapter import Adapter
 from .experts import WRAPPER
-from .io.safetensors_file import FLOATING
-from .models.base_model import BaseModel
-from .models.quantization import WEIGHT_SUFFIXES
-from .models.tied_embeddings import twin_of
 
 if TYPE_CHECKING:
     import torch
 
-    from .models.module_tree import ModuleTree
+    from ..models.module_tree import ModuleTree
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import AdapterError, UnsupportedError
-from .text import short
+from ..errors import AdapterError, UnsupportedError
+from ..text import short
 
 FOLDED: dict[str, Any] = {
     "peft_type": None, "r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from .io.safetensors_file import Entry, read_tensor, torch_dtype
+from ..io.safetensors_file import Entry, read_tensor, torch_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import AdapterError, UnsupportedError, WloraMergeError
+from ..errors import AdapterError, UnsupportedError, WloraMergeError
+from ..io.digests import sha256_file
+from ..io.hub import ADAPTER_PATTERNS, Source, is_here, resolve_source
+from ..io.safetensors_file import FLOATING, Header, read_header, read_tensor
+from ..io.tensors import all_finite
+from ..io.untrusted import find_file, read_json
+from .config import check_config
 from .factors import Factors, TokenRows
-from .io.digests import sha256_file
-from .io.hub import ADAPTER_PATTERNS, Source, is_here, resolve_source
-from .io.safetensors_file import FLOATING, Header, read_header, read_tensor
-from .io.tensors import all_finite
-from .io.untrusted import find_file, read_json
-from .lora_config import check_config
-from .names import PATTERN_SECONDS, check_adapter_name, parse_adapter_key, pattern_value
+from .keys import PATTERN_SECONDS, check_adapter_name, parse_adapter_key, pattern_value
 
 if TYPE_CHECKING:
     import torch

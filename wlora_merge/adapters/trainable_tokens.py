@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .adapters import Adapter
-from .errors import AdapterError, UnsupportedError
+from ..errors import AdapterError, UnsupportedError
+from ..models.names import OUTPUT_EMBEDDINGS
+from .adapter import Adapter
 from .factors import Factors, TokenRows
-from .models.names import OUTPUT_EMBEDDINGS
 
 if TYPE_CHECKING:
     from .targets import Target

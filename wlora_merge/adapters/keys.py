@@ -1,8 +1,8 @@
-"""Names and nothing but names: PEFT key <-> module name <-> tensor name.
+"""The keys of an adapter's file: which module or tensor each one changes, and which part of the change it is.
 
 Three spellings meet here. An adapter file says `base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight`;
 the model that it was trained on calls that module `bert.encoder.layer.0.attention.self.query`; the base's file may call its
-weight `encoder.layer.0.attention.self.query.weight`, without the model prefix. This room maps strings to strings. It knows
+weight `encoder.layer.0.attention.self.query.weight`, without the model prefix. This file maps strings to strings. It knows
 no files, no tensors and no library.
 """
 
@@ -14,12 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .errors import AdapterError, UnsupportedError
-from .models.names import NUMERIC_PART
-from .text import short
+from ..errors import AdapterError, UnsupportedError
+from ..text import short
 
 PEFT_PREFIX = "base_model.model."
-GLOBAL_GROUP = "all"
 
 _LORA_KEY = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
@@ -117,22 +115,6 @@ def pattern_value(patterns: Mapping[str, V], module: str, default: V, deadline: 
         if found:
             return value
     return default
-
-
-def group_of(module: str, granularity: str) -> str:
-    """The group of a module: itself, the prefix through its first numeric part, or `all`.
-
-    >>> group_of("model.layers.3.self_attn.q_proj", "layer")
-    'model.layers.3'
-    """
-    if granularity == "global":
-        return GLOBAL_GROUP
-    if granularity == "layer":
-        parts = module.split(".")
-        for i, part in enumerate(parts):
-            if NUMERIC_PART.fullmatch(part):
-                return ".".join(parts[: i + 1])
-    return module
 
 
 def check_adapter_name(name: str) -> str:
