@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from wlora_merge.tasks import get_task
+from wlora_merge.data.tasks import get_task
 from wlora_merge.writers.onnx import OnnxReport, write_onnx
 
 VOCABULARY = 99

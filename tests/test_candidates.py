@@ -19,14 +19,14 @@ from test_fit import WORDS, others, save_tokenizer
 from wlora_merge.attachment import attachment_of
 from wlora_merge.candidates import LEARNED, compare, learned_settings, steps_of
 from wlora_merge.constants import SINGLE
+from wlora_merge.data.labels import LabelSet, label_set
+from wlora_merge.data.metrics import Metric, classification_metric
 from wlora_merge.errors import MixtureError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
 from wlora_merge.fit_options import FitOptions, fit_options
 from wlora_merge.fit_state import FitState
 from wlora_merge.judging import pool, score
-from wlora_merge.labels import LabelSet, label_set
-from wlora_merge.metrics import Metric, classification_metric
 from wlora_merge.mixture import Mixture
 from wlora_merge.search import minimize
 from wlora_merge.training import Candidate, Judged, Learner, Trained
@@ -103,7 +103,7 @@ def test_best_single_keeps_one_adapter_and_drops_the_others(zoo: Zoo, tmp_path: 
 
 
 def test_the_standard_error_does_not_depend_on_the_order_of_the_examples() -> None:
-    from wlora_merge.metrics import classification_metric
+    from wlora_merge.data.metrics import classification_metric
 
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(1000) // 500
@@ -647,7 +647,7 @@ def test_options_that_come_to_nothing_are_said(zoo: Zoo, tmp_path: Path) -> None
 
 
 def test_a_check_predicts_as_many_trainings_as_a_fit_makes(zoo: Zoo, tmp_path: Path) -> None:
-    from wlora_merge.data import read_examples
+    from wlora_merge.data.examples import read_examples
     from wlora_merge.predict import _trainings
     from wlora_merge.recipe import FitRecipe
 

@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard
 
 from wlora_merge.card import write_card
 from wlora_merge.constants import TASKS
+from wlora_merge.data.tasks import get_task
 from wlora_merge.fit_options import FitOptions
 from wlora_merge.mixture import InputRef, Mixture
 from wlora_merge.serving import PIPELINE_TAGS
-from wlora_merge.tasks import get_task
 
 FORMATS = ("dense", "lora", "onnx")
 

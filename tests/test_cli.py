@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.cli import main
-from wlora_merge.columns import FORMS
+from wlora_merge.data.columns import FORMS
 from wlora_merge.help import OPTIONS
 from wlora_merge.terminal import shown_log
 

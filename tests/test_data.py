@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from wlora_merge.columns import choose_columns
 from wlora_merge.constants import MULTI, REGRESSION, SINGLE
-from wlora_merge.data import EVAL_SPLITS, Examples, read_examples
+from wlora_merge.data.columns import choose_columns
+from wlora_merge.data.examples import EVAL_SPLITS, Examples, read_examples
+from wlora_merge.data.labels import label_set
 from wlora_merge.errors import DataError, UnsupportedError
-from wlora_merge.labels import label_set
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is absent")
@@ -80,7 +80,7 @@ def test_a_small_parquet_file_that_means_a_large_table_is_refused_at_once(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr("wlora_merge.formats.MAX_DATA_BYTES", 16_000_000)
+    monkeypatch.setattr("wlora_merge.data.formats.MAX_DATA_BYTES", 16_000_000)
 
     long, zeros = "x" * 1_000_000, pa.array([0] * 2000, pa.int32())
     repeated = pa.DictionaryArray.from_arrays(zeros, [long])

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from wlora_merge.data import Examples
+from wlora_merge.data.examples import Examples
 from wlora_merge.folds import enough, fold_indices
 
 

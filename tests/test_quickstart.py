@@ -94,8 +94,8 @@ def test_a_zoo_that_fails_leaves_the_old_one(
 def test_pictures_written_and_read_are_the_pixels_that_the_zoo_was_trained_on(
     recipe: Any, made: Any, tmp_path: Path
 ) -> None:
-    from wlora_merge.data import read_examples
-    from wlora_merge.tasks import get_task
+    from wlora_merge.data.examples import read_examples
+    from wlora_merge.data.tasks import get_task
 
     _, pool, _ = recipe.digits.read_digits()
     shots = pool.shots(2, seed=0).shifted(recipe.digits.blurred)

@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerFast
 
 from wlora_merge.constants import MULTI, REGRESSION, SINGLE
 from wlora_merge.constants import TASKS as TASK_NAMES
-from wlora_merge.data import Examples, read_examples
-from wlora_merge.encoding import leading_ids
+from wlora_merge.data.causal_lm import leading_ids
+from wlora_merge.data.examples import Examples, read_examples
+from wlora_merge.data.labels import LabelSet, label_set
+from wlora_merge.data.metrics import best_span, token_sums
+from wlora_merge.data.tasks import get_task, task_of
 from wlora_merge.errors import BaseModelError, DataError, UnsupportedError, WloraMergeError, WloraMergeWarning
-from wlora_merge.labels import LabelSet, label_set
-from wlora_merge.metrics import best_span, token_sums
-from wlora_merge.tasks import get_task, task_of
 
 WORDS = [
     "[pad]",
@@ -66,7 +66,10 @@ def learned(item: dict[str, Any]) -> list[int]:
 
 
 def test_importing_the_room_is_cheap() -> None:
-    code = "import sys, wlora_merge.tasks, wlora_merge.data; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    code = (
+        "import sys, wlora_merge.data.tasks, wlora_merge.data.examples; "
+        "print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    )
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "set()\n"
 

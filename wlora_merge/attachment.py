@@ -298,8 +298,8 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
     Raises:
         MixtureError: the model has no adapters attached, or its base is not known.
     """
+    from .data.tasks import task_of
     from .models.base_model import BaseModel, open_base
-    from .tasks import task_of
 
     model = _whole(model)
     attachment = attachment_of(model)

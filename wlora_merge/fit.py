@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 from .adapters.adapter import Adapter, load_adapters
 from .adapters.stacking import stack
 from .adapters.targets import modules_of, tensors_of
-from .data import EVAL_SPLITS, Examples, read_examples
+from .data.examples import EVAL_SPLITS, Examples, read_examples
+from .data.task import Task
+from .data.tasks import get_task
 from .errors import DataError, MixtureError
 from .fit_options import FitOptions, check_for_task, fit_options
 from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded, said_of_pruning, said_of_stop
@@ -34,14 +36,13 @@ from .io.staging import refuse_out
 from .mixture import Mixture, adapter_ref
 from .models.base_model import BaseModel, open_base, refuse_quantized
 from .report import write_report
-from .tasks import Task, get_task
 from .text import first_line
 from .trackers import tracker_names, tracking
 
 if TYPE_CHECKING:
     from .candidates import Comparison
+    from .data.labels import LabelSet
     from .distributed import Team
-    from .labels import LabelSet
     from .training import Candidate, FitProgress, Learner
 
 FOLD_SHARE, JUDGED_SHARE = 0.5, 0.75

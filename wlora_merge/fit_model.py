@@ -7,20 +7,19 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .adapters.adapter import Adapter
+from .data.task import Task, token_limit
 from .distributed import Team
-from .encoding import token_limit
 from .errors import BaseModelError, MixtureError, UnsupportedError
 from .fit_options import FitOptions
 from .models.base_model import BaseModel
 from .models.loading import quiet_libraries
 from .models.module_tree import empty_model
-from .tasks import Task
 from .text import first_line
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .labels import LabelSet
+    from .data.labels import LabelSet
 
 POSITIONS = ("position_embeddings", "position_embedding", "wpe", "embed_positions", "positions_embed")
 """How models call their table of learned positions."""
@@ -188,7 +187,7 @@ def _load(
     """
     import torch
 
-    from .labels import LabelSet
+    from .data.labels import LabelSet
 
     own = _own_labels(base)
     keep = labels is not None and own is not None and _is_head_of(base, own, labels)

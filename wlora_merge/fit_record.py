@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data import Examples
+from .data.examples import Examples
 from .fit_options import FitOptions, given_of_new
 from .folds import FEWEST
 

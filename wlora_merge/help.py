@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .columns import FORMS
+from .data.columns import FORMS
 
 COMMANDS = {
     "Make a mixture": ("fit", "mix"),

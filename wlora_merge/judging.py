@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .metrics import Metric
+from .data.metrics import Metric
 from .training import Judged, joined
 
 PARTS = 50

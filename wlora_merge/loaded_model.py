@@ -74,7 +74,7 @@ def _class_for(folder: Path, task: str | None) -> Any:
     vision-language one as causal-lm), the one that its config names."""
     import transformers
 
-    from .tasks import get_task
+    from .data.tasks import get_task
     from .writers.onnx_tasks import PROJECTED
 
     auto: Any = get_task(task or "feature-extraction").auto_class()

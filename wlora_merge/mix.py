@@ -151,8 +151,8 @@ def _config_of(head: Mapping[str, torch.Tensor], base: BaseModel, task: str | No
 
 def _shapes_of(base: BaseModel, task: str, n_labels: int) -> tuple[str, dict[str, tuple[int, ...]]]:
     """The class of the base's model for a task, and the shapes of its tensors, built without memory."""
+    from .data.tasks import get_task
     from .models.module_tree import empty_model
-    from .tasks import get_task
 
     try:
         model = empty_model(base.folder, get_task(task).auto_class().from_config, num_labels=n_labels)

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters.deltas import ModuleDelta
 from .constants import DTYPES
-from .data import Examples
+from .data.examples import Examples
+from .data.tasks import get_task
 from .export import lora_bytes
 from .inputs import Inputs
 from .io.tensors import matrix_shape
 from .recipe import ExportRecipe, FitRecipe, options_of
-from .tasks import get_task
 from .writers.dense import folder_bytes, plan
 
 if TYPE_CHECKING:
+    from .data.labels import LabelSet
     from .fit_options import FitOptions
-    from .labels import LabelSet
 
 IMPORTS = 160 << 20  # bytes of a process that has imported torch
 TRAINER_IMPORTS = 600 << 20  # and transformers

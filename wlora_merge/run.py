@@ -150,7 +150,7 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
     examples = None
     rows = [{"what": "base", "path": base}, *({"what": f"adapter {n}", "path": p} for n, p in adapters)]
     if recipe.fit is not None:
-        from .data import EVAL_SPLITS, read_examples
+        from .data.examples import EVAL_SPLITS, read_examples
 
         task, columns = recipe.fit.task, recipe.fit.columns
         data = _path(recipe.fit.data, where)

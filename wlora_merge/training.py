@@ -28,10 +28,10 @@ from .text import first_line
 if TYPE_CHECKING:
     from torch.utils.data import ConcatDataset
 
+    from .data.labels import LabelSet
+    from .data.task import Task
     from .distributed import Team
     from .fit_state import FitState
-    from .labels import LabelSet
-    from .tasks import Task
 
 FitProgress = Callable[[str, int, int, float, dict[str, float]], None]
 """Called with (candidate, step, steps, loss, mean mixture weight of each adapter) after every step."""

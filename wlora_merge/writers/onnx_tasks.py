@@ -13,14 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.tasks import get_task
 from ..errors import BaseModelError, UnsupportedError
-from ..tasks import get_task
 from .onnx_pooling import OUTPUTS as POOLED
 from .onnx_pooling import add_pooling, pools
 
 if TYPE_CHECKING:
     import torch
-
 
 OUTPUTS = {"question-answering": ("start_logits", "end_logits"), "feature-extraction": ("last_hidden_state",)}
 """Outputs of the graphs whose model gives other than `logits`."""

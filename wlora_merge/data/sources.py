@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, UnsupportedError
+from ..errors import DataError, UnsupportedError
+from ..io.hub import is_here
+from ..io.untrusted import is_hidden
+from ..text import first_line, redacted
 from .formats import TABLES, TEXTS, Table, decode, read_bytes_of, read_file
-from .io.hub import is_here
-from .io.untrusted import is_hidden
-from .text import first_line, redacted
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TRAIN = "train"

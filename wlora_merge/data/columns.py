@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .errors import DataError
-from .text import nearest
+from ..errors import DataError
+from ..text import nearest
 
 
 @dataclass(frozen=True)

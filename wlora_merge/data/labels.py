@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .constants import MULTI, PROBLEM_TYPES, REGRESSION, SINGLE
-from .errors import DataError
+from ..constants import MULTI, PROBLEM_TYPES, REGRESSION, SINGLE
+from ..errors import DataError
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")

@@ -6,15 +6,19 @@ images and image processors. It knows neither models nor files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import DataError
+from ..errors import DataError
+from .labels import LabelSet
+from .task import Encoded, load_auto
+from .text_classification import TextClassification, targets
 
 if TYPE_CHECKING:
     import torch
 
-    from .data import Examples
+    from .examples import Examples
 
 KEEP_BYTES = 1 << 30  # of processed images, for each set of examples
 
@@ -48,3 +52,23 @@ class EncodedImages(Sequence[dict[str, Any]]):
         if (len(self._kept) + 1) * pixels.numel() * pixels.element_size() <= KEEP_BYTES:
             self._kept[index] = pixels
         return pixels
+
+
+class ImageClassification(TextClassification):
+    """One image: a class, several, or a number."""
+
+    def config_changes(self, labels: LabelSet | None, processor: Any = None) -> dict[str, Any]:
+        return super().config_changes(labels)
+
+    def load_processor(self, base_folder: str | Path) -> Any:
+        return load_auto("AutoImageProcessor", base_folder, "image processor")
+
+    def encode(
+        self, examples: Examples, processor: Any, *, max_length: int | None = None, labels: LabelSet | None = None
+    ) -> Encoded:
+        return EncodedImages(examples, processor, targets(examples, labels))
+
+    def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        import transformers
+
+        return transformers.DefaultDataCollator()

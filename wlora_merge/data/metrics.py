@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .constants import MULTI, REGRESSION
+from ..constants import MULTI, REGRESSION
 from .labels import LabelSet
 
 if TYPE_CHECKING:

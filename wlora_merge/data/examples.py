@@ -17,14 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ..constants import REGRESSION
+from ..errors import DataError, UnsupportedError, WloraMergeWarning
+from ..io.untrusted import is_utf8
+from ..text import nearest
 from .columns import FORMS, PARTS, choose_columns
-from .constants import REGRESSION
-from .data_sources import TRAIN, read_source
-from .errors import DataError, UnsupportedError, WloraMergeWarning
 from .formats import Table, read_bytes_of
-from .io.untrusted import is_utf8
 from .labels import LabelSet, class_name, words_of
-from .text import nearest
+from .sources import TRAIN, read_source
 
 if TYPE_CHECKING:
     import datasets

@@ -6,13 +6,16 @@ This room knows tokenizers that say which characters a token covers. It knows ne
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import DataError, WloraMergeWarning
+from ..errors import DataError, WloraMergeWarning
+from .labels import LabelSet
+from .metrics import Metric, answering_metric
+from .task import Encoded, Task, refuse_slow, token_limit
 
 if TYPE_CHECKING:
-    from .data import Examples
+    from .examples import Examples
 
 
 def encode_answers(examples: Examples, tokenizer: Any, limit: int | None) -> list[dict[str, Any]]:
@@ -74,3 +77,30 @@ def _span(
         if part == 1 and first < end and last > start
     ]
     return (inside[0], inside[-1]) if inside and offsets[inside[-1]][1] >= end else None
+
+
+class QuestionAnswering(Task):
+    """The span of a context that answers a question; the first token where there is no answer."""
+
+    def encode(
+        self, examples: Examples, processor: Any, *, max_length: int | None = None, labels: LabelSet | None = None
+    ) -> Encoded:
+        refuse_slow(processor, self.name)
+        return encode_answers(examples, processor, token_limit(processor, max_length))
+
+    def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        padded = super().collator(processor)
+        return lambda rows: padded([{name: value for name, value in row.items() if name != "context"} for row in rows])
+
+    def allowed(self, logits: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Start and end lie in the context, or at the first token, which says that there is no answer."""
+        import torch
+
+        inside = torch.zeros(logits[0].shape, dtype=torch.bool, device=logits[0].device)
+        for kept, row in zip(inside, rows, strict=True):
+            kept[0] = True
+            kept[row["context"][0] : row["context"][1] + 1] = True
+        return tuple(part.float().masked_fill(~inside, torch.finfo(torch.float32).min / 4) for part in logits)
+
+    def metric(self, labels: LabelSet | None = None) -> Metric:
+        return answering_metric()

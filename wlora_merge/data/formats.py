@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .errors import DataError, UnsupportedError
-from .io.untrusted import read_bytes
-from .text import first_line, human_bytes
+from ..errors import DataError, UnsupportedError
+from ..io.untrusted import read_bytes
+from ..text import first_line, human_bytes
 
 if TYPE_CHECKING:
     import datasets

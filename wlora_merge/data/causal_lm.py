@@ -8,18 +8,19 @@ files.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .errors import DataError, UnsupportedError, WloraMergeWarning
-from .metrics import IGNORED
+from ..errors import DataError, UnsupportedError
+from .labels import LabelSet
+from .metrics import IGNORED, Metric, causal_lm_metric
+from .task import Encoded, Task, counted, token_limit, warn_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .data import Examples
+    from .examples import Examples
 
 _MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -68,20 +69,6 @@ def encode_causal_lm(
         encoded.append(_model_input(sequence))
     warn_cut(examples, cut, limit)
     return encoded
-
-
-def token_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:
-    """The most tokens of one example; None without a limit (tokenizers say 10^30 then)."""
-    if max_length is not None:
-        return max_length
-    return int(tokenizer.model_max_length) if tokenizer.model_max_length < 1_000_000 else None
-
-
-def warn_cut(examples: Examples, count: int, limit: int | None) -> None:
-    """Say how many examples were shortened."""
-    if count:
-        text = f"{count} of {len(examples)} examples of {examples.source} were shortened to {limit} tokens."
-        warnings.warn(text, WloraMergeWarning, stacklevel=3)
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -176,3 +163,29 @@ def _model_input(sequence: _Sequence) -> dict[str, list[int]]:
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # verbose=False: the tokenizer's own note on long inputs is ours to give
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+class CausalLM(Task):
+    """Next-token prediction; the loss is on completions alone.
+
+    No EOS is put behind a completion or a text (chat templates end turns themselves): the weights of a mixture are too few to teach
+    a model to stop, and adapters made for short answers were trained without. Data may spell one.
+    """
+
+    has_head = False
+
+    def encode(
+        self, examples: Examples, processor: Any, *, max_length: int | None = None, labels: LabelSet | None = None
+    ) -> Encoded:
+        return encode_causal_lm(examples, processor, max_length=max_length)
+
+    def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        import transformers
+
+        return transformers.DataCollatorForSeq2Seq(processor, label_pad_token_id=IGNORED)
+
+    def items(self, row: Mapping[str, Any]) -> int:
+        return counted(row["labels"][1:])
+
+    def metric(self, labels: LabelSet | None = None) -> Metric:
+        return causal_lm_metric()

@@ -1,0 +1,39 @@
+"""The task seq2seq-lm: a source and its target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError
+from .causal_lm import CausalLM
+from .labels import LabelSet
+from .metrics import (
+    Metric,
+    seq2seq_metric,
+)
+from .task import Encoded, counted, tokenized
+
+if TYPE_CHECKING:
+    from .examples import Examples
+
+
+class Seq2SeqLM(CausalLM):
+    """Source to target; the source is cut from the right when too long, the target never."""
+
+    def encode(
+        self, examples: Examples, processor: Any, *, max_length: int | None = None, labels: LabelSet | None = None
+    ) -> Encoded:
+        encoded = tokenized(examples, processor, max_length, "source")
+        for number, (item, target) in enumerate(zip(encoded, examples.column("target"), strict=True), start=1):
+            item["labels"] = list(processor(text_target=target, verbose=False)["input_ids"])
+            if max_length is not None and len(item["labels"]) > max_length:
+                where, size = examples.where(number), len(item["labels"])
+                raise DataError(f"{where}: its target has {size} tokens, over {max_length}.")
+        return encoded
+
+    def items(self, row: Mapping[str, Any]) -> int:
+        return counted(row["labels"])
+
+    def metric(self, labels: LabelSet | None = None) -> Metric:
+        return seq2seq_metric()

@@ -1,0 +1,173 @@
+"""What a fit asks of a task: its model class, its labels, how an example becomes model inputs, and how it is judged.
+
+A task knows tokenizers, image processors and collators of transformers. It knows neither adapters nor mixtures, and it runs no
+model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+from ..errors import BaseModelError, UnsupportedError, WloraMergeWarning
+from ..text import first_line
+from .labels import LabelSet
+from .metrics import (
+    IGNORED,
+    Metric,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .examples import Examples
+
+Encoded: TypeAlias = "Sequence[dict[str, Any]]"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task on text. The others override what differs.
+
+    Attributes:
+        name: as on the command line.
+        auto_class_name: of the transformers class that builds its model, body and head.
+    """
+
+    has_head: ClassVar[bool] = True  # that a base may lack
+    name: str
+    auto_class_name: str
+
+    def auto_class(self) -> type[Any]:
+        """The transformers class that builds the model of this task."""
+        import transformers
+
+        cls: type[Any] = getattr(transformers, self.auto_class_name)
+        return cls
+
+    def labels(self, examples: Examples, *, problem_type: str | None = None) -> LabelSet | None:
+        """The labels found in the examples, or None for a task without a head of its own.
+
+        Args:
+            examples: all that there are, so that no class is missed.
+            problem_type: as a transformers config spells it; None: told by the labels. For text and image classification only.
+        """
+        return None
+
+    def config_changes(self, labels: LabelSet | None, processor: Any = None) -> dict[str, Any]:
+        """The config keys that this task sets: `id2label` (int keys), `label2id`, `problem_type`, `pad_token_id`.
+
+        The number of labels follows from `id2label`. `pad_token_id` comes from the processor where the model needs it.
+        """
+        if labels is None:
+            return {}
+        names = labels.names or ("LABEL_0",)  # what transformers calls the one output of a regression
+        return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+    def load_processor(self, base_folder: str | Path) -> Any:
+        """The tokenizer in a local folder, padding on the right, with a token to pad with.
+
+        Raises:
+            BaseModelError: there is none, or it is broken, or has no token to pad with.
+        """
+        tokenizer = load_auto("AutoTokenizer", base_folder, "tokenizer")
+        tokenizer.padding_side = "right"  # positions are counted from the left when none are given
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise BaseModelError(f"the tokenizer in {base_folder} has no pad, EOS or unknown token to pad with.")
+        return tokenizer
+
+    def encode(
+        self, examples: Examples, processor: Any, *, max_length: int | None = None, labels: LabelSet | None = None
+    ) -> Encoded:
+        """Model inputs for each example, as `Trainer` takes them for a data set.
+
+        Args:
+            examples: [E].
+            processor: from `load_processor`.
+            max_length: in tokens; None for what the tokenizer says. What is cut is counted in a `WloraMergeWarning`.
+            labels: from `labels`, of the examples that the head is fitted on.
+
+        Raises:
+            DataError: a label that `labels` lacks, or an example that cannot be encoded; with its number.
+        """
+        raise UnsupportedError(f"{self.name} cannot be fitted: it has no loss; use mix or export.")
+
+    def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Encoded examples -> one padded batch of tensors."""
+        import transformers
+
+        return transformers.DataCollatorWithPadding(processor)
+
+    def items(self, row: Mapping[str, Any]) -> int:
+        """How many predictions of an encoded example the model's mean loss counts."""
+        return 1
+
+    def allowed(self, logits: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """The logits [B, ...] of some encoded examples with what no answer can be at the lowest number."""
+        return logits
+
+    def metric(self, labels: LabelSet | None = None) -> Metric:
+        """How the task is judged."""
+        raise UnsupportedError(f"{self.name} has no metric.")
+
+
+def tokenized(examples: Examples, tokenizer: Any, max_length: int | None, *columns: str) -> list[dict[str, Any]]:
+    limit, encoded, cut = token_limit(tokenizer, max_length), [], 0
+    for row in examples.rows:
+        texts = [row[column] for column in columns]
+        item = tokenizer(*texts, verbose=False)
+        if limit is not None and len(item["input_ids"]) > limit:
+            cut += 1
+            item = tokenizer(*texts, truncation=True, max_length=limit)
+        encoded.append(dict(item))
+    warn_cut(examples, cut, limit)
+    return encoded
+
+
+def counted(labels: Sequence[int]) -> int:
+    return sum(label != IGNORED for label in labels)
+
+
+def needed_labels(labels: LabelSet | None, task: str) -> LabelSet:
+    if labels is None:
+        raise ValueError(f"{task} needs labels: pass what Task.labels returned.")
+    return labels
+
+
+def refuse_slow(tokenizer: Any, task: str) -> None:
+    if not tokenizer.is_fast:
+        raise UnsupportedError(
+            f"{task} needs a tokenizer with a tokenizer.json, which says where each token comes from."
+        )
+
+
+def load_auto(auto_class: str, folder: str | Path, what: str) -> Any:
+    import transformers
+
+    if not Path(folder).is_dir():
+        raise BaseModelError(f"base model folder {folder} does not exist.")
+    try:
+        return getattr(transformers, auto_class).from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises plain Exceptions; whatever it is, the files are at fault
+        raise BaseModelError(f"{folder} has no {what} that loads: {first_line(error)}.") from error
+
+
+def token_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:
+    """The most tokens of one example; None without a limit (tokenizers say 10^30 then)."""
+    if max_length is not None:
+        return max_length
+    return int(tokenizer.model_max_length) if tokenizer.model_max_length < 1_000_000 else None
+
+
+def warn_cut(examples: Examples, count: int, limit: int | None) -> None:
+    """Say how many examples were shortened."""
+    if count:
+        text = f"{count} of {len(examples)} examples of {examples.source} were shortened to {limit} tokens."
+        warnings.warn(text, WloraMergeWarning, stacklevel=3)
