@@ -74,7 +74,7 @@ print(json.dumps(time.perf_counter() - start))
 """
 OURS_SVD = """
 import sys, time, json
-from wlora_merge.inputs import find_inputs
+from wlora_merge.mixture.inputs import find_inputs
 from wlora_merge.writers.lora import as_one_lora
 inputs = find_inputs(sys.argv[1])
 start = time.perf_counter()
@@ -240,7 +240,7 @@ def make_synthetic(work: Path, size: str) -> None:
         raise SystemExit(f"{TOOL} makes the synthetic checkpoint, and is not here.")
     if not (work / "adapters" / "a3").is_dir():
         subprocess.run([sys.executable, str(TOOL), str(work), "--size", size, "--adapters", str(ADAPTERS)], check=True)
-    from wlora_merge.mix import mix
+    from wlora_merge.mixture.mix import mix
 
     mix(
         work / "base",

@@ -45,8 +45,8 @@ FLOOR = """
 import json, shutil, sys, time
 start = time.perf_counter()
 import torch
-from wlora_merge.fold import fold_factors
-from wlora_merge.inputs import find_inputs
+from wlora_merge.mixture.fold import fold_factors
+from wlora_merge.mixture.inputs import find_inputs
 inputs = find_inputs(sys.argv[1])
 for delta in inputs.deltas:
     left, right = fold_factors(delta, inputs.mixture.gains_of(delta))
@@ -65,7 +65,7 @@ write_onnx(Path(sys.argv[1]), Path(sys.argv[2]), task=sys.argv[3])
 
 def prepare(work: Path, base: Path, adapters: list[Path], task: str) -> None:
     """The mixture and the ONNX export of its base, where they are not there yet."""
-    from wlora_merge.mix import mix
+    from wlora_merge.mixture.mix import mix
 
     if not (work / "mixture").exists():
         mix(base, adapters, work / "mixture", task=task)

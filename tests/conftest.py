@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from wlora_merge.mixture import Mixture
+from wlora_merge.mixture.mixture import Mixture
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

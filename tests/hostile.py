@@ -93,9 +93,9 @@ def _serve() -> None:
     import datasets  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch  # noqa: F401
+    import wlora_merge.mixture.mixture.attach
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
-    import wlora_merge.attachment
     import wlora_merge.export
     import wlora_merge.fit
     import wlora_merge.inspect

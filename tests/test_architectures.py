@@ -19,13 +19,13 @@ import transformers
 from conftest import make_adapter
 from safetensors.torch import load_file, save_file
 
-from wlora_merge.attachment import attach
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.export import export
 from wlora_merge.fit_options import FitOptions
 from wlora_merge.fit_start import initial_logits, like_start
-from wlora_merge.mix import mix
-from wlora_merge.mixture import Mixture
+from wlora_merge.mixture.attach import attach
+from wlora_merge.mixture.mix import mix
+from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.models.base_model import open_base
 from wlora_merge.verify import verify
 

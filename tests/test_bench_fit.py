@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from wlora_merge.attachment import attach
+from wlora_merge.mixture.attach import attach
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "bench_fit"
 IDS = torch.tensor([[5, 17, 3, 80, 41, 2], [9, 9, 60, 1, 7, 33]])

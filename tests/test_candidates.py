@@ -16,7 +16,6 @@ from conftest import make_adapter, tiny_bert
 from safetensors.torch import load
 from test_fit import WORDS, others, save_tokenizer
 
-from wlora_merge.attachment import attachment_of
 from wlora_merge.candidates import LEARNED, compare, learned_settings, steps_of
 from wlora_merge.constants import SINGLE
 from wlora_merge.data.labels import LabelSet, label_set
@@ -27,7 +26,8 @@ from wlora_merge.fit import fit
 from wlora_merge.fit_options import FitOptions, fit_options
 from wlora_merge.fit_state import FitState
 from wlora_merge.judging import pool, score
-from wlora_merge.mixture import Mixture
+from wlora_merge.mixture.attach import attachment_of
+from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.search import minimize
 from wlora_merge.training import Candidate, Judged, Learner, Trained
 from wlora_merge.verify import verify

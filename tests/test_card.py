@@ -14,7 +14,7 @@ from wlora_merge.card import write_card
 from wlora_merge.constants import TASKS
 from wlora_merge.data.tasks import get_task
 from wlora_merge.fit_options import FitOptions
-from wlora_merge.mixture import InputRef, Mixture
+from wlora_merge.mixture.mixture import InputRef, Mixture
 from wlora_merge.serving import PIPELINE_TAGS
 
 FORMATS = ("dense", "lora", "onnx")

@@ -22,10 +22,10 @@ from transformers import (
     WhisperModel,
 )
 
-from wlora_merge.attachment import attach, read_mixture
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.export import export
-from wlora_merge.mix import mix
+from wlora_merge.mixture.attach import attach, read_mixture
+from wlora_merge.mixture.mix import mix
 
 WEIGHTS = [0.5, -0.25, 1.5]
 SIZES: dict[str, Any] = {

@@ -15,9 +15,9 @@ from test_architectures import GATED, LM, TEXT, Case, expected_state, merged
 from wlora_merge.adapters.adapter import load_adapter
 from wlora_merge.errors import AdapterError, UnsupportedError
 from wlora_merge.export import export
-from wlora_merge.inputs import find_inputs
 from wlora_merge.measures import changes, spectra
-from wlora_merge.mix import mix
+from wlora_merge.mixture.inputs import find_inputs
+from wlora_merge.mixture.mix import mix
 from wlora_merge.models.base_model import open_base
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}

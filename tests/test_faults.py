@@ -26,7 +26,7 @@ from test_ranks import free_port, launch
 
 from wlora_merge.errors import WloraMergeError
 from wlora_merge.export import export
-from wlora_merge.mix import mix
+from wlora_merge.mixture.mix import mix
 from wlora_merge.verify import verify
 
 ROUNDS = int(os.environ.get("WLORA_MERGE_TRUST_ROUNDS", "2"))

@@ -17,7 +17,7 @@ from wlora_merge.errors import DataError, MixtureError, OutputError
 from wlora_merge.export import export
 from wlora_merge.fit import fit
 from wlora_merge.inspect import setting_rows
-from wlora_merge.mixture import Mixture
+from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.training import Learner
 from wlora_merge.verify import verify
 

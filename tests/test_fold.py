@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from wlora_merge.export import export
-from wlora_merge.fold import fold_factors, low_rank_svd, pad_rank, truncate
-from wlora_merge.inputs import find_inputs
-from wlora_merge.mix import mix
+from wlora_merge.mixture.fold import fold_factors, low_rank_svd, pad_rank, truncate
+from wlora_merge.mixture.inputs import find_inputs
+from wlora_merge.mixture.mix import mix
 
 WEIGHTS = [0.5, -0.25, 1.5]
 

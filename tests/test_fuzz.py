@@ -34,8 +34,8 @@ from wlora_merge.adapters.config import FOLDED, INERT, REFUSED
 from wlora_merge.errors import WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.io.safetensors_file import read_header
-from wlora_merge.mix import mix
-from wlora_merge.mixture import Mixture
+from wlora_merge.mixture.mix import mix
+from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.recipe import read_recipe
 
 CASES = int(os.environ.get("WLORA_MERGE_FUZZ_CASES", "3"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.export import export
-from wlora_merge.mix import mix
+from wlora_merge.mixture.mix import mix
 
 TARGETS = ["q_proj", "down_proj"]
 IDS = torch.tensor([[5, 17, 3, 80, 41, 2]])

@@ -16,7 +16,7 @@ from wlora_merge.card import _LICENSE, _front, _named
 from wlora_merge.errors import AdapterError, RecipeError, WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.io.untrusted import MAX_TABLE_BYTES, find_file, parse_yaml, read_bytes, read_json
-from wlora_merge.mix import mix
+from wlora_merge.mixture.mix import mix
 from wlora_merge.models.base_model import open_base
 from wlora_merge.models.names import natural_key
 from wlora_merge.recipe import read_recipe

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.errors import MixtureError, WloraMergeError
-from wlora_merge.inputs import find_inputs
-from wlora_merge.mix import mix
-from wlora_merge.mixture import InputRef, Mixture
+from wlora_merge.mixture.inputs import find_inputs
+from wlora_merge.mixture.mix import mix
+from wlora_merge.mixture.mixture import InputRef, Mixture
 from wlora_merge.models import base_model
 
 

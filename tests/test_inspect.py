@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from wlora_merge.errors import WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.inspect import inspect_paths
-from wlora_merge.mix import mix
+from wlora_merge.mixture.mix import mix
 
 COLUMNS = ["adapter", "r", "alpha", "scaling", "modules", "parameters", "delta / base norm", "mixes"]
 

@@ -21,10 +21,10 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from wlora_merge.attachment import attach, detach, read_mixture, regroup
 from wlora_merge.errors import MixtureError, WloraMergeError, WloraMergeWarning
 from wlora_merge.export import export
-from wlora_merge.layers import StackedLora
+from wlora_merge.mixture.attach import attach, detach, read_mixture, regroup
+from wlora_merge.mixture.stacked_lora import StackedLora
 
 IDS = torch.tensor([[5, 17, 3, 80, 41, 2], [9, 9, 60, 1, 7, 33]])
 

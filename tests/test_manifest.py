@@ -14,7 +14,7 @@ import pytest
 from wlora_merge.errors import VerifyError
 from wlora_merge.export import export
 from wlora_merge.manifest import FILE, PACKAGES, read_manifest, versions
-from wlora_merge.mix import mix
+from wlora_merge.mixture.mix import mix
 
 
 def make(llama_zoo: Callable[..., Any], root: Path, kind: str = "dense") -> Path:

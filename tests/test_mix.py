@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from wlora_merge.adapters.deltas import TensorDelta
 from wlora_merge.errors import AdapterError, MixtureError, UnsupportedError, WloraMergeError
 from wlora_merge.export import export
-from wlora_merge.inputs import find_inputs
-from wlora_merge.mix import mix
-from wlora_merge.mixture import Mixture
+from wlora_merge.mixture.inputs import find_inputs
+from wlora_merge.mixture.mix import mix
+from wlora_merge.mixture.mixture import Mixture
 
 
 @pytest.fixture(scope="module")

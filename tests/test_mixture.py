@@ -18,17 +18,10 @@ from wlora_merge.adapters.deltas import ModuleDelta, TensorDelta
 from wlora_merge.adapters.factors import Factors
 from wlora_merge.adapters.layouts import Layout
 from wlora_merge.errors import MixtureError, OutputError
-from wlora_merge.mix import mix
-from wlora_merge.mixture import (
-    InputRef,
-    Mixture,
-    at_module,
-    gains,
-    make_groups,
-    mixture_weights,
-    prefixes,
-    uniform,
-)
+from wlora_merge.mixture.groups import make_groups, prefixes
+from wlora_merge.mixture.mix import mix
+from wlora_merge.mixture.mixture import InputRef, Mixture
+from wlora_merge.mixture.weights import at_module, gains, mixture_weights, uniform
 
 GROUPS = {"model.layers.0": ["model.layers.0.q", "model.layers.0.k"], "lm_head": ["lm_head"]}
 
@@ -215,7 +208,7 @@ def test_the_json_is_for_people_and_other_programs(tmp_path: Path) -> None:
 
 
 def test_a_mixture_and_its_inputs_that_move_together_still_load(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:
-    from wlora_merge.inputs import find_inputs
+    from wlora_merge.mixture.inputs import find_inputs
 
     base, folders = llama_zoo()
     shutil.copytree(base, tmp_path / "here" / "base")

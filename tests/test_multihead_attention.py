@@ -13,10 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from wlora_merge.attachment import attach
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.export import export
-from wlora_merge.mix import mix
+from wlora_merge.mixture.attach import attach
+from wlora_merge.mixture.mix import mix
 from wlora_merge.verify import verify
 
 

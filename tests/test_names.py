@@ -6,8 +6,8 @@ import pytest
 
 from wlora_merge.adapters.keys import check_adapter_name, parse_adapter_key, pattern_value
 from wlora_merge.errors import AdapterError, UnsupportedError, WloraMergeError
-from wlora_merge.groups import group_of
 from wlora_merge.io.untrusted import is_plain_file_name
+from wlora_merge.mixture.groups import group_of
 from wlora_merge.models.names import NameResolver, natural_key
 from wlora_merge.text import human_bytes, nearest
 

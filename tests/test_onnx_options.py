@@ -11,10 +11,11 @@ import torch
 from click.testing import CliRunner
 from conftest import inputs_of, make_adapter, tiny_llama
 
-from wlora_merge import export, mix, verify
+from wlora_merge import export, verify
 from wlora_merge.cli import main
 from wlora_merge.errors import UnsupportedError, VerifyError
 from wlora_merge.manifest import read_manifest
+from wlora_merge.mixture import mix
 from wlora_merge.writers import onnx as onnx_writer
 from wlora_merge.writers.onnx_run import check_files
 

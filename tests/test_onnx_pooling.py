@@ -14,8 +14,9 @@ import transformers
 from conftest import assert_verified, inputs_of, make_adapter
 from onnx_models import BERT, CLIP_TEXT, CLIP_VISION, VOCABULARY, make_dense, sentence_folder
 
-from wlora_merge import export, mix
+from wlora_merge import export
 from wlora_merge.errors import BaseModelError, UnsupportedError
+from wlora_merge.mixture import mix
 from wlora_merge.writers.onnx import write_onnx
 from wlora_merge.writers.onnx_pooling import SWITCHES, add_pooling, pool_tokens
 

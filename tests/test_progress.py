@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from wlora_merge.cli import main
 from wlora_merge.export import export
-from wlora_merge.mix import mix
+from wlora_merge.mixture.mix import mix
 from wlora_merge.progress import Done, Meter, listening
 from wlora_merge.terminal import amount_of
 from wlora_merge.verify import verify

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from wlora_merge.errors import UnsupportedError, WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.io.safetensors_file import read_header
-from wlora_merge.mix import mix
+from wlora_merge.mixture.mix import mix
 from wlora_merge.models.base_model import open_base, refuse_quantized
 from wlora_merge.models.files import SINGLE
 

@@ -16,7 +16,7 @@ from conftest import make_adapter, tiny_llama
 from wlora_merge.distributed import is_leader
 from wlora_merge.errors import WloraMergeError
 from wlora_merge.export import export
-from wlora_merge.mix import mix
+from wlora_merge.mixture.mix import mix
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from test_fit import save_tokenizer
 from wlora_merge.cli import main
 from wlora_merge.errors import RecipeError, WloraMergeError
 from wlora_merge.io.untrusted import parse_yaml
-from wlora_merge.mixture import Mixture
+from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.recipe import read_recipe
 from wlora_merge.run import run
 

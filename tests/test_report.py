@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from wlora_merge.adapters.layouts import stored_factors
 from wlora_merge.errors import WloraMergeWarning
 from wlora_merge.export import export
-from wlora_merge.inputs import find_inputs
 from wlora_merge.measures import adapter_similarity, changes, error_by_rank, spectra
-from wlora_merge.mix import mix
+from wlora_merge.mixture.inputs import find_inputs
+from wlora_merge.mixture.mix import mix
 from wlora_merge.report import FILE, MISSING, interval, weights_by_layer, write_report
 from wlora_merge.verify import verify
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from wlora_merge.errors import VerifyError, WloraMergeError
 from wlora_merge.export import export
 from wlora_merge.loaded_model import load_model
-from wlora_merge.mix import mix
+from wlora_merge.mixture.mix import mix
 from wlora_merge.verify import verify
 
 

@@ -16,13 +16,13 @@ from onnx_models import T5
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from wlora_merge.attachment import attach
 from wlora_merge.errors import VerifyError
 from wlora_merge.export import export
 from wlora_merge.io import digests
 from wlora_merge.io.digests import sha256_file
-from wlora_merge.mix import mix
-from wlora_merge.mixture import Mixture
+from wlora_merge.mixture.attach import attach
+from wlora_merge.mixture.mix import mix
+from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.verify import verify
 
 

@@ -17,12 +17,12 @@ from conftest import assert_verified, make_adapter, tiny_bert, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from wlora_merge.attachment import attach, read_mixture
 from wlora_merge.errors import WloraMergeError
 from wlora_merge.export import export
-from wlora_merge.inputs import find_inputs
 from wlora_merge.io.safetensors_file import read_header
-from wlora_merge.mix import mix
+from wlora_merge.mixture.attach import attach, read_mixture
+from wlora_merge.mixture.inputs import find_inputs
+from wlora_merge.mixture.mix import mix
 from wlora_merge.writers import stream
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

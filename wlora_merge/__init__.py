@@ -23,23 +23,23 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attachment import attach, detach
     from .errors import WloraMergeError, WloraMergeWarning
     from .export import export
     from .fit import fit
-    from .mix import mix
-    from .mixture import Mixture
+    from .mixture.attach import attach, detach
+    from .mixture.mix import mix
+    from .mixture.mixture import Mixture
     from .verify import verify
 
 _HOMES = {
-    "Mixture": "mixture",
+    "Mixture": "mixture.mixture",
     "WloraMergeError": "errors",
     "WloraMergeWarning": "errors",
-    "attach": "attachment",
-    "detach": "attachment",
+    "attach": "mixture.attach",
+    "detach": "mixture.attach",
     "export": "export",
     "fit": "fit",
-    "mix": "mix",
+    "mix": "mixture.mix",
     "verify": "verify",
 }
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .attachment import attachment_of
 from .fit_options import FitOptions
 from .judging import Score, pool, score
-from .mixture import uniform_start
+from .mixture.attach import attachment_of
+from .mixture.weights import uniform_start
 from .search import minimize
 from .training import Candidate, Judged, Learner, Trained
 

@@ -13,7 +13,7 @@ from .errors import WloraMergeError
 from .fit_options import FitOptions
 from .io.hub import at_revision
 from .io.untrusted import find_file, parse_yaml, read_bytes
-from .mixture import TRAINING_LOOP, Mixture
+from .mixture.mixture import TRAINING_LOOP, Mixture
 from .report import CAPTIONS, FIGURES
 from .report import FILE as REPORT
 from .serving import PIPELINE_TAGS, serving

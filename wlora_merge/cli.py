@@ -242,7 +242,7 @@ def mix(
     \b
     wlora-merge mix --base BASE --adapter a=PATH --adapter b=PATH --weights 0.7,0.3 --out mixture
     """
-    from .mix import mix as run
+    from .mixture.mix import mix as run
 
     row = _numbers(weights, len(adapters))
     with work_progress():

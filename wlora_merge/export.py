@@ -20,13 +20,13 @@ from .constants import DTYPES
 from .distributed import Team, team
 from .errors import BaseModelError, UnsupportedError
 from .export_options import ExportOptions, export_options
-from .inputs import Inputs, find_inputs
 from .io.digests import sha256_files
 from .io.safetensors_file import Entry
 from .io.staging import Staging, staged
 from .io.tensors import matrix_shape
 from .manifest import PACKAGES, build_manifest, versions, write_manifest
-from .mixture import Mixture
+from .mixture.inputs import Inputs, find_inputs
+from .mixture.mixture import Mixture
 from .models.base_model import BaseModel, refuse_quantized
 from .models.files import INDEX
 from .models.tied_embeddings import untied_config

@@ -29,11 +29,11 @@ from .fit_options import FitOptions, check_for_task, fit_options
 from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded, said_of_pruning, said_of_stop
 from .fit_start import initial_logits, initial_scale, like_start
 from .fit_state import FitState, only_fit, state_file
-from .inputs import find_inputs
 from .io.digests import sha256_file
 from .io.hub import is_here
 from .io.staging import refuse_out
-from .mixture import Mixture, adapter_ref
+from .mixture.inputs import find_inputs
+from .mixture.mixture import Mixture, adapter_ref
 from .models.base_model import BaseModel, open_base, refuse_quantized
 from .report import write_report
 from .text import first_line
@@ -283,7 +283,7 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     """Compare, choose, train what is kept; the metrics and the candidate that the model now holds."""
     from . import candidates as c
     from .choice import chosen
-    from .new_adapter import new_targets
+    from .mixture.new_lora import new_targets
 
     learner, options, names = job.learner, job.options, job.learner.names
     if options.new_adapter is None and not new_targets(learner.model):
@@ -383,7 +383,7 @@ def _mixture(
     """The mixture that the model holds; an adapter without weight anywhere leaves it, one that was trained enters it."""
     import torch
 
-    from .new_adapter import add_new, new_files
+    from .mixture.new_lora import add_new, new_files
 
     mixture = Mixture.from_model(learner.model, given.base)
     logits = mixture.wlora_weights

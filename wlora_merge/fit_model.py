@@ -38,7 +38,7 @@ def load_model(
     team: Team,
 ) -> tuple[nn.Module, list[str], LabelSet | None]:
     """The model with its adapters attached; the names of the head's modules, where it is new; the labels in the head's order."""
-    from .attachment import attach
+    from .mixture.attach import attach
 
     sharded = team.size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     if sharded and options.quantize == "8bit":

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from .constants import NEW_FOLDER
 from .errors import MixtureError
 from .fit_options import FitOptions, check_together
-from .groups import group_of
-from .mixture import Mixture
+from .mixture.groups import group_of
+from .mixture.mixture import Mixture
 
 if TYPE_CHECKING:
     import torch

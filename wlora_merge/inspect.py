@@ -12,11 +12,11 @@ from typing import Any
 
 from .adapters.adapter import CONFIG_FILE
 from .card import judged_on
-from .compatibility import Rows, adapter_tables
 from .io.hub import is_here
 from .manifest import FILE, below, read_manifest
-from .mixture import Mixture
-from .mixture_file import JSON_FILE
+from .mixture.compatibility import Rows, adapter_tables
+from .mixture.files import JSON_FILE
+from .mixture.mixture import Mixture
 from .models.base_model import BaseModel, open_base
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .adapters.adapter import Adapter
     from .adapters.deltas import TensorDelta
-    from .mixture import Mixture
+    from .mixture.mixture import Mixture
     from .models.base_model import BaseModel
 
 HEAD_KEYS = ("id2label", "label2id", "problem_type", "pad_token_id")
@@ -123,11 +123,11 @@ def attach_mixture(
     import torch
 
     from .adapters.targets import tensors_of
-    from .attachment import PARAMETER, attach, attachment_of
-    from .fold import fold_saved
-    from .layers import StackedLora
-    from .live_model import live_tensors, set_parameter
-    from .mixture import rows_of
+    from .mixture.attach import PARAMETER, attach, attachment_of
+    from .mixture.fold import fold_saved
+    from .mixture.groups import rows_of
+    from .mixture.live_model import live_tensors, set_parameter
+    from .mixture.stacked_lora import StackedLora
 
     with torch.no_grad():
         _resize(model, base)
@@ -168,7 +168,7 @@ def attach_mixture(
 def _resize(model: nn.Module, base: BaseModel) -> None:
     """Give a model the added rows that its base is exported with."""
     from .adapters.targets import tensors_of
-    from .live_model import live_tensors, set_parameter
+    from .mixture.live_model import live_tensors, set_parameter
 
     for name in base.added:
         own, live = tensors_of(base)(name), live_tensors(model)

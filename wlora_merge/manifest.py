@@ -20,7 +20,7 @@ from .errors import VerifyError
 from .io.digests import sha256_file
 from .io.hub import public_name
 from .io.untrusted import find_file, is_plain_file_name, read_json
-from .mixture import InputRef, Mixture, adapter_ref, base_ref
+from .mixture.mixture import InputRef, Mixture, adapter_ref, base_ref
 from .models.base_model import BaseModel
 
 FILE = "wlora_merge.json"

@@ -16,8 +16,8 @@ from .constants import DTYPES
 from .data.examples import Examples
 from .data.tasks import get_task
 from .export import lora_bytes
-from .inputs import Inputs
 from .io.tensors import matrix_shape
+from .mixture.inputs import Inputs
 from .recipe import ExportRecipe, FitRecipe, options_of
 from .writers.dense import folder_bytes, plan
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters.deltas import ModuleDelta, TensorDelta
 from .errors import WloraMergeWarning
-from .groups import group_of
 from .io.hub import public_name
 from .measures import Change, adapter_similarity, changes, error_by_rank, spectra
-from .mixture import Mixture
+from .mixture.groups import group_of
+from .mixture.mixture import Mixture
 from .models.base_model import BaseModel
 from .models.names import natural_key
 from .progress import Meter

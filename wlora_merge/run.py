@@ -12,10 +12,10 @@ from .check import Checked
 from .constants import NEW_FOLDER
 from .export import ExportResult, export
 from .export_options import ExportOptions
-from .inputs import find_inputs
 from .io.hub import is_here
 from .io.staging import staged
-from .mixture import Mixture
+from .mixture.inputs import find_inputs
+from .mixture.mixture import Mixture
 from .recipe import FitRecipe, Recipe, options_of
 from .text import human_bytes
 from .verify import verify
@@ -112,7 +112,7 @@ def _mixture(
             if isinstance(options.get(key), str):
                 options[key] = _path(options[key], where)
         return fit(base, adapters, options.pop("data"), options.pop("task"), folder, progress=progress, **options)
-    from .mix import mix
+    from .mixture.mix import mix
 
     say("mix")
     return mix(base, adapters, folder, **_mix_options(recipe))
@@ -141,7 +141,7 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
     Raises:
         WloraMergeError: an input that is missing or does not fit.
     """
-    from .mix import mix
+    from .mixture.mix import mix
 
     base = _path(recipe.base, where)
     adapters = [(name, _path(source, where)) for name, source in recipe.adapters.items()]

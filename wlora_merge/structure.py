@@ -22,7 +22,7 @@ from .models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 from .progress import Meter
 
 if TYPE_CHECKING:
-    from .mixture import Mixture
+    from .mixture.mixture import Mixture
     from .writers.dense import OutputFile
 
 LORA_ROUNDING = {"F32": 1e-3, "BF16": 3e-2, "F16": 3e-2}

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .attachment import SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
 from .errors import MixtureError
 from .fit_options import FitOptions
-from .live_model import refuse_uncalled
-from .mixture import mixture_weights, uniform_start
-from .new_adapter import new_parameters, place_new
+from .mixture.attach import SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
+from .mixture.live_model import refuse_uncalled
+from .mixture.new_lora import new_parameters, place_new
+from .mixture.weights import mixture_weights, uniform_start
 from .text import first_line
 
 if TYPE_CHECKING:

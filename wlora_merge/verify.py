@@ -10,11 +10,11 @@ from typing import Any
 from .check import Checked, check_files, compare, tolerance_of
 from .constants import DTYPES
 from .errors import UnsupportedError, VerifyError, WloraMergeError
-from .inputs import Inputs, find_inputs
 from .io.digests import path_of
 from .loaded_model import HEAD_KEYS, attach_mixture, export_model, load_model, unused_by
 from .manifest import FILE, digest, read_manifest
-from .mixture import Mixture
+from .mixture.inputs import Inputs, find_inputs
+from .mixture.mixture import Mixture
 from .models.base_model import BaseModel, open_base
 from .probe import difference_of, outputs_of, probe_tensors
 from .structure import check_folded, check_lora, check_untouched
@@ -119,7 +119,7 @@ def _unmerged(folder: Path, manifest: Mapping[str, Any], found: Inputs) -> Any:
     Raises:
         UnsupportedError: the adapters cannot be attached, or would do nothing there.
     """
-    from .live_model import refuse_uncalled
+    from .mixture.live_model import refuse_uncalled
 
     mixture = found.mixture
     head_options = {k: mixture.config[k] for k in HEAD_KEYS if k in mixture.config}
@@ -147,7 +147,7 @@ def _check_onnx(folder: Path, manifest: Mapping[str, Any], model: Any, checked: 
 
 def _compare_probe(folder: Path, manifest: Mapping[str, Any], model: Any, base: BaseModel, checked: Checked) -> None:
     """The export's outputs on the probe against the unmerged mixture's."""
-    from .attachment import set_delta_scale
+    from .mixture.attach import set_delta_scale
 
     expected = outputs_of(model, manifest["probe"])
     set_delta_scale(model, 0.0)

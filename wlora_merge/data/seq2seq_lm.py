@@ -8,10 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError
 from .causal_lm import CausalLM
 from .labels import LabelSet
-from .metrics import (
-    Metric,
-    seq2seq_metric,
-)
+from .metrics import Metric, seq2seq_metric
 from .task import Encoded, counted, tokenized
 
 if TYPE_CHECKING:

@@ -15,10 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 from ..errors import BaseModelError, UnsupportedError, WloraMergeWarning
 from ..text import first_line
 from .labels import LabelSet
-from .metrics import (
-    IGNORED,
-    Metric,
-)
+from .metrics import IGNORED, Metric
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

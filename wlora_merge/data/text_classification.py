@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..constants import MULTI, REGRESSION
 from ..errors import DataError
 from .labels import LabelSet, class_name, label_set, to_number
-from .metrics import (
-    Metric,
-    classification_metric,
-)
+from .metrics import Metric, classification_metric
 from .task import Encoded, Task, needed_labels, tokenized
 
 if TYPE_CHECKING:

@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from .labels import LabelSet, order_names
-from .metrics import (
-    IGNORED,
-    Metric,
-    tagging_metric,
-)
+from .metrics import IGNORED, Metric, tagging_metric
 from .task import Encoded, Task, counted, needed_labels, refuse_slow, token_limit, warn_cut
 
 if TYPE_CHECKING:

@@ -21,10 +21,11 @@ from ..adapters.keys import PEFT_PREFIX
 from ..adapters.layouts import Layout, factors_to_file
 from ..adapters.targets import ATTENTION
 from ..errors import UnsupportedError, WloraMergeError
-from ..fold import lora_product, low_rank_svd, pad_rank, truncate
 from ..io.safetensors_file import write_tensors
 from ..io.tensors import all_finite, one_torch_thread, overflow_advice
-from ..mixture import Mixture, prefixes
+from ..mixture.fold import lora_product, low_rank_svd, pad_rank, truncate
+from ..mixture.groups import prefixes
+from ..mixture.mixture import Mixture
 from ..models.base_model import BaseModel
 from ..progress import Meter
 

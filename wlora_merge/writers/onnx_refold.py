@@ -16,7 +16,7 @@ from pathlib import Path
 from ..errors import BaseModelError, UnsupportedError, VerifyError, WloraMergeError
 from ..io.hub import is_here
 from ..io.safetensors_file import Entry, torch_dtype
-from ..mixture import Mixture
+from ..mixture.mixture import Mixture
 from ..models.base_model import BaseModel
 from ..models.names import NameResolver
 from .dense import OutputFile, Piece

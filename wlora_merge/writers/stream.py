@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 
 from ..adapters.deltas import ModuleDelta, TensorDelta
 from ..errors import OutputError, WloraMergeError
-from ..fold import bias_factors, fold_factor, fold_factors, fold_rows, fold_saved
 from ..io.direct_write import DirectFile
 from ..io.safetensors_file import FLOATING, Entry, byte_length, opened, read_rows, read_tensor, torch_dtype
 from ..io.tensors import (
@@ -36,7 +35,8 @@ from ..io.tensors import (
     one_torch_thread,
     overflow_advice,
 )
-from ..mixture import Mixture
+from ..mixture.fold import bias_factors, fold_factor, fold_factors, fold_rows, fold_saved
+from ..mixture.mixture import Mixture
 from ..progress import Meter
 from .dense import OutputFile, Piece
 

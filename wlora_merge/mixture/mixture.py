@@ -1,7 +1,7 @@
-"""Mixture: how much of each adapter, group by group; its maths, and what its files hold.
+"""Mixture: how much of each adapter, group by group, and what its files hold.
 
 A Mixture is the small part that a fit learns, one weight per group and adapter, with enough provenance to find its inputs
-again. The maths of mixture weights (softmax, presence, gains) stand here once, for the fit and for the export.
+again.
 
 Source of the method: Asadi et al. 2024, https://arxiv.org/abs/2402.15414.
 """
@@ -17,58 +17,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters.adapter import Adapter
-from .adapters.deltas import ModuleDelta, TensorDelta
-from .constants import GRANULARITIES, NEW_FOLDER, NORMALIZE
-from .errors import AdapterError, MixtureError
-from .groups import group_of
-from .io.digests import remember
-from .io.hub import at_revision, public_name
-from .io.safetensors_file import write_tensors
-from .io.staging import staged
-from .mixture_file import (
-    FORMAT_VERSION,
-    JSON_FILE,
-    TENSOR_FILE,
-    check_mixture_table,
-    read_mixture_table,
-    read_mixture_tensors,
-)
-from .models.base_model import BaseModel
-from .models.names import OUTPUT_EMBEDDINGS, natural_key
+from ..adapters.adapter import Adapter
+from ..adapters.deltas import ModuleDelta, TensorDelta
+from ..constants import GRANULARITIES, NEW_FOLDER, NORMALIZE
+from ..errors import AdapterError, MixtureError
+from ..io.digests import remember
+from ..io.hub import at_revision, public_name
+from ..io.safetensors_file import write_tensors
+from ..io.staging import staged
+from ..models.base_model import BaseModel
+from ..models.names import OUTPUT_EMBEDDINGS
+from .files import FORMAT_VERSION, JSON_FILE, TENSOR_FILE, check_mixture_table, read_mixture_table, read_mixture_tensors
+from .groups import rows_of
+from .weights import at_module, gains
 
 if TYPE_CHECKING:
     import torch
 
 TRAINING_LOOP = "training loop"
 """`data["method"]` of a mixture that was read off a model which somebody's own loop has trained."""
-
-
-# ------------------------------------------------------------------------------------------------ mixture weights
-
-
-def mixture_weights(logits: torch.Tensor, normalize: str, temperature: float = 1.0) -> torch.Tensor:
-    """Logits [..., N] -> mixture weights [..., N]: softmax(logits / temperature), or the free weights themselves."""
-    return logits if normalize == "none" else (logits / temperature).softmax(-1)
-
-
-def at_module(weights: torch.Tensor, present: torch.Tensor, normalize: str) -> torch.Tensor:
-    """Mixture weights [N] as a module uses them: `present` renormalizes over the adapters that target it [N] bool."""
-    if normalize != "present":
-        return weights
-    kept = weights * present
-    total = kept.sum(-1, keepdim=True)
-    return kept / total.where(total != 0, 1.0)
-
-
-def gains(
-    weights: torch.Tensor, scaling: torch.Tensor, adapter_index: torch.Tensor, delta_scale: float | torch.Tensor
-) -> torch.Tensor:
-    """gains [R] = delta_scale · mixture weight · scaling, one for each stacked row; differentiable in `weights` [N]."""
-    return delta_scale * weights[adapter_index] * scaling
-
-
-# -------------------------------------------------------------------------------------------------- the mixture
 
 
 @dataclass(frozen=True)
@@ -167,8 +134,8 @@ class Mixture:
 
     @classmethod
     def from_model(cls, model: torch.nn.Module, base: str | Path | BaseModel | None = None) -> Mixture:
-        """Read the mixture off a model that `attach` has changed; see `wlora_merge.attachment.read_mixture`."""
-        from .attachment import read_mixture
+        """Read the mixture off a model that `attach` has changed; see `wlora_merge.mixture.attach.read_mixture`."""
+        from .attach import read_mixture
 
         return read_mixture(model, base)
 
@@ -307,51 +274,6 @@ class Mixture:
         mixture.head = {name.removeprefix("head."): tensor for name, tensor in sorted(tensors.items())}
         _check(mixture, tensors, folder)
         return mixture
-
-
-def uniform(n: int) -> list[float]:
-    """Mixture weights of uniform composition."""
-    return [1.0 / n] * n
-
-
-def uniform_start(n: int, normalize: str) -> list[float]:
-    """Uniform composition as what is trained: free weights of 1/N, or logits of zero."""
-    return uniform(n) if normalize == "none" else [0.0] * n
-
-
-def prefixes(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
-    """The leading parts in which the file's and the model's names of all modules differ; empty where no one pair does.
-
-    >>> prefixes([("lm_head", "lm_head"), ("encoder.layer.0", "bert.encoder.layer.0")])
-    ('', 'bert.')
-    """
-    found = {_leading(in_file, in_model) for in_file, in_model in pairs}
-    return (found.pop() if len(found) == 1 else None) or ("", "")
-
-
-def _leading(in_file: str, in_model: str) -> tuple[str, str] | None:
-    if f".{in_model}".endswith(f".{in_file}"):
-        return "", in_model.removesuffix(in_file)
-    return (in_file.removesuffix(in_model), "") if in_file.endswith(f".{in_model}") else None
-
-
-def make_groups(modules: Iterable[str], granularity: str) -> dict[str, list[str]]:
-    """Group name -> modules, in natural order.
-
-    Raises:
-        MixtureError: an unknown granularity.
-    """
-    if granularity not in GRANULARITIES:
-        raise MixtureError(f"granularity is {granularity!r}, expected one of {', '.join(GRANULARITIES)}.")
-    groups: dict[str, list[str]] = {}
-    for module in sorted(set(modules), key=natural_key):
-        groups.setdefault(group_of(module, granularity), []).append(module)
-    return groups
-
-
-def rows_of(groups: Mapping[str, Iterable[str]]) -> dict[str, int]:
-    """Module -> the row of its group."""
-    return {module: g for g, modules in enumerate(groups.values()) for module in modules}
 
 
 def adapter_ref(adapter: Adapter) -> InputRef:

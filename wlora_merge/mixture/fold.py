@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .adapters.layouts import row_factor, stored_factors
+from ..adapters.layouts import row_factor, stored_factors
 
 if TYPE_CHECKING:
     import torch
 
-    from .adapters.deltas import ModuleDelta, TensorDelta
+    from ..adapters.deltas import ModuleDelta, TensorDelta
 
 
 def fold_factors(delta: ModuleDelta, gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,16 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters.adapter import load_adapters
-from .adapters.added_tokens import resized, resized_config, warn_of_end
-from .adapters.modules_to_save import join_changes, stack_tensors
-from .adapters.stacking import stack
-from .adapters.targets import modules_of, tensors_of
-from .constants import NORMALIZE, TASKS
-from .errors import AdapterError, MixtureError, UnsupportedError
-from .mixture import Mixture, adapter_ref, base_ref, make_groups, mixture_weights, prefixes, uniform
-from .models.base_model import BaseModel, open_base
-from .text import first_line, nearest
+from ..adapters.adapter import load_adapters
+from ..adapters.added_tokens import resized, resized_config, warn_of_end
+from ..adapters.modules_to_save import join_changes, stack_tensors
+from ..adapters.stacking import stack
+from ..adapters.targets import modules_of, tensors_of
+from ..constants import NORMALIZE, TASKS
+from ..errors import AdapterError, MixtureError, UnsupportedError
+from ..models.base_model import BaseModel, open_base
+from ..text import first_line, nearest
+from .groups import make_groups, prefixes
+from .mixture import Mixture, adapter_ref, base_ref
+from .weights import mixture_weights, uniform
 
 if TYPE_CHECKING:
     import torch
@@ -151,8 +153,8 @@ def _config_of(head: Mapping[str, torch.Tensor], base: BaseModel, task: str | No
 
 def _shapes_of(base: BaseModel, task: str, n_labels: int) -> tuple[str, dict[str, tuple[int, ...]]]:
     """The class of the base's model for a task, and the shapes of its tensors, built without memory."""
-    from .data.tasks import get_task
-    from .models.module_tree import empty_model
+    from ..data.tasks import get_task
+    from ..models.module_tree import empty_model
 
     try:
         model = empty_model(base.folder, get_task(task).auto_class().from_config, num_labels=n_labels)

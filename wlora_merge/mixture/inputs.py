@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from .adapters.adapter import Adapter, load_adapter, split_adapter_spec
-from .adapters.added_tokens import resized
-from .adapters.deltas import ModuleDelta, TensorDelta
-from .adapters.modules_to_save import join_changes, stack_tensors
-from .adapters.stacking import stack
-from .adapters.targets import modules_of, tensors_of
-from .constants import NEW_FOLDER
-from .errors import MixtureError
-from .io.hub import is_here
-from .io.safetensors_file import Entry
-from .io.tensors import one_torch_thread
+from ..adapters.adapter import Adapter, load_adapter, split_adapter_spec
+from ..adapters.added_tokens import resized
+from ..adapters.deltas import ModuleDelta, TensorDelta
+from ..adapters.modules_to_save import join_changes, stack_tensors
+from ..adapters.stacking import stack
+from ..adapters.targets import modules_of, tensors_of
+from ..constants import NEW_FOLDER
+from ..errors import MixtureError
+from ..io.hub import is_here
+from ..io.safetensors_file import Entry
+from ..io.tensors import one_torch_thread
+from ..models.base_model import BaseModel, open_base
+from ..models.tied_embeddings import untied
 from .mixture import InputRef, Mixture
-from .models.base_model import BaseModel, open_base
-from .models.tied_embeddings import untied
 
 
 @dataclass

@@ -19,28 +19,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .adapters.adapter import Adapter, load_adapters
-from .adapters.modules_to_save import join_changes, stack_tensors
-from .adapters.stacking import stack
-from .constants import NORMALIZE
-from .errors import AdapterError, MixtureError, UnsupportedError, WloraMergeWarning
-from .layers import Attachment, StackedLora, add_delta
+from ..adapters.adapter import Adapter, load_adapters
+from ..adapters.modules_to_save import join_changes, stack_tensors
+from ..adapters.stacking import stack
+from ..constants import NORMALIZE
+from ..errors import AdapterError, MixtureError, UnsupportedError, WloraMergeWarning
+from .groups import make_groups, prefixes
 from .live_model import check_bias, live_modules, live_tensors, set_parameter
-from .mixture import (
-    TRAINING_LOOP,
-    Mixture,
-    adapter_ref,
-    base_ref,
-    make_groups,
-    mixture_weights,
-    prefixes,
-    uniform_start,
-)
-from .whole_factors import with_whole_tensors
+from .mixture import TRAINING_LOOP, Mixture, adapter_ref, base_ref
+from .stacked_lora import Attachment, StackedLora, add_delta
+from .weights import mixture_weights, uniform_start
+from .whole_tensors import with_whole_tensors
 
 if TYPE_CHECKING:
-    from .adapters.deltas import ModuleDelta, TensorDelta
-    from .models.base_model import BaseModel
+    from ..adapters.deltas import ModuleDelta, TensorDelta
+    from ..models.base_model import BaseModel
 
 PARAMETER = "wlora_weights"
 SCALE_PARAMETER = "wlora_delta_scale"
@@ -261,7 +254,7 @@ def _head_parameters(model: nn.Module, head: Sequence[str]) -> list[str]:
 
 def _refuse_new(model: nn.Module, tensors: Sequence[TensorDelta]) -> None:
     """Refuse to mix tensors against values that the model's base does not have, but that were drawn when it was loaded."""
-    from .models.base_model import open_base
+    from ..models.base_model import open_base
 
     source = getattr(getattr(model, "config", None), "_name_or_path", "")
     base = open_base(source) if source and Path(source).is_dir() else None
@@ -298,8 +291,8 @@ def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -
     Raises:
         MixtureError: the model has no adapters attached, or its base is not known.
     """
-    from .data.tasks import task_of
-    from .models.base_model import BaseModel, open_base
+    from ..data.tasks import task_of
+    from ..models.base_model import BaseModel, open_base
 
     model = _whole(model)
     attachment = attachment_of(model)

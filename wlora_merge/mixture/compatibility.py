@@ -12,14 +12,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters.adapter import Adapter, load_adapter
-from .adapters.deltas import ModuleDelta
-from .adapters.modules_to_save import join_changes, stack_tensors
-from .adapters.stacking import stack
-from .adapters.targets import modules_of, tensors_of
-from .errors import WloraMergeError
+from ..adapters.adapter import Adapter, load_adapter
+from ..adapters.deltas import ModuleDelta
+from ..adapters.modules_to_save import join_changes, stack_tensors
+from ..adapters.stacking import stack
+from ..adapters.targets import modules_of, tensors_of
+from ..errors import WloraMergeError
+from ..models.base_model import BaseModel
 from .fold import fold_factor, fold_factors
-from .models.base_model import BaseModel
 
 if TYPE_CHECKING:
     import torch

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .adapters.targets import Find, Target
-from .errors import UnsupportedError
-from .models.module_tree import ModuleTree
-from .models.names import NameResolver
+from ..adapters.targets import Find, Target
+from ..errors import UnsupportedError
+from ..models.module_tree import ModuleTree
+from ..models.names import NameResolver
 
 CHANNELS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 """Layers whose output has its rows in dimension 1."""

@@ -19,14 +19,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
-from .adapters.config import plain_config
-from .adapters.keys import PEFT_PREFIX
-from .adapters.layouts import Layout
-from .constants import NEW_ADAPTER, NEW_FOLDER
-from .errors import UnsupportedError
-from .layers import Attachment, StackedLora
+from ..adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
+from ..adapters.config import plain_config
+from ..adapters.keys import PEFT_PREFIX
+from ..adapters.layouts import Layout
+from ..constants import NEW_ADAPTER, NEW_FOLDER
+from ..errors import UnsupportedError
 from .mixture import InputRef, Mixture
+from .stacked_lora import Attachment, StackedLora
 
 ALPHA_OVER_R = 2.0
 """lora_alpha / r: the scaling of the new adapter."""

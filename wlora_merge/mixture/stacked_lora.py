@@ -17,11 +17,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .adapters.adapter import Adapter
-from .adapters.deltas import ModuleDelta
-from .adapters.layouts import Layout
+from ..adapters.adapter import Adapter
+from ..adapters.deltas import ModuleDelta
+from ..adapters.layouts import Layout
+from .groups import rows_of
 from .live_model import CHANNELS, CONVOLUTIONS, FLOATS
-from .mixture import at_module, gains, mixture_weights, rows_of
+from .weights import at_module, gains, mixture_weights
 
 EXACT = ("scaling", "row_scale", "bias")
 """Buffers of a StackedLora that are float32 whatever the model's dtype."""

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapters.adapter import Adapter
-from .adapters.deltas import TensorDelta
-from .adapters.factors import Factors
-from .adapters.targets import Find
-from .errors import UnsupportedError
+from ..adapters.adapter import Adapter
+from ..adapters.deltas import TensorDelta
+from ..adapters.factors import Factors
+from ..adapters.targets import Find
+from ..errors import UnsupportedError
 from .live_model import CONVOLUTIONS
 
 

@@ -1,0 +1,19 @@
+"""Which adapters, and how much of each: folded into weights, or attached to a model in memory.
+
+This room knows adapters over a base, and the maths of mixing them. It must not know formats of exports, ONNX or training
+loops; of the data room it may ask `data.tasks` alone.
+
+mixture         Mixture, InputRef: the record, and its files
+files           mixture.json and mixture.safetensors, read and checked
+weights         softmax, presence, gains
+groups          which modules share mixture weights
+inputs          a mixture's inputs, found again and checked: find_inputs, Inputs
+fold            the sum, and its low-rank forms: fold_*
+mix             a mixture without fitting: mix
+compatibility   can these adapters be mixed on this base?
+attach          adapters on a model in memory: attach, detach
+stacked_lora    StackedLora: the module that a fit trains through
+new_lora        NewLora: the LoRA that a fit trains from zero, and its PEFT files
+live_model      which module or tensor of a model in memory a name means
+whole_tensors   whole tensors as factors, for a fit
+"""
