@@ -30,9 +30,9 @@ TRACE = """
 import json, sys, time
 from pathlib import Path
 import torch, transformers.exporters
-from wlora_merge.writers.onnx_graph import tidy
-from wlora_merge.writers.onnx_tasks import load_model, quiet
-from wlora_merge.writers.onnx_trace import trace
+from wlora_merge.onnx.graph import tidy
+from wlora_merge.onnx.dummy_inputs import load_model, quiet
+from wlora_merge.onnx.trace import trace
 model = load_model(Path(sys.argv[1]), sys.argv[2], torch.float32, attention="eager")
 start = time.perf_counter()
 graphs = trace(model, sys.argv[2], 20)
@@ -57,7 +57,7 @@ print(json.dumps(time.perf_counter() - start))
 BASE = """
 import sys
 from pathlib import Path
-from wlora_merge.writers.onnx import write_onnx
+from wlora_merge.onnx.convert import write_onnx
 Path(sys.argv[2]).mkdir()
 write_onnx(Path(sys.argv[1]), Path(sys.argv[2]), task=sys.argv[3])
 """

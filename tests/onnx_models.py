@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import save_file
 
 from wlora_merge.data.tasks import get_task
-from wlora_merge.writers.onnx import OnnxReport, write_onnx
+from wlora_merge.onnx.convert import OnnxReport, write_onnx
 
 VOCABULARY = 99
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

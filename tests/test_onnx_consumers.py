@@ -16,7 +16,7 @@ import torch
 import transformers
 from onnx_models import VOCABULARY, Exported, sentence_folder
 
-from wlora_merge.writers.onnx import write_onnx
+from wlora_merge.onnx.convert import write_onnx
 
 pytest.importorskip("onnxruntime")
 

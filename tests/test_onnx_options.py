@@ -16,8 +16,8 @@ from wlora_merge.cli import main
 from wlora_merge.errors import UnsupportedError, VerifyError
 from wlora_merge.manifest import read_manifest
 from wlora_merge.mixture import mix
-from wlora_merge.writers import onnx as onnx_writer
-from wlora_merge.writers.onnx_run import check_files
+from wlora_merge.onnx import convert as onnx_writer
+from wlora_merge.onnx.session import check_files
 
 ort = pytest.importorskip("onnxruntime")
 

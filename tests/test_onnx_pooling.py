@@ -17,8 +17,8 @@ from onnx_models import BERT, CLIP_TEXT, CLIP_VISION, VOCABULARY, make_dense, se
 from wlora_merge import export
 from wlora_merge.errors import BaseModelError, UnsupportedError
 from wlora_merge.mixture import mix
-from wlora_merge.writers.onnx import write_onnx
-from wlora_merge.writers.onnx_pooling import SWITCHES, add_pooling, pool_tokens
+from wlora_merge.onnx.convert import write_onnx
+from wlora_merge.onnx.pooling import SWITCHES, add_pooling, pool_tokens
 
 ort = pytest.importorskip("onnxruntime")
 Array = np.ndarray[Any, Any]

@@ -26,8 +26,8 @@ from wlora_merge.errors import BaseModelError, OutputError, UnsupportedError, Wl
 from wlora_merge.io import direct_write as direct
 from wlora_merge.mixture import mix
 from wlora_merge.models.base_model import open_base
-from wlora_merge.writers.onnx import write_onnx
-from wlora_merge.writers.onnx_file import read_onnx
+from wlora_merge.onnx.convert import write_onnx
+from wlora_merge.onnx.protobuf import read_onnx
 from wlora_merge.writers.onnx_refold import plan_refold
 
 ort = pytest.importorskip("onnxruntime")

@@ -16,7 +16,7 @@ from onnx_models import MODELS, VOCABULARY, Exported, make_dense
 from wlora_merge import export
 from wlora_merge.errors import VerifyError
 from wlora_merge.mixture import mix
-from wlora_merge.writers.onnx import check_onnx, run_probe
+from wlora_merge.onnx.convert import check_onnx, run_probe
 
 ort = pytest.importorskip("onnxruntime")
 Array = np.ndarray[Any, Any]

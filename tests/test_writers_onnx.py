@@ -16,9 +16,9 @@ import transformers
 from onnx_models import LLAMA, MODELS, VOCABULARY, Exported, make_dense
 
 from wlora_merge.errors import BaseModelError, OutputError, UnsupportedError, VerifyError, WloraMergeError
+from wlora_merge.onnx import trace as onnx_trace
+from wlora_merge.onnx.convert import check_onnx, run_probe, write_onnx
 from wlora_merge.progress import listening
-from wlora_merge.writers import onnx_trace
-from wlora_merge.writers.onnx import check_onnx, run_probe, write_onnx
 
 ort = pytest.importorskip("onnxruntime")
 

@@ -348,8 +348,8 @@ def _write_onnx(inputs: Inputs, planned: _Plan, asked: ExportOptions, out: Path)
     task, dtype = inputs.mixture.task, asked.dtype or "float32"
     if task is None:
         raise UnsupportedError("an ONNX export needs the mixture's task: make the mixture with --task TASK.")
-    from .writers.onnx import refuse_provider, require_extra, write_onnx
-    from .writers.onnx_quantize import refuse_quantize
+    from .onnx.convert import refuse_provider, require_extra, write_onnx
+    from .onnx.quantize import refuse_quantize
 
     require_extra()
     if asked.onnx_runtime is None:
@@ -360,7 +360,7 @@ def _write_onnx(inputs: Inputs, planned: _Plan, asked: ExportOptions, out: Path)
     write_shards(inputs, planned.files, dense, Team())
     write_beside(inputs, planned.files, dense, dtype, planned.untied)
     if asked.onnx_runtime == "genai":
-        from .writers.onnx_genai import write_genai
+        from .onnx.genai import write_genai
 
         share = write_genai(dense, out, task=task, dtype=dtype, quantize=asked.quantize)
         shutil.rmtree(dense)

@@ -75,7 +75,7 @@ def _class_for(folder: Path, task: str | None) -> Any:
     import transformers
 
     from .data.tasks import get_task
-    from .writers.onnx_tasks import PROJECTED
+    from .onnx.dummy_inputs import PROJECTED
 
     auto: Any = get_task(task or "feature-extraction").auto_class()
     config = transformers.AutoConfig.from_pretrained(folder, **SAFE)

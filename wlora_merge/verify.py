@@ -129,15 +129,15 @@ def _unmerged(folder: Path, manifest: Mapping[str, Any], found: Inputs) -> Any:
     attach_mixture(model, mixture, found.adapters, found.base, found.tensors)
     refuse_uncalled(model, lambda: outputs_of(model, manifest["probe"]))
     if manifest["format"] == "onnx" and mixture.task == "feature-extraction":
-        from .writers.onnx_pooling import add_pooling
+        from .onnx.pooling import add_pooling
 
         add_pooling(model, folder)
     return model
 
 
 def _check_onnx(folder: Path, manifest: Mapping[str, Any], model: Any, checked: Checked) -> None:
-    from .writers.onnx_check import compare_with
-    from .writers.onnx_tasks import GENERATING
+    from .onnx.dummy_inputs import GENERATING
+    from .onnx.validate import compare_with
 
     task = str(manifest.get("task"))
     compare_with(folder, model, task=task, halved=lambda: copy.deepcopy(model).half())
@@ -154,7 +154,7 @@ def _compare_probe(folder: Path, manifest: Mapping[str, Any], model: Any, base: 
     without = outputs_of(model, manifest["probe"])
     effect = max(difference_of(without[name], tensor) for name, tensor in expected.items())
     if manifest["format"] == "onnx":
-        from .writers.onnx import run_probe
+        from .onnx.convert import run_probe
 
         got = run_probe(folder, probe_tensors(manifest["probe"]))
         expected = {name: tensor for name, tensor in expected.items() if name in got}  # its graph has no pooler
@@ -170,7 +170,7 @@ def _compare_probe(folder: Path, manifest: Mapping[str, Any], model: Any, base: 
 
 
 def _check_genai(folder: Path, manifest: Mapping[str, Any], model: Any, checked: Checked) -> None:
-    from .writers.onnx_genai import compare_genai
+    from .onnx.genai import compare_genai
 
     share, expected = compare_genai(folder, model), manifest["report"]["same_tokens"]
     if share < expected:

@@ -19,11 +19,11 @@ from ..io.safetensors_file import Entry, torch_dtype
 from ..mixture.mixture import Mixture
 from ..models.base_model import BaseModel
 from ..models.names import NameResolver
+from ..onnx.graph import MODEL, graph_file
+from ..onnx.match import Matcher, Tile, as_matrix, read_into
+from ..onnx.protobuf import OnnxFile, read_onnx
+from ..onnx.seq2seq import DECODER, ENCODER
 from .dense import OutputFile, Piece
-from .onnx_file import OnnxFile, read_onnx
-from .onnx_graph import MODEL, graph_file
-from .onnx_match import Matcher, Tile, as_matrix, read_into
-from .onnx_seq2seq import DECODER, ENCODER
 from .stream import fold_into, write_files
 
 _LOG = logging.getLogger("wlora_merge")

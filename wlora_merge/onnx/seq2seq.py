@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
-from .onnx_tasks import DENSE_INSTEAD, sample_inputs
+from .dummy_inputs import DENSE_INSTEAD, sample_inputs
 
 if TYPE_CHECKING:
     import onnx_ir

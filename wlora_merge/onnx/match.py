@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ..io.safetensors_file import FLOATING, Entry, byte_length, opened, read_rows, torch_dtype
 from ..io.tensors import BLOCK_ELEMENTS, Workspace, matrix_shape
 from ..models.base_model import BaseModel
-from .onnx_file import OnnxFile
+from .protobuf import OnnxFile
 
 if TYPE_CHECKING:
     import torch

@@ -17,13 +17,13 @@ from ..export_options import export_options
 from ..models.files import carried_files
 from ..progress import Meter
 from ..text import first_line
-from .onnx_check import check_onnx
-from .onnx_graph import INLINE_LIMIT, save, tidy
-from .onnx_run import run_probe
-from .onnx_seq2seq import BRANCHES as DECODER_BRANCHES
-from .onnx_seq2seq import DECODER, merge
-from .onnx_tasks import load_model, quiet
-from .onnx_trace import trace
+from .dummy_inputs import load_model, quiet
+from .graph import INLINE_LIMIT, save, tidy
+from .seq2seq import BRANCHES as DECODER_BRANCHES
+from .seq2seq import DECODER, merge
+from .session import run_probe
+from .trace import trace
+from .validate import check_onnx
 
 __all__ = ["DEFAULT_OPSET", "OnnxReport", "check_onnx", "run_probe", "write_onnx"]
 
@@ -133,7 +133,7 @@ def write_onnx(
         ) from e
     quantized = None
     if quantize is not None:
-        from .onnx_quantize import quantize_onnx
+        from .quantize import quantize_onnx
 
         Meter("quantizing")
         quantized = quantize_onnx(out, load_model(dense, task, torch.float32), task=task, kind=quantize)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import VerifyError
-from .onnx_run import dtype_of, main_session, next_scores, open_graphs, output_names, run
-from .onnx_tasks import GENERATING, load_model, quiet, sample_inputs, sentence_tokens
+from .dummy_inputs import GENERATING, load_model, quiet, sample_inputs, sentence_tokens
+from .session import dtype_of, main_session, next_scores, open_graphs, output_names, run
 
 if TYPE_CHECKING:
     import torch

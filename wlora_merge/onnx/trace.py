@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
-from .onnx_seq2seq import trace_seq2seq
-from .onnx_tasks import DENSE_INSTEAD, one_sentence, outputs_of, quiet, sample_inputs
+from .dummy_inputs import DENSE_INSTEAD, one_sentence, outputs_of, quiet, sample_inputs
+from .seq2seq import trace_seq2seq
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnsupportedError, VerifyError
 from ..progress import Meter
 from ..text import first_line
-from .onnx_tasks import DENSE_INSTEAD, load_model, quiet, sentence_tokens
+from .dummy_inputs import DENSE_INSTEAD, load_model, quiet, sentence_tokens
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
 from ..text import first_line
-from .onnx_check import differences
-from .onnx_graph import INLINE_LIMIT, MODEL, data_file, graph_file
-from .onnx_tasks import quiet
+from .dummy_inputs import quiet
+from .graph import INLINE_LIMIT, MODEL, data_file, graph_file
+from .validate import differences
 
 if TYPE_CHECKING:
     import torch

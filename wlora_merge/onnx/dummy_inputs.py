@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.tasks import get_task
 from ..errors import BaseModelError, UnsupportedError
-from .onnx_pooling import OUTPUTS as POOLED
-from .onnx_pooling import add_pooling, pools
+from .pooling import OUTPUTS as POOLED
+from .pooling import add_pooling, pools
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnsupportedError, VerifyError
 from ..io.untrusted import is_plain_file_name
 from ..text import first_line
-from .onnx_graph import MODEL, data_file, graph_file
-from .onnx_seq2seq import DECODER, ENCODER, SWITCH
+from .graph import MODEL, data_file, graph_file
+from .seq2seq import DECODER, ENCODER, SWITCH
 
 if TYPE_CHECKING:
     import numpy as np

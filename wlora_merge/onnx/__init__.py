@@ -1,0 +1,17 @@
+"""A model folder -> ONNX, run and checked.
+
+This room knows dense model folders, torch's exporter and ONNX Runtime. It must not know mixtures, adapters or export folders.
+
+convert        a dense folder -> an ONNX folder
+dummy_inputs   the inputs that a graph is traced and compared on
+trace          torch's exporter, and what it needs of transformers
+seq2seq        encoder and decoder of a seq2seq model as graphs
+pooling        sentence embeddings in the graph
+graph          the traced graph made tidy, and saved
+protobuf       an ONNX file as bytes, read lazily: read_onnx
+match          which initializers are which tensors: Matcher
+session        ONNX Runtime sessions, and how a graph is run
+validate       a graph's outputs against the model's
+quantize       int8 and int4 graphs
+genai          an onnxruntime-genai folder
+"""
