@@ -75,7 +75,7 @@ print(json.dumps(time.perf_counter() - start))
 OURS_SVD = """
 import sys, time, json
 from wlora_merge.mixture.inputs import find_inputs
-from wlora_merge.writers.lora import as_one_lora
+from wlora_merge.exporters.lora import as_one_lora
 inputs = find_inputs(sys.argv[1])
 start = time.perf_counter()
 as_one_lora(inputs.mixture, inputs.deltas, rank=int(sys.argv[2]))

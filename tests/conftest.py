@@ -178,7 +178,7 @@ def inputs_of(mixture: Path) -> dict[str, Any]:
 
 def assert_verified(folder: Path, **inputs: Any) -> None:
     """No check of an export fails or is skipped, and it computes what the unmerged mixture does but for rounding."""
-    from wlora_merge.verify import verify
+    from wlora_merge.exporters.verify import verify
 
     checked = verify(folder, **inputs)
     assert not checked.skipped

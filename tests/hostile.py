@@ -96,7 +96,7 @@ def _serve() -> None:
     import wlora_merge.mixture.mixture.attach
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
-    import wlora_merge.export
+    import wlora_merge.exporters.export
     import wlora_merge.fit
     import wlora_merge.inspect
     import wlora_merge.run  # noqa: F401

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from wlora_merge.adapters.adapter import load_adapter, load_adapters, split_adapter_spec
 from wlora_merge.errors import AdapterError, UnsupportedError, WloraMergeError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
 from wlora_merge.mixture.mix import mix
 
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}

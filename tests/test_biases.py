@@ -16,11 +16,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from wlora_merge.adapters.adapter import load_adapter
 from wlora_merge.errors import AdapterError, UnsupportedError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.attach import attach, read_mixture
 from wlora_merge.mixture.inputs import find_inputs
 from wlora_merge.mixture.mix import mix
-from wlora_merge.verify import verify
 
 IDS = torch.tensor([[5, 17, 3, 40, 41, 2], [9, 9, 60, 1, 7, 33]])
 WEIGHTS = [0.5, -0.25, 1.5]

@@ -21,7 +21,8 @@ from wlora_merge.constants import SINGLE
 from wlora_merge.data.labels import LabelSet, label_set
 from wlora_merge.data.metrics import Metric, classification_metric
 from wlora_merge.errors import MixtureError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.verify import verify
 from wlora_merge.fit import fit
 from wlora_merge.fit_options import FitOptions, fit_options
 from wlora_merge.fit_state import FitState
@@ -30,7 +31,6 @@ from wlora_merge.mixture.attach import attachment_of
 from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.search import minimize
 from wlora_merge.training import Candidate, Judged, Learner, Trained
-from wlora_merge.verify import verify
 
 Zoo = tuple[Path, list[Path], Path]
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from wlora_merge.card import write_card
 from wlora_merge.constants import TASKS
 from wlora_merge.data.tasks import get_task
+from wlora_merge.exporters.model_card import write_card
+from wlora_merge.exporters.serving import PIPELINE_TAGS
 from wlora_merge.fit_options import FitOptions
 from wlora_merge.mixture.mixture import InputRef, Mixture
-from wlora_merge.serving import PIPELINE_TAGS
 
 FORMATS = ("dense", "lora", "onnx")
 
@@ -252,7 +252,7 @@ def test_a_local_base_is_said_to_work_beside_its_folder_alone(tmp_path: Path) ->
 
 
 def test_the_commands_of_a_card_have_every_digit_of_a_number() -> None:
-    from wlora_merge.card import _flags
+    from wlora_merge.exporters.model_card import _flags
 
     assert _flags({"weights": [0.123456789, 1.0], "learning_rate": 0.0123456789, "seed": 3, "force": False}) == [
         "--weights", "0.123456789,1", "--learning-rate", "0.0123456789", "--seed", "3",

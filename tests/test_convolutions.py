@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from wlora_merge.errors import UnsupportedError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
 from wlora_merge.mixture.attach import attach, read_mixture
 from wlora_merge.mixture.mix import mix
 

@@ -14,8 +14,8 @@ from test_architectures import GATED, LM, TEXT, Case, expected_state, merged
 
 from wlora_merge.adapters.adapter import load_adapter
 from wlora_merge.errors import AdapterError, UnsupportedError
-from wlora_merge.export import export
-from wlora_merge.measures import changes, spectra
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.report_data import changes, spectra
 from wlora_merge.mixture.inputs import find_inputs
 from wlora_merge.mixture.mix import mix
 from wlora_merge.models.base_model import open_base

@@ -25,9 +25,9 @@ from test_fit import save_tokenizer
 from test_ranks import free_port, launch
 
 from wlora_merge.errors import WloraMergeError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mix import mix
-from wlora_merge.verify import verify
 
 ROUNDS = int(os.environ.get("WLORA_MERGE_TRUST_ROUNDS", "2"))
 COMMANDS = ("export dense", "export lora", "mix", "run", "fit")

@@ -14,12 +14,12 @@ import torch
 from conftest import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
 
 from wlora_merge.errors import DataError, MixtureError, OutputError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.verify import verify
 from wlora_merge.fit import fit
 from wlora_merge.inspect import setting_rows
 from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.training import Learner
-from wlora_merge.verify import verify
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(60))]
 

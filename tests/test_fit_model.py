@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from test_fit import WORDS, save_tokenizer
 
 from wlora_merge.errors import BaseModelError, MixtureError, UnsupportedError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.verify import verify
 from wlora_merge.fit import fit
 from wlora_merge.fit_model import _own_labels, load_model, max_tokens
 from wlora_merge.fit_options import fit_options
 from wlora_merge.mixture.mix import mix
 from wlora_merge.mixture.mixture import Mixture
-from wlora_merge.verify import verify
 
 TEXTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(0, 40, 5)]
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
 from wlora_merge.mixture.fold import fold_factors, low_rank_svd, pad_rank, truncate
 from wlora_merge.mixture.inputs import find_inputs
 from wlora_merge.mixture.mix import mix

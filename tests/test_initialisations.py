@@ -12,7 +12,7 @@ from conftest import tiny_llama
 from safetensors.torch import load_file
 
 from wlora_merge.errors import UnsupportedError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
 from wlora_merge.mixture.mix import mix
 
 TARGETS = ["q_proj", "down_proj"]

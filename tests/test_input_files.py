@@ -12,9 +12,9 @@ import pytest
 
 from wlora_merge.adapters.adapter import load_adapter
 from wlora_merge.adapters.keys import pattern_value
-from wlora_merge.card import _LICENSE, _front, _named
 from wlora_merge.errors import AdapterError, RecipeError, WloraMergeError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.model_card import _LICENSE, _front, _named
 from wlora_merge.io.untrusted import MAX_TABLE_BYTES, find_file, parse_yaml, read_bytes, read_json
 from wlora_merge.mixture.mix import mix
 from wlora_merge.models.base_model import open_base

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.errors import WloraMergeError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
 from wlora_merge.inspect import inspect_paths
 from wlora_merge.mixture.mix import mix
 

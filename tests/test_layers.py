@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from wlora_merge.errors import MixtureError, WloraMergeError, WloraMergeWarning
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
 from wlora_merge.mixture.attach import attach, detach, read_mixture, regroup
 from wlora_merge.mixture.stacked_lora import StackedLora
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from wlora_merge.errors import VerifyError
-from wlora_merge.export import export
-from wlora_merge.manifest import FILE, PACKAGES, read_manifest, versions
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.manifest import FILE, PACKAGES, read_manifest, versions
 from wlora_merge.mixture.mix import mix
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from wlora_merge.adapters.deltas import TensorDelta
 from wlora_merge.errors import AdapterError, MixtureError, UnsupportedError, WloraMergeError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
 from wlora_merge.mixture.inputs import find_inputs
 from wlora_merge.mixture.mix import mix
 from wlora_merge.mixture.mixture import Mixture

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from wlora_merge.errors import UnsupportedError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.mix import mix
-from wlora_merge.verify import verify
 
 
 def zoo(root: Path) -> tuple[Any, Path, list[Path]]:

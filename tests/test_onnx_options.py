@@ -11,10 +11,10 @@ import torch
 from click.testing import CliRunner
 from conftest import inputs_of, make_adapter, tiny_llama
 
-from wlora_merge import export, verify
 from wlora_merge.cli import main
 from wlora_merge.errors import UnsupportedError, VerifyError
-from wlora_merge.manifest import read_manifest
+from wlora_merge.exporters import export, verify
+from wlora_merge.exporters.manifest import read_manifest
 from wlora_merge.mixture import mix
 from wlora_merge.onnx import convert as onnx_writer
 from wlora_merge.onnx.session import check_files

@@ -14,8 +14,8 @@ import transformers
 from conftest import assert_verified, inputs_of, make_adapter
 from onnx_models import BERT, CLIP_TEXT, CLIP_VISION, VOCABULARY, make_dense, sentence_folder
 
-from wlora_merge import export
 from wlora_merge.errors import BaseModelError, UnsupportedError
+from wlora_merge.exporters import export
 from wlora_merge.mixture import mix
 from wlora_merge.onnx.convert import write_onnx
 from wlora_merge.onnx.pooling import SWITCHES, add_pooling, pool_tokens

@@ -21,14 +21,15 @@ from conftest import assert_verified, inputs_of, make_adapter, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from wlora_merge import Mixture, export, verify
+from wlora_merge import Mixture
 from wlora_merge.errors import BaseModelError, OutputError, UnsupportedError, WloraMergeError
+from wlora_merge.exporters import export, verify
+from wlora_merge.exporters.onnx_refold import plan_refold
 from wlora_merge.io import direct_write as direct
 from wlora_merge.mixture import mix
 from wlora_merge.models.base_model import open_base
 from wlora_merge.onnx.convert import write_onnx
 from wlora_merge.onnx.protobuf import read_onnx
-from wlora_merge.writers.onnx_refold import plan_refold
 
 ort = pytest.importorskip("onnxruntime")
 

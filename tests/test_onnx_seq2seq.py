@@ -13,8 +13,8 @@ import torch
 from conftest import assert_verified, inputs_of, make_adapter
 from onnx_models import MODELS, VOCABULARY, Exported, make_dense
 
-from wlora_merge import export
 from wlora_merge.errors import VerifyError
+from wlora_merge.exporters import export
 from wlora_merge.mixture import mix
 from wlora_merge.onnx.convert import check_onnx, run_probe
 

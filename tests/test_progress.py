@@ -17,11 +17,11 @@ import pytest
 from click.testing import CliRunner
 
 from wlora_merge.cli import main
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mix import mix
 from wlora_merge.progress import Done, Meter, listening
 from wlora_merge.terminal import amount_of
-from wlora_merge.verify import verify
 
 
 def test_threads_add_up_and_nobody_hears_what_came_before_or_after() -> None:

@@ -14,7 +14,7 @@ from conftest import make_adapter, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.errors import UnsupportedError, WloraMergeError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
 from wlora_merge.io.safetensors_file import read_header
 from wlora_merge.mixture.mix import mix
 from wlora_merge.models.base_model import open_base, refuse_quantized

@@ -15,7 +15,7 @@ from conftest import make_adapter, tiny_llama
 
 from wlora_merge.distributed import is_leader
 from wlora_merge.errors import WloraMergeError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
 from wlora_merge.mixture.mix import mix
 
 
@@ -119,7 +119,7 @@ def test_a_rank_that_fails_says_why_on_every_rank(mixture: Path, tmp_path: Path)
     out = tmp_path / "out"
     code = f"""
 import os, sys
-import wlora_merge.writers.stream as stream
+import wlora_merge.exporters.stream as stream
 from wlora_merge.cli import main
 from wlora_merge.errors import WloraMergeError
 if os.environ["RANK"] == "1":

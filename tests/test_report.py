@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 from wlora_merge.adapters.layouts import stored_factors
 from wlora_merge.errors import WloraMergeWarning
-from wlora_merge.export import export
-from wlora_merge.measures import adapter_similarity, changes, error_by_rank, spectra
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.report import FILE, MISSING, interval, weights_by_layer, write_report
+from wlora_merge.exporters.report_data import adapter_similarity, changes, error_by_rank, spectra
+from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.inputs import find_inputs
 from wlora_merge.mixture.mix import mix
-from wlora_merge.report import FILE, MISSING, interval, weights_by_layer, write_report
-from wlora_merge.verify import verify
 
 VOID = ("meta", "br", "img", "link", "path", "use", "rect", "stop", "image")
 
@@ -217,7 +217,9 @@ def test_a_fits_page_has_its_comparison_and_its_loss(mixed: Path, tmp_path: Path
 def test_without_matplotlib_an_export_goes_on_and_says_what_to_install(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib" or n == "wlora_merge.figures"]:
+    for name in [
+        n for n in sys.modules if n.split(".")[0] == "matplotlib" or n == "wlora_merge.exporters.report_figures"
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.warns(WloraMergeWarning, match=re.escape(MISSING)):
@@ -227,7 +229,7 @@ def test_without_matplotlib_an_export_goes_on_and_says_what_to_install(
 
 
 def test_figures_have_whole_steps_whole_names_and_the_range_of_their_values() -> None:
-    figures = pytest.importorskip("wlora_merge.figures")
+    figures = pytest.importorskip("wlora_merge.exporters.report_figures")
 
     loss = figures.lines({"learned": ([1, 2, 3], [0.5, 0.4, 0.3])}, "step", "loss")
     assert all(float(tick).is_integer() for tick in loss.axes[0].get_xticks())

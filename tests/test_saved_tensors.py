@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from wlora_merge.errors import UnsupportedError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mix import mix
-from wlora_merge.verify import verify
 
 IDS = torch.tensor([[5, 17, 3, 40, 41, 2], [9, 9, 60, 1, 7, 33]])
 

@@ -13,10 +13,10 @@ from conftest import make_adapter, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.errors import VerifyError, WloraMergeError
-from wlora_merge.export import export
-from wlora_merge.loaded_model import load_model
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.unmerged import load_model
+from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mix import mix
-from wlora_merge.verify import verify
 
 
 def agree(folder: Path, *files: str) -> None:

@@ -23,10 +23,10 @@ import wlora_merge
 import wlora_merge.training as training
 from wlora_merge.constants import NEW_FOLDER
 from wlora_merge.errors import MixtureError, UnsupportedError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.verify import verify
 from wlora_merge.fit_options import fit_options
 from wlora_merge.mixture.mixture import Mixture
-from wlora_merge.verify import verify
 
 ROWS = [{"prompt": f"w{i} w{i + 1}", "completion": " " + " ".join(["w7"] * (1 + i % 5))} for i in range(7)]
 

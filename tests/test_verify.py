@@ -17,13 +17,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.errors import VerifyError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.verify import verify
 from wlora_merge.io import digests
 from wlora_merge.io.digests import sha256_file
 from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.mix import mix
 from wlora_merge.mixture.mixture import Mixture
-from wlora_merge.verify import verify
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from wlora_merge.errors import AdapterError, MixtureError, UnsupportedError, WloraMergeWarning
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.verify import verify
 from wlora_merge.inspect import inspect_paths
 from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.mix import mix
 from wlora_merge.mixture.mixture import Mixture
-from wlora_merge.verify import verify
 
 IDS = torch.tensor([[5, 17, 97, 40, 98, 2], [9, 96, 60, 1, 7, 33]])
 BOTH = ["embed_tokens", "lm_head"]

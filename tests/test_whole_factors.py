@@ -27,11 +27,11 @@ from transformers import (
 
 from wlora_merge.cli import main
 from wlora_merge.errors import UnsupportedError
-from wlora_merge.export import export
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.attach import attach, read_mixture
 from wlora_merge.mixture.inputs import find_inputs
 from wlora_merge.mixture.mixture import Mixture
-from wlora_merge.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(tie|tied|embedding).*")
 

@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wlora_merge.errors import WloraMergeError
-from wlora_merge.export import export
+from wlora_merge.exporters import stream
+from wlora_merge.exporters.export import export
 from wlora_merge.io.safetensors_file import read_header
 from wlora_merge.mixture.attach import attach, read_mixture
 from wlora_merge.mixture.inputs import find_inputs
 from wlora_merge.mixture.mix import mix
-from wlora_merge.writers import stream
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -130,7 +130,7 @@ def test_an_input_that_is_replaced_while_it_is_used_is_refused(
     folder = make_adapter(model, tmp_path / "a", 0, r=2, target_modules=["q_proj"])
     mixture, name = mix(tmp_path / "base", [folder]), "model" if which == "base" else "adapter_model"
     file = tmp_path / which / f"{name}.safetensors"
-    module = sys.modules["wlora_merge.export"]
+    module = sys.modules["wlora_merge.exporters.export"]
     real = module.plan
 
     def swapped(*args: Any, **options: Any) -> Any:
@@ -321,7 +321,7 @@ def test_a_base_truncated_while_it_is_read_is_one_clear_error(
         victim.write_bytes(victim.read_bytes()[:-100])
         return real(*args, **options)
 
-    monkeypatch.setattr(sys.modules["wlora_merge.export"], "write_files", truncate_first)
+    monkeypatch.setattr(sys.modules["wlora_merge.exporters.export"], "write_files", truncate_first)
     with pytest.raises(WloraMergeError, match="changed"):
         export(mixture, "dense", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import WloraMergeError, WloraMergeWarning
-    from .export import export
+    from .exporters.export import export
+    from .exporters.verify import verify
     from .fit import fit
     from .mixture.attach import attach, detach
     from .mixture.mix import mix
     from .mixture.mixture import Mixture
-    from .verify import verify
 
 _HOMES = {
     "Mixture": "mixture.mixture",
@@ -37,10 +37,10 @@ _HOMES = {
     "WloraMergeWarning": "errors",
     "attach": "mixture.attach",
     "detach": "mixture.attach",
-    "export": "export",
+    "export": "exporters.export",
     "fit": "fit",
     "mix": "mixture.mix",
-    "verify": "verify",
+    "verify": "exporters.verify",
 }
 
 __all__ = [

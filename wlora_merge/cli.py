@@ -115,7 +115,7 @@ def _naming_state(out: str) -> Iterator[None]:
 def _versions(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         packages = ("wlora-merge", "torch", "transformers", "peft", "safetensors", "onnx", "onnxruntime")
-        from .manifest import versions
+        from .exporters.manifest import versions
 
         found = versions(packages[1:])
         click.echo("\n".join(f"{name} {found[name]}" for name in ("wlora-merge", "python", *packages[1:])))
@@ -303,8 +303,8 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
     with _wrong_usage():
         export_options({"format": format_} | _those_of(ExportOptions, options))
     from .distributed import is_leader
-    from .export import export as run
-    from .manifest import digest
+    from .exporters.export import export as run
+    from .exporters.manifest import digest
 
     with work_progress():
         result = run(mixture, format_, out, **options)
@@ -349,8 +349,8 @@ def verify(
     """
     from pathlib import Path
 
-    from .manifest import digest
-    from .verify import verify as run
+    from .exporters.manifest import digest
+    from .exporters.verify import verify as run
 
     with work_progress():
         checked = run(folder, quick=quick, pinned=pinned, base=base, adapters=adapters)
@@ -387,7 +387,7 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
     """
     from pathlib import Path
 
-    from .manifest import digest
+    from .exporters.manifest import digest
     from .recipe import read_recipe
     from .run import check_paths
     from .run import run as work
@@ -471,7 +471,7 @@ def _show_mixture(mixture: Any, out: str, as_json: bool) -> None:
         mean = dict(zip(mixture.adapter_names, mixture.mixture_weights.mean(0).tolist(), strict=True))
         click.echo(json.dumps({"folder": out, "weights": mean, "metrics": mixture.metrics}))
         return
-    from .card import judged_on
+    from .exporters.model_card import judged_on
     from .inspect import candidate_rows, setting_rows, weight_rows
 
     candidates = candidate_rows(mixture)

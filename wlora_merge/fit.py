@@ -25,6 +25,7 @@ from .data.examples import EVAL_SPLITS, Examples, read_examples
 from .data.task import Task
 from .data.tasks import get_task
 from .errors import DataError, MixtureError
+from .exporters.report import write_report
 from .fit_options import FitOptions, check_for_task, fit_options
 from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded, said_of_pruning, said_of_stop
 from .fit_start import initial_logits, initial_scale, like_start
@@ -35,7 +36,6 @@ from .io.staging import refuse_out
 from .mixture.inputs import find_inputs
 from .mixture.mixture import Mixture, adapter_ref
 from .models.base_model import BaseModel, open_base, refuse_quantized
-from .report import write_report
 from .text import first_line
 from .trackers import tracker_names, tracking
 
@@ -414,8 +414,8 @@ def _mixture(
 
 def _state(out: str | Path | None, given: _Given, shots: Examples, held: Examples | None, resume: bool) -> FitState:
     """The state of this fit, with a fingerprint of all that decides its result."""
+    from .exporters.manifest import versions
     from .fit_model import device_name
-    from .manifest import versions
 
     options, start = given.options, given.options.initial_logits
     start = start if isinstance(start, str) else None

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .adapters.adapter import CONFIG_FILE
-from .card import judged_on
+from .exporters.manifest import FILE, below, read_manifest
+from .exporters.model_card import judged_on
 from .io.hub import is_here
-from .manifest import FILE, below, read_manifest
 from .mixture.compatibility import Rows, adapter_tables
 from .mixture.files import JSON_FILE
 from .mixture.mixture import Mixture

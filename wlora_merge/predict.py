@@ -15,11 +15,11 @@ from .adapters.deltas import ModuleDelta
 from .constants import DTYPES
 from .data.examples import Examples
 from .data.tasks import get_task
-from .export import lora_bytes
+from .exporters.dense import folder_bytes, plan
+from .exporters.export import lora_bytes
 from .io.tensors import matrix_shape
 from .mixture.inputs import Inputs
 from .recipe import ExportRecipe, FitRecipe, options_of
-from .writers.dense import folder_bytes, plan
 
 if TYPE_CHECKING:
     from .data.labels import LabelSet

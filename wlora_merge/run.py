@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .check import Checked
 from .constants import NEW_FOLDER
-from .export import ExportResult, export
 from .export_options import ExportOptions
+from .exporters.export import ExportResult, export
+from .exporters.verify import verify
+from .exporters.verify_outputs import Checked
 from .io.hub import is_here
 from .io.staging import staged
 from .mixture.inputs import find_inputs
 from .mixture.mixture import Mixture
 from .recipe import FitRecipe, Recipe, options_of
 from .text import human_bytes
-from .verify import verify
 
 Say = Callable[[str], None]
 
@@ -87,7 +87,7 @@ def run(
 def _write_report(
     folder: Path, mixture: Mixture, exports: Mapping[str, ExportResult], checked: Mapping[str, Checked]
 ) -> None:
-    from .report import write_report
+    from .exporters.report import write_report
 
     facts = {}
     for name, done in exports.items():
@@ -162,8 +162,8 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
             held = read_examples(data, task=task, columns=columns, split=split, default_splits=EVAL_SPLITS)
             rows.append({"what": f"eval_data ({len(held)} examples)", "path": data})
     from .adapters.deltas import ModuleDelta
+    from .exporters.serving import check_rank
     from .predict import predict
-    from .serving import check_rank
 
     for entry in recipe.exports:
         if entry.format == "lora" and entry.energy is None and _keeps_all(recipe.fit):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..models.loading import library_errors
+from ..progress import Meter
 from .manifest import is_probe
-from .models.loading import library_errors
-from .progress import Meter
 
 if TYPE_CHECKING:
     import torch

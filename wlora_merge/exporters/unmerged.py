@@ -7,19 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UnsupportedError, VerifyError
-from .io.tensors import matrix_shape
-from .models.loading import library_errors, quiet_libraries
-from .models.module_tree import bounded
-from .progress import Meter
+from ..errors import UnsupportedError, VerifyError
+from ..io.tensors import matrix_shape
+from ..models.loading import library_errors, quiet_libraries
+from ..models.module_tree import bounded
+from ..progress import Meter
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .adapters.adapter import Adapter
-    from .adapters.deltas import TensorDelta
-    from .mixture.mixture import Mixture
-    from .models.base_model import BaseModel
+    from ..adapters.adapter import Adapter
+    from ..adapters.deltas import TensorDelta
+    from ..mixture.mixture import Mixture
+    from ..models.base_model import BaseModel
 
 HEAD_KEYS = ("id2label", "label2id", "problem_type", "pad_token_id")
 """Keys of a mixture's config that make its head."""
@@ -74,8 +74,8 @@ def _class_for(folder: Path, task: str | None) -> Any:
     vision-language one as causal-lm), the one that its config names."""
     import transformers
 
-    from .data.tasks import get_task
-    from .onnx.dummy_inputs import PROJECTED
+    from ..data.tasks import get_task
+    from ..onnx.dummy_inputs import PROJECTED
 
     auto: Any = get_task(task or "feature-extraction").auto_class()
     config = transformers.AutoConfig.from_pretrained(folder, **SAFE)
@@ -122,12 +122,12 @@ def attach_mixture(
     """The unmerged mixture: adapters attached with the mixture's own weights, its head and mixed whole tensors put in place."""
     import torch
 
-    from .adapters.targets import tensors_of
-    from .mixture.attach import PARAMETER, attach, attachment_of
-    from .mixture.fold import fold_saved
-    from .mixture.groups import rows_of
-    from .mixture.live_model import live_tensors, set_parameter
-    from .mixture.stacked_lora import StackedLora
+    from ..adapters.targets import tensors_of
+    from ..mixture.attach import PARAMETER, attach, attachment_of
+    from ..mixture.fold import fold_saved
+    from ..mixture.groups import rows_of
+    from ..mixture.live_model import live_tensors, set_parameter
+    from ..mixture.stacked_lora import StackedLora
 
     with torch.no_grad():
         _resize(model, base)
@@ -167,8 +167,8 @@ def attach_mixture(
 
 def _resize(model: nn.Module, base: BaseModel) -> None:
     """Give a model the added rows that its base is exported with."""
-    from .adapters.targets import tensors_of
-    from .mixture.live_model import live_tensors, set_parameter
+    from ..adapters.targets import tensors_of
+    from ..mixture.live_model import live_tensors, set_parameter
 
     for name in base.added:
         own, live = tensors_of(base)(name), live_tensors(model)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .adapters.deltas import ModuleDelta, TensorDelta
-from .adapters.layouts import Layout
-from .constants import TASKS
-from .data.tasks import get_task
-from .errors import UnsupportedError
-from .mixture.mixture import Mixture
+from ..adapters.deltas import ModuleDelta, TensorDelta
+from ..adapters.layouts import Layout
+from ..constants import TASKS
+from ..data.tasks import get_task
+from ..errors import UnsupportedError
+from ..mixture.mixture import Mixture
 
 PIPELINE_TAGS = {task: task for task in TASKS} | {"causal-lm": "text-generation", "seq2seq-lm": "text2text-generation"}
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters.deltas import ModuleDelta, TensorDelta
-from .errors import WloraMergeWarning
-from .io.hub import public_name
-from .measures import Change, adapter_similarity, changes, error_by_rank, spectra
-from .mixture.groups import group_of
-from .mixture.mixture import Mixture
-from .models.base_model import BaseModel
-from .models.names import natural_key
-from .progress import Meter
+from ..adapters.deltas import ModuleDelta, TensorDelta
+from ..errors import WloraMergeWarning
+from ..io.hub import public_name
+from ..mixture.groups import group_of
+from ..mixture.mixture import Mixture
+from ..models.base_model import BaseModel
+from ..models.names import natural_key
+from ..progress import Meter
+from .report_data import Change, adapter_similarity, changes, error_by_rank, spectra
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def write_report(
         The names of the figures drawn, as in CAPTIONS; empty where matplotlib is missing.
     """
     try:
-        from .figures import png, svg
+        from .report_figures import png, svg
     except ImportError:
         warnings.warn(MISSING, WloraMergeWarning, stacklevel=2)
         return []
@@ -84,7 +84,7 @@ def write_report(
 def _drawings(
     folder: Path, mixture: Mixture, deltas: Deltas, kind: str | None, base: BaseModel | None
 ) -> tuple[dict[str, Any], list[Change]]:
-    from .figures import dots, heatmap, lines
+    from .report_figures import dots, heatmap, lines
 
     names = mixture.adapter_names
     layers, table = weights_by_layer(mixture)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters.keys import PEFT_PREFIX
-from .errors import UnsupportedError, VerifyError
-from .io.safetensors_file import read_header, read_tensor
+from ..adapters.keys import PEFT_PREFIX
+from ..errors import UnsupportedError, VerifyError
+from ..io.safetensors_file import read_header, read_tensor
 
 if TYPE_CHECKING:
     import torch
 
-    from .models.base_model import BaseModel
+    from ..models.base_model import BaseModel
 
 
 def read_head(folder: Path, manifest: Mapping[str, Any], base: BaseModel) -> dict[str, torch.Tensor]:

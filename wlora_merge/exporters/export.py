@@ -14,31 +14,31 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters.deltas import ModuleDelta
-from .card import write_card
-from .constants import DTYPES
-from .distributed import Team, team
-from .errors import BaseModelError, UnsupportedError
-from .export_options import ExportOptions, export_options
-from .io.digests import sha256_files
-from .io.safetensors_file import Entry
-from .io.staging import Staging, staged
-from .io.tensors import matrix_shape
+from ..adapters.deltas import ModuleDelta
+from ..constants import DTYPES
+from ..distributed import Team, team
+from ..errors import BaseModelError, UnsupportedError
+from ..export_options import ExportOptions, export_options
+from ..io.digests import sha256_files
+from ..io.safetensors_file import Entry
+from ..io.staging import Staging, staged
+from ..io.tensors import matrix_shape
+from ..mixture.inputs import Inputs, find_inputs
+from ..mixture.mixture import Mixture
+from ..models.base_model import BaseModel, refuse_quantized
+from ..models.files import INDEX
+from ..models.tied_embeddings import untied_config
+from .dense import OutputFile, changed_config, folder_bytes, index_bytes, plan, with_dtype
+from .head import locate_head
 from .manifest import PACKAGES, build_manifest, versions, write_manifest
-from .mixture.inputs import Inputs, find_inputs
-from .mixture.mixture import Mixture
-from .models.base_model import BaseModel, refuse_quantized
-from .models.files import INDEX
-from .models.tied_embeddings import untied_config
+from .model_card import write_card
 from .probe import make_probe
 from .report import write_report
 from .serving import check_rank, check_server
-from .writers.dense import OutputFile, changed_config, folder_bytes, index_bytes, plan, with_dtype
-from .writers.stream import write_files
-from .written_head import locate_head
+from .stream import write_files
 
 if TYPE_CHECKING:
-    from .writers.onnx_refold import Refold
+    from .onnx_refold import Refold
 
 _LOG = logging.getLogger("wlora_merge")
 
@@ -294,7 +294,7 @@ def _chunks(file: Path) -> Iterator[bytes]:
 
 
 def _write_lora(inputs: Inputs, out: Path, asked: ExportOptions) -> dict[str, Any]:
-    from .writers.lora import write_lora
+    from .lora import write_lora
 
     report = write_lora(
         inputs.mixture,
@@ -316,13 +316,13 @@ def _write_lora(inputs: Inputs, out: Path, asked: ExportOptions) -> dict[str, An
 
 
 def _plan_refold(onnx_base: Path, inputs: Inputs, files: Sequence[OutputFile]) -> Refold:
-    from .writers.onnx_refold import plan_refold
+    from .onnx_refold import plan_refold
 
     return plan_refold(onnx_base, inputs.base, [piece for file in files for piece in file.pieces], inputs.mixture)
 
 
 def _write_refold(inputs: Inputs, refold: Refold, out: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    from .writers.onnx_refold import write_refold
+    from .onnx_refold import write_refold
 
     folder = out / "onnx"
     folder.mkdir()
@@ -348,8 +348,8 @@ def _write_onnx(inputs: Inputs, planned: _Plan, asked: ExportOptions, out: Path)
     task, dtype = inputs.mixture.task, asked.dtype or "float32"
     if task is None:
         raise UnsupportedError("an ONNX export needs the mixture's task: make the mixture with --task TASK.")
-    from .onnx.convert import refuse_provider, require_extra, write_onnx
-    from .onnx.quantize import refuse_quantize
+    from ..onnx.convert import refuse_provider, require_extra, write_onnx
+    from ..onnx.quantize import refuse_quantize
 
     require_extra()
     if asked.onnx_runtime is None:
@@ -360,7 +360,7 @@ def _write_onnx(inputs: Inputs, planned: _Plan, asked: ExportOptions, out: Path)
     write_shards(inputs, planned.files, dense, Team())
     write_beside(inputs, planned.files, dense, dtype, planned.untied)
     if asked.onnx_runtime == "genai":
-        from .onnx.genai import write_genai
+        from ..onnx.genai import write_genai
 
         share = write_genai(dense, out, task=task, dtype=dtype, quantize=asked.quantize)
         shutil.rmtree(dense)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .adapters.deltas import ModuleDelta, TensorDelta
-from .errors import BaseModelError
-from .io.safetensors_file import Entry, byte_length, opened, read_header, read_rows, torch_dtype
-from .io.tensors import matrix_shape, one_torch_thread
-from .mixture.fold import fold_factor, fold_factors, fold_rows
-from .mixture.mixture import Mixture
-from .models.base_model import BaseModel
+from ..adapters.deltas import ModuleDelta, TensorDelta
+from ..errors import BaseModelError
+from ..io.safetensors_file import Entry, byte_length, opened, read_header, read_rows, torch_dtype
+from ..io.tensors import matrix_shape, one_torch_thread
+from ..mixture.fold import fold_factor, fold_factors, fold_rows
+from ..mixture.mixture import Mixture
+from ..models.base_model import BaseModel
 
 if TYPE_CHECKING:
     import torch

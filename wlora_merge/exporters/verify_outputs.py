@@ -1,4 +1,4 @@
-"""An export's files against its manifest, and its outputs against the unmerged mixture's: how far they may differ."""
+"""An export's outputs against those of the unmerged mixture: how far they may differ."""
 
 from __future__ import annotations
 
@@ -7,22 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .constants import DTYPES
-from .errors import VerifyError
-from .io.digests import sha256_files
-from .io.safetensors_file import TORCH_NAMES, read_header
-from .io.untrusted import find_file
-from .manifest import FILE
+from ..constants import DTYPES
+from ..errors import VerifyError
+from ..io.safetensors_file import TORCH_NAMES, read_header
 from .probe import difference_of
-from .structure import check_structure
 
 if TYPE_CHECKING:
     import torch
 
 TOLERANCE = {"F32": 1e-4, "F16": 5e-2, "BF16": 1e-1, "F64": 1e-4}
 """Largest difference of an output allowed, relative to the largest output: rounding of the weights, amplified by the layers."""
-OF_THE_HUB = (".gitattributes", ".git", ".cache")
-"""What a repository, or a download of one, has beside what was uploaded."""
 TRUNCATION = 4.0
 """Share of the adapters' effect on the outputs that a truncated LoRA may lose, per share of the delta weights' norm that it lost:
 to first order 1 on average; up to 2.6 was seen on tiny models, where little averages out."""
@@ -40,39 +34,6 @@ class Checked:
     skipped: dict[str, str] = field(default_factory=dict)
     largest_difference: float | None = None
     tolerance: float | None = None
-
-
-def check_files(folder: Path, manifest: Mapping[str, Any]) -> int:
-    """Read every file again and compare its sha256; compare config, index and headers with each other.
-
-    Returns:
-        The number of files.
-
-    Raises:
-        VerifyError: a file that is missing, is not in the manifest, or has other bytes.
-    """
-    expected = manifest["files"]
-    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()} - {FILE}
-    found = {name for name in found if name.split("/")[0] not in OF_THE_HUB or name in expected}
-    if missing := sorted(set(expected) - found):
-        raise VerifyError(f"{folder / missing[0]}: is missing; the manifest lists it: export again.")
-    if foreign := sorted(found - set(expected)):
-        raise VerifyError(
-            f"{folder / foreign[0]}: is not in the manifest: it was added after the export; take it away."
-        )
-    for name in expected:
-        find_file(folder, name, VerifyError)
-    digests = sha256_files([folder / name for name in expected], fresh=True)
-    for name, row in expected.items():
-        if digests[folder / name] != row.get("sha256"):
-            raise VerifyError(
-                f"{folder / name}: its sha256 is {digests[folder / name][:12]}…, the manifest says {str(row.get('sha256'))[:12]}…: "
-                "the file changed after the export; export again."
-            )
-        if name.endswith(".safetensors"):
-            read_header(folder / name)
-    check_structure(folder, manifest)
-    return len(expected)
 
 
 @dataclass(frozen=True)

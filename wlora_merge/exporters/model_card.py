@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .errors import WloraMergeError
-from .fit_options import FitOptions
-from .io.hub import at_revision
-from .io.untrusted import find_file, parse_yaml, read_bytes
-from .mixture.mixture import TRAINING_LOOP, Mixture
+from ..errors import WloraMergeError
+from ..fit_options import FitOptions
+from ..io.hub import at_revision
+from ..io.untrusted import find_file, parse_yaml, read_bytes
+from ..mixture.mixture import TRAINING_LOOP, Mixture
 from .report import CAPTIONS, FIGURES
 from .report import FILE as REPORT
 from .serving import PIPELINE_TAGS, serving

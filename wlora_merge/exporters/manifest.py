@@ -14,14 +14,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .adapters.adapter import Adapter
-from .constants import DTYPES
-from .errors import VerifyError
-from .io.digests import sha256_file
-from .io.hub import public_name
-from .io.untrusted import find_file, is_plain_file_name, read_json
-from .mixture.mixture import InputRef, Mixture, adapter_ref, base_ref
-from .models.base_model import BaseModel
+from ..adapters.adapter import Adapter
+from ..constants import DTYPES
+from ..errors import VerifyError
+from ..io.digests import sha256_file
+from ..io.hub import public_name
+from ..io.untrusted import find_file, is_plain_file_name, read_json
+from ..mixture.mixture import InputRef, Mixture, adapter_ref, base_ref
+from ..models.base_model import BaseModel
 
 FILE = "wlora_merge.json"
 FORMAT_VERSION = 1

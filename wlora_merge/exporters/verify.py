@@ -7,20 +7,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .check import Checked, check_files, compare, tolerance_of
-from .constants import DTYPES
-from .errors import UnsupportedError, VerifyError, WloraMergeError
-from .io.digests import path_of
-from .loaded_model import HEAD_KEYS, attach_mixture, export_model, load_model, unused_by
+from ..constants import DTYPES
+from ..errors import UnsupportedError, VerifyError, WloraMergeError
+from ..io.digests import path_of
+from ..mixture.inputs import Inputs, find_inputs
+from ..mixture.mixture import Mixture
+from ..models.base_model import BaseModel, open_base
+from ..text import nearest
+from .dense import plan
+from .head import read_head
 from .manifest import FILE, digest, read_manifest
-from .mixture.inputs import Inputs, find_inputs
-from .mixture.mixture import Mixture
-from .models.base_model import BaseModel, open_base
 from .probe import difference_of, outputs_of, probe_tensors
-from .structure import check_folded, check_lora, check_untouched
-from .text import nearest
-from .writers.dense import plan
-from .written_head import read_head
+from .unmerged import HEAD_KEYS, attach_mixture, export_model, load_model, unused_by
+from .verify_files import check_files
+from .verify_outputs import Checked, compare, tolerance_of
+from .verify_weights import check_folded, check_lora, check_untouched
 
 
 def verify(
@@ -119,7 +120,7 @@ def _unmerged(folder: Path, manifest: Mapping[str, Any], found: Inputs) -> Any:
     Raises:
         UnsupportedError: the adapters cannot be attached, or would do nothing there.
     """
-    from .mixture.live_model import refuse_uncalled
+    from ..mixture.live_model import refuse_uncalled
 
     mixture = found.mixture
     head_options = {k: mixture.config[k] for k in HEAD_KEYS if k in mixture.config}
@@ -129,15 +130,15 @@ def _unmerged(folder: Path, manifest: Mapping[str, Any], found: Inputs) -> Any:
     attach_mixture(model, mixture, found.adapters, found.base, found.tensors)
     refuse_uncalled(model, lambda: outputs_of(model, manifest["probe"]))
     if manifest["format"] == "onnx" and mixture.task == "feature-extraction":
-        from .onnx.pooling import add_pooling
+        from ..onnx.pooling import add_pooling
 
         add_pooling(model, folder)
     return model
 
 
 def _check_onnx(folder: Path, manifest: Mapping[str, Any], model: Any, checked: Checked) -> None:
-    from .onnx.dummy_inputs import GENERATING
-    from .onnx.validate import compare_with
+    from ..onnx.dummy_inputs import GENERATING
+    from ..onnx.validate import compare_with
 
     task = str(manifest.get("task"))
     compare_with(folder, model, task=task, halved=lambda: copy.deepcopy(model).half())
@@ -147,14 +148,14 @@ def _check_onnx(folder: Path, manifest: Mapping[str, Any], model: Any, checked: 
 
 def _compare_probe(folder: Path, manifest: Mapping[str, Any], model: Any, base: BaseModel, checked: Checked) -> None:
     """The export's outputs on the probe against the unmerged mixture's."""
-    from .mixture.attach import set_delta_scale
+    from ..mixture.attach import set_delta_scale
 
     expected = outputs_of(model, manifest["probe"])
     set_delta_scale(model, 0.0)
     without = outputs_of(model, manifest["probe"])
     effect = max(difference_of(without[name], tensor) for name, tensor in expected.items())
     if manifest["format"] == "onnx":
-        from .onnx.convert import run_probe
+        from ..onnx.convert import run_probe
 
         got = run_probe(folder, probe_tensors(manifest["probe"]))
         expected = {name: tensor for name, tensor in expected.items() if name in got}  # its graph has no pooler
@@ -170,7 +171,7 @@ def _compare_probe(folder: Path, manifest: Mapping[str, Any], model: Any, base: 
 
 
 def _check_genai(folder: Path, manifest: Mapping[str, Any], model: Any, checked: Checked) -> None:
-    from .onnx.genai import compare_genai
+    from ..onnx.genai import compare_genai
 
     share, expected = compare_genai(folder, model), manifest["report"]["same_tokens"]
     if share < expected:
@@ -184,7 +185,7 @@ def _check_genai(folder: Path, manifest: Mapping[str, Any], model: Any, checked:
 def _find_inputs(
     manifest: Mapping[str, Any], base: str | Path | None, adapters: Iterable[str | Path]
 ) -> tuple[Path | None, dict[str, Path]]:
-    from .adapters.adapter import split_adapter_spec
+    from ..adapters.adapter import split_adapter_spec
 
     given: dict[str, Path] = {}
     names = [row["name"] for row in manifest["adapters"]]

@@ -1,0 +1,23 @@
+"""An export folder: written, described, verified.
+
+This room knows mixtures, models and ONNX, and the folders made of them. It must not know training or the command line.
+
+export           the workflow: export
+dense            which tensors go into which files: plan
+stream           the bytes of those files: write_files
+lora             one PEFT adapter
+onnx_refold      a mixture folded into an ONNX export of its base
+head             the trained head in an export's own files
+manifest         wlora_merge.json: what went in and out: Manifest
+model_card       README.md with the hub's metadata
+serving          what servers take; how each export is served
+report           report.html: write_report
+report_data      what a mixture changes, measured
+report_figures   and drawn
+verify           the workflow: verify
+verify_files     digests, headers and configs, before anything is loaded
+verify_weights   weights folded again and compared
+verify_outputs   how far outputs may differ
+probe            the inputs that outputs are compared on
+unmerged         the mixture attached to its base, not merged
+"""
