@@ -94,10 +94,10 @@ def _serve() -> None:
     import pyarrow.parquet  # noqa: F401
     import torch  # noqa: F401
     import wlora_merge.mixture.mixture.attach
+    import wlora_merge.training.learner.fit
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
     import wlora_merge.exporters.export
-    import wlora_merge.fit
     import wlora_merge.inspect
     import wlora_merge.run  # noqa: F401
     from wlora_merge.cli import main

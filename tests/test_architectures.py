@@ -23,11 +23,11 @@ from wlora_merge.errors import UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
 from wlora_merge.fit_options import FitOptions
-from wlora_merge.fit_start import initial_logits, like_start
 from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.mix import mix
 from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.models.base_model import open_base
+from wlora_merge.training.initial_logits import initial_logits, like_start
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
 SHORT = {"max_position_embeddings": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -16,21 +16,23 @@ from conftest import make_adapter, tiny_bert
 from safetensors.torch import load
 from test_fit import WORDS, others, save_tokenizer
 
-from wlora_merge.candidates import LEARNED, compare, learned_settings, steps_of
 from wlora_merge.constants import SINGLE
 from wlora_merge.data.labels import LabelSet, label_set
 from wlora_merge.data.metrics import Metric, classification_metric
 from wlora_merge.errors import MixtureError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
-from wlora_merge.fit import fit
 from wlora_merge.fit_options import FitOptions, fit_options
-from wlora_merge.fit_state import FitState
-from wlora_merge.judging import pool, score
 from wlora_merge.mixture.attach import attachment_of
 from wlora_merge.mixture.mixture import Mixture
-from wlora_merge.search import minimize
-from wlora_merge.training import Candidate, Judged, Learner, Trained
+from wlora_merge.training.candidates import LEARNED, Candidate, learned_settings, steps_of
+from wlora_merge.training.cma_es import minimize
+from wlora_merge.training.comparison import compare
+from wlora_merge.training.fit import fit
+from wlora_merge.training.learner import Learner
+from wlora_merge.training.loop import Trained
+from wlora_merge.training.resume import FitState
+from wlora_merge.training.scoring import Judged, pool, score
 
 Zoo = tuple[Path, list[Path], Path]
 
@@ -121,7 +123,7 @@ def test_a_search_is_made_once_and_ends_with_its_time(
 ) -> None:
     seen: list[int] = []
     real = minimize
-    monkeypatch.setattr("wlora_merge.candidates.minimize", lambda *a, **k: seen.append(1) or real(*a, **k))
+    monkeypatch.setattr("wlora_merge.training.comparison.minimize", lambda *a, **k: seen.append(1) or real(*a, **k))
     held = others(zoo[2], tmp_path)
     fitted(zoo, method="search", folds=0, eval_data=held, max_steps=1)
     assert seen == [1]
@@ -149,8 +151,8 @@ def test_a_search_that_time_cut_says_where_it_stopped_and_is_not_taken_for_done(
         clock.ends = len(judged) >= 7
         return judge(self, *args, **options)
 
-    for module in ("fit", "candidates", "training"):
-        monkeypatch.setattr(sys.modules[f"wlora_merge.{module}"], "time", clock)
+    for module in ("fit", "comparison", "learner"):
+        monkeypatch.setattr(sys.modules[f"wlora_merge.training.{module}"], "time", clock)
     monkeypatch.setattr(Learner, "judge", ending)
     monkeypatch.setattr(FitState, "finish", lambda self, key, value: finished.append(key))
     options = {"method": "search", "folds": 0, "max_minutes": 10, "max_steps": 1}
@@ -615,7 +617,9 @@ def test_the_loss_of_pooled_folds_is_the_mean_over_their_examples() -> None:
 
 
 def test_the_note_says_first_what_did_better_and_what_was_kept(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wlora_merge.choice.rivals", lambda *_: ({"a1": (0.1, 0.05)}, {"uniform": (-0.01, 0.02)}))
+    monkeypatch.setattr(
+        "wlora_merge.training.selection.rivals", lambda *_: ({"a1": (0.1, 0.05)}, {"uniform": (-0.01, 0.02)})
+    )
     learned = fitted(zoo).metrics
     assert (learned["better"], learned["as_good"]) == (["a1"], ["uniform"])
     better, good, kept = (

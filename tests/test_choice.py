@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wlora_merge.candidates import Comparison
-from wlora_merge.choice import chosen, rivals
-from wlora_merge.judging import Score
+from wlora_merge.training.comparison import Comparison
+from wlora_merge.training.scoring import Score
+from wlora_merge.training.selection import chosen, rivals
 
 
 def made_score(value: float, loss: float = 1.0, left_out: tuple[float, ...] = (0.5, 0.5)) -> Score:

@@ -18,11 +18,11 @@ from test_fit import WORDS, save_tokenizer
 from wlora_merge.errors import BaseModelError, MixtureError, UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
-from wlora_merge.fit import fit
-from wlora_merge.fit_model import _own_labels, load_model, max_tokens
 from wlora_merge.fit_options import fit_options
 from wlora_merge.mixture.mix import mix
 from wlora_merge.mixture.mixture import Mixture
+from wlora_merge.training.fit import fit
+from wlora_merge.training.model import _own_labels, load_model, max_tokens
 
 TEXTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(0, 40, 5)]
 
@@ -251,7 +251,9 @@ def test_bf16_holds_the_base_in_16_bits_and_trains_in_32(tmp_path: Path, monkeyp
     folders = placed(tiny_bert(), tmp_path, target_modules=["query"])
     rewritten(tmp_path / "base", lambda t: [t.pop(name) for name in list(t) if "pooler" in name])
     seen: list[Any] = []
-    monkeypatch.setattr("wlora_merge.training.Learner.weights", lambda self: seen.append(self.model) or {"a0": 1.0})
+    monkeypatch.setattr(
+        "wlora_merge.training.learner.Learner.weights", lambda self: seen.append(self.model) or {"a0": 1.0}
+    )
     head = classifier(tmp_path, folders, ["x", "y"], precision="bf16", progress=lambda *_: None).head
     for name, parameter in seen[0].named_parameters():
         trained = parameter.requires_grad or name in head
@@ -303,7 +305,7 @@ def test_a_device_that_is_too_small_is_one_sentence(tmp_path: Path, monkeypatch:
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more.")
 
-    monkeypatch.setattr("wlora_merge.training.Learner.loss", full)
+    monkeypatch.setattr("wlora_merge.training.learner.Learner.loss", full)
     with pytest.raises(
         MixtureError,
         match=r"does not hold the model, or a step \(CUDA out of memory.*2.00 GiB\): use a smaller --batch",

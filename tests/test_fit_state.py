@@ -20,7 +20,7 @@ from test_candidates import zoo as zoo
 
 from wlora_merge.cli import main
 from wlora_merge.errors import MixtureError, OutputError
-from wlora_merge.fit_state import FitState, state_file
+from wlora_merge.training.resume import FitState, state_file
 
 OPTIONS = {
     "max_steps": 6,
@@ -37,7 +37,7 @@ def killed(zoo: Zoo, out: Path, calls: int) -> None:
     base, folders, shots = zoo
     code = (
         "import os, signal, warnings; warnings.simplefilter('ignore')\n"
-        "import wlora_merge, wlora_merge.fit_state as state\n"
+        "import wlora_merge, wlora_merge.training.resume as state\n"
         "state.SAVE_EVERY_S = 0.0\n"
         "calls = 0\n"
         "def progress(*_):\n"
@@ -125,7 +125,7 @@ def test_a_state_is_not_taken_up_with_other_inputs_or_options(
         if state_file(tmp_path / "m").is_file():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("wlora_merge.fit_state.SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("wlora_merge.training.resume.SAVE_EVERY_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         fitted(zoo, tmp_path / "m", progress=stop, max_steps=2)
     with pytest.raises(MixtureError, match="other inputs, options or versions"):
@@ -143,7 +143,7 @@ def test_a_state_is_not_taken_up_with_other_logits_in_the_file(
         (tmp_path / "start.json").write_text(json.dumps({"all": dict(zip(("a0", "a1", "a2"), logits, strict=True))}))
         return tmp_path / "start.json"
 
-    monkeypatch.setattr("wlora_merge.fit_state.SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("wlora_merge.training.resume.SAVE_EVERY_S", 0.0)
     options = {"max_steps": 2, "granularity": "global"}
     with pytest.raises(KeyboardInterrupt):
         fitted(zoo, tmp_path / "m", progress=stop, initial_logits=write(1, 2, 3), **options)

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 
 from wlora_merge.data.examples import Examples
-from wlora_merge.folds import enough, fold_indices
+from wlora_merge.training.cross_validation import enough, fold_indices
 
 
 def test_folds_are_stratified_and_hold_each_example_out_once() -> None:

@@ -19,11 +19,11 @@ from wlora_merge.constants import NEW_FOLDER
 from wlora_merge.errors import MixtureError, UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
-from wlora_merge.fit import fit
 from wlora_merge.fit_options import fit_options
 from wlora_merge.mixture.attach import PARAMETER, attach, detach
 from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.mixture.new_lora import new_files, place_new
+from wlora_merge.training.fit import fit
 
 
 def with_new(zoo: Zoo, out: Path | None = None, **options: Any) -> Mixture:

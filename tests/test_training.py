@@ -20,13 +20,14 @@ from test_fit import WORDS, others, save_tokenizer
 from test_ranks import free_port, launch
 
 import wlora_merge
-import wlora_merge.training as training
+import wlora_merge.training.learner as training
 from wlora_merge.constants import NEW_FOLDER
 from wlora_merge.errors import MixtureError, UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
 from wlora_merge.fit_options import fit_options
 from wlora_merge.mixture.mixture import Mixture
+from wlora_merge.training.loop import _distance
 
 ROWS = [{"prompt": f"w{i} w{i + 1}", "completion": " " + " ".join(["w7"] * (1 + i % 5))} for i in range(7)]
 
@@ -109,7 +110,7 @@ def test_the_pull_is_towards_uniform_weights_at_the_temperature_of_the_mixture(t
     wlora_merge.attach(model, folders, granularity="global", temperature=2.0)
     model.wlora_weights.data = torch.tensor([[2.0, 0.0]])
     weights = torch.tensor([1.0, 0.0]).softmax(-1)
-    assert training._distance(model).item() == pytest.approx(2 * float((weights - 0.5).square().sum()))
+    assert _distance(model).item() == pytest.approx(2 * float((weights - 0.5).square().sum()))
 
 
 def test_every_epoch_has_every_row_once_in_an_order_that_only_the_seed_decides() -> None:
@@ -181,7 +182,7 @@ def test_two_processes_give_the_result_of_one(llamas: Zoo, tmp_path: Path, shard
 
 
 DIES = """
-import os, wlora_merge.fit_state as state
+import os, wlora_merge.training.resume as state
 real, count = state.FitState.finish, [0]
 def finish(self, key, value):
     real(self, key, value)
@@ -341,7 +342,7 @@ def test_a_time_budget_drops_folds_first_and_then_stops(
     with pytest.raises(MixtureError, match="max_minutes"):
         fitted(zoo, tmp_path / "out", max_minutes=1e-9)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(sys.modules["wlora_merge.fit"], "FOLD_SHARE", -1.0)
+    monkeypatch.setattr(sys.modules["wlora_merge.training.fit"], "FOLD_SHARE", -1.0)
     mixture = fitted(zoo, max_minutes=10)
     assert mixture.metrics["note"].startswith("Not estimated: no time was left for base; uniform")
 

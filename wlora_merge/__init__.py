@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from .errors import WloraMergeError, WloraMergeWarning
     from .exporters.export import export
     from .exporters.verify import verify
-    from .fit import fit
     from .mixture.attach import attach, detach
     from .mixture.mix import mix
     from .mixture.mixture import Mixture
+    from .training.fit import fit
 
 _HOMES = {
     "Mixture": "mixture.mixture",
@@ -38,7 +38,7 @@ _HOMES = {
     "attach": "mixture.attach",
     "detach": "mixture.attach",
     "export": "exporters.export",
-    "fit": "fit",
+    "fit": "training.fit",
     "mix": "mixture.mix",
     "verify": "exporters.verify",
 }

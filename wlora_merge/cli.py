@@ -100,7 +100,7 @@ def _stdout_is_broken() -> bool:
 @contextmanager
 def _naming_state(out: str) -> Iterator[None]:
     """Say, where a fit is stopped, what was kept of it."""
-    from .fit_state import state_file
+    from .training.resume import state_file
 
     try:
         yield
@@ -190,7 +190,7 @@ def fit(
     with _wrong_usage():
         chosen = fit_options(_those_of(FitOptions, options))
         check_for_task(chosen, task, eval_data, options["eval_split"])
-    from .fit import fit as run
+    from .training.fit import fit as run
 
     with fit_progress() as progress, work_progress(), _naming_state(out):
         mixture = run(

@@ -53,8 +53,8 @@ def predict(
 def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -> dict[str, Any]:
     import torch
 
-    from .candidates import steps_of
     from .fit_options import FitOptions, fit_options
+    from .training.candidates import steps_of
 
     entries = inputs.base.entries.values()
     embedding = max((math.prod(e.shape) for e in entries if len(e.shape) == 2), default=0)
@@ -87,7 +87,7 @@ def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -
 
 def _new_adapter_bytes(inputs: Inputs, r: int | None) -> int:
     """Of the float32 factors of a new adapter of rank r on all target modules; None: of the one that the folds try."""
-    from .candidates import NEW_RANK
+    from .training.candidates import NEW_RANK
 
     shapes = [matrix_shape(d.shape) for d in inputs.deltas if isinstance(d, ModuleDelta) and d.R]
     return 4 * (NEW_RANK if r is None else r) * sum(rows + columns for rows, columns in shapes)
@@ -101,8 +101,8 @@ def _trainings(
     Args:
         head: whether the task brings a new one, without which candidates with fixed weights have nothing to train.
     """
-    from .candidates import fixed_candidates, judgements, learned_settings
-    from .folds import enough, fold_indices
+    from .training.candidates import fixed_candidates, judgements, learned_settings
+    from .training.cross_validation import enough, fold_indices
 
     classes, twins = examples.classes(labels), examples.twins
     planned = learned_settings(options, head=head, enough=enough(classes, twins, head=head))

@@ -104,7 +104,7 @@ def _mixture(
     recipe: Recipe, base: str, adapters: list[tuple[str, str]], folder: Path, where: str | Path, say: Say, progress: Any
 ) -> Mixture:
     if recipe.fit is not None:
-        from .fit import fit
+        from .training.fit import fit
 
         say("fit")
         options = {key: value for key, value in asdict(recipe.fit).items() if value is not None}

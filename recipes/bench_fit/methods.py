@@ -18,9 +18,9 @@ import torch
 from jobs import Job, Row, get_job
 
 import wlora_merge
-from wlora_merge.candidates import steps_of
 from wlora_merge.data.labels import words_of
 from wlora_merge.fit_options import FitOptions
+from wlora_merge.training.candidates import steps_of
 
 BATCH, HEAD_RATE, MAX_LENGTH = 8, 0.01, 256
 

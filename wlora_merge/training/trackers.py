@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from .errors import UnsupportedError
-from .fit_options import FitOptions
+from ..errors import UnsupportedError
+from ..fit_options import FitOptions
 
 Log = Callable[[dict[str, float], int], None]
 RUN_NAME, LOG_FOLDER = "wlora-merge-fit", "wlora-merge-logs"

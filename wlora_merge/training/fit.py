@@ -18,32 +18,33 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters.adapter import Adapter, load_adapters
-from .adapters.stacking import stack
-from .adapters.targets import modules_of, tensors_of
-from .data.examples import EVAL_SPLITS, Examples, read_examples
-from .data.task import Task
-from .data.tasks import get_task
-from .errors import DataError, MixtureError
-from .exporters.report import write_report
-from .fit_options import FitOptions, check_for_task, fit_options
-from .fit_record import FitJob, data_ref, held_out, history, metrics_of, recorded, said_of_pruning, said_of_stop
-from .fit_start import initial_logits, initial_scale, like_start
-from .fit_state import FitState, only_fit, state_file
-from .io.digests import sha256_file
-from .io.hub import is_here
-from .io.staging import refuse_out
-from .mixture.inputs import find_inputs
-from .mixture.mixture import Mixture, adapter_ref
-from .models.base_model import BaseModel, open_base, refuse_quantized
-from .text import first_line
+from ..adapters.adapter import Adapter, load_adapters
+from ..adapters.stacking import stack
+from ..adapters.targets import modules_of, tensors_of
+from ..data.examples import EVAL_SPLITS, Examples, read_examples
+from ..data.task import Task
+from ..data.tasks import get_task
+from ..errors import DataError, MixtureError
+from ..exporters.report import write_report
+from ..fit_options import FitOptions, check_for_task, fit_options
+from ..io.digests import sha256_file
+from ..io.hub import is_here
+from ..io.staging import refuse_out
+from ..mixture.inputs import find_inputs
+from ..mixture.mixture import Mixture, adapter_ref
+from ..models.base_model import BaseModel, open_base, refuse_quantized
+from ..text import first_line
+from .initial_logits import initial_logits, initial_scale, like_start
+from .record import FitJob, data_ref, held_out, history, metrics_of, recorded, said_of_pruning, said_of_stop
+from .resume import FitState, only_fit, state_file
 from .trackers import tracker_names, tracking
 
 if TYPE_CHECKING:
-    from .candidates import Comparison
-    from .data.labels import LabelSet
-    from .distributed import Team
-    from .training import Candidate, FitProgress, Learner
+    from ..data.labels import LabelSet
+    from ..distributed import Team
+    from .candidates import Candidate
+    from .comparison import Comparison
+    from .learner import FitProgress, Learner
 
 FOLD_SHARE, JUDGED_SHARE = 0.5, 0.75
 """Of `max_minutes`: when the folds must end, and what evaluation data judge."""
@@ -96,7 +97,7 @@ def fit(
     Raises:
         WloraMergeError: with one sentence; nothing is left in `out`.
     """
-    from .distributed import team
+    from ..distributed import team
 
     chosen = like_start(fit_options(options))
     job = get_task(task)
@@ -206,10 +207,10 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _check_adapters(adapters: list[Adapter], options: FitOptions) -> None:
-    from . import candidates as c
+    from .candidates import BASE, FIXED, LEARNED, SEARCH, UNIFORM
 
     for adapter in adapters:
-        if adapter.name in (c.BASE, c.UNIFORM, c.LEARNED, c.SEARCH, c.FIXED):
+        if adapter.name in (BASE, UNIFORM, LEARNED, SEARCH, FIXED):
             raise MixtureError(
                 f"an adapter is called {adapter.name!r}, as something that it is compared with: name it, as in --adapter "
                 f"other={adapter.source.folder}."
@@ -233,9 +234,9 @@ def _prepare(
     """Load the model and encode the examples; also the labels, in the head's order."""
     from torch.utils.data import ConcatDataset
 
-    from .fit_model import load_model, max_tokens
-    from .folds import enough, fold_indices
-    from .training import Learner
+    from .cross_validation import enough, fold_indices
+    from .learner import Learner
+    from .model import load_model, max_tokens
 
     start, task, base, options = time.monotonic(), given.task, given.base, given.options
     processor, labels = task.load_processor(base.folder), task.labels(shots, problem_type=options.problem_type)
@@ -281,41 +282,52 @@ def _encoded(task: Task, examples: Examples, processor: Any, length: int | None,
 
 def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
     """Compare, choose, train what is kept; the metrics and the candidate that the model now holds."""
-    from . import candidates as c
-    from .choice import chosen
-    from .mixture.new_lora import new_targets
+    from ..mixture.new_lora import new_targets
+    from .candidates import (
+        AUTO,
+        BEST_SINGLE,
+        LEARNED,
+        SEARCH,
+        UNIFORM,
+        checkpoints,
+        fixed_candidates,
+        judgements,
+        learned_settings,
+    )
+    from .comparison import Comparison, compare, total_steps
+    from .selection import chosen
 
     learner, options, names = job.learner, job.options, job.learner.names
     if options.new_adapter is None and not new_targets(learner.model):
         options = replace(options, new_adapter=0)
-    fixed = c.fixed_candidates(names, options)
+    fixed = fixed_candidates(names, options)
     head = bool(learner.head)
-    settings = c.learned_settings(options, head=head, enough=job.enough)
-    steps = c.total_steps(learner, len(job.shots))
-    search = [replace(fixed[c.UNIFORM], name=c.SEARCH)] if options.method in (c.SEARCH, c.AUTO) else []
-    comparison = c.Comparison()
-    if job.held and c.judgements(options, settings, head=head) <= 1:  # nothing is left to decide
+    settings = learned_settings(options, head=head, enough=job.enough)
+    steps = total_steps(learner, len(job.shots))
+    search = [replace(fixed[UNIFORM], name=SEARCH)] if options.method in (SEARCH, AUTO) else []
+    comparison = Comparison()
+    if job.held and judgements(options, settings, head=head) <= 1:  # nothing is left to decide
         job.parts = []
     if job.parts:
-        comparison = c.compare(
+        comparison = compare(
             learner, settings if job.held else [*fixed.values(), *search, *settings], job.parts, steps,
-            judge_at=c.checkpoints(options, head=head), deadline=job.deadline(FOLD_SHARE),
+            judge_at=checkpoints(options, head=head), deadline=job.deadline(FOLD_SHARE),
         )  # fmt: skip
     default = [replace(s, new_interpolations=(s.new_interpolation,)) for s in settings[:1]]
     learned = [comparison.learned] if comparison.learned else default
-    on_folds, planned = comparison, {name: comparison.steps.get(name, steps) for name in [*fixed, c.SEARCH, c.LEARNED]}
+    on_folds, planned = comparison, {name: comparison.steps.get(name, steps) for name in [*fixed, SEARCH, LEARNED]}
     if job.held:
-        first = names if options.method == c.BEST_SINGLE else [options.method]  # what is kept, as time may end
+        first = names if options.method == BEST_SINGLE else [options.method]  # what is kept, as time may end
         order = sorted([*learned, *search, *fixed.values()], key=lambda candidate: candidate.name not in first)
-        comparison = c.compare(
+        comparison = compare(
             learner, order, [(job.shots, job.held)], planned,
             judge_at=tuple(i / 10 for i in range(1, 11)) if options.early_stopping else (1.0,), tag="all, ",
             deadline=job.deadline(JUDGED_SHARE), patience=options.early_stopping,
         )  # fmt: skip
         comparison.scores = {name: comparison.scores[name] for name in planned if name in comparison.scores}
-    elif not job.parts and options.method == c.BEST_SINGLE:
+    elif not job.parts and options.method == BEST_SINGLE:
         among = [fixed[name] for name in names]
-        comparison = c.compare(learner, among, [(job.shots, job.shots)], steps, judge_at=(1.0,), tag="shots, ")
+        comparison = compare(learner, among, [(job.shots, job.shots)], steps, judge_at=(1.0,), tag="shots, ")
     kept = chosen(options.method, options.select, comparison, names)
     candidate = (fixed | {s.name: s for s in [*learned, *search]})[kept]
     candidate = _finish(job, candidate, planned[kept], comparison)
@@ -331,8 +343,9 @@ def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
 
 def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Comparison) -> Candidate:
     """Train what is kept on all shots, unless that is what was judged."""
-    from . import candidates as c
-    from .training import restore
+    from .candidates import SEARCH
+    from .comparison import SEARCH_EVALUATIONS, cut, searched
+    from .loop import restore
 
     learner, final = job.learner, candidate
     with tracking(job.options, learner.team.leads) as log:
@@ -345,16 +358,16 @@ def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Compariso
                     log({"loss": value}, step)
                 log({"loss": loss, **{f"weight/{name}": w for name, w in learner.weights().items()}}, last)
         else:
-            tried = c.SEARCH_EVALUATIONS
-            if candidate.name == c.SEARCH:
-                candidate, tried = c.searched(learner, candidate, job.shots, "all", job.deadline())
+            tried = SEARCH_EVALUATIONS
+            if candidate.name == SEARCH:
+                candidate, tried = searched(learner, candidate, job.shots, "all", job.deadline())
             final = replace(candidate, name=f"{candidate.name}, all shots") if job.parts else candidate
             learner.log = log
             done = learner.train(final, job.shots, steps, key="final", deadline=job.deadline())
-            done.stopped = c.cut(tried)
+            done.stopped = cut(tried)
             learner.log = None
     job.losses, job.steps, job.stopped = {final.name: done.history}, done.steps, said_of_stop(done, steps)
-    if done.stopped == c.cut(0) or not (done.complete or done.steps or done.stopped):
+    if done.stopped == cut(0) or not (done.complete or done.steps or done.stopped):
         less = ", or --folds 0" if job.parts else ""
         raise MixtureError(f"max_minutes left no time for a single step on all shots: give more{less}.")
     return candidate
@@ -362,12 +375,12 @@ def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Compariso
 
 def _prune(job: FitJob, candidate: Candidate, on_folds: Comparison) -> dict[str, Any]:
     """Prune the model's weights and say what it cost."""
-    from . import candidates as c
+    from .comparison import prune
 
     learner = job.learner
     judged_on, where = (job.held, "evaluation data") if job.held else (job.shots, "the shots themselves")
     before, used = learner.judge(judged_on).loss, learner.used()
-    dropped = c.prune(learner)
+    dropped = prune(learner)
     cost = learner.judge(judged_on).loss - before
     if not job.held and candidate.learned and on_folds.pruned is not None:
         cost, where = on_folds.pruned, "held-out folds"
@@ -383,7 +396,7 @@ def _mixture(
     """The mixture that the model holds; an adapter without weight anywhere leaves it, one that was trained enters it."""
     import torch
 
-    from .mixture.new_lora import add_new, new_files
+    from ..mixture.new_lora import add_new, new_files
 
     mixture = Mixture.from_model(learner.model, given.base)
     logits = mixture.wlora_weights
@@ -414,8 +427,8 @@ def _mixture(
 
 def _state(out: str | Path | None, given: _Given, shots: Examples, held: Examples | None, resume: bool) -> FitState:
     """The state of this fit, with a fingerprint of all that decides its result."""
-    from .exporters.manifest import versions
-    from .fit_model import device_name
+    from ..exporters.manifest import versions
+    from .model import device_name
 
     options, start = given.options, given.options.initial_logits
     start = start if isinstance(start, str) else None

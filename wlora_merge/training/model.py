@@ -6,20 +6,20 @@ import os
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
-from .adapters.adapter import Adapter
-from .data.task import Task, token_limit
-from .distributed import Team
-from .errors import BaseModelError, MixtureError, UnsupportedError
-from .fit_options import FitOptions
-from .models.base_model import BaseModel
-from .models.loading import quiet_libraries
-from .models.module_tree import empty_model
-from .text import first_line
+from ..adapters.adapter import Adapter
+from ..data.task import Task, token_limit
+from ..distributed import Team
+from ..errors import BaseModelError, MixtureError, UnsupportedError
+from ..fit_options import FitOptions
+from ..models.base_model import BaseModel
+from ..models.loading import quiet_libraries
+from ..models.module_tree import empty_model
+from ..text import first_line
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .data.labels import LabelSet
+    from ..data.labels import LabelSet
 
 POSITIONS = ("position_embeddings", "position_embedding", "wpe", "embed_positions", "positions_embed")
 """How models call their table of learned positions."""
@@ -38,7 +38,7 @@ def load_model(
     team: Team,
 ) -> tuple[nn.Module, list[str], LabelSet | None]:
     """The model with its adapters attached; the names of the head's modules, where it is new; the labels in the head's order."""
-    from .mixture.attach import attach
+    from ..mixture.attach import attach
 
     sharded = team.size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     if sharded and options.quantize == "8bit":
@@ -187,7 +187,7 @@ def _load(
     """
     import torch
 
-    from .data.labels import LabelSet
+    from ..data.labels import LabelSet
 
     own = _own_labels(base)
     keep = labels is not None and own is not None and _is_head_of(base, own, labels)

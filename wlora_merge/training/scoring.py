@@ -13,10 +13,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from .data.metrics import Metric
-from .training import Judged, joined
+from ..data.metrics import Metric
 
 PARTS = 50
 
@@ -59,7 +60,7 @@ def pool(parts: Sequence[Judged]) -> Judged:
     """Folds as one set of examples."""
     items = sum(part.items for part in parts)
     loss = sum(part.loss * part.items for part in parts) / max(items, 1)
-    return Judged(joined([p.outputs for p in parts]), joined([p.labels for p in parts]), loss, items)
+    return Judged(join_batches([p.outputs for p in parts]), join_batches([p.labels for p in parts]), loss, items)
 
 
 def score(judged: Judged, metric: Metric) -> Score:
@@ -88,3 +89,23 @@ def _first(value: Any) -> Any:
 def _jackknife(left_out: NDArray[np.float64]) -> float:
     n = len(left_out)
     return math.sqrt((n - 1) / n * float(((left_out - left_out.mean()) ** 2).sum())) if n > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a model gave on E held-out rows: the metric's inputs (tensors [E, ...] on the CPU), and the mean loss."""
+
+    outputs: Any
+    labels: Any
+    loss: float
+    items: int
+
+
+def join_batches(parts: Sequence[Any]) -> Any:
+    """Batches [E_i, T_i, ...] -> one tensor [E, T, ...], shorter ones padded with -100; tuples part by part."""
+    if isinstance(parts[0], tuple):
+        return tuple(join_batches([part[i] for part in parts]) for i in range(len(parts[0])))
+    if parts[0].ndim < 2 or all(p.shape[1:] == parts[0].shape[1:] for p in parts):
+        return torch.cat(list(parts))
+    width = max(p.shape[1] for p in parts)
+    return torch.cat([nn.functional.pad(p, (0, 0) * (p.ndim - 2) + (0, width - p.shape[1]), value=-100) for p in parts])

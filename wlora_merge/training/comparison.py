@@ -1,12 +1,11 @@
-"""Which ways to mix are compared, and what each gives on the folds or on evaluation data.
+"""What each candidate gives on the folds or on evaluation data.
 
 The base, uniform composition, each adapter alone and the learned mixture all train their heads in the same way, on the same
-folds; each is judged after several numbers of steps, on examples that it was not trained on. This room knows no files.
+folds; each is judged after several numbers of steps, on examples that it was not trained on. It knows no files.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,34 +13,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .fit_options import FitOptions
-from .judging import Score, pool, score
-from .mixture.attach import attachment_of
-from .mixture.weights import uniform_start
-from .search import minimize
-from .training import Candidate, Judged, Learner, Trained
+from ..mixture.attach import attachment_of
+from .candidates import LEARNED, SEARCH, UNIFORM, Candidate, setting_name, steps_of
+from .cma_es import minimize
+from .learner import Learner
+from .loop import Trained
+from .scoring import Judged, Score, pool, score
 
-LEARNED, UNIFORM, BASE, SEARCH, FIXED, BEST_SINGLE, AUTO = (
-    "learned", "uniform", "base", "search", "fixed", "best-single", "auto",
-)  # fmt: skip
-CHECKPOINTS = (0.3, 0.6, 1.0)
-"""Shares of the steps after which a candidate is judged, where no head is trained: one that is stopped early is not finished, and
-costs more than the weights gain (recipes/bench_fit/README.md)."""
-PULLS = (0.0, 0.3)
-NEW_RANK = 8
-NEW_INTERPOLATIONS = (0.5, 0.25, 1.0)
-"""How far the new adapter goes to what was trained, where no head is trained: half-way it keeps what it gains far from the given
-adapters, and loses little near them; the folds may prefer less or all of it (recipes/bench_fit/README.md)."""
-ONE_SHOT = 0.5
-"""How far from uniform composition a new head and weights go on one shot per class, where nothing can be held out: half-way costs
-nothing near the adapters, and has most of the gain far from them (recipes/bench_fit/README.md)."""
 OVERRULES = 2.0
 """Standard errors of the difference by which a setting must be ahead on the folds to take the place of the default, where a head is
 trained: at one, two examples do it, and they mislead. Where none is, two thirds of the shots teach what all do, and the folds are
 right (recipes/bench_fit/README.md)."""
-EPOCHS, FEWEST_STEPS, MOST_STEPS = 20, 40, 100
-"""How long a training is: with a head the most, else so many passes within these bounds: eight examples are learned in forty steps,
-eighty are not (recipes/bench_fit/README.md)."""
 SEARCH_EVALUATIONS = 40
 SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.13269
 
@@ -61,54 +43,6 @@ class Comparison:
     learned: Candidate | None = None
     pruned: float | None = None
     trained: dict[str, Trained] = field(default_factory=dict)
-
-
-def fixed_candidates(names: Sequence[str], options: FitOptions) -> dict[str, Candidate]:
-    """The base, uniform composition, each adapter alone, and the weights given."""
-    n, normalize = len(names), options.normalize or "all"
-    found = {
-        BASE: Candidate(BASE, (0.0,) * n, scale=0.0),
-        UNIFORM: Candidate(UNIFORM, tuple(uniform_start(n, normalize)), normalize),
-    }
-    for i, name in enumerate(names):
-        found[name] = Candidate(name, tuple(float(i == j) for j in range(n)))
-    if options.weights is not None:
-        found[FIXED] = Candidate(FIXED, tuple(map(float, options.weights)))
-    return found
-
-
-def learned_settings(options: FitOptions, *, head: bool, enough: bool) -> list[Candidate]:
-    """What the folds compare for the learned method: the default, then what differs from it in one option, then in more.
-
-    Empty for a method that learns nothing by gradients. The default is free weights where a new head is trained, on one shot
-    per class half-way back to uniform composition, and a softmax where the base already does the task; with a new adapter where the
-    examples are enough for one (recipes/bench_fit/README.md says what was measured).
-
-    Args:
-        head: whether a new head is trained.
-        enough: whether the examples are enough for a new adapter (`folds.enough`).
-    """
-    if options.method not in (LEARNED, AUTO):
-        return []
-    softmax = options.initial_logits is not None or options.temperature != 1
-    both = ["none", "all"] if head else ["all", "none"]
-    normalizes = [options.normalize] if options.normalize else ["all"] if softmax else both
-    from_file = isinstance(options.initial_logits, str)  # which has its own groups
-    granularities = [options.granularity or "module"] if options.granularity or from_file else ["module", "global"]
-    pulls = [options.pull] if options.pull is not None else list(PULLS)
-    default = NEW_RANK if enough else 0
-    half = head and not enough and options.initial_logits is None
-    share = options.interpolation if options.interpolation is not None else ONE_SHOT if half else 1.0
-    given = options.new_adapter_interpolation
-    new = (given,) if given is not None else (1.0,) if head else NEW_INTERPOLATIONS
-    ranks = [options.new_adapter] if options.new_adapter is not None else [default, NEW_RANK - default]
-    table = itertools.product(enumerate(pulls), enumerate(granularities), enumerate(normalizes), enumerate(ranks))
-    ordered = sorted(table, key=lambda row: sum(number for number, _ in row))
-    settings = [
-        Candidate(LEARNED, None, m, g, p, new_adapter=r, interpolation=share, new_interpolations=new if r else (1.0,))
-        for (_, p), (_, g), (_, m), (_, r) in ordered
-    ]
-    return [s for s in settings if not (s.new_adapter and s.normalize == "present")][: options.settings]
 
 
 def compare(
@@ -177,15 +111,6 @@ def _best_point(scores: Mapping[tuple[int, float], Score]) -> tuple[int, float]:
     for step, new in sorted(scores, key=lambda point: (scores[point].loss, point[0])):
         steps.setdefault(new, step)
     return max(((step, new) for new, step in sorted(steps.items())), key=lambda point: scores[point].key())
-
-
-def setting_name(candidate: Candidate) -> str:
-    """A learned setting as tables show it, with how far a new adapter goes, where that has been chosen."""
-    share, *others = candidate.new_interpolations
-    far = f" at {share:g}" if share != 1 and not others else ""
-    new = f", new adapter of rank {candidate.new_adapter}{far}" if candidate.new_adapter else ""
-    between = f", interpolation {candidate.interpolation:g}" if candidate.interpolation != 1 else ""
-    return f"{candidate.granularity}, normalize {candidate.normalize}, pull {candidate.pull:g}{new}{between}"
 
 
 def _one(
@@ -317,23 +242,3 @@ def cut(tried: int) -> str:
 def total_steps(learner: Learner, shots: int) -> int:
     """Optimizer steps that the options ask for."""
     return steps_of(learner.options, shots, head=bool(learner.start))
-
-
-def steps_of(options: FitOptions, shots: int, *, head: bool) -> int:
-    """Optimizer steps on so many shots; `head`: whether a new head is trained."""
-    if options.max_steps is not None:
-        return options.max_steps
-    batches, each = -(-shots // options.batch_size), options.gradient_accumulation_steps
-    if options.epochs is not None:
-        return max(1, round(options.epochs * batches / each))
-    return MOST_STEPS if head else min(MOST_STEPS, max(FEWEST_STEPS, round(EPOCHS * batches / each)))
-
-
-def checkpoints(options: FitOptions, *, head: bool) -> tuple[float, ...]:
-    """Shares of the steps after which the folds judge a candidate; `head`: whether a new head is trained."""
-    return (1.0,) if head or options.max_steps is not None or options.epochs is not None else CHECKPOINTS
-
-
-def judgements(options: FitOptions, settings: Sequence[Candidate], *, head: bool) -> int:
-    """How often the folds judge each example by settings of the learned method: at every number of steps and every interpolation."""
-    return sum(len(s.new_interpolations) for s in settings) * len(checkpoints(options, head=head))

@@ -1,6 +1,6 @@
-"""The training loop of a fit: one loaded model on which one candidate after another is placed, trained and judged.
+"""The learner of a fit: one loaded model on which one candidate after another is placed, trained and judged.
 
-A loop of our own, because it trains a few numbers through a frozen model: it takes quantized bases as they are, keeps no
+Its loop is our own, because it trains a few numbers through a frozen model: it takes quantized bases as they are, keeps no
 state but those numbers, gives the same result on several processes as on one (each weighs its share of a batch by what the
 loss counts), and trains a head alone on activations computed once. Dropout is off: the frozen model is a fixed function.
 """
@@ -11,27 +11,29 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .errors import MixtureError
-from .fit_options import FitOptions
-from .mixture.attach import SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
-from .mixture.live_model import refuse_uncalled
-from .mixture.new_lora import new_parameters, place_new
-from .mixture.weights import mixture_weights, uniform_start
-from .text import first_line
+from ..errors import MixtureError
+from ..fit_options import FitOptions
+from ..mixture.attach import SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
+from ..mixture.live_model import refuse_uncalled
+from ..mixture.new_lora import place_new
+from ..mixture.weights import mixture_weights, uniform_start
+from ..text import first_line
+from .candidates import Candidate
+from .loop import Loop, Trained, restore
+from .scoring import Judged, join_batches
 
 if TYPE_CHECKING:
     from torch.utils.data import ConcatDataset
 
-    from .data.labels import LabelSet
-    from .data.task import Task
-    from .distributed import Team
-    from .fit_state import FitState
+    from ..data.labels import LabelSet
+    from ..data.task import Task
+    from ..distributed import Team
+    from .resume import FitState
 
 FitProgress = Callable[[str, int, int, float, dict[str, float]], None]
 """Called with (candidate, step, steps, loss, mean mixture weight of each adapter) after every step."""
@@ -40,68 +42,6 @@ PACKED_TOLERANCE = {None: 1e-4, "bf16": 2e-2, "4bit": 2e-2, "8bit": 1e-1}
 its loss is off by 4e-2 on SmolLM2."""
 PACKED_INFLUENCE = {"8bit": 1e-1}
 """The same of what the example before it may change in an example's logits: nothing, else 1e-4."""
-
-
-def logit_rate(options: FitOptions, normalize: str) -> float:
-    """The learning rate of the logits, or of free weights, whose steps are steps of the mixture weights themselves."""
-    return options.learning_rate or (0.02 if normalize == "none" else 0.05)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to mix: a row of weights for all groups, or (`row` None) weights learned from the start.
-
-    `scale` 0 is the base model alone; `new_adapter` the rank of a LoRA that is trained beside them; `interpolation` how far it goes
-    from uniform composition (0) to what was learned (1), `new_interpolations` how far the new adapter may go besides, from nothing.
-    """
-
-    name: str
-    row: tuple[float, ...] | None = None
-    normalize: str = "none"
-    granularity: str = "global"
-    pull: float = 0.0
-    scale: float | None = None
-    new_adapter: int = 0
-    interpolation: float = 1.0
-    new_interpolations: tuple[float, ...] = (1.0,)
-
-    @property
-    def learned(self) -> bool:
-        """Whether its weights are trained."""
-        return self.row is None
-
-    @property
-    def new_interpolation(self) -> float:
-        """How far its new adapter goes: of several the first, where the folds have not chosen."""
-        return self.new_interpolations[0]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What a model gave on E held-out rows: the metric's inputs (tensors [E, ...] on the CPU), and the mean loss."""
-
-    outputs: Any
-    labels: Any
-    loss: float
-    items: int
-
-
-@dataclass
-class Trained:
-    """What a training gave: its steps, the loss of the last, what was judged, whether it ran to its end.
-
-    `judged` is by the step and the interpolation of the new adapter.
-    `candidate` is what was trained, with the weights that a search found; `stopped` says where that search stopped, if it did.
-    """
-
-    steps: int = 0
-    loss: float = math.nan
-    judged: dict[tuple[int, float], Judged] = field(default_factory=dict)
-    complete: bool = True
-    tensors: list[torch.Tensor] = field(default_factory=list)
-    history: list[tuple[int, float]] = field(default_factory=list)
-    candidate: Candidate | None = None
-    stopped: str = ""
 
 
 class Learner:
@@ -268,7 +208,7 @@ class Learner:
             points = [(step, candidate.new_interpolation) for step in judge_at]
             result.judged = dict.fromkeys(points, self.judge(held)) if held and judge_at else {}
             return result
-        loop = _Loop(self, candidate, rows, steps, parameters, head)
+        loop = Loop(self, candidate, rows, steps, parameters, head)
         best = (math.inf, 0, loop.tensors())
         if saved := self.state.current(key):
             result, best = loop.restore(saved)
@@ -321,7 +261,7 @@ class Learner:
                 self.state.finish(key, saved)
         return list(saved)
 
-    def _check(self, candidate: Candidate, loop: _Loop, result: Trained) -> None:
+    def _check(self, candidate: Candidate, loop: Loop, result: Trained) -> None:
         if result.steps and not loop.optimizer.state:
             raise MixtureError(
                 f"training {candidate.name!r}: none of its steps had finite gradients in {self.options.precision}: use --precision "
@@ -387,7 +327,7 @@ class Learner:
         loss = sum(a * n for a, n in zip(losses, items, strict=True)) / max(sum(items), 1)
         if not math.isfinite(loss):
             raise MixtureError(f"the loss on held-out examples is {loss}; use smaller learning rates.")
-        return Judged(joined(outputs), joined(labels), loss, sum(items))
+        return Judged(join_batches(outputs), join_batches(labels), loss, sum(items))
 
     def _inputs(self, rows: list[int], collate: Callable[[list[dict[str, Any]]], Any] | None = None) -> dict[str, Any]:
         batch = (collate or self.collate)([self.rows[r] for r in rows])
@@ -440,7 +380,7 @@ class Learner:
         return logits
 
     def _head_loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        from .constants import MULTI, REGRESSION
+        from ..constants import MULTI, REGRESSION
 
         logits = self._head_logits(features)
         kind = self.labels.problem_type if self.labels else ""
@@ -449,130 +389,6 @@ class Learner:
         if kind == MULTI:
             return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         return nn.functional.cross_entropy(logits, labels)
-
-
-class _Loop:
-    """One training: its optimizer, its batches, and the state with which it can be taken up again.
-
-    Args:
-        parameters: what is trained, the head's last.
-        uniform_head: the head's parameters trained on uniform composition, where the candidate ends between it and what it learns.
-    """
-
-    def __init__(
-        self,
-        learner: Learner,
-        candidate: Candidate,
-        rows: Sequence[int],
-        steps: int,
-        parameters: list[nn.Parameter],
-        uniform_head: list[torch.Tensor],
-    ) -> None:
-        self.learner, self.candidate, self.parameters = learner, candidate, parameters
-        self.features = learner.features(candidate)
-        self.batches = learner.batches(rows, steps)
-        self.done = 0
-        self.uniform = [*self.tensors()[: len(parameters) - len(uniform_head)], *uniform_head]
-        model, options = learner.model, learner.options
-        head = [model.get_parameter(name) for name in learner.start]
-        factors = new_parameters(model)
-        self.rising = {id(lora_B) for lora_B in factors[1::2]}
-        others = {id(p) for p in (*head, *factors)}
-        groups = [
-            {
-                "params": [p for p in parameters if id(p) not in others],
-                "lr": logit_rate(options, candidate.normalize),
-            },
-            {"params": factors, "lr": options.new_adapter_learning_rate},
-            {"params": head, "lr": options.head_learning_rate},
-        ]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
-        self.scaler = torch.amp.GradScaler(learner.device.type, enabled=options.precision == "fp16")
-
-    def step(self, step: int) -> float:
-        """One optimizer step; the mean loss of its batches over all processes."""
-        while self.done < step - 1:  # a training taken up again passes over the batches that it has had
-            next(self.batches)
-            self.done += 1
-        self.done = step
-        loss = self._backward(next(self.batches))
-        self.scaler.step(self.optimizer)  # not where a gradient overflowed
-        self.scaler.update()
-        return loss
-
-    def _backward(self, batches: list[list[int]]) -> float:
-        learner = self.learner
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        total = sum(learner.task.items(learner.rows[row]) for batch in batches for row in batch)
-        loss_sum = torch.zeros(1, device=learner.device)
-        for batch in batches:
-            mine = batch[learner.team.rank :: learner.team.size]
-            share = sum(learner.task.items(learner.rows[row]) for row in mine) / max(total, 1)
-            # a rank without rows runs along for nothing: where layers are sharded, all must meet
-            loss = learner.loss(mine or batch[:1], self.features) * share
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            loss_sum += loss.detach()
-        learner.team.sum([loss_sum, *(p.grad for p in self.parameters if p.grad is not None)])
-        self.scaler.unscale_(self.optimizer)  # after the sum: what overflowed on one process did so on all
-        if self.candidate.learned and self.candidate.pull:
-            (self.candidate.pull * _distance(learner.model)).backward()  # type: ignore[no-untyped-call]
-        return float(loss_sum)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Copies of what is trained."""
-        return [p.detach().clone() for p in self.parameters]
-
-    def interpolate(self, new: float) -> None:
-        """Leave what is trained as far from uniform composition as the candidate says, and the new adapter's change `new` times that.
-
-        That is WiSE-FT, https://arxiv.org/abs/2109.01903. lora_B starts at zero, where the new adapter changes nothing.
-        """
-        share = self.candidate.interpolation
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, self.uniform, strict=True):
-                far = share * new if id(parameter) in self.rising else share
-                if far != 1:
-                    parameter.copy_(torch.lerp(value, parameter, far))
-
-    def saved(self, result: Trained, best: tuple[float, int, list[torch.Tensor]]) -> dict[str, Any]:
-        """All that `restore` needs, as plain containers and tensors."""
-        return {
-            "steps": result.steps,
-            "loss": result.loss,
-            "history": list(result.history),
-            "judged": {point: vars(judged) for point, judged in result.judged.items()},
-            "tensors": self.tensors(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "best": list(best),
-        }
-
-    def restore(self, saved: dict[str, Any]) -> tuple[Trained, tuple[float, int, list[torch.Tensor]]]:
-        """Go on where a killed run saved."""
-        restore(self.parameters, saved["tensors"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"])
-        judged = {point: Judged(**row) for point, row in saved["judged"].items()}
-        best = saved["best"]
-        return Trained(saved["steps"], saved["loss"], judged, history=saved["history"]), (best[0], best[1], best[2])
-
-
-def restore(parameters: Sequence[nn.Parameter], tensors: Sequence[torch.Tensor]) -> None:
-    """Put what a training gave back in place."""
-    with torch.no_grad():
-        for parameter, value in zip(parameters, tensors, strict=True):
-            parameter.copy_(value)
-
-
-def _distance(model: nn.Module) -> torch.Tensor:
-    """N · mean over groups of Σ_n (v̂_n - 1/N)²: 0 for uniform composition, N - 1 for one adapter alone."""
-    attachment = attachment_of(model)
-    weights = mixture_weights(attachment.weights, attachment.normalize, attachment.temperature)
-    n = weights.shape[-1]
-    return n * (weights - 1 / n).square().sum(-1).mean()
 
 
 def _quiet(model: nn.Module, gradient_checkpointing: bool) -> None:
@@ -608,13 +424,3 @@ def _on_cpu(value: Any) -> Any:
         if value.is_floating_point()
         else value.cpu()
     )
-
-
-def joined(parts: Sequence[Any]) -> Any:
-    """Batches [E_i, T_i, ...] -> one tensor [E, T, ...], shorter ones padded with -100; tuples part by part."""
-    if isinstance(parts[0], tuple):
-        return tuple(joined([part[i] for part in parts]) for i in range(len(parts[0])))
-    if parts[0].ndim < 2 or all(p.shape[1:] == parts[0].shape[1:] for p in parts):
-        return torch.cat(list(parts))
-    width = max(p.shape[1] for p in parts)
-    return torch.cat([nn.functional.pad(p, (0, 0) * (p.ndim - 2) + (0, width - p.shape[1]), value=-100) for p in parts])

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .constants import FIT_STATE
-from .errors import MixtureError, OutputError
-from .io.staging import reserved
+from ..constants import FIT_STATE
+from ..errors import MixtureError, OutputError
+from ..io.staging import reserved
 
 SAVE_EVERY_S = 5.0
 

@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data.examples import Examples
-from .fit_options import FitOptions, given_of_new
-from .folds import FEWEST
+from ..data.examples import Examples
+from ..fit_options import FitOptions, given_of_new
+from .cross_validation import FEWEST
 
 if TYPE_CHECKING:
-    from .candidates import Comparison
-    from .choice import Leads
-    from .training import Candidate, Learner, Trained
+    from .candidates import Candidate
+    from .comparison import Comparison
+    from .learner import Learner
+    from .loop import Trained
+    from .selection import Leads
 
 
 @dataclass
@@ -108,8 +110,8 @@ def metrics_of(
     job: FitJob, comparison: Comparison, on_folds: Comparison, kept: str, candidate: Candidate
 ) -> dict[str, Any]:
     """The scores of all candidates, what was kept, and in words what they were measured on and what else is as good."""
-    from . import candidates as c
-    from .choice import of_method, rivals, tables
+    from .candidates import BASE, UNIFORM
+    from .selection import of_method, rivals, tables
 
     setting = {"chosen": _setting(job, candidate)} if candidate.learned else {}
     if not comparison.scores:
@@ -117,7 +119,7 @@ def metrics_of(
     metric, names = job.learner.metric, job.learner.names
     asked = of_method(job.options.method, comparison, names)
     asked = asked if asked in comparison.scores else kept
-    better, equal = rivals(asked, comparison, [c.BASE, c.UNIFORM, *names])
+    better, equal = rivals(asked, comparison, [BASE, UNIFORM, *names])
     said = [
         f"Loss, {metric.name} and its standard error {_how_judged(job)}.",
         *_said_of_rivals(asked, better, equal, names, metric.name),
@@ -151,7 +153,7 @@ def _setting(job: FitJob, candidate: Candidate) -> dict[str, Any]:
 
 def _not_estimated(job: FitJob, comparison: Comparison, kept: str, candidate: Candidate) -> str:
     """The note where nothing was judged: why, and what to give."""
-    from . import candidates as c
+    from .candidates import AUTO
 
     fewer = "two different shots per class or more" if job.learner.head else f"{FEWEST} different examples or more"
     each = "a second example of more classes" if job.enough else fewer
@@ -161,7 +163,7 @@ def _not_estimated(job: FitJob, comparison: Comparison, kept: str, candidate: Ca
     if job.learner.task.name == "text-classification" and named:
         more += ". If the labels are words, --label-names makes an example of each"
     why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
-    if job.options.method == c.AUTO or job.options.select == "best":
+    if job.options.method == AUTO or job.options.select == "best":
         why += f" Kept: {_called(kept, job.learner.names)}, as there was nothing to choose by."
     idle = _without_effect(job.options, candidate, folds=bool(job.parts))
     return " ".join([f"Not estimated: {why}", *_with_what(candidate), *idle])
@@ -181,14 +183,14 @@ def _how_judged(job: FitJob) -> str:
 
 def _said_of_kept(job: FitJob, rivals: Sequence[str], asked: str, kept: str, candidate: Candidate) -> list[str]:
     """What is kept, with what, and what --select best would keep."""
-    from . import candidates as c
+    from .candidates import AUTO, LEARNED, UNIFORM
 
     names, said = job.learner.names, []
-    simple = [c.UNIFORM, *names]
+    simple = [UNIFORM, *names]
     rival = next((name for name in rivals if name in simple), None)
-    if rival and kept == asked and kept not in simple and job.options.method != c.AUTO:
+    if rival and kept == asked and kept not in simple and job.options.method != AUTO:
         said.append(f"Kept: {kept}; --select best keeps {_called(rival, names)}.")
-    elif kept != c.LEARNED:
+    elif kept != LEARNED:
         said.append(f"Kept: {_called(kept, names)}.")
     return said + _with_what(candidate)
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .constants import NEW_FOLDER
-from .errors import MixtureError
-from .fit_options import FitOptions, check_together
-from .mixture.groups import group_of
-from .mixture.mixture import Mixture
+from ..constants import NEW_FOLDER
+from ..errors import MixtureError
+from ..fit_options import FitOptions, check_together
+from ..mixture.groups import group_of
+from ..mixture.mixture import Mixture
 
 if TYPE_CHECKING:
     import torch
 
-    from .models.base_model import BaseModel
+    from ..models.base_model import BaseModel
 
 
 def like_start(options: FitOptions) -> FitOptions:

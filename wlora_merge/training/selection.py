@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .candidates import AUTO, BASE, BEST_SINGLE, LEARNED, UNIFORM, Comparison
-from .errors import MixtureError
+from ..errors import MixtureError
+from .candidates import AUTO, BASE, BEST_SINGLE, LEARNED, UNIFORM
+from .comparison import Comparison
 
 
 def of_method(method: str, comparison: Comparison, names: Sequence[str]) -> str:

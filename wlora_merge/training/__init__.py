@@ -1,0 +1,19 @@
+"""A fit: which candidates there are, how each is trained, how they are compared, and which is kept.
+
+This room knows everything below it but how an export is written. It must not know the command line.
+
+fit                the workflow: fit
+model              the model that a fit trains on
+learner            one loaded model on which candidates are placed, trained and judged
+loop               one training: optimizer, batches, state
+candidates         what is compared, and for how long: Candidate
+comparison         candidates trained and judged on the same examples
+cross_validation   which shots are held out
+scoring            what a model gave -> scores with standard errors
+selection          which candidate is kept
+initial_logits     where a fit starts
+cma_es             a search without gradients
+resume             the state of a fit, taken up again
+trackers           what a fit logs to
+record             what a mixture remembers of its fit
+"""
