@@ -142,7 +142,9 @@ def contenders(work: Path) -> list[Contender]:
         Contender("cp -r", ["cp", "-r", str(base), str(work / "copy")], work / "copy"),
         Contender("python -c 'import torch'", [python, "-c", "import torch"]),
         Contender("import torch and the bare matmuls", [python, "-c", MATMULS, str(base)]),
-        Contender("imports of an export", [python, "-c", "import wlora_merge.cli, wlora_merge.export, torch"]),
+        Contender(
+            "imports of an export", [python, "-c", "import wlora_merge.cli.main, wlora_merge.exporters.export, torch"]
+        ),
         Contender(
             "wlora-merge export dense", [*ours, "--format", "dense", "--out", str(work / "dense")], work / "dense"
         ),

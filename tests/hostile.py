@@ -93,14 +93,14 @@ def _serve() -> None:
     import datasets  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch  # noqa: F401
-    import wlora_merge.mixture.mixture.attach
-    import wlora_merge.training.learner.fit
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
+    import wlora_merge.cli.inspect_tables
+    import wlora_merge.cli.run
     import wlora_merge.exporters.export
-    import wlora_merge.inspect
-    import wlora_merge.run  # noqa: F401
-    from wlora_merge.cli import main
+    import wlora_merge.mixture.attach
+    import wlora_merge.training.fit  # noqa: F401
+    from wlora_merge.cli.main import main
 
     for line in sys.stdin:
         print(json.dumps(_forked(main, *json.loads(line))), flush=True)

@@ -651,9 +651,9 @@ def test_options_that_come_to_nothing_are_said(zoo: Zoo, tmp_path: Path) -> None
 
 
 def test_a_check_predicts_as_many_trainings_as_a_fit_makes(zoo: Zoo, tmp_path: Path) -> None:
+    from wlora_merge.cli.costs import _trainings
+    from wlora_merge.cli.recipe import FitRecipe
     from wlora_merge.data.examples import read_examples
-    from wlora_merge.predict import _trainings
-    from wlora_merge.recipe import FitRecipe
 
     examples = read_examples(zoo[2], task="text-classification")
     for given in (

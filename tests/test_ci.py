@@ -13,8 +13,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from wlora_merge.cli import main
-from wlora_merge.help import ARGUMENTS, COMMANDS, OPTIONS
+from wlora_merge.cli.main import main
+from wlora_merge.cli.options import ARGUMENTS, COMMANDS, OPTIONS
 
 CI = Path(__file__).parents[1] / "recipes" / "ci"
 

@@ -17,10 +17,10 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from wlora_merge.cli import main
+from wlora_merge.cli.main import main
+from wlora_merge.cli.options import OPTIONS
+from wlora_merge.cli.terminal import shown_log
 from wlora_merge.data.columns import FORMS
-from wlora_merge.help import OPTIONS
-from wlora_merge.terminal import shown_log
 
 
 def run(*args: object) -> Result:
@@ -58,7 +58,7 @@ def refused(result: Result, out: Path, *words: str) -> None:
 
 
 def test_help_is_quick_and_does_not_import_torch() -> None:
-    code = "import sys; from wlora_merge.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from wlora_merge.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -185,7 +185,7 @@ def test_a_tree_of_a_run_names_what_is_below_it(zoo: tuple[Path, list[Path]], tm
 def test_a_ctrl_c_during_the_imports_exits_130_without_a_traceback() -> None:
     code = (
         "import sys\nfrom wlora_merge.__main__ import main\n"
-        "assert not {'click', 'wlora_merge.cli', 'importlib.metadata'} & set(sys.modules)\n"
+        "assert not {'click', 'wlora_merge.cli.main', 'importlib.metadata'} & set(sys.modules)\n"
         "class Stop:\n    def find_spec(self, name, *_):\n"
         "        if name == 'click': raise KeyboardInterrupt\n"
         "sys.meta_path.insert(0, Stop())\nmain()"

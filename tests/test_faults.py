@@ -263,7 +263,7 @@ def joined(*words, **options):
     join(*words, **options)
     open({mark!r}, "w").close()
 dist.init_process_group = joined
-from wlora_merge.cli import main
+from wlora_merge.cli.main import main
 main({line!r})
 """
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
 
+from wlora_merge.cli.inspect_tables import setting_rows
 from wlora_merge.errors import DataError, MixtureError, OutputError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
-from wlora_merge.inspect import setting_rows
 from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.training.fit import fit
 from wlora_merge.training.learner import Learner

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from test_candidates import Zoo, fitted
 from test_candidates import zoo as zoo
 
-from wlora_merge.cli import main
+from wlora_merge.cli.main import main
 from wlora_merge.errors import MixtureError, OutputError
 from wlora_merge.training.resume import FitState, state_file
 
@@ -104,7 +104,7 @@ def test_a_stopped_fit_names_its_state_and_the_next_one_says_that_it_starts_over
         yield progress
 
     with monkeypatch.context() as patch:
-        patch.setattr("wlora_merge.cli.fit_progress", stopping)
+        patch.setattr("wlora_merge.cli.commands.fit_progress", stopping)
         stopped = CliRunner().invoke(main, [str(w) for w in words])
     assert stopped.exit_code == 130, stopped.output
     assert f"{state_file(out)} holds what has been trained: the same command with --resume goes on." in stopped.stderr

@@ -31,12 +31,12 @@ from safetensors.numpy import load_file
 
 from wlora_merge.adapters.adapter import load_adapter
 from wlora_merge.adapters.config import FOLDED, INERT, REFUSED
+from wlora_merge.cli.recipe import read_recipe
 from wlora_merge.errors import WloraMergeError
 from wlora_merge.exporters.export import export
 from wlora_merge.io.safetensors_file import read_header
 from wlora_merge.mixture.mix import mix
 from wlora_merge.mixture.mixture import Mixture
-from wlora_merge.recipe import read_recipe
 
 CASES = int(os.environ.get("WLORA_MERGE_FUZZ_CASES", "3"))
 FIRST = int(os.environ.get("WLORA_MERGE_FUZZ_SEED", "0"))

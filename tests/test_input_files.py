@@ -12,6 +12,7 @@ import pytest
 
 from wlora_merge.adapters.adapter import load_adapter
 from wlora_merge.adapters.keys import pattern_value
+from wlora_merge.cli.recipe import read_recipe
 from wlora_merge.errors import AdapterError, RecipeError, WloraMergeError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.model_card import _LICENSE, _front, _named
@@ -19,7 +20,6 @@ from wlora_merge.io.untrusted import MAX_TABLE_BYTES, find_file, parse_yaml, rea
 from wlora_merge.mixture.mix import mix
 from wlora_merge.models.base_model import open_base
 from wlora_merge.models.names import natural_key
-from wlora_merge.recipe import read_recipe
 from wlora_merge.text import redacted
 
 

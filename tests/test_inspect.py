@@ -14,9 +14,9 @@ from conftest import make_adapter, peft_changes, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from wlora_merge.cli.inspect_tables import inspect_paths
 from wlora_merge.errors import WloraMergeError
 from wlora_merge.exporters.export import export
-from wlora_merge.inspect import inspect_paths
 from wlora_merge.mixture.mix import mix
 
 COLUMNS = ["adapter", "r", "alpha", "scaling", "modules", "parameters", "delta / base norm", "mixes"]
@@ -28,7 +28,7 @@ def test_names_with_brackets_are_shown_as_they_are(llama_zoo: Callable[..., Any]
     shutil.copytree(folders[0], odd)
     from click.testing import CliRunner
 
-    from wlora_merge.cli import main
+    from wlora_merge.cli.main import main
 
     done = CliRunner().invoke(main, ["inspect", str(base), str(odd)])
     assert "a[i]0" in done.output

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from conftest import inputs_of, make_adapter, tiny_llama
 
-from wlora_merge.cli import main
+from wlora_merge.cli.main import main
 from wlora_merge.errors import UnsupportedError, VerifyError
 from wlora_merge.exporters import export, verify
 from wlora_merge.exporters.manifest import read_manifest

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from wlora_merge.cli import main
+from wlora_merge.cli.main import main
+from wlora_merge.cli.terminal import amount_of
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mix import mix
 from wlora_merge.progress import Done, Meter, listening
-from wlora_merge.terminal import amount_of
 
 
 def test_threads_add_up_and_nobody_hears_what_came_before_or_after() -> None:
@@ -99,6 +99,6 @@ def test_long_commands_say_how_long_they_took(
     inputs = [word for folder in folders for word in ("--adapter", str(folder))]
     line = ["mix", "--base", str(base), *inputs, "--out"]
     clock = iter(range(0, 10_000, 75))
-    monkeypatch.setattr("wlora_merge.cli.monotonic", lambda: next(clock))
+    monkeypatch.setattr("wlora_merge.cli.main.monotonic", lambda: next(clock))
     assert CliRunner().invoke(main, [*line, str(tmp_path / "loud")]).stderr.endswith("Took 75 s.\n")
     assert not CliRunner().invoke(main, ["--quiet", *line, str(tmp_path / "quiet")]).stderr

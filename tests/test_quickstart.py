@@ -174,7 +174,7 @@ def test_the_notebook_runs_offline_on_the_zoo(offline: Path, monkeypatch: pytest
 def test_the_quickstart_recipe_runs_offline_on_the_zoo(offline: Path) -> None:
     from click.testing import CliRunner
 
-    from wlora_merge.cli import main
+    from wlora_merge.cli.main import main
 
     (offline / "recipes").mkdir()
     job = offline / "recipes" / "quickstart.yaml"

@@ -73,7 +73,7 @@ def test_an_environment_that_starts_no_processes_is_one_sentence(
 
 def test_two_ranks_write_the_bytes_of_one(mixture: Path, tmp_path: Path) -> None:
     export(mixture, "dense", tmp_path / "one")
-    code = "from wlora_merge.cli import main; main()"
+    code = "from wlora_merge.cli.main import main; main()"
     command = ["export", str(mixture), "--format", "dense", "--out", str(tmp_path / "two")]
     ranks = launch(f"import sys; sys.argv[1:] = {command!r}\n{code}", free_port())
     said = [rank.communicate(timeout=120) for rank in ranks]
@@ -87,7 +87,7 @@ def test_two_ranks_write_the_bytes_of_one(mixture: Path, tmp_path: Path) -> None
 DIES = """
 import os, signal, sys
 import wlora_merge.io.direct_write as direct
-from wlora_merge.cli import main
+from wlora_merge.cli.main import main
 if os.environ["RANK"] == "{rank}":
     real, count = direct._write_all, [0]
     def write(fd, block):
@@ -120,7 +120,7 @@ def test_a_rank_that_fails_says_why_on_every_rank(mixture: Path, tmp_path: Path)
     code = f"""
 import os, sys
 import wlora_merge.exporters.stream as stream
-from wlora_merge.cli import main
+from wlora_merge.cli.main import main
 from wlora_merge.errors import WloraMergeError
 if os.environ["RANK"] == "1":
     def fail(*args): raise WloraMergeError("the shard is unreadable")

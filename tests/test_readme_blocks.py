@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from conftest import make_adapter, tiny_llama
 
-from wlora_merge.cli import main
+from wlora_merge.cli.main import main
 
 README = Path(__file__).parents[1] / "README.md"
 WORDS = ["[PAD]", "[UNK]", "Review", "a", "gem", "bore", "Sentiment", "positive", "negative", ":", "."]

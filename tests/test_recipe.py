@@ -13,12 +13,12 @@ import yaml
 from click.testing import CliRunner
 from test_fit import save_tokenizer
 
-from wlora_merge.cli import main
+from wlora_merge.cli.main import main
+from wlora_merge.cli.recipe import read_recipe
+from wlora_merge.cli.run import run
 from wlora_merge.errors import RecipeError, WloraMergeError
 from wlora_merge.io.untrusted import parse_yaml
 from wlora_merge.mixture.mixture import Mixture
-from wlora_merge.recipe import read_recipe
-from wlora_merge.run import run
 
 SOUND = """
 base: zoo/base

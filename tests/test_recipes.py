@@ -20,7 +20,7 @@ from conftest import make_adapter, tiny_llama
 from safetensors.torch import load_file
 from test_fit import save_tokenizer
 
-from wlora_merge.cli import main
+from wlora_merge.cli.main import main
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -16,17 +16,17 @@ from click.testing import CliRunner
 from conftest import make_adapter, tiny_llama
 from jsonschema import Draft202012Validator, ValidationError
 
-from wlora_merge.cli import main
+from wlora_merge.cli.costs import REPORT
+from wlora_merge.cli.main import main
+from wlora_merge.cli.recipe import read_recipe
+from wlora_merge.cli.recipe_schema import recipe_schema
 from wlora_merge.errors import RecipeError
-from wlora_merge.predict import REPORT
-from wlora_merge.recipe import read_recipe
-from wlora_merge.recipe_schema import recipe_schema
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def shipped(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(files("wlora_merge").joinpath("schemas", name).read_text())
+    found: dict[str, Any] = json.loads(files("wlora_merge.cli").joinpath("schemas", name).read_text())
     Draft202012Validator.check_schema(found)
     return found
 

@@ -17,13 +17,13 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification
 
 import wlora_merge
-from wlora_merge.cli import main
+from wlora_merge.cli.main import main
+from wlora_merge.cli.recipe import read_recipe
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.serving import FOLDER, VLLM_RANKS, check_rank, vllm_rank
 from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mix import mix
-from wlora_merge.recipe import read_recipe
 
 
 @pytest.fixture

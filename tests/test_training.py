@@ -130,9 +130,9 @@ def test_every_epoch_has_every_row_once_in_an_order_that_only_the_seed_decides()
 def test_a_check_predicts_as_many_judgements_as_the_fit_of_a_language_model_makes(
     llamas: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from wlora_merge.cli.costs import _trainings
+    from wlora_merge.cli.recipe import FitRecipe
     from wlora_merge.data.examples import read_examples
-    from wlora_merge.predict import _trainings
-    from wlora_merge.recipe import FitRecipe
 
     judge, judged = training.Learner.judge, list[int]()
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from wlora_merge.cli import main
+from wlora_merge.cli.main import main
 from wlora_merge.errors import WloraMergeError
 from wlora_merge.io.hub import resolve_source
 
@@ -119,7 +119,7 @@ def test_a_ctrl_c_when_a_command_has_ended_exits_with_130_as_any_other(monkeypat
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wlora_merge.cli.Group.invoke", stop)
+    monkeypatch.setattr("wlora_merge.cli.main.Group.invoke", stop)
     with pytest.raises(SystemExit) as caught:
         main(["inspect", "x"])
     assert caught.value.code == 130

@@ -14,10 +14,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from wlora_merge.cli.inspect_tables import inspect_paths
 from wlora_merge.errors import AdapterError, MixtureError, UnsupportedError, WloraMergeWarning
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
-from wlora_merge.inspect import inspect_paths
 from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.mix import mix
 from wlora_merge.mixture.mixture import Mixture

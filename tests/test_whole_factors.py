@@ -25,7 +25,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from wlora_merge.cli import main
+from wlora_merge.cli.main import main
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify

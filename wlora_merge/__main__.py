@@ -4,7 +4,7 @@
 def main() -> None:
     """Run the program; exit 130 on a Ctrl-C, even while it is being imported."""
     try:
-        from .cli import main as run
+        from .cli.main import main as run
 
         run()
     except KeyboardInterrupt:

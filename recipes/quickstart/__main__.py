@@ -35,7 +35,7 @@ from processes import quiet, workers
 from rich.console import Console
 from zoo import Settings, Zoo, accuracy, get_zoo, tensors
 
-from wlora_merge.cli import main as wlora_merge_command
+from wlora_merge.cli.main import main as wlora_merge_command
 
 console = Console(highlight=False)
 

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .constants import FIT_TASKS, TASKS
-from .errors import RecipeError, WloraMergeError
-from .export_options import ExportOptions, export_options
-from .fit_options import FitOptions, check_for_task, fit_options
-from .io.untrusted import is_plain_file_name, parse_yaml, read_bytes
-from .text import nearest, short
+from ..constants import FIT_TASKS, TASKS
+from ..errors import RecipeError, WloraMergeError
+from ..export_options import ExportOptions, export_options
+from ..fit_options import FitOptions, check_for_task, fit_options
+from ..io.untrusted import is_plain_file_name, parse_yaml, read_bytes
+from ..text import nearest, short
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 import click
 
-from .errors import WloraMergeWarning
-from .progress import Done, listening
-from .text import human_bytes, redacted
+from ..errors import WloraMergeWarning
+from ..progress import Done, listening
+from ..text import human_bytes, redacted
 
 
 @contextmanager

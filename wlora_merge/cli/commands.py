@@ -1,34 +1,27 @@
-"""The command line: options in, library calls, results out.
+"""The commands: options in, library calls, results out.
 
-Results go to stdout, logs and progress to stderr. Exit 0 done, 1 the work failed, 2 wrong usage, 130 and 143 stopped by
-SIGINT and SIGTERM. Libraries that take seconds to import are imported when a command runs, so `--help` does not wait.
+Libraries that take seconds to import are imported when a command runs.
 """
 
 from __future__ import annotations
 
-import atexit
-import gc
-import io
 import json
 import math
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from time import monotonic
 from typing import Any
 
 import click
 
-from . import constants
-from .errors import RecipeError, WloraMergeError
-from .export_options import ExportOptions, export_options
-from .fit_options import FitOptions, check_for_task, fit_options
-from .help import COLUMNS, Group
-from .io.signals import terminate_as_exit
+from .. import constants
+from ..errors import RecipeError, WloraMergeError
+from ..export_options import ExportOptions, export_options
+from ..fit_options import FitOptions, check_for_task, fit_options
+from ..text import human_bytes
 from .options import (
     AS_JSON,
+    COLUMNS,
     COUNT,
     FIT_OPTIONS,
     FORCE,
@@ -39,114 +32,34 @@ from .options import (
     REPORT_HELP,
     RESIDUAL,
     RESIZE_VOCAB,
+    Command,
 )
-from .terminal import fit_progress, human_time, say, show_table, shown_log, shown_warnings, work_progress
-from .text import human_bytes, redacted
+from .terminal import fit_progress, human_time, say, show_table, work_progress
 
 TASKS = click.Choice(constants.TASKS)
 DTYPES = click.Choice(list(constants.DTYPES))
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class Main(Group):
-    """Turns the library's errors into one sentence and exit 1; `--debug` keeps the traceback."""
-
-    def main(self, *args: Any, **extra: Any) -> Any:
-        """Run the program; a Ctrl-C that comes when a command has ended is not its failure (click's exit 1) but exit 130."""
-        try:
-            return super().main(*args, **extra)
-        except SystemExit as leave:
-            if isinstance(leave.__context__, click.Abort):
-                raise SystemExit(130) from leave
-            raise
-        except OSError as error:
-            if error.filename is not None or not _stdout_is_broken():
-                raise
-            sys.stdout = io.StringIO()  # what is left in its buffer fails no more
-            click.echo(f"Error: what there is to say cannot be written to stdout: {error.strerror}.", err=True)
-            raise SystemExit(1) from error
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command under the rules of this module's docstring."""
-        # OpenMP threads that spin while they wait make a step 25 times slower where another process shares the cores
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        quiet, began = bool(ctx.params.get("quiet")), monotonic()
-        with terminate_as_exit(), shown_warnings(), shown_log(quiet):
-            try:
-                result = super().invoke(ctx)
-                if (seconds := monotonic() - began) >= 1:
-                    say(f"Took {human_time(seconds)}.")
-                return result
-            except WloraMergeError as error:
-                if ctx.params.get("debug"):
-                    raise
-                raise click.ClickException(redacted(str(error))) from error
-            except KeyboardInterrupt:
-                click.echo("Stopped.", err=True)
-                sys.exit(130)
-
-
-def _stdout_is_broken() -> bool:
-    try:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return False  # whoever reads it has gone, which click knows
-    except OSError:
-        return True
-    return False
-
-
 @contextmanager
 def _naming_state(out: str) -> Iterator[None]:
     """Say, where a fit is stopped, what was kept of it."""
-    from .training.resume import state_file
+    from ..training.resume import state_file
 
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        from .distributed import is_leader
+        from ..distributed import is_leader
 
         if (kept := state_file(out)).is_file() and is_leader():
             say(f"{kept} holds what has been trained: the same command with --resume goes on.")
         raise
 
 
-def _versions(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        packages = ("wlora-merge", "torch", "transformers", "peft", "safetensors", "onnx", "onnxruntime")
-        from .exporters.manifest import versions
-
-        found = versions(packages[1:])
-        click.echo("\n".join(f"{name} {found[name]}" for name in ("wlora-merge", "python", *packages[1:])))
-        ctx.exit()
-
-
-@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.option("--quiet", is_flag=True, help="No progress and no log on stderr: results, warnings and errors alone.")
-@click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions, help="Show versions and exit."
-)
-def main(debug: bool, quiet: bool) -> None:
-    """Learn a mixture of LoRA adapters on a few examples, and fold it into one model to serve.
-
-    \b
-    wlora-merge fit --base BASE --adapter A --adapter B --data shots.jsonl --task causal-lm --out mixture
-    wlora-merge export mixture --format dense --out served
-    wlora-merge verify served
-
-    Completion for bash (or zsh, fish): eval "$(_WLORA_MERGE_COMPLETE=bash_source wlora-merge)"
-    """
-    # imports make a million objects that stay: walking them again and again, and at the end, costs half a second
-    gc.set_threshold(50_000, 20, 100)
-    atexit.register(gc.freeze)
-
-
 # ----------------------------------------------------------------------------------------------------------- fit
 
 
-@main.command(epilog=COLUMNS)
+@click.command(cls=Command, epilog=COLUMNS)
 @INPUTS
 @click.option("--data", required=True, metavar="FILE_OR_ID", help="The shots: JSONL, CSV, Parquet, a folder, a hub id.")
 @click.option("--task", required=True, type=click.Choice(constants.FIT_TASKS), help="What the model is for.")
@@ -190,7 +103,7 @@ def fit(
     with _wrong_usage():
         chosen = fit_options(_those_of(FitOptions, options))
         check_for_task(chosen, task, eval_data, options["eval_split"])
-    from .training.fit import fit as run
+    from ..training.fit import fit as run
 
     with fit_progress() as progress, work_progress(), _naming_state(out):
         mixture = run(
@@ -207,7 +120,7 @@ def fit(
             progress=progress,
             **options,
         )
-    from .distributed import is_leader
+    from ..distributed import is_leader
 
     if is_leader():
         _show_mixture(mixture, out, as_json)
@@ -216,7 +129,7 @@ def fit(
 # ----------------------------------------------------------------------------------------------------------- mix
 
 
-@main.command()
+@click.command(cls=Command)
 @INPUTS
 @OUT
 @click.option("--weights", metavar="W,W,...", help="One weight for each adapter. Default: uniform composition.")
@@ -242,7 +155,7 @@ def mix(
     \b
     wlora-merge mix --base BASE --adapter a=PATH --adapter b=PATH --weights 0.7,0.3 --out mixture
     """
-    from .mixture.mix import mix as run
+    from ..mixture.mix import mix as run
 
     row = _numbers(weights, len(adapters))
     with work_progress():
@@ -253,7 +166,7 @@ def mix(
 # -------------------------------------------------------------------------------------------------------- export
 
 
-@main.command()
+@click.command(cls=Command)
 @click.argument("mixture", metavar="MIXTURE_DIR", type=click.Path())
 @click.option("--format", "format_", required=True, type=click.Choice(constants.FORMATS), help="What to write.")
 @OUT
@@ -302,9 +215,9 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
     options["max_shard_bytes"] = _bytes(max_shard_size)
     with _wrong_usage():
         export_options({"format": format_} | _those_of(ExportOptions, options))
-    from .distributed import is_leader
-    from .exporters.export import export as run
-    from .exporters.manifest import digest
+    from ..distributed import is_leader
+    from ..exporters.export import export as run
+    from ..exporters.manifest import digest
 
     with work_progress():
         result = run(mixture, format_, out, **options)
@@ -333,7 +246,7 @@ def export(mixture: str, format_: str, out: str, max_shard_size: str | None, as_
 # -------------------------------------------------------------------------------------------------------- verify
 
 
-@main.command()
+@click.command(cls=Command)
 @click.argument("folder", metavar="EXPORT_DIR", type=click.Path())
 @click.option("--quick", is_flag=True, help="Digests and headers alone. Default: load the model and compare outputs.")
 @click.option("--digest", "pinned", metavar="sha256:...", help="Fail unless this is the digest that an export printed.")
@@ -349,8 +262,8 @@ def verify(
     """
     from pathlib import Path
 
-    from .exporters.manifest import digest
-    from .exporters.verify import verify as run
+    from ..exporters.manifest import digest
+    from ..exporters.verify import verify as run
 
     with work_progress():
         checked = run(folder, quick=quick, pinned=pinned, base=base, adapters=adapters)
@@ -369,7 +282,7 @@ def verify(
 # ----------------------------------------------------------------------------------------------------------- run
 
 
-@main.command()
+@click.command(cls=Command)
 @click.argument("recipe", metavar="RECIPE.yaml", type=click.Path())
 @click.option("--out", type=click.Path(), help="Folder tree to write. Default: the recipe's name without .yaml.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value, as fit.max_steps=30.")
@@ -387,7 +300,7 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
     """
     from pathlib import Path
 
-    from .exporters.manifest import digest
+    from ..exporters.manifest import digest
     from .recipe import read_recipe
     from .run import check_paths
     from .run import run as work
@@ -442,7 +355,7 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
 # ------------------------------------------------------------------------------------------------------- inspect
 
 
-@main.command()
+@click.command(cls=Command)
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path())
 @AS_JSON
 def inspect(paths: tuple[str, ...], as_json: bool) -> None:
@@ -452,7 +365,7 @@ def inspect(paths: tuple[str, ...], as_json: bool) -> None:
     wlora-merge inspect BASE ADAPTER ADAPTER
     wlora-merge inspect mixture
     """
-    from .inspect import inspect_paths
+    from .inspect_tables import inspect_paths
 
     with work_progress():
         tables = inspect_paths(paths)
@@ -471,8 +384,8 @@ def _show_mixture(mixture: Any, out: str, as_json: bool) -> None:
         mean = dict(zip(mixture.adapter_names, mixture.mixture_weights.mean(0).tolist(), strict=True))
         click.echo(json.dumps({"folder": out, "weights": mean, "metrics": mixture.metrics}))
         return
-    from .exporters.model_card import judged_on
-    from .inspect import candidate_rows, setting_rows, weight_rows
+    from ..exporters.model_card import judged_on
+    from .inspect_tables import candidate_rows, setting_rows, weight_rows
 
     candidates = candidate_rows(mixture)
     if candidates:

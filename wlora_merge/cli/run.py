@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .constants import NEW_FOLDER
-from .export_options import ExportOptions
-from .exporters.export import ExportResult, export
-from .exporters.verify import verify
-from .exporters.verify_outputs import Checked
-from .io.hub import is_here
-from .io.staging import staged
-from .mixture.inputs import find_inputs
-from .mixture.mixture import Mixture
+from ..constants import NEW_FOLDER
+from ..export_options import ExportOptions
+from ..exporters.export import ExportResult, export
+from ..exporters.verify import verify
+from ..exporters.verify_outputs import Checked
+from ..io.hub import is_here
+from ..io.staging import staged
+from ..mixture.inputs import find_inputs
+from ..mixture.mixture import Mixture
+from ..text import human_bytes
 from .recipe import FitRecipe, Recipe, options_of
-from .text import human_bytes
 
 Say = Callable[[str], None]
 
@@ -87,7 +87,7 @@ def run(
 def _write_report(
     folder: Path, mixture: Mixture, exports: Mapping[str, ExportResult], checked: Mapping[str, Checked]
 ) -> None:
-    from .exporters.report import write_report
+    from ..exporters.report import write_report
 
     facts = {}
     for name, done in exports.items():
@@ -104,7 +104,7 @@ def _mixture(
     recipe: Recipe, base: str, adapters: list[tuple[str, str]], folder: Path, where: str | Path, say: Say, progress: Any
 ) -> Mixture:
     if recipe.fit is not None:
-        from .training.fit import fit
+        from ..training.fit import fit
 
         say("fit")
         options = {key: value for key, value in asdict(recipe.fit).items() if value is not None}
@@ -112,7 +112,7 @@ def _mixture(
             if isinstance(options.get(key), str):
                 options[key] = _path(options[key], where)
         return fit(base, adapters, options.pop("data"), options.pop("task"), folder, progress=progress, **options)
-    from .mixture.mix import mix
+    from ..mixture.mix import mix
 
     say("mix")
     return mix(base, adapters, folder, **_mix_options(recipe))
@@ -141,7 +141,7 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
     Raises:
         WloraMergeError: an input that is missing or does not fit.
     """
-    from .mixture.mix import mix
+    from ..mixture.mix import mix
 
     base = _path(recipe.base, where)
     adapters = [(name, _path(source, where)) for name, source in recipe.adapters.items()]
@@ -150,7 +150,7 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
     examples = None
     rows = [{"what": "base", "path": base}, *({"what": f"adapter {n}", "path": p} for n, p in adapters)]
     if recipe.fit is not None:
-        from .data.examples import EVAL_SPLITS, read_examples
+        from ..data.examples import EVAL_SPLITS, read_examples
 
         task, columns = recipe.fit.task, recipe.fit.columns
         data = _path(recipe.fit.data, where)
@@ -161,9 +161,9 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
             split = recipe.fit.eval_split
             held = read_examples(data, task=task, columns=columns, split=split, default_splits=EVAL_SPLITS)
             rows.append({"what": f"eval_data ({len(held)} examples)", "path": data})
-    from .adapters.deltas import ModuleDelta
-    from .exporters.serving import check_rank
-    from .predict import predict
+    from ..adapters.deltas import ModuleDelta
+    from ..exporters.serving import check_rank
+    from .costs import predict
 
     for entry in recipe.exports:
         if entry.format == "lora" and entry.energy is None and _keeps_all(recipe.fit):

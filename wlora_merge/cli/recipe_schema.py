@@ -1,6 +1,6 @@
 """The JSON schema of a recipe, for editors, made from the recipe's dataclasses.
 
-python -m wlora_merge.recipe_schema > wlora_merge/schemas/recipe.schema.json
+python -m wlora_merge.cli.recipe_schema > wlora_merge/cli/schemas/recipe.schema.json
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from . import export_options, fit_options
-from .constants import FIT_TASKS, FORMATS, NORMALIZE, TASKS
+from .. import export_options, fit_options
+from ..constants import FIT_TASKS, FORMATS, NORMALIZE, TASKS
 from .recipe import ExportRecipe, FitRecipe, MixRecipe, Recipe, has_default
 
 KINDS: dict[str, dict[str, Any]] = {

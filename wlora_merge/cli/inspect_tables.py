@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapters.adapter import CONFIG_FILE
-from .exporters.manifest import FILE, below, read_manifest
-from .exporters.model_card import judged_on
-from .io.hub import is_here
-from .mixture.compatibility import Rows, adapter_tables
-from .mixture.files import JSON_FILE
-from .mixture.mixture import Mixture
-from .models.base_model import BaseModel, open_base
+from ..adapters.adapter import CONFIG_FILE
+from ..exporters.manifest import FILE, below, read_manifest
+from ..exporters.model_card import judged_on
+from ..io.hub import is_here
+from ..mixture.compatibility import Rows, adapter_tables
+from ..mixture.files import JSON_FILE
+from ..mixture.mixture import Mixture
+from ..models.base_model import BaseModel, open_base
 
 
 def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:

@@ -11,19 +11,19 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .adapters.deltas import ModuleDelta
-from .constants import DTYPES
-from .data.examples import Examples
-from .data.tasks import get_task
-from .exporters.dense import folder_bytes, plan
-from .exporters.export import lora_bytes
-from .io.tensors import matrix_shape
-from .mixture.inputs import Inputs
+from ..adapters.deltas import ModuleDelta
+from ..constants import DTYPES
+from ..data.examples import Examples
+from ..data.tasks import get_task
+from ..exporters.dense import folder_bytes, plan
+from ..exporters.export import lora_bytes
+from ..io.tensors import matrix_shape
+from ..mixture.inputs import Inputs
 from .recipe import ExportRecipe, FitRecipe, options_of
 
 if TYPE_CHECKING:
-    from .data.labels import LabelSet
-    from .fit_options import FitOptions
+    from ..data.labels import LabelSet
+    from ..fit_options import FitOptions
 
 IMPORTS = 160 << 20  # bytes of a process that has imported torch
 TRAINER_IMPORTS = 600 << 20  # and transformers
@@ -53,8 +53,8 @@ def predict(
 def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -> dict[str, Any]:
     import torch
 
-    from .fit_options import FitOptions, fit_options
-    from .training.candidates import steps_of
+    from ..fit_options import FitOptions, fit_options
+    from ..training.candidates import steps_of
 
     entries = inputs.base.entries.values()
     embedding = max((math.prod(e.shape) for e in entries if len(e.shape) == 2), default=0)
@@ -87,7 +87,7 @@ def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -
 
 def _new_adapter_bytes(inputs: Inputs, r: int | None) -> int:
     """Of the float32 factors of a new adapter of rank r on all target modules; None: of the one that the folds try."""
-    from .training.candidates import NEW_RANK
+    from ..training.candidates import NEW_RANK
 
     shapes = [matrix_shape(d.shape) for d in inputs.deltas if isinstance(d, ModuleDelta) and d.R]
     return 4 * (NEW_RANK if r is None else r) * sum(rows + columns for rows, columns in shapes)
@@ -101,8 +101,8 @@ def _trainings(
     Args:
         head: whether the task brings a new one, without which candidates with fixed weights have nothing to train.
     """
-    from .training.candidates import fixed_candidates, judgements, learned_settings
-    from .training.cross_validation import enough, fold_indices
+    from ..training.candidates import fixed_candidates, judgements, learned_settings
+    from ..training.cross_validation import enough, fold_indices
 
     classes, twins = examples.classes(labels), examples.twins
     planned = learned_settings(options, head=head, enough=enough(classes, twins, head=head))

@@ -1,0 +1,15 @@
+"""The command line: options in, library calls, results out.
+
+This room alone knows click and rich. It knows the front doors of the others, and nothing behind them.
+
+main             the program: commands, exit codes, errors as one sentence: main
+commands         fit, mix, export, verify, run, inspect
+options          the options of the commands, and help by topic
+terminal         tables, progress, warnings
+recipe           a whole job in one YAML file
+recipe_schema    its JSON schema
+run              what a recipe says, done
+costs            what a recipe will cost
+inspect_tables   what inspect shows
+schemas/         JSON schemas of recipes and of --json outputs
+"""
