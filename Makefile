@@ -24,6 +24,7 @@ test: $(VENV)/.ready real-models
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	OMP_NUM_THREADS=1 WLORA_MERGE_REAL_MODELS=$(REAL) $(BIN)/pytest -n $(or $(WORKERS),2) --dist worksteal
 
 # The long form of the tests of trust, with counts: CASES hostile files of each kind, ROUNDS kills of each command.
