@@ -30,7 +30,8 @@ test: $(VENV)/.ready real-models
 # The long form of the tests of trust, with counts: CASES hostile files of each kind, ROUNDS kills of each command.
 test-trust: $(VENV)/.ready
 	WLORA_MERGE_FUZZ_CASES=$(or $(CASES),300) WLORA_MERGE_TRUST_ROUNDS=$(or $(ROUNDS),150) $(BIN)/pytest -s \
-		tests/test_fuzz.py tests/test_faults.py tests/test_staging.py tests/test_structure.py tests/test_input_files.py
+		tests/trust tests/io_tests/test_staging.py tests/io_tests/test_locks.py tests/io_tests/test_signals.py \
+		tests/exporters_tests/test_verify_files.py tests/io_tests/test_untrusted.py
 
 # The two real base models that some tests use; the tests skip, with a reason, where the tool that fetches them is absent.
 .PHONY: real-models

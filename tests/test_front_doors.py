@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "wlora_merge"
 ROOMS = sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py"))
 

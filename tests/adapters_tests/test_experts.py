@@ -1,0 +1,162 @@
+"""Fused expert weights: PEFT's `target_parameters`, and adapters on each expert's linears, against PEFT's merges."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.architectures import GATED, LM, TEXT, Case, expected_state, merged
+from support.experts import CASES, EXPERTS, LOCAL, make
+
+from wlora_merge.adapters.adapter import load_adapter
+from wlora_merge.errors import AdapterError, UnsupportedError
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.report_data import changes, spectra
+from wlora_merge.mixture.inputs import find_inputs
+from wlora_merge.mixture.mix import mix
+from wlora_merge.models.base_model import open_base
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_trained_expert_weights_fold_as_peft_merges_them(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    base, adapters = make(
+        case,
+        tmp_path,
+        {"r": 2, "lora_alpha": 5, "target_modules": [case.targets[0]], "target_parameters": EXPERTS},
+        {"r": 3, "target_modules": list(case.targets), "target_parameters": EXPERTS[1:], "use_rslora": True},
+        {
+            "r": 4, "lora_alpha": 3, "target_modules": [], "target_parameters": EXPERTS,
+            "rank_pattern": {"experts.gate_up_proj": 1}, "alpha_pattern": {"experts.down_proj": 2},
+        },
+    )  # fmt: skip
+    expected = expected_state(case, base, adapters)
+    mixture = mix(base, adapters, weights=(0.625, 0.5, -0.25))
+    export(mixture, "dense", tmp_path / "dense")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "dense"))
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    got = case.load(tmp_path / "dense", case.dtype).state_dict()
+    start = case.load(base, case.dtype).state_dict()
+    assert all(torch.equal(got[k], expected[k].to(case.dtype)) for k in expected)
+    assert sum("experts" in k and not torch.equal(got[k], start[k]) for k in got) >= 2
+
+
+def in_old_spelling(folder: Path, out: Path, gate: bool = True) -> Path:
+    """An adapter on every expert's linears of a Mixtral, as PEFT wrote it on transformers 4."""
+    out.mkdir()
+    torch.manual_seed(5)
+    tensors = {}
+    for layer in range(2):
+        at = f"base_model.model.model.layers.{layer}"
+        shapes = {f"self_attn.{x}_proj": (16, 16) if x == "q" else (8, 16) for x in "qv"}
+        shapes |= {
+            f"block_sparse_moe.experts.{e}.{w}": (16, 24) if w == "w2" else (24, 16)
+            for e in range(4)
+            for w in ("w1", "w2", "w3")
+        }
+        for name, (rows, cols) in shapes.items():
+            tensors[f"{at}.{name}.lora_A.weight"] = torch.randn(2, cols) * 0.3
+            tensors[f"{at}.{name}.lora_B.weight"] = torch.randn(rows, 2) * 0.3
+    save_file(tensors, out / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "w1", "w2", "w3"]}
+    (out / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(folder)}))
+    return out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_on_each_experts_linears_folds_beside_one_on_the_fused_weight(tmp_path: Path) -> None:
+    case = CASES["mixtral"]
+    base, (fused,) = make(case, tmp_path, {"r": 2, "target_modules": ["q_proj"], "target_parameters": EXPERTS})
+    adapters = [in_old_spelling(base, tmp_path / "old"), fused]
+    expected = expected_state(case, base, adapters)
+    mixture = mix(base, adapters, weights=(0.625, 0.5))
+    export(mixture, "dense", tmp_path / "dense")
+    got = case.load(tmp_path / "dense", case.dtype).state_dict()
+    assert all(torch.equal(got[k], expected[k].to(case.dtype)) for k in expected)
+    export(mixture, "lora", tmp_path / "lora")
+    for k, tensor in merged(case, base, tmp_path / "lora").items():
+        torch.testing.assert_close(tensor, expected[k], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_expert_is_a_module_of_its_own_with_its_own_factors(tmp_path: Path) -> None:
+    case = CASES["mixtral"]
+    base, adapters = make(case, tmp_path, {"r": 2, "target_modules": [], "target_parameters": EXPERTS[:1]})
+    deltas = find_inputs(mix(base, adapters)).deltas
+    names = [
+        f"model.layers.{i}.block_sparse_moe.experts.{e}.{w}" for i in (0, 1) for e in range(4) for w in ("w1", "w3")
+    ]
+    assert [d.module for d in deltas] == names
+    stored = load_adapter(adapters[0]).modules["model.layers.0.mlp.experts"]
+    lora_A, lora_B = stored.lora_A.reshape(4, 2, 16), stored.lora_B.reshape(48, 2, 4)
+    third = deltas[names.index("model.layers.0.block_sparse_moe.experts.2.w3")]
+    assert torch.equal(third.lora_A, lora_A[2])
+    assert torch.equal(third.lora_B, lora_B[24:, :, 2])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rows_of_a_tensor_that_holds_every_expert_are_no_plain_lora(tmp_path: Path) -> None:
+    base, adapters = make(
+        CASES["gpt_oss"], tmp_path, {"r": 2, "target_modules": ["q_proj"], "target_parameters": EXPERTS}
+    )
+    with pytest.raises(UnsupportedError, match=r"experts\.\w+_proj'.*a plain LoRA cannot express.*--format dense"):
+        export(mix(base, adapters), "lora", tmp_path / "lora")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_target_parameters_that_do_not_explain_the_file_are_refused(tmp_path: Path) -> None:
+    base, (folder,) = make(CASES["mixtral"], tmp_path, {"r": 2, "target_modules": [], "target_parameters": EXPERTS})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for targets, what in (
+        (EXPERTS[:1], "has 2 pairs of factors, and the config's target_parameters name 1"),
+        ([*EXPERTS, "of_another"], None),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"target_parameters": targets}))
+        if what is None:
+            assert mix(base, [folder]).groups
+            continue
+        with pytest.raises(AdapterError, match=what):
+            mix(base, [folder])
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    with pytest.raises(AdapterError, match="has rank 2 in the file, and 3 by the config"):
+        mix(base, [folder])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_another_number_of_experts_is_refused(tmp_path: Path) -> None:
+    base, _ = make(CASES["mixtral"], tmp_path)
+    wider = Case(LM, "MixtralConfig", TEXT | GATED | LOCAL | {"num_local_experts": 6}, ("q_proj", "v_proj"))
+    (tmp_path / "wider").mkdir()
+    _, (other,) = make(wider, tmp_path / "wider", {"r": 2, "target_modules": [], "target_parameters": EXPERTS})
+    with pytest.raises(
+        AdapterError, match=r"adapter 'a0' .*experts\.\w+_proj' has rank 3 in the file, and 2 by the config"
+    ):
+        mix(base, [other])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_slice_of_factors_is_read_again_when_its_file_changes(tmp_path: Path) -> None:
+    base, (folder,) = make(CASES["mixtral"], tmp_path, {"r": 2, "target_modules": [], "target_parameters": EXPERTS})
+    file = folder / "adapter_model.safetensors"
+    first = find_inputs(mix(base, [folder])).deltas[0].lora_A
+    save_file({k: 2 * t for k, t in load_file(file).items()}, file)
+    assert torch.equal(find_inputs(mix(base, [folder])).deltas[0].lora_A, 2 * first)
+    assert open_base(base).tree is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_measured_tensor_by_tensor(name: str, tmp_path: Path) -> None:
+    base, adapters = make(CASES[name], tmp_path, {"r": 2, "target_modules": ["q_proj"], "target_parameters": EXPERTS})
+    inputs = find_inputs(mix(base, adapters))
+    export(inputs.mixture, "dense", tmp_path / "dense")
+    found = changes(inputs.base, inputs.deltas, inputs.mixture, tmp_path / "dense")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "dense"))
+    assert {c.tensor for c in found} == {k for k in before if not torch.equal(before[k], after[k])}
+    assert len({c.tensor for c in found}) == len(found)
+    values = spectra(inputs.deltas, inputs.mixture)
+    assert len(values) == len(inputs.deltas)

@@ -1,0 +1,184 @@
+"""One file of data -> a table."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from support.data_files import refusal, write
+
+from wlora_merge.data.examples import read_examples
+from wlora_merge.errors import DataError, UnsupportedError
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "NA", "label": "01"}\n\n{"text": "one, two", "label": "null"}\n'),
+        ("a.json", '[{"text": "NA", "label": "01"}, {"text": "one, two", "label": "null"}]'),
+        (
+            "b.json",
+            '{"canary": "x", "examples": [{"text": "NA", "label": "01"}, {"text": "one, two", "label": "null"}]}',
+        ),
+        ("c.json", '{"text": "NA", "label": "01"}\n{"text": "one, two", "label": "null"}'),
+        ("a.csv", 'text,label\nNA,01\n"one, two",null\n'),
+        ("bom.csv", '\ufefftext,label\r\nNA,01\r\n\r\n"one, two",null\r\n'),
+        ("a.tsv", "text\tlabel\nNA\t01\none, two\tnull\n"),
+    ],
+)
+def test_every_text_format_gives_the_same_rows_and_guesses_no_types(tmp_path: Path, name: str, content: str) -> None:
+    path = write(tmp_path / "[odd] *" / name, content)
+    examples = read_examples(path, task="text-classification")
+    assert list(examples.rows) == [{"text": "NA", "label": "01"}, {"text": "one, two", "label": "null"}]
+    assert examples.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [p.name for p in path.parent.iterdir()] == [name]
+
+
+def test_parquet_keeps_class_names(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    rows.to_parquet(str(tmp_path / "x.parquet"))
+    examples = read_examples(tmp_path / "x.parquet", task="text-classification")
+    assert examples.column("label") == ["yes", "no"]
+
+
+def test_a_small_parquet_file_that_means_a_large_table_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("wlora_merge.data.formats.MAX_DATA_BYTES", 16_000_000)
+
+    long, zeros = "x" * 1_000_000, pa.array([0] * 2000, pa.int32())
+    repeated = pa.DictionaryArray.from_arrays(zeros, [long])
+    bombs = {
+        "a string that is repeated": pa.table({"text": repeated, "label": ["a"] * 2000}),
+        "the same in lists": pa.table({"text": pa.ListArray.from_arrays([0, 1500, 2000], repeated)}),
+        "and in structs": pa.table({"text": pa.StructArray.from_arrays([repeated], names=["inner"])}),
+        "a page of zeros": pa.table({"text": ["\0" * 17_000_000]}),
+        "numbers": pa.table({"text": pa.nulls(2_100_000, pa.int8())}),
+        "wide ones": pa.table({"text": pa.array([b"0" * 1_000_000] * 1, pa.binary(1_000_000)).take(zeros[:17])}),
+    }
+    for name, table in bombs.items():
+        file = tmp_path / "x.parquet"
+        pq.write_table(table, file, compression="zstd", use_dictionary=name != "a page of zeros")
+        del table
+        assert file.stat().st_size < 60_000, name
+        with pytest.raises(DataError, match=r"x.parquet: expands to more than 16\.0 MB, the most that is read"):
+            read_examples(file, task="text-classification")
+
+
+def test_parquet_of_every_kind_is_measured_as_it_is_read(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = [
+        pa.string(), pa.large_string(), pa.string_view(), pa.json_(), pa.dictionary(pa.int32(), pa.string()),
+    ]  # fmt: skip
+    for kind in kinds:
+        storage = pa.array(["one", "two", "one"] if kind != pa.json_() else ['"one"', '"two"', '"one"'])
+        text = pa.ExtensionArray.from_storage(kind, storage) if kind == pa.json_() else storage.cast(kind)
+        extra = pa.array([[{"a": "b"}]] * 3)
+        pairs = pa.array([["a", None]] * 3, pa.list_(pa.string(), 2))
+        table = pa.table({"text": text, "label": ["a", "b", "a"], "extra": extra, "pairs": pairs, "none": pa.nulls(3)})
+        pq.write_table(table, tmp_path / "x.parquet")
+        assert read_examples(tmp_path / "x.parquet", task="text-classification").column("text") == ["one", "two", "one"]
+
+
+def test_a_value_that_its_own_type_does_not_decode_is_one_sentence(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = pa.ExtensionArray.from_storage(pa.json_(), pa.array(["not JSON"]))
+    pq.write_table(pa.table({"text": text, "label": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet: column 'text' cannot be decoded"):
+        read_examples(tmp_path / "x.parquet", task="text-classification")
+
+
+def test_a_data_file_beyond_the_bound_is_refused_unread(tmp_path: Path) -> None:
+    for name in ("x.jsonl", "x.parquet"):
+        with open(tmp_path / name, "wb") as stream:
+            stream.truncate(1 << 40)
+        with pytest.raises(DataError, match=r"is longer than 1\.1 GB, the most that is read of such a file"):
+            read_examples(tmp_path / name, task="text-classification")
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\nx,1\n")
+    first = read_examples(path, task="text-classification")
+    write(path, "text,label\ny,1\n")
+    second = read_examples(path, task="text-classification")
+    assert (first[0]["text"], second[0]["text"]) == ("x", "y")
+    assert first.sha256 != second.sha256
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    read_examples(write(tmp_path / "a.csv", "text,label\nx,1\n"), task="text-classification")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_text_of_any_length_is_read_from_csv(tmp_path: Path) -> None:
+    text = "word " * 60_000
+    file = write(tmp_path / "long.csv", f"text,label\n{text},a\nshort,b\n")
+    assert read_examples(file, task="text-classification").column("text")[0] == text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "", "is empty"),
+        ("a.csv", "text,label\n", "holds no examples"),
+        ("a.csv", 'text,label\n"x\ny",1\nz\n', "line 4: the header has 2 fields, this line 1"),
+        ("a.csv", "text,label\nx,1\n ,1\n", "line 3: column 'text' is empty"),
+        ("a.csv", "text,text\nx,1\n", "'text' twice"),
+        ("a.csv", b"text,label\nx,1\ncaf\xe9,1\n", "line 3: byte 0xe9 is not UTF-8"),
+        ("a.csv", b"text,label\nx\0,1\n", "line 2: holds a NUL"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": \n', "line 2: not JSON"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n[1]\n', "line 2: expected an object"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"}\n', "line 2: column 'label' has no value"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": 5, "label": 1}\n', "column 'text' holds a number, not text"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y", "label": [1]}\n', "a list, the first example a number"),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": 0}\n{"text": "y", "label": true}\n',
+            "true or false, the first example a n",
+        ),
+        ("a.jsonl", '{"text": "x", "label": "a"}\n{"text": "y", "label": 3}\n', "a number, the first example text"),
+        ("a.jsonl", '[{"text": "x", "label": 1}]\n', "got list; name a file that is one JSON array .json"),
+        ("a.jsonl", '[\n{"text": "x", "label": 1}]\n', "one JSON array .json"),
+        ("a.csv", "text;label\nx;1\n", "the header is the one field 'text;label'; separate fields by commas"),
+        ("a.jsonl", '{"text": "x", "label": NaN}\n', "not a finite number"),
+        ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', "surrogate"),
+        ("a.json", '{"a": [{"x": 1}], "b": [{"x": 1}]}', "several lists of examples: a, b"),
+        ("a.json", "[1, 2]", "expected a list of objects"),
+        ("a.parquet", "PAR1 or not", "cannot be read as Parquet"),
+        (
+            "a.csv",
+            "text,label\nx,\"['joy', 'anger']\"\n",
+            "line 2: column 'label' holds the text \"['joy', 'anger']\", which",
+        ),
+        ("a.csv", "text,label\nx,[1 0 1]\n", "looks like a list; write lists as JSONL or Parquet"),
+    ],
+)
+def test_broken_files_are_refused_with_the_line(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
+    path = write(tmp_path / name, content)
+    message = refusal(path)
+    assert words in message
+    assert str(path) in message
+    assert "\n" not in message
+
+
+def test_missing_files_and_unknown_kinds_are_refused(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "none.csv")
+    assert "does not exist" in refusal(tmp_path / "none" / "folder")
+    assert "holds no data files" in refusal(tmp_path)
+    with pytest.raises(UnsupportedError, match="not read"):
+        read_examples(write(tmp_path / "x.pkl", "x"), task="text-classification")
+    with pytest.raises(UnsupportedError, match="reads no examples"):
+        read_examples(tmp_path / "x.pkl", task="feature-extraction")
+    path = write(tmp_path / "x.csv", "text,label\na,1\n")
+    assert "has no split" in refusal(path, split="train")

@@ -1,0 +1,93 @@
+"""How examples become model inputs, and how predictions become numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.paths import ROOT
+from support.tokenizers import tokenizer
+
+from wlora_merge.constants import TASKS as TASK_NAMES
+from wlora_merge.data.tasks import get_task, task_of
+from wlora_merge.errors import BaseModelError, UnsupportedError, WloraMergeError
+
+
+def test_importing_the_room_is_cheap() -> None:
+    code = (
+        "import sys, wlora_merge.data.tasks, wlora_merge.data.examples; "
+        "print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    )
+    root = ROOT
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_tasks_are_found_by_name_and_a_misspelling_gets_the_nearest() -> None:
+    assert [get_task(name).name for name in TASK_NAMES] == list(TASK_NAMES)
+    assert get_task("causal-lm").auto_class().__name__ == "AutoModelForCausalLM"
+    with pytest.raises(WloraMergeError, match="did you mean 'text-classification'"):
+        get_task("text-clasification")
+
+
+# labels
+
+
+# text classification
+
+
+# causal language models
+
+
+# the other tasks
+
+
+def test_feature_extraction_is_not_fitted(tmp_path: Path) -> None:
+    task = get_task("feature-extraction")
+    assert task.labels(None) is None  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="mix or export"):
+        task.encode(None, None)  # type: ignore[arg-type]
+
+
+# processors
+
+
+def test_a_tokenizer_without_padding_pads_with_its_eos(tmp_path: Path) -> None:
+    tokenizer(pad_token=None).save_pretrained(tmp_path)
+    loaded = get_task("causal-lm").load_processor(tmp_path)
+    assert (loaded.pad_token, loaded.padding_side) == ("[eos]", "right")
+    tokenizer(pad_token=None, eos_token=None, unk_token=None).save_pretrained(tmp_path)
+    with pytest.raises(BaseModelError, match="no pad, EOS or unknown"):
+        get_task("causal-lm").load_processor(tmp_path)
+
+
+def test_a_folder_without_its_processor_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    for name, what in (("text-classification", "tokenizer"), ("image-classification", "image processor")):
+        with pytest.raises(BaseModelError, match=f"has no {what} that loads") as caught:
+            get_task(name).load_processor(tmp_path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(BaseModelError, match="does not exist"):
+        get_task("causal-lm").load_processor(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("LlamaForCausalLM", "causal-lm"), ("GPT2LMHeadModel", "causal-lm"), ("T5ForConditionalGeneration", "seq2seq-lm"),
+        ("BertForSequenceClassification", "text-classification"), ("BertForTokenClassification", "token-classification"),
+        ("BertForQuestionAnswering", "question-answering"), ("ViTForImageClassification", "image-classification"),
+        ("BertModel", "feature-extraction"), ("BertForMaskedLM", None),
+    ],
+)  # fmt: skip
+def test_the_task_is_told_by_the_class_of_the_model(name: str, task: str | None) -> None:
+    import transformers
+
+    cls = getattr(transformers, name)
+    with torch.device("meta"):
+        model = cls(cls.config_class())
+    assert task_of(model) == task
+    assert task_of(type("Wrapped", (cls,), {})(model.config) if name == "GPT2LMHeadModel" else model) == task
+    assert task_of(torch.nn.Linear(2, 2)) is None

@@ -1,0 +1,41 @@
+"""The task token-classification."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from support.tokenizers import examples
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from wlora_merge.data.labels import LabelSet
+from wlora_merge.data.tasks import get_task
+from wlora_merge.errors import WloraMergeWarning
+
+
+def test_a_tag_lies_on_the_first_token_of_its_word(tmp_path: Path) -> None:
+    inner = Tokenizer(
+        models.WordPiece({"[unk]": 0, "[pad]": 1, "[cls]": 2, "ca": 3, "##t": 4, "a": 5}, unk_token="[unk]")
+    )
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="[cls] $A", special_tokens=[("[cls]", 2)])
+    tok = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[pad]", unk_token="[unk]")
+    task = get_task("token-classification")
+    data = examples(tmp_path, task.name, {"tokens": ["cat", "a"], "tags": ["B", "O"]}, {"tokens": ["a"], "tags": ["O"]})
+    labels = task.labels(data)
+    batch = task.collator(tok)(list(task.encode(data, tok, labels=labels)))
+    assert batch["input_ids"].tolist() == [[2, 3, 4, 5], [2, 5, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, 0, -100, 1], [-100, 1, -100, -100]]
+    assert task.config_changes(labels) == {"id2label": {0: "B", 1: "O"}, "label2id": {"B": 0, "O": 1}}
+    with pytest.warns(WloraMergeWarning, match="1 of 2"):
+        task.encode(data, tok, labels=labels, max_length=3)
+
+
+def test_the_f1_of_tags_does_not_count_the_outside() -> None:
+    metric = get_task("token-classification").metric(LabelSet(("B", "I", "O")))
+    predicted, wanted = np.array([[0, 2, 2, 1, 0]]), np.array([[0, 2, 1, 2, -100]])
+    result = metric.compute(SimpleNamespace(predictions=predicted, label_ids=wanted))  # type: ignore[arg-type]
+    assert result == {"f1": 0.5, "accuracy": 0.5}

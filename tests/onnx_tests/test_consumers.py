@@ -1,0 +1,91 @@
+"""Who the exports are for: transformers.js in Node, on local files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from support.onnx_models import VOCABULARY, Exported, sentence_folder
+
+from wlora_merge.onnx.convert import write_onnx
+
+pytest.importorskip("onnxruntime")
+
+PACKAGE = "@huggingface/transformers@4.3.1"
+SCRIPT = Path(__file__).parent / "transformers_js.mjs"
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """transformers.js with its CPU runtime, installed once in the user's cache."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        pytest.skip("node and npm are not here")
+    folder = Path(os.environ.get("WLORA_MERGE_NODE", Path.home() / ".cache" / "wlora_merge" / "node"))
+    file = folder / "node_modules/@huggingface/transformers/dist/transformers.node.mjs"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder), PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode or not file.is_file():
+            pytest.skip(f"npm cannot install {PACKAGE}: {done.stderr.strip()[-200:]}")
+    return file
+
+
+def in_node(library: Path, kind: str, folder: Path, given: list[Any]) -> Any:
+    command = ["node", str(SCRIPT), str(library), kind, str(folder), json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_transformers_js_classifies_as_pytorch_does(exported: Callable[[str], Exported], library: Path) -> None:
+    made, ids = exported("bert"), torch.tensor([[5, 9, 23, 42], [7, 8, 3, 90]])
+    with torch.no_grad():
+        expected = made.model()(input_ids=ids).logits.numpy()
+    got = in_node(library, "SequenceClassification", made.out, ids.tolist())
+    np.testing.assert_allclose(np.array(got), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", "CausalLM"), ("t5", "Seq2SeqLM")])
+def test_transformers_js_generates_what_generate_does(
+    exported: Callable[[str], Exported], library: Path, name: str, kind: str
+) -> None:
+    made, seen = exported(name), set[int]()
+    model = made.model()
+    for prompt in ([5, 9, 23, 42], [90, 17], [61]):
+        ids = torch.tensor([prompt])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8).tolist()
+        seen |= set(expected[0])
+        assert in_node(library, kind, made.out, ids.tolist()) == expected
+    assert len(seen) > 3
+
+
+def test_transformers_js_embeds_sentences(library: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    dense = sentence_folder(tmp_path / "dense", {"pooling_mode": "mean"}, ["Normalize"])
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w1"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w1", pad_token="w0")
+    tokenizer.save_pretrained(dense)
+    (tmp_path / "out").mkdir()
+    write_onnx(dense, tmp_path / "out", task="feature-extraction")
+    texts = ["w5 w9 w23", "w90 w3 w7 w61 w12"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        tokens = transformers.BertModel.from_pretrained(dense)(**batch).last_hidden_state
+    mean = [row[kept.bool()].mean(0) for row, kept in zip(tokens, batch["attention_mask"], strict=True)]
+    expected = torch.nn.functional.normalize(torch.stack(mean), dim=1).numpy()
+    pooled_there, pooled_in_the_graph = in_node(library, "embed", tmp_path / "out", texts)
+    np.testing.assert_allclose(pooled_in_the_graph, expected, atol=2e-5)
+    np.testing.assert_allclose(pooled_there, expected, atol=2e-5)

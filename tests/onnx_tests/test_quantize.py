@@ -1,0 +1,158 @@
+"""What an ONNX export can be besides plain: fused, quantized, an onnxruntime-genai folder; and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from support.models import inputs_of, make_adapter, tiny_llama
+
+from wlora_merge.cli.main import main
+from wlora_merge.errors import UnsupportedError, VerifyError
+from wlora_merge.exporters import export, verify
+from wlora_merge.exporters.manifest import read_manifest
+from wlora_merge.mixture import mix
+from wlora_merge.onnx import convert as onnx_writer
+from wlora_merge.onnx.session import check_files
+
+ort = pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters on a tiny Llama whose heads are wide enough for onnxruntime-genai's attention, with a tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("options")
+    model = tiny_llama(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    model.save_pretrained(root / "base")
+    tokenizer = Tokenizer(models.BPE({f"w{i}": i for i in range(96)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w0"
+    ).save_pretrained(root / "base")
+    adapters = [make_adapter(model, root / f"a{i}", i, r=2, target_modules=["q_proj", "down_proj"]) for i in (0, 1)]
+    mix(root / "base", adapters, root / "mixture", task="causal-lm")
+    return root / "mixture"
+
+
+def test_onnxruntime_genai_generates_what_generate_does(mixture: Path, tmp_path: Path) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    from transformers import AutoModelForCausalLM
+
+    result = export(mixture, "onnx", tmp_path / "out", onnx_runtime="genai")
+    assert result.report == {"same_tokens": 1.0}
+    assert {"genai_config.json", "model.onnx", "tokenizer.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    export(mixture, "dense", tmp_path / "dense")
+    prompt = [5, 9, 23, 42]
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").generate(
+        torch.tensor([prompt]), do_sample=False, max_length=16
+    )
+    model = og.Model(str(tmp_path / "out"))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=16, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array(prompt, dtype=np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert list(generator.get_sequence(0)) == expected[0].tolist()
+    assert (
+        verify(tmp_path / "out", **inputs_of(mixture)).done[-1]
+        == "100.0% of the greedy tokens are the unmerged mixture's"
+    )
+
+
+def test_onnxruntime_genai_in_int4_says_how_many_tokens_are_pytorchs(mixture: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    result = export(mixture, "onnx", tmp_path / "out", onnx_runtime="genai", quantize="int4")
+    share = result.report["same_tokens"]
+    assert 0.3 <= share <= 1
+    assert any(node.op_type == "MatMulNBits" for node in onnx.load(tmp_path / "out/model.onnx").graph.node)
+    done = verify(tmp_path / "out", **inputs_of(mixture)).done[-1]
+    assert done == f"{share:.1%} of the greedy tokens are the unmerged mixture's"
+
+
+def test_quantized_graphs_stand_beside_the_float_one_and_their_error_is_reported(
+    mixture: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for kind, name, operator, most in (
+        ("int8", "model_int8.onnx", "MatMulInteger", 0.2),  # on any CPU: 8-bit weights would overflow without VNNI
+        ("int4", "model_q4.onnx", "MatMulNBits", 0.6),
+    ):
+        arguments = ["export", str(mixture), "--format", "onnx", "--quantize", kind, "--out", str(tmp_path / kind)]
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 0, done.output
+        error = read_manifest(tmp_path / kind)["report"]["quantized"]
+        assert "root" not in {record.name for record in caplog.records}  # where ONNX Runtime's quantizer warns
+        assert f"{error['file']}: off by {error['relative']:.2e}" in done.output
+        assert error["file"] == f"onnx/{name}"
+        assert 0 < error["relative"] < most
+        assert 0 < error["same_choice"] <= 1
+        graph = onnx.load(tmp_path / kind / "onnx" / name).graph
+        assert sum(operator in node.op_type for node in graph.node) >= 14
+        assert operator not in {n.op_type for n in onnx.load(tmp_path / kind / "onnx" / "model.onnx").graph.node}
+        assert (
+            verify(tmp_path / kind, **inputs_of(mixture))
+            .done[-1]
+            .startswith("outputs equal the unmerged mixture's: off by ")
+        )
+
+
+def test_fusions_use_onnx_runtimes_own_operators_and_are_checked(mixture: Path, tmp_path: Path) -> None:
+    export(mixture, "onnx", tmp_path / "out", ort_fusions="cpu", opset=20)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "out/onnx/model.onnx").graph.node}
+    assert {"SimplifiedLayerNormalization", "RotaryEmbedding"} & kinds
+    check_files(tmp_path / "out" / "onnx")
+    model = onnx.load(tmp_path / "out/onnx/model.onnx")
+    model.graph.node[-1].op_type = "NoSuchOperator"  # the checker judges what stands beside the runtime's own operators
+    for large in (False, True):
+        folder = tmp_path / f"broken {large}"
+        folder.mkdir()
+        onnx.save(
+            model, folder / "model.onnx", save_as_external_data=large, size_threshold=0, convert_attribute=False,
+            location="model.onnx_data" if large else None,
+        )  # fmt: skip
+        with pytest.raises(VerifyError, match=r"onnx\.checker refuses it \(No Op registered for NoSuchOperator"):
+            check_files(folder)
+    with pytest.raises(UnsupportedError, match=r"--ort-fusions webgpu: ONNX Runtime has no such provider here \(.*cpu"):
+        export(mixture, "onnx", tmp_path / "never", ort_fusions="webgpu")
+    assert not (tmp_path / "never").exists()
+
+
+def test_fusions_that_break_a_graph_are_named(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_writer, "_fuse", lambda graph, provider: graph.graph.outputs.pop())
+    with pytest.raises(
+        UnsupportedError, match=r"the fusions for cpu break this model's graph .*leave --ort-fusions out"
+    ):
+        export(mixture, "onnx", tmp_path / "never", ort_fusions="cpu")
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("dense", {"quantize": "int8"}, "--quantize: of --format onnx alone"),
+        ("onnx", {"dtype": "bfloat16"}, "no bfloat16 MatMul"),
+        ("onnx", {"quantize": "int3"}, "expected one of int8, int4"),
+        ("onnx", {"ort_fusions": "cpus"}, "--ort-fusions is 'cpus', expected one of cpu, cuda"),
+        ("onnx", {"onnx_runtime": "genai", "opset": 18}, "chooses opset and operators"),
+        ("onnx", {"onnx_runtime": "genai", "quantize": "int8"}, "quantizes to int4 alone"),
+        ("onnx", {"onnx_runtime": "genai", "dtype": "float16"}, "does not run the float16 folder"),
+        ("onnx", {"onnx_base": "model.onnx", "quantize": "int8"}, "--quantize needs a traced export"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    mixture: Path, tmp_path: Path, kind: str, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        export(mixture, kind, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
