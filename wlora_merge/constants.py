@@ -11,16 +11,6 @@ NEW_ADAPTER = "new"
 NEW_FOLDER = "new_adapter"
 """Where a mixture folder has it."""
 FIT_STATE = ".fit-state"
-TASKS = (
-    "causal-lm",
-    "seq2seq-lm",
-    "text-classification",
-    "token-classification",
-    "question-answering",
-    "image-classification",
-    "feature-extraction",
-)
-FIT_TASKS = TASKS[:-1]
 NORMALIZE = ("all", "present", "none")
 FORMATS = ("dense", "lora", "onnx")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

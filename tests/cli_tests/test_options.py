@@ -12,7 +12,7 @@ from support.paths import ROOT
 
 from wlora_merge.cli.main import main
 from wlora_merge.cli.options import OPTIONS
-from wlora_merge.data.columns import FORMS
+from wlora_merge.data.tasks import FIT_TASKS
 
 
 def test_help_is_quick_and_does_not_import_torch() -> None:
@@ -49,8 +49,8 @@ def test_help_describes_arguments_and_columns_under_fitting_headings() -> None:
     assert "--quantize" in sections("fit")["How it is trained"]
     assert "--weights" in sections("mix")["How they are mixed"]
     readme = (ROOT / "README.md").read_text()
-    for task, forms in FORMS.items():
-        text = ", or ".join(map(str, forms))
+    for task in FIT_TASKS:
+        text = ", or ".join(map(str, FIT_TASKS[task].forms))
         assert re.search(rf"^ +{task} +{re.escape(text)}$", run("fit", "--help").output, flags=re.M)
         assert f"| `{task}` | {text} |" in readme
     assert "..." not in run("--help").output.partition("Options:")[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from wlora_merge.data.columns import choose_columns
+from wlora_merge.data.tasks import get_task
 from wlora_merge.errors import DataError
 
 
@@ -22,7 +23,7 @@ from wlora_merge.errors import DataError
     ],
 )  # fmt: skip
 def test_conventional_names_are_found(task: str, found: list[str], chosen: dict[str, str]) -> None:
-    assert choose_columns(task, found) == chosen
+    assert choose_columns(get_task(task), found) == chosen
 
 
 @pytest.mark.parametrize(
@@ -55,15 +56,15 @@ def test_what_could_be_read_in_two_ways_is_refused(
     task: str, found: list[str], given: dict[str, str], words: list[str]
 ) -> None:
     with pytest.raises(DataError) as caught:
-        choose_columns(task, found, given)
+        choose_columns(get_task(task), found, given)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_a_given_column_wins_over_every_guess() -> None:
     found = ["text", "sentence", "label", "target"]
     given = {"text": "sentence", "label": "target"}
-    assert choose_columns("text-classification", found, given) == given
-    assert choose_columns("causal-lm", ["text", "input", "output"], {"text": "text"}) == {"text": "text"}
+    assert choose_columns(get_task("text-classification"), found, given) == given
+    assert choose_columns(get_task("causal-lm"), ["text", "input", "output"], {"text": "text"}) == {"text": "text"}
     text = {"text": "content", "label": "label"}
-    assert choose_columns("text-classification", ["label", "title", "content"], {"text": "content"}) == text
-    assert choose_columns("causal-lm", ["prompt", "system", "messages"]) == {"messages": "messages"}
+    assert choose_columns(get_task("text-classification"), ["label", "title", "content"], {"text": "content"}) == text
+    assert choose_columns(get_task("causal-lm"), ["prompt", "system", "messages"]) == {"messages": "messages"}

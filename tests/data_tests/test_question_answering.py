@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.tokenizers import examples, ids, tokenizer
 
-from wlora_merge.data.metrics import best_span
+from wlora_merge.data.question_answering import best_span
 from wlora_merge.data.tasks import get_task
 from wlora_merge.errors import DataError, WloraMergeWarning
 

@@ -11,22 +11,21 @@ import torch
 from support.paths import ROOT
 from support.tokenizers import tokenizer
 
-from wlora_merge.constants import TASKS as TASK_NAMES
-from wlora_merge.data.tasks import get_task, task_of
+from wlora_merge.data.tasks import TASKS, get_task, task_of
 from wlora_merge.errors import BaseModelError, UnsupportedError, WloraMergeError
 
 
 def test_importing_the_room_is_cheap() -> None:
     code = (
         "import sys, wlora_merge.data.tasks, wlora_merge.data.examples; "
-        "print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+        "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules))"
     )
     root = ROOT
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_tasks_are_found_by_name_and_a_misspelling_gets_the_nearest() -> None:
-    assert [get_task(name).name for name in TASK_NAMES] == list(TASK_NAMES)
+    assert [get_task(name).name for name in TASKS] == list(TASKS)
     assert get_task("causal-lm").auto_class().__name__ == "AutoModelForCausalLM"
     with pytest.raises(WloraMergeError, match="did you mean 'text-classification'"):
         get_task("text-clasification")

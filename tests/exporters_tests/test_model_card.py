@@ -9,9 +9,7 @@ import pytest
 import torch
 from support.cards import card, mixture
 
-from wlora_merge.constants import TASKS
-from wlora_merge.data.tasks import get_task
-from wlora_merge.exporters.serving import PIPELINE_TAGS
+from wlora_merge.data.tasks import TASKS, get_task
 from wlora_merge.fit_options import FitOptions
 from wlora_merge.mixture.mixture import InputRef
 
@@ -33,14 +31,14 @@ def inputs(root: Path, *fronts: str | None) -> tuple[Path, ...]:
 @pytest.mark.parametrize("task", TASKS)
 def test_every_card_is_one_that_the_hub_reads(tmp_path: Path, task: str, kind: str) -> None:
     data = card(tmp_path, mixture(task=task), kind).data
-    assert data.pipeline_tag == PIPELINE_TAGS[task]
+    assert data.pipeline_tag == get_task(task).pipeline_tag
     assert data.library_name == {"dense": "transformers", "lora": "peft", "onnx": "transformers.js"}[kind]
     assert {"merge", "lora", "wlora-merge"} <= set(data.tags)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_has_a_tag_and_a_class(task: str) -> None:
-    assert PIPELINE_TAGS[task]
+    assert get_task(task).pipeline_tag
     assert get_task(task).auto_class().__name__.startswith("AutoModel")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from .. import constants
+from ..data.tasks import FIT_TASKS, TASKS
 from ..errors import RecipeError, WloraMergeError
 from ..export_options import ExportOptions, export_options
 from ..fit_options import FitOptions, check_for_task, fit_options
@@ -36,7 +37,6 @@ from .options import (
 )
 from .terminal import fit_progress, human_time, say, show_table, work_progress
 
-TASKS = click.Choice(constants.TASKS)
 DTYPES = click.Choice(list(constants.DTYPES))
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -62,7 +62,7 @@ def _naming_state(out: str) -> Iterator[None]:
 @click.command(cls=Command, epilog=COLUMNS)
 @INPUTS
 @click.option("--data", required=True, metavar="FILE_OR_ID", help="The shots: JSONL, CSV, Parquet, a folder, a hub id.")
-@click.option("--task", required=True, type=click.Choice(constants.FIT_TASKS), help="What the model is for.")
+@click.option("--task", required=True, type=click.Choice(list(FIT_TASKS)), help="What the model is for.")
 @OUT
 @FIT_OPTIONS
 @MODULES_TO_SAVE
@@ -133,7 +133,7 @@ def fit(
 @INPUTS
 @OUT
 @click.option("--weights", metavar="W,W,...", help="One weight for each adapter. Default: uniform composition.")
-@click.option("--task", type=TASKS, help="What the exported model is for; an ONNX export needs it.")
+@click.option("--task", type=click.Choice(list(TASKS)), help="What the exported model is for; an ONNX export needs it.")
 @click.option("--normalize", type=click.Choice(["all", "present"]), help="For uniform composition. Default: all.")
 @click.option("--delta-scale", type=float, default=1.0, show_default=True, help="Factor of the whole delta weight.")
 @MODULES_TO_SAVE

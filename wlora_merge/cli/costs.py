@@ -127,7 +127,7 @@ def _trainings(
 
 def _tokens(fit: FitRecipe, examples: Examples) -> int:
     """Tokens of an example on average."""
-    if fit.task == "image-classification":
+    if get_task(fit.task).takes_images:
         return IMAGE_TOKENS
     columns = [examples.column(name) for name in examples.columns]
     characters = sum(len(value) for column in columns for value in column if isinstance(value, str))

@@ -9,7 +9,7 @@ import click
 
 from .. import constants, fit_options
 from ..constants import PROBLEM_TYPES
-from ..data.columns import FORMS
+from ..data.tasks import FIT_TASKS
 
 COMMANDS = {
     "Make a mixture": ("fit", "mix"),
@@ -40,7 +40,7 @@ OPTIONS = {
     "Output": ("out", "force", "report", "report_to", "as_json"),
 }  # fmt: skip
 COLUMNS = "\b\nColumns of --data by task; --column NAME=COLUMN where the file calls one otherwise:\n" + "\n".join(
-    f"  {task:<22}{', or '.join(map(str, forms))}" for task, forms in FORMS.items()
+    f"  {name:<22}{', or '.join(map(str, task.forms))}" for name, task in FIT_TASKS.items()
 )
 """What stands under the help of `fit`."""
 OF_EXPORT = {"quantize": "Format"}

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..constants import FIT_TASKS, TASKS
+from ..data.tasks import FIT_TASKS, TASKS
 from ..errors import RecipeError, WloraMergeError
 from ..export_options import ExportOptions, export_options
 from ..fit_options import FitOptions, check_for_task, fit_options

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .. import export_options, fit_options
-from ..constants import FIT_TASKS, FORMATS, NORMALIZE, TASKS
+from ..constants import FORMATS, NORMALIZE
+from ..data.tasks import FIT_TASKS, TASKS
 from .recipe import ExportRecipe, FitRecipe, MixRecipe, Recipe, has_default
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,8 @@ columns                which column is what
 examples               a table -> Examples: read_examples
 labels                 names and order of classes: LabelSet
 metrics                numbers from logits and labels: Metric
-task                   what every task can do: Task
+task                   what a task is: Task
 tasks                  the list of tasks: get_task
-causal_lm, seq2seq_lm, text_classification, token_classification, question_answering, image_classification   one task each
+causal_lm, seq2seq_lm, text_classification, token_classification, question_answering, image_classification,
+feature_extraction     one task each, with all that other rooms ask about it
 """

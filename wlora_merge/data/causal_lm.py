@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, UnsupportedError
+from .columns import COMPLETION_NAMES, PASSAGE_NAMES, Form
 from .labels import LabelSet
 from .metrics import IGNORED, Metric, causal_lm_metric
 from .task import Encoded, Task, counted, token_limit, warn_cut
@@ -172,8 +173,6 @@ class CausalLM(Task):
     a model to stop, and adapters made for short answers were trained without. Data may spell one.
     """
 
-    has_head = False
-
     def encode(
         self, examples: Examples, processor: Any, *, max_length: int | None = None, labels: LabelSet | None = None
     ) -> Encoded:
@@ -189,3 +188,28 @@ class CausalLM(Task):
 
     def metric(self, labels: LabelSet | None = None) -> Metric:
         return causal_lm_metric()
+
+
+CAUSAL_LM = CausalLM(
+    name="causal-lm",
+    auto_class_name="AutoModelForCausalLM",
+    pipeline_tag="text-generation",
+    peft_task_type="CAUSAL_LM",
+    peft_auto_class_name="AutoPeftModelForCausalLM",
+    servers=("vllm", "tgi"),
+    has_head=False,
+    takes_packing=True,
+    is_decoder=True,
+    forms=(Form(("text",)), Form(("prompt", "completion")), Form(("messages",))),
+    conventions={
+        "text": ("text", "content", "document"),
+        "prompt": ("prompt", "instruction", "input", "question"),
+        "completion": COMPLETION_NAMES,
+        "messages": ("messages", "conversation", "conversations"),
+    },
+    more_text={
+        "text": (*COMPLETION_NAMES, "summary", "highlights"),
+        "prompt": (*PASSAGE_NAMES, "system", "system_prompt"),
+    },
+    spread_column="prompt",
+)

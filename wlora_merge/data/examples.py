@@ -21,10 +21,11 @@ from ..constants import REGRESSION
 from ..errors import DataError, UnsupportedError, WloraMergeWarning
 from ..io.untrusted import is_utf8
 from ..text import nearest
-from .columns import FORMS, PARTS, choose_columns
+from .columns import choose_columns
 from .formats import Table, read_bytes_of
 from .labels import LabelSet, class_name, words_of
 from .sources import TRAIN, read_source
+from .tasks import FIT_TASKS
 
 if TYPE_CHECKING:
     import datasets
@@ -146,19 +147,20 @@ def read_examples(
         DataError: nothing to read, or a column or a value is missing or wrong; the message names the file and the line.
         UnsupportedError: a task that reads no data, or a format that is not read.
     """
-    if task not in FORMS:
-        raise UnsupportedError(f"task {task!r} reads no examples{nearest(task, FORMS)}.")
+    if task not in FIT_TASKS:
+        raise UnsupportedError(f"task {task!r} reads no examples{nearest(task, FIT_TASKS)}.")
+    kind = FIT_TASKS[task]
     table = read_source(source, split=split, default_splits=default_splits)
     if not len(table.rows):
         raise DataError(f"{table.name} holds no examples.")
-    chosen = choose_columns(task, table.columns, columns, source=table.name)
+    chosen = choose_columns(kind, table.columns, columns, source=table.name)
     checked = {name: _checked(table, name, column) for name, column in chosen.items() if name != "image"}
     _check_lengths(table, checked)
     rows, digest = _dataset(table, chosen, checked)
     if digest is None:
         digest = _digest_of_values(checked, table.values(chosen["image"]) if "image" in chosen else ())
     unused = tuple(name for name in table.columns if name not in chosen.values())
-    if PARTS.get(task) in chosen and PARTS[task] not in (columns or {}):
+    if kind.spread_column in chosen and kind.spread_column not in (columns or {}):
         _tell_unused(table, chosen, unused)
     return Examples(rows, task, chosen, str(source), digest, unused)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from .columns import LABEL_NAMES, Form
 from .labels import LabelSet
 from .task import Encoded, load_auto
 from .text_classification import TextClassification, targets
@@ -72,3 +73,15 @@ class ImageClassification(TextClassification):
         import transformers
 
         return transformers.DefaultDataCollator()
+
+
+IMAGE_CLASSIFICATION = ImageClassification(
+    name="image-classification",
+    auto_class_name="AutoModelForImageClassification",
+    pipeline_tag="image-classification",
+    has_labels=True,
+    classifies_examples=True,
+    takes_images=True,
+    forms=(Form(("image", "label")),),
+    conventions={"image": ("image", "img", "picture"), "label": LABEL_NAMES},
+)

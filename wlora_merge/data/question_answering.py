@@ -10,12 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, WloraMergeWarning
+from .columns import Form
 from .labels import LabelSet
-from .metrics import Metric, answering_metric
+from .metrics import Metric
 from .task import Encoded, Task, refuse_slow, token_limit
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import EvalPrediction
+
     from .examples import Examples
+
+MAX_ANSWER_TOKENS = 30
 
 
 def encode_answers(examples: Examples, tokenizer: Any, limit: int | None) -> list[dict[str, Any]]:
@@ -79,6 +85,35 @@ def _span(
     return (inside[0], inside[-1]) if inside and offsets[inside[-1]][1] >= end else None
 
 
+def best_span(logits: Any, labels: Any = None) -> torch.Tensor:
+    """The most likely span that does not end before it starts, nor has over `MAX_ANSWER_TOKENS` tokens.
+
+    Args:
+        logits: start and end logits, each [B, T].
+
+    Returns:
+        [B, 2] int64: first and last token.
+    """
+    import torch
+
+    start, end = logits[0].float(), logits[1].float()
+    length = start.shape[1]
+    allowed = torch.ones(length, length, device=start.device).triu().tril(MAX_ANSWER_TOKENS - 1).bool()
+    scores = (start[:, :, None] + end[:, None, :]).masked_fill(~allowed, float("-inf"))  # [B, T, T]
+    best = scores.flatten(1).argmax(1)
+    return torch.stack([best // length, best % length], dim=1)
+
+
+def _score(prediction: EvalPrediction) -> dict[str, float]:
+    import numpy as np
+
+    spans = np.asarray(prediction.predictions)  # [E, 2]
+    wanted = np.stack([np.asarray(part) for part in prediction.label_ids], axis=1)  # [E, 2]
+    common = np.minimum(spans[:, 1], wanted[:, 1]) - np.maximum(spans[:, 0], wanted[:, 0]) + 1
+    sizes = (spans[:, 1] - spans[:, 0] + 1) + (wanted[:, 1] - wanted[:, 0] + 1)
+    return {"f1": float((2 * common.clip(min=0) / sizes).mean()), "exact": float((spans == wanted).all(1).mean())}
+
+
 class QuestionAnswering(Task):
     """The span of a context that answers a question; the first token where there is no answer."""
 
@@ -103,4 +138,17 @@ class QuestionAnswering(Task):
         return tuple(part.float().masked_fill(~inside, torch.finfo(torch.float32).min / 4) for part in logits)
 
     def metric(self, labels: LabelSet | None = None) -> Metric:
-        return answering_metric()
+        """Exact match and F1 of the predicted span with the first answer. Spans are compared as tokens, not as text."""
+        return Metric("f1", True, _score, best_span)
+
+
+QUESTION_ANSWERING = QuestionAnswering(
+    name="question-answering",
+    auto_class_name="AutoModelForQuestionAnswering",
+    pipeline_tag="question-answering",
+    peft_task_type="QUESTION_ANS",
+    peft_auto_class_name="AutoPeftModelForQuestionAnswering",
+    outputs=("start_logits", "end_logits"),
+    forms=(Form(("question", "context", "answers")),),
+    conventions={"question": ("question",), "context": ("context", "passage"), "answers": ("answers",)},
+)

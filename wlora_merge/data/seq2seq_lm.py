@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from .causal_lm import CausalLM
+from .columns import PASSAGE_NAMES, Form
 from .labels import LabelSet
 from .metrics import Metric, seq2seq_metric
 from .task import Encoded, counted, tokenized
@@ -34,3 +35,22 @@ class Seq2SeqLM(CausalLM):
 
     def metric(self, labels: LabelSet | None = None) -> Metric:
         return seq2seq_metric()
+
+
+SEQ2SEQ_LM = Seq2SeqLM(
+    name="seq2seq-lm",
+    auto_class_name="AutoModelForSeq2SeqLM",
+    pipeline_tag="text2text-generation",
+    peft_task_type="SEQ_2_SEQ_LM",
+    peft_auto_class_name="AutoPeftModelForSeq2SeqLM",
+    servers=("tgi",),
+    has_head=False,
+    is_encoder_decoder=True,
+    forms=(Form(("source", "target")),),
+    conventions={
+        "source": ("source", "input", "text", "document", "article", "question", "dialogue"),
+        "target": ("target", "summary", "highlights", "completion", "response", "output", "answer"),
+    },
+    more_text={"source": (*PASSAGE_NAMES, "instruction", "prompt")},
+    spread_column="source",
+)

@@ -1,19 +1,20 @@
-"""What a fit asks of a task: its model class, its labels, how an example becomes model inputs, and how it is judged.
+"""What a task is: its columns, its model class, its labels, how an example becomes model inputs, and how it is judged.
 
-A task knows tokenizers, image processors and collators of transformers. It knows neither adapters nor mixtures, and it runs no
-model.
+A task is one object with all facts about it; no other file asks for its name. It knows tokenizers, image processors and collators of
+transformers. It knows neither adapters nor mixtures, and it runs no model.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import BaseModelError, UnsupportedError, WloraMergeWarning
 from ..text import first_line
+from .columns import Form
 from .labels import LabelSet
 from .metrics import IGNORED, Metric
 
@@ -25,18 +26,61 @@ if TYPE_CHECKING:
 Encoded: TypeAlias = "Sequence[dict[str, Any]]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-    """A task on text. The others override what differs.
+    """A task on text, and the facts about it. The others override what differs.
 
     Attributes:
         name: as on the command line.
         auto_class_name: of the transformers class that builds its model, body and head.
+        pipeline_tag: what the hub calls it.
+        peft_task_type: PEFT's word for it; None where PEFT has none.
+        peft_auto_class_name: of the PEFT class that loads an adapter with its base.
+        servers: which servers serve its models: `vllm`, `tgi`.
+        has_head: whether its model has a head of its own, which a base may lack.
+        is_body: whether its model is a base's body alone, whatever head the base's files hold.
+        has_labels: whether the head has one output for each label that `id2label` of the config names.
+        classifies_examples: whether a label belongs to a whole example. It has a problem type then, and the head sees one vector
+            for each example.
+        needs_pad_token: whether its decoders read the last token that is not padding, and so must know which token that is.
+        takes_images: instead of text.
+        takes_packing: whether its examples can stand end to end in one row.
+        takes_label_names: whether the name of a label, as words, is an example of it.
+        is_decoder: whether its model predicts the next token of what it reads, and keeps a cache of it.
+        is_encoder_decoder: whether its model reads one text and writes another.
+        outputs: what its model gives, by transformers' names, without the cache.
+        forms: the ways to lay out its examples in columns; empty: it reads none, and cannot be fitted.
+        conventions: {column: what files call it}.
+        more_text: {column: what files call other columns that often hold a part of the same example}.
+        spread_column: the column whose text may stand in several columns of a file. A document, all text, may have a title beside it.
     """
 
-    has_head: ClassVar[bool] = True  # that a base may lack
     name: str
     auto_class_name: str
+    pipeline_tag: str
+    peft_task_type: str | None = None
+    peft_auto_class_name: str | None = None
+    servers: tuple[str, ...] = ()
+    has_head: bool = True
+    is_body: bool = False
+    has_labels: bool = False
+    classifies_examples: bool = False
+    needs_pad_token: bool = False
+    takes_images: bool = False
+    takes_packing: bool = False
+    takes_label_names: bool = False
+    is_decoder: bool = False
+    is_encoder_decoder: bool = False
+    outputs: tuple[str, ...] = ("logits",)
+    forms: tuple[Form, ...] = ()
+    conventions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    more_text: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    spread_column: str | None = None
+
+    @property
+    def generates(self) -> bool:
+        """Whether its model writes text token by token."""
+        return self.is_decoder or self.is_encoder_decoder
 
     def auto_class(self) -> type[Any]:
         """The transformers class that builds the model of this task."""
@@ -114,6 +158,7 @@ class Task:
 
 
 def tokenized(examples: Examples, tokenizer: Any, max_length: int | None, *columns: str) -> list[dict[str, Any]]:
+    """Model inputs for the texts of one or two columns, cut from the right to `max_length` tokens, which is warned of."""
     limit, encoded, cut = token_limit(tokenizer, max_length), [], 0
     for row in examples.rows:
         texts = [row[column] for column in columns]
@@ -127,16 +172,23 @@ def tokenized(examples: Examples, tokenizer: Any, max_length: int | None, *colum
 
 
 def counted(labels: Sequence[int]) -> int:
+    """How many of the labels a loss counts."""
     return sum(label != IGNORED for label in labels)
 
 
 def needed_labels(labels: LabelSet | None, task: str) -> LabelSet:
+    """The labels, or a `ValueError`: a caller left them out."""
     if labels is None:
         raise ValueError(f"{task} needs labels: pass what Task.labels returned.")
     return labels
 
 
 def refuse_slow(tokenizer: Any, task: str) -> None:
+    """Refuse a tokenizer that does not say which characters a token covers.
+
+    Raises:
+        UnsupportedError: it has no tokenizer.json.
+    """
     if not tokenizer.is_fast:
         raise UnsupportedError(
             f"{task} needs a tokenizer with a tokenizer.json, which says where each token comes from."
@@ -144,6 +196,11 @@ def refuse_slow(tokenizer: Any, task: str) -> None:
 
 
 def load_auto(auto_class: str, folder: str | Path, what: str) -> Any:
+    """A tokenizer or processor out of a local folder; `what` is how an error calls it.
+
+    Raises:
+        BaseModelError: there is none, or it does not load.
+    """
     import transformers
 
     if not Path(folder).is_dir():

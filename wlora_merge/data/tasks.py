@@ -1,48 +1,49 @@
-"""The tasks: for each, its model class, its labels, how an example becomes model inputs, and how it is judged.
-
-A `Task` is what a fit asks about the task and nothing else. This room knows tokenizers, image processors and collators
-of transformers. It knows neither adapters nor mixtures, and it runs no model.
-"""
+"""The list of tasks, and which of them a name or a model means."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from ..constants import TASKS
 from ..errors import WloraMergeError
 from ..text import nearest
-from .causal_lm import CausalLM
-from .image_classification import ImageClassification
-from .question_answering import QuestionAnswering
-from .seq2seq_lm import Seq2SeqLM
+from .causal_lm import CAUSAL_LM
+from .feature_extraction import FEATURE_EXTRACTION
+from .image_classification import IMAGE_CLASSIFICATION
+from .question_answering import QUESTION_ANSWERING
+from .seq2seq_lm import SEQ2SEQ_LM
 from .task import Task
-from .text_classification import TextClassification
-from .token_classification import TokenClassification
+from .text_classification import TEXT_CLASSIFICATION
+from .token_classification import TOKEN_CLASSIFICATION
 
-_TASKS = (
-    CausalLM("causal-lm", "AutoModelForCausalLM"),
-    Seq2SeqLM("seq2seq-lm", "AutoModelForSeq2SeqLM"),
-    TextClassification("text-classification", "AutoModelForSequenceClassification"),
-    TokenClassification("token-classification", "AutoModelForTokenClassification"),
-    QuestionAnswering("question-answering", "AutoModelForQuestionAnswering"),
-    ImageClassification("image-classification", "AutoModelForImageClassification"),
-    Task("feature-extraction", "AutoModel"),
-)
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        CAUSAL_LM,
+        SEQ2SEQ_LM,
+        TEXT_CLASSIFICATION,
+        TOKEN_CLASSIFICATION,
+        QUESTION_ANSWERING,
+        IMAGE_CLASSIFICATION,
+        FEATURE_EXTRACTION,
+    )
+}
+"""{name: task}, in the order of the help."""
+FIT_TASKS: Mapping[str, Task] = {name: task for name, task in TASKS.items() if task.forms}
+"""Those that read examples, and so can be fitted."""
 
 
-def get_task(name: str) -> Task:
-    """The task of that name.
-
-    Args:
-        name: one of `constants.TASKS`.
+def get_task(name: str | None) -> Task:
+    """The task of that name; None: that of a model's body alone.
 
     Raises:
         WloraMergeError: there is none; with the nearest name.
     """
-    for task in _TASKS:
-        if task.name == name:
-            return task
-    raise WloraMergeError(f"no task {name!r}; tasks are {', '.join(TASKS)}{nearest(name, TASKS)}.")
+    if name is None:
+        return next(task for task in TASKS.values() if task.is_body)
+    if name not in TASKS:
+        raise WloraMergeError(f"no task {name!r}; tasks are {', '.join(TASKS)}{nearest(name, TASKS)}.")
+    return TASKS[name]
 
 
 def task_of(model: Any) -> str | None:
@@ -55,7 +56,7 @@ def task_of(model: Any) -> str | None:
         return None
     classes = type(model).__mro__  # FSDP and the like make subclasses
     name = next((c.__name__ for c in classes if c.__module__.startswith("transformers.models.")), "")
-    found = [task.name for task in _TASKS if name in _class_names(task.auto_class())]
+    found = [task.name for task in TASKS.values() if name in _class_names(task.auto_class())]
     return found[0] if len(found) == 1 else None
 
 

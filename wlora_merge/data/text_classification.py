@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..constants import MULTI, REGRESSION
 from ..errors import DataError
+from .columns import LABEL_NAMES, PASSAGE_NAMES, Form
 from .labels import LabelSet, class_name, label_set, to_number
 from .metrics import Metric, classification_metric
 from .task import Encoded, Task, needed_labels, tokenized
@@ -60,3 +61,36 @@ def targets(examples: Examples, labels: LabelSet | None) -> list[Any]:
 def problem_type_of(labels: LabelSet | None) -> dict[str, Any]:
     """The config key that says what kind of problem the head solves."""
     return {"problem_type": labels.problem_type} if labels else {}
+
+
+TEXT_CLASSIFICATION = TextClassification(
+    name="text-classification",
+    auto_class_name="AutoModelForSequenceClassification",
+    pipeline_tag="text-classification",
+    peft_task_type="SEQ_CLS",
+    peft_auto_class_name="AutoPeftModelForSequenceClassification",
+    has_labels=True,
+    classifies_examples=True,
+    needs_pad_token=True,
+    takes_label_names=True,
+    forms=(Form(("text", "label"), ("text_pair",)),),
+    conventions={
+        "text": ("text", "sentence", "content", "input", "question", "sentence1", "premise", "question1"),
+        "text_pair": ("text_pair", "sentence2", "hypothesis", "question2"),
+        "label": LABEL_NAMES,
+    },
+    more_text={
+        "text": (
+            *PASSAGE_NAMES,
+            "title",
+            "body",
+            "headline",
+            "instruction",
+            "prompt",
+            "answer",
+            "response",
+            "completion",
+        )
+    },
+    spread_column="text",
+)

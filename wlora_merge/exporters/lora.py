@@ -20,6 +20,7 @@ from ..adapters.deltas import ModuleDelta, TensorDelta
 from ..adapters.keys import PEFT_PREFIX
 from ..adapters.layouts import Layout, factors_to_file
 from ..adapters.targets import ATTENTION
+from ..data.tasks import get_task
 from ..errors import UnsupportedError, WloraMergeError
 from ..io.safetensors_file import write_tensors
 from ..io.tensors import all_finite, one_torch_thread, overflow_advice
@@ -31,16 +32,6 @@ from ..progress import Meter
 
 if TYPE_CHECKING:
     import torch
-
-PEFT_TASKS = {
-    "causal-lm": "CAUSAL_LM",
-    "seq2seq-lm": "SEQ_2_SEQ_LM",
-    "text-classification": "SEQ_CLS",
-    "token-classification": "TOKEN_CLS",
-    "question-answering": "QUESTION_ANS",
-    "feature-extraction": "FEATURE_EXTRACTION",
-}
-HEADLESS = ("causal-lm", "seq2seq-lm", "feature-extraction")
 
 
 @dataclass(frozen=True)
@@ -210,14 +201,15 @@ def _rank_for(values: list[torch.Tensor], energy: float) -> int:
 def _config(
     mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta], names: list[str], r: int, base_name: str
 ) -> dict[str, Any]:
-    task = mixture.task if mixture.head or mixture.task in HEADLESS else None
+    task = get_task(mixture.task) if mixture.task else None
     return plain_config(
         r=r,
         lora_alpha=r,
         target_modules=_target_modules(base, [delta.module for delta in deltas], names),
         base_name=base_name,
         fan_in_fan_out=any(delta.layout is Layout.CONV1D for delta in deltas),
-        task_type=PEFT_TASKS.get(task or ""),
+        # PEFT's class for the task would put a new head on a base that is given without one
+        task_type=task.peft_task_type if task and (mixture.head or not task.has_head) else None,
         modules_to_save=_saved_modules(mixture, base, names) or None,
     )
 
@@ -240,7 +232,7 @@ def _saved_modules(mixture: Mixture, base: BaseModel, targets: Sequence[str]) ->
 
 def _live_names(mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta]) -> list[str]:
     """The modules' names in the model; where adapters spell its prefix in several ways, as the module tree does."""
-    prefix = base.body_prefix if mixture.task == "feature-extraction" else ""
+    prefix = base.body_prefix if mixture.task and get_task(mixture.task).is_body else ""
     names = [mixture.live_name(delta, prefix) for delta in deltas]
     if any(mixture.prefixes) or all(n == d.module for n, d in zip(names, deltas, strict=True)) or base.tree is None:
         return names

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..data.tasks import get_task
 from ..errors import WloraMergeError
 from ..fit_options import FitOptions
 from ..io.hub import at_revision
@@ -16,7 +17,7 @@ from ..io.untrusted import find_file, parse_yaml, read_bytes
 from ..mixture.mixture import TRAINING_LOOP, Mixture
 from .report import CAPTIONS, FIGURES
 from .report import FILE as REPORT
-from .serving import PIPELINE_TAGS, serving
+from .serving import serving
 
 LIBRARIES = {"dense": "transformers", "lora": "peft", "onnx": "transformers.js"}
 KNOWN_METRICS = ("accuracy", "f1", "exact_match", "rouge", "bleu", "perplexity", "squad", "seqeval")
@@ -85,7 +86,7 @@ def _metadata(mixture: Mixture, kind: str, base_name: str, fronts: Sequence[Mapp
         datasets=list(datasets) or None,
         metrics=[metric] if metric in KNOWN_METRICS else None,
         tags=["merge", "lora", "wlora-merge"],
-        pipeline_tag=PIPELINE_TAGS.get(mixture.task or ""),
+        pipeline_tag=get_task(mixture.task).pipeline_tag if mixture.task else None,
         base_model_relation=("adapter" if kind == "lora" else "merge") if on_hub else None,
     )
     return str(data.to_yaml()).strip()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..data.task import Task
+from ..data.tasks import get_task
 from ..models.loading import library_errors
 from ..progress import Meter
 from .manifest import is_probe
@@ -19,11 +21,11 @@ def make_probe(config: Mapping[str, Any], task: str | None) -> dict[str, Any]:
 
     Token ids come from a linear congruential generator over the vocabulary; pixels, given by shape, from torch's seed 0.
     """
-    probe = _probe(config, task)
+    probe = _probe(config, get_task(task))
     return probe if all(is_probe(name, value) for name, value in probe.items()) else {}
 
 
-def _probe(config: Mapping[str, Any], task: str | None) -> dict[str, Any]:
+def _probe(config: Mapping[str, Any], task: Task) -> dict[str, Any]:
     if "image_size" in config and "num_channels" in config:
         size = config["image_size"]
         sizes = size if isinstance(size, list) else [size, size]
@@ -42,12 +44,9 @@ def _probe(config: Mapping[str, Any], task: str | None) -> dict[str, Any]:
         sizes = [config.get("num_mel_bins"), 2 * config.get("max_source_positions", 0)]
         return {"input_features": {"shape": [2, *sizes], "seed": 0}, "decoder_input_ids": [ids[4:8], ids[16:20]]}
     rows = [ids[:12], ids[12:]]
-    if task == "text-classification" and config.get("pad_token_id") is None:
-        # a decoder reads the class off the last token that is not padding, and takes no batch without one
+    if task.needs_pad_token and config.get("pad_token_id") is None:  # a decoder then takes no batch
         rows = rows[:1]
-    decodes = task == "seq2seq-lm" or (
-        config.get("is_encoder_decoder") is True and task in (None, "feature-extraction")
-    )
+    decodes = task.is_encoder_decoder or (config.get("is_encoder_decoder") is True and task.is_body)
     return {"input_ids": rows} | ({"decoder_input_ids": [ids[4:8], ids[16:20]]} if decodes else {})
 
 

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 
 from ..adapters.deltas import ModuleDelta, TensorDelta
 from ..adapters.layouts import Layout
-from ..constants import TASKS
+from ..data.task import Task
 from ..data.tasks import get_task
 from ..errors import UnsupportedError
 from ..mixture.mixture import Mixture
 
-PIPELINE_TAGS = {task: task for task in TASKS} | {"causal-lm": "text-generation", "seq2seq-lm": "text2text-generation"}
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `vllm serve --max-lora-rank` accepts; an adapter's r may be anything up to it."""
 FOLDER = "path/to/this/folder"
@@ -86,12 +85,11 @@ def serving(mixture: Mixture, kind: str, base_name: str, r: int | None = None, r
         r: of a LoRA: its rank.
         runtime: of an ONNX export: `genai` for a folder of onnxruntime-genai.
     """
-    task = mixture.task or "feature-extraction"
-    auto = get_task(task).auto_class_name
+    task = get_task(mixture.task)
     if kind == "dense":
-        return _dense(task, auto)
+        return _dense(task)
     if kind == "lora":
-        return _lora(mixture, task, auto, base_name, r)
+        return _lora(mixture, task, base_name, r)
     return _genai() if runtime == "genai" else _onnx(task)
 
 
@@ -109,19 +107,21 @@ def _genai() -> str:
     return "onnxruntime-genai:\n\n" + _code("python", *lines)
 
 
-def _dense(task: str, auto: str) -> str:
+def _dense(task: Task) -> str:
+    auto = task.auto_class_name
     parts = [
         "transformers:",
         _code("python", f"from transformers import {auto}", f'model = {auto}.from_pretrained("{FOLDER}")'),
     ]
-    if task == "causal-lm":
+    if "vllm" in task.servers:
         parts += ["vLLM:", _code("sh", f"vllm serve {FOLDER}")]
-    if task in ("causal-lm", "seq2seq-lm"):
+    if "tgi" in task.servers:
         parts += ["TGI:", _code("sh", f"{TGI} -v $PWD/{FOLDER}:/model {TGI_IMAGE} --model-id /model")]
     return "\n\n".join(parts)
 
 
-def _lora(mixture: Mixture, task: str, auto: str, base_name: str, r: int | None) -> str:
+def _lora(mixture: Mixture, task: Task, base_name: str, r: int | None) -> str:
+    auto, peft_auto = task.auto_class_name, task.peft_auto_class_name
     table = {int(key): name for key, name in mixture.config.get("id2label", {}).items()} if mixture.head else {}
     named = [f"id2label = {table}"] if table else []
     labels = ", id2label=id2label, label2id={v: k for k, v in id2label.items()}" if table else ""
@@ -138,8 +138,7 @@ def _lora(mixture: Mixture, task: str, auto: str, base_name: str, r: int | None)
         f'model = PeftModel.from_pretrained(base, "{FOLDER}")',
     )
     parts = ["PEFT:", _code("python", *lines)]
-    if task != "image-classification":  # PEFT has no class for it
-        peft_auto = auto.replace("AutoModel", "AutoPeftModel") + "ForFeatureExtraction" * (auto == "AutoModel")
+    if peft_auto is not None:
         parts += [
             f"or, where `{base_name}` (`base_model_name_or_path` of the config) can be found under that name,",
             _code(
@@ -150,7 +149,7 @@ def _lora(mixture: Mixture, task: str, auto: str, base_name: str, r: int | None)
             ),
         ]
     fit = vllm_rank(r) if r is not None else None
-    if task == "causal-lm" and not mixture.head and fit is not None:
+    if "vllm" in task.servers and not mixture.head and fit is not None:
         lora = f"--enable-lora --max-lora-rank {fit} --lora-modules mixture={FOLDER}"
         parts += ["vLLM:", _code("sh", f"vllm serve {base_name} {lora}")]
         mount = f"-v $PWD/{FOLDER}:/mixture -e LORA_ADAPTERS=mixture=/mixture"
@@ -158,17 +157,17 @@ def _lora(mixture: Mixture, task: str, auto: str, base_name: str, r: int | None)
     return "\n\n".join(parts)
 
 
-def _onnx(task: str) -> str:
+def _onnx(task: Task) -> str:
     graphs = (
         {"encoder": "encoder_model", "decoder": "decoder_model_merged"}
-        if task == "seq2seq-lm"
+        if task.is_encoder_decoder
         else {"session": "model"}
     )
     sessions = [f'{name} = onnxruntime.InferenceSession("{FOLDER}/onnx/{file}.onnx")' for name, file in graphs.items()]
     run = _code("python", "import onnxruntime", *sessions)
     js = (
         "import { pipeline } from '@huggingface/transformers';",
-        f"const run = await pipeline('{PIPELINE_TAGS[task]}', '{FOLDER}', {{ dtype: 'fp32' }});",
+        f"const run = await pipeline('{task.pipeline_tag}', '{FOLDER}', {{ dtype: 'fp32' }});",
     )
     return "\n\n".join(["ONNX Runtime:", run, "transformers.js:", _code("js", *js)])
 

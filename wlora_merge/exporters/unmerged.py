@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.tasks import get_task
 from ..errors import UnsupportedError, VerifyError
 from ..io.tensors import matrix_shape
 from ..models.loading import library_errors, quiet_libraries
@@ -57,7 +58,7 @@ def load_model(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=complete, **SAFE, **options
         )
     missing = {str(key) for key in info["missing_keys"]}
-    if complete and task in (None, "feature-extraction") and any(key.startswith("pooler.") for key in missing):
+    if complete and get_task(task).is_body and any(key.startswith("pooler.") for key in missing):
         model.pooler = None  # of a base that was trained without; one drawn anew would say nothing
         missing = {key for key in missing if not key.startswith("pooler.")}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if complete else ():
@@ -74,13 +75,12 @@ def _class_for(folder: Path, task: str | None) -> Any:
     vision-language one as causal-lm), the one that its config names."""
     import transformers
 
-    from ..data.tasks import get_task
     from ..onnx.dummy_inputs import PROJECTED
 
-    auto: Any = get_task(task or "feature-extraction").auto_class()
+    auto: Any = get_task(task).auto_class()
     config = transformers.AutoConfig.from_pretrained(folder, **SAFE)
     named = (getattr(config, "architectures", None) or [""])[0]
-    projected = task == "feature-extraction" and named.endswith(PROJECTED)
+    projected = get_task(task).is_body and named.endswith(PROJECTED)
     known = task and type(config) in auto._model_mapping and not projected
     return auto if known else getattr(transformers, named, auto)
 
@@ -90,7 +90,7 @@ def unused_by(manifest: Mapping[str, Any]) -> Callable[[str], bool]:
     changes. A ViT has a pooler, for instance, and a classifier made of it has none; a causal-lm has an output embedding, and its
     features have none."""
     head = set(manifest.get("head") or [])
-    if manifest.get("task") == "feature-extraction":
+    if manifest.get("task") and get_task(manifest["task"]).is_body:
         return lambda name: name not in head  # no place for an output embedding, though an adapter changes it
     changed = {module for modules in manifest["groups"].values() for module in modules}
     return lambda name: name not in head and name.rpartition(".")[0] not in changed

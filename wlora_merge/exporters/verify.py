@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..constants import DTYPES
+from ..data.tasks import get_task
 from ..errors import UnsupportedError, VerifyError, WloraMergeError
 from ..io.digests import path_of
 from ..mixture.inputs import Inputs, find_inputs
@@ -129,7 +130,7 @@ def _unmerged(folder: Path, manifest: Mapping[str, Any], found: Inputs) -> Any:
     )
     attach_mixture(model, mixture, found.adapters, found.base, found.tensors)
     refuse_uncalled(model, lambda: outputs_of(model, manifest["probe"]))
-    if manifest["format"] == "onnx" and mixture.task == "feature-extraction":
+    if manifest["format"] == "onnx" and get_task(mixture.task).is_body:
         from ..onnx.pooling import add_pooling
 
         add_pooling(model, folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.keys import check_adapter_name
-from ..constants import TASKS
+from ..data.tasks import TASKS
 from ..errors import MixtureError, WloraMergeError
 from ..io.safetensors_file import read_header, read_tensor
 from ..io.untrusted import find_file, read_json

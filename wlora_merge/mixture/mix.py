@@ -12,7 +12,8 @@ from ..adapters.added_tokens import resized, resized_config, warn_of_end
 from ..adapters.modules_to_save import join_changes, stack_tensors
 from ..adapters.stacking import stack
 from ..adapters.targets import modules_of, tensors_of
-from ..constants import NORMALIZE, TASKS
+from ..constants import NORMALIZE
+from ..data.tasks import TASKS, get_task
 from ..errors import AdapterError, MixtureError, UnsupportedError
 from ..models.base_model import BaseModel, open_base
 from ..text import first_line, nearest
@@ -143,7 +144,7 @@ def _config_of(head: Mapping[str, torch.Tensor], base: BaseModel, task: str | No
                 "id2label": dict(zip(map(str, range(n)), labels, strict=True)),
                 "label2id": {v: i for i, v in enumerate(labels)},
             }
-            same = len(base.config.get("id2label") or {}) == n or not task.endswith("classification")
+            same = len(base.config.get("id2label") or {}) == n or not get_task(task).has_labels
             return {"architectures": [architecture], **({} if same else names)}
     shapes_text = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(head.items()))
     raise UnsupportedError(
@@ -153,7 +154,6 @@ def _config_of(head: Mapping[str, torch.Tensor], base: BaseModel, task: str | No
 
 def _shapes_of(base: BaseModel, task: str, n_labels: int) -> tuple[str, dict[str, tuple[int, ...]]]:
     """The class of the base's model for a task, and the shapes of its tensors, built without memory."""
-    from ..data.tasks import get_task
     from ..models.module_tree import empty_model
 
     try:

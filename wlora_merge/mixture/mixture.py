@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.adapter import Adapter
 from ..adapters.deltas import ModuleDelta, TensorDelta
 from ..constants import GRANULARITIES, NEW_FOLDER, NORMALIZE
+from ..data.tasks import get_task
 from ..errors import AdapterError, MixtureError
 from ..io.digests import remember
 from ..io.hub import at_revision, public_name
@@ -91,7 +92,7 @@ class Mixture:
         if delta.module in OUTPUT_EMBEDDINGS:
             return delta.name or delta.module  # it stands beside the model that has the prefix
         in_file, in_model = self.prefixes
-        if self.task == "feature-extraction" and not in_file:
+        if self.task and get_task(self.task).is_body and not in_file:
             return delta.module.removeprefix(body_prefix)  # whatever head the adapters were trained under
         if in_file or in_model:
             return in_model + delta.module.removeprefix(in_file)

@@ -346,11 +346,7 @@ class Learner:
 
         The model's logits with the head replaced by the identity are the head's inputs at the positions that count.
         """
-        if (
-            candidate.learned
-            or len(self.head) != 1
-            or self.task.name not in ("text-classification", "image-classification")
-        ):
+        if candidate.learned or len(self.head) != 1 or not self.task.classifies_examples:
             return None
         layer = self.model.get_submodule(self.head[0])
         if not isinstance(layer, nn.Linear):

@@ -160,7 +160,7 @@ def _not_estimated(job: FitJob, comparison: Comparison, kept: str, candidate: Ca
     more = each if job.options.folds else "--folds 2 or more"
     skipped = "; ".join(comparison.skipped)
     named = not (job.enough or job.options.label_names) and job.learner.labels and job.learner.labels.names
-    if job.learner.task.name == "text-classification" and named:
+    if job.learner.task.takes_label_names and named:
         more += ". If the labels are words, --label-names makes an example of each"
     why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
     if job.options.method == AUTO or job.options.select == "best":
