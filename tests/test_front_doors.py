@@ -47,3 +47,13 @@ def test_no_room_imports_an_underscore_name_of_another() -> None:
         if name.startswith("_") and room != file.relative_to(PACKAGE).parts[0] and not name.startswith("__")
     }
     assert private == set()
+
+
+def test_every_file_of_the_package_that_is_no_python_is_in_the_wheel() -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    carried = {
+        path for package, globs in data.items() for g in globs for path in (ROOT / package.replace(".", "/")).glob(g)
+    }
+    others = {p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert others == carried

@@ -214,6 +214,22 @@ def test_a_fits_page_has_its_comparison_and_its_loss(mixed: Path, tmp_path: Path
     assert "f1_se" not in text
 
 
+def test_nothing_that_a_mixture_says_becomes_markup(mixed: Path, tmp_path: Path) -> None:
+    mixture = find_inputs(mixed).mixture
+    mixture.metrics = {
+        "candidates": {"<b>c": {"<b>m": 1.0}, "<b>d": {"<b>m": 2.0}},
+        "settings": {"<b>s": {"loss": 1.0}, "<b>t": {"loss": 2.0}},
+        "kept": "<b>c",
+        "note": "<b>n",
+    }
+    mixture.data = {"<b>method": "<b>x", "data": {"<b>name": "<b>y"}}
+    write_report(tmp_path, mixture, [], title="<b>", facts={"<b>f": "<b>z"})
+    text = (tmp_path / FILE).read_text()
+    assert "<b>" not in text
+    assert all(f"&lt;b&gt;{said}" in text for said in ("c", "m", "s", "n", "x", "y", "z", "f", "method", "name"))
+    assert '<tr class="strong"><td>&lt;b&gt;c' in text
+
+
 def test_without_matplotlib_an_export_goes_on_and_says_what_to_install(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

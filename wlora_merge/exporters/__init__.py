@@ -11,7 +11,7 @@ head             the trained head in an export's own files
 manifest         wlora_merge.json: what went in and out: Manifest
 model_card       README.md with the hub's metadata
 serving          what servers take; how each export is served
-report           report.html: write_report
+report           report.html, from report.html.j2: write_report
 report_data      what a mixture changes, measured
 report_figures   and drawn
 verify           the workflow: verify

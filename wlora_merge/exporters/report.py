@@ -1,12 +1,12 @@
 """report.html: one page that shows a mixture or an export, for a person with a browser and no network.
 
-Everything stands in the one file: tables as HTML, drawings as SVG. The drawings are also PNG files in `figures/`, for the model
-card. It needs matplotlib (`pip install 'wlora-merge[report]'`); where that is missing, nothing is written and a warning says so.
+Everything stands in the one file: tables as HTML, drawings as SVG; report.html.j2 is its layout. The drawings are also PNG files
+in `figures/`, for the model card. They need matplotlib (`pip install 'wlora-merge[report]'`). Where that is missing, nothing is
+written and a warning says so.
 """
 
 from __future__ import annotations
 
-import html
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,6 +25,7 @@ from .report_data import Change, adapter_similarity, changes, error_by_rank, spe
 
 if TYPE_CHECKING:
     import torch
+    from jinja2 import Template
 
 FILE = "report.html"
 FIGURES = "figures"
@@ -72,13 +73,33 @@ def write_report(
     Meter("drawing the report")
     drawn, rows = _drawings(folder, mixture, deltas, kind, base)
     (folder / FIGURES).mkdir()
-    parts = [_comparison(mixture)]
     for name, figure in drawn.items():
         (folder / FIGURES / f"{name}.png").write_bytes(png(figure))
-        parts.append(f"<h2>{html.escape(CAPTIONS[name])}</h2>\n<figure>{svg(figure, name)}</figure>")
-    parts += [_change_table(rows), _provenance(mixture, facts or {})]
-    (folder / FILE).write_text(_page(title, parts), encoding="utf-8")
+    metrics = mixture.metrics
+    page = _template().render(
+        title=title,
+        note=metrics.get("note", ""),
+        candidates=_scores(metrics.get("candidates") or {}, int((metrics.get("held_out") or {}).get("examples", 0))),
+        kept=metrics.get("kept"),
+        settings=_scores(metrics.get("settings") or {}),
+        figures=[{"caption": CAPTIONS[name], "svg": svg(figure, name)} for name, figure in drawn.items()],
+        changes=[
+            (c.tensor, f"{c.relative_change:.2e}", "" if c.lost is None else f"{c.lost:.2e}")
+            for c in sorted(rows, key=lambda c: natural_key(c.tensor))
+        ],
+        inputs=_inputs(mixture),
+        settled=_settled(mixture, facts or {}),
+    )
+    (folder / FILE).write_text(page, encoding="utf-8")
     return list(drawn)
+
+
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("wlora_merge.exporters", package_path="")
+    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return page.get_template(f"{FILE}.j2")
 
 
 def _drawings(
@@ -157,30 +178,12 @@ def interval(share: float, examples: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-def _comparison(mixture: Mixture) -> str:
-    metrics = mixture.metrics
-    table = metrics.get("candidates") or {}
-    if not table:
-        return f"<p>{html.escape(metrics.get('note', 'Nothing was held out to judge this mixture on.'))}</p>"
-    examples = int((metrics.get("held_out") or {}).get("examples", 0))
-    columns = list(dict.fromkeys(key for row in table.values() for key in row if not key.endswith("_se")))
+def _scores(table: Mapping[str, Mapping[str, float]], examples: int = 0) -> dict[str, Any]:
+    """A row for each candidate or setting, a column for each metric; a standard error stands beside its metric."""
+    keys = dict.fromkeys(key for row in table.values() for key in row)
+    columns = [key for key in keys if key != "steps" and not key.endswith("_se")]
     rows = [[name, *(_measured(key, row, examples) for key in columns)] for name, row in table.items()]
-    note = html.escape(metrics.get("note", ""))
-    shares = " In brackets: Wilson's 95 % interval for that many examples." if "accuracy" in columns else ""
-    return (
-        f"<h2>Comparison</h2>\n<p>{note}{shares}</p>\n"
-        + _table(["", *columns], rows, strong=metrics.get("kept"))
-        + _settings(metrics.get("settings") or {})
-    )
-
-
-def _settings(table: Mapping[str, Mapping[str, float]]) -> str:
-    """The settings of the learned method that the folds compared, where there are several."""
-    if len(table) < 2:
-        return ""
-    columns = list(dict.fromkeys(k for row in table.values() for k in row if k != "steps" and not k.endswith("_se")))
-    rows = [[name, *(_measured(key, row, 0) for key in columns)] for name, row in table.items()]
-    return "<h2>Settings of the learned mixture, out of fold</h2>\n" + _table(["", *columns], rows)
+    return {"columns": columns, "rows": rows}
 
 
 def _measured(key: str, row: Mapping[str, float], examples: int) -> str:
@@ -193,25 +196,18 @@ def _measured(key: str, row: Mapping[str, float], examples: int) -> str:
     return f"{row[key]:.4f}" if error is None else f"{row[key]:.4f} ± {error:.4f}"
 
 
-def _change_table(rows: Sequence[Change]) -> str:
-    if not rows:
-        return ""
-    cells = [
-        [c.tensor, f"{c.relative_change:.2e}", "" if c.lost is None else f"{c.lost:.2e}"]
-        for c in sorted(rows, key=lambda c: natural_key(c.tensor))
+def _inputs(mixture: Mixture) -> list[tuple[str, str, str]]:
+    """What each input is, its public name, and the first digits of its files' sha256."""
+    named = {"base model": mixture.base, **{f"adapter {ref.name}": ref for ref in mixture.adapters}}
+    return [
+        (what, public_name(ref.source), " ".join(digest[:12] for digest in ref.sha256.values()))
+        for what, ref in named.items()
     ]
-    return (
-        "<details><summary>Every changed tensor</summary>\n<p>Frobenius norms, measured on up to 64 evenly spread rows of each; "
-        "the drawing has the largest.</p>\n"
-        + _table(["tensor", "change / base weight", "lost to rounding / change"], cells)
-        + "</details>"
-    )
 
 
-def _provenance(mixture: Mixture, facts: Mapping[str, Any]) -> str:
-    rows = [["base model", public_name(mixture.base.source), _digests(mixture.base.sha256)]]
-    rows += [[f"adapter {a.name}", public_name(a.source), _digests(a.sha256)] for a in mixture.adapters]
-    settled = {
+def _settled(mixture: Mixture, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the mixture and of its fit, then the facts; None is left out."""
+    rows: dict[str, Any] = {
         "task": mixture.task or "not set",
         "granularity": f"{mixture.granularity} ({mixture.group_count})",
         "normalize": mixture.normalize,
@@ -220,51 +216,4 @@ def _provenance(mixture: Mixture, facts: Mapping[str, Any]) -> str:
         **{f"{k}: {n}": v for k, d in mixture.data.items() if isinstance(d, dict) for n, v in d.items()},
         **facts,
     }
-    return (
-        "<h2>Provenance</h2>\n"
-        + _table(["input", "source", "sha256 of its files, first digits"], rows)
-        + '<div class="facts">'
-        + _table(["setting", "value"], [[key, str(value)] for key, value in settled.items() if value is not None])
-        + "</div>"
-    )
-
-
-def _digests(table: Mapping[str, str]) -> str:
-    return " ".join(digest[:12] for digest in table.values())
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], strong: str | None = None) -> str:
-    """A table that scrolls where it is too wide; the row that begins with `strong` is the one that counts."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        mark = ' class="strong"' if tag == "td" and strong is not None and cells[0] == strong else ""
-        return f"<tr{mark}>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "\n".join(line(row, "td") for row in rows)
-    return f'<div class="wide"><table>\n{line(head, "th")}\n{body}\n</table></div>'
-
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1d2126; --rule: #d5dae0; --soft: #f4f6f8; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171a; --ink: #e4e7ea; --rule: #3a4149; --soft: #1d2126; } }
-body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem;
-  padding: 1rem; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.wide { overflow-x: auto; margin: .75rem 0; }  table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--rule); padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top; }
-.strong { font-weight: bold; } .facts td + td { overflow-wrap: anywhere; }
-figure { margin: .5rem 0; overflow-x: auto; } svg { display: block; height: auto; max-width: 44rem; min-width: 34rem; width: 100%; }
-@media (max-width: 36rem) { figure::before { content: "scrolls sideways →"; font-size: .8rem; } }
-summary { cursor: pointer; margin: 1rem 0; }
-"""
-
-
-def _page(title: str, parts: Sequence[str]) -> str:
-    name = html.escape(title)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{name}</h1>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body>\n</html>\n"
-    )
+    return {name: value for name, value in rows.items() if value is not None}

@@ -96,16 +96,13 @@ def changes(
         written |= read_header(file).entries
     with one_torch_thread():
         found = [_change(base, d, mixture, written) for d in deltas if isinstance(d, TensorDelta) or d.R]
-    return list(
-        {change.tensor: change for change in found}.values()
-    )  # one that holds many experts changes in many parts
+    # A tensor that holds many experts changes in many parts.
+    return list({change.tensor: change for change in found}.values())
 
 
 def _change(
     base: BaseModel, delta: ModuleDelta | TensorDelta, mixture: Mixture, written: Mapping[str, Entry]
 ) -> Change:
-    import torch
-
     named = delta.tensor if isinstance(delta, TensorDelta) else f"{delta.module}.weight"
     name = named if named in written else delta.module
     entry = base.entries.get(name) or base.find_tied(name)
@@ -115,16 +112,32 @@ def _change(
         )
     rows = _rows(matrix_shape(entry.shape)[0])
     before, after = _sampled(entry, rows), _sampled(written[name], rows)
-    relative = float((after - before).norm() / before.norm()) if bool(before.any()) else 0.0
+    return Change(name, _ratio(after - before, before), _lost(before, after, rows, delta, mixture))
+
+
+def _lost(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    rows: list[int],
+    delta: ModuleDelta | TensorDelta,
+    mixture: Mixture,
+) -> float | None:
+    """||W' - exact|| / ||exact - W|| of these rows; None where the tensor changes by more than one product of factors."""
+    import torch
+
     if isinstance(delta, TensorDelta) or delta.start is not None or delta.others:
-        return Change(name, relative, None)
+        return None
     left, right = fold_factors(delta, mixture.gains_of(delta))
     factor = fold_factor(delta, mixture.whole_gains_of(delta))
     if factor is not None and factor.shape[0] > 1:
         factor = factor[rows]
     exact = fold_rows(before, left[rows], right, torch.empty_like(before), factor)
-    wanted = (exact - before).norm()
-    return Change(name, relative, float((after - exact).norm() / wanted) if float(wanted) else 0.0)
+    return _ratio(after - exact, exact - before)
+
+
+def _ratio(one: torch.Tensor, other: torch.Tensor) -> float:
+    """||one|| / ||other||, and 0 where the other is zero."""
+    return float(one.norm() / other.norm()) if bool(other.any()) else 0.0
 
 
 def _rows(count: int) -> list[int]:
