@@ -24,10 +24,11 @@ from support.refold import onnx_of
 
 from wlora_merge import Mixture
 from wlora_merge.errors import BaseModelError, OutputError, UnsupportedError, WloraMergeError
-from wlora_merge.exporters import export, verify
+from wlora_merge.exporters.export import export
 from wlora_merge.exporters.onnx_refold import plan_refold
+from wlora_merge.exporters.verify import verify
 from wlora_merge.io import direct_write as direct
-from wlora_merge.mixture import mix
+from wlora_merge.mixture.mix import mix
 from wlora_merge.models.base_model import open_base
 from wlora_merge.onnx.protobuf import read_onnx
 

@@ -15,8 +15,8 @@ from support.models import assert_verified, inputs_of, make_adapter
 from support.onnx_models import BERT, CLIP_TEXT, CLIP_VISION, VOCABULARY, make_dense, sentence_folder
 
 from wlora_merge.errors import BaseModelError, UnsupportedError
-from wlora_merge.exporters import export
-from wlora_merge.mixture import mix
+from wlora_merge.exporters.export import export
+from wlora_merge.mixture.mix import mix
 from wlora_merge.onnx.convert import write_onnx
 from wlora_merge.onnx.pooling import SWITCHES, add_pooling, pool_tokens
 

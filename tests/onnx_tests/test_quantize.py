@@ -13,9 +13,10 @@ from support.models import inputs_of, make_adapter, tiny_llama
 
 from wlora_merge.cli.main import main
 from wlora_merge.errors import UnsupportedError, VerifyError
-from wlora_merge.exporters import export, verify
+from wlora_merge.exporters.export import export
 from wlora_merge.exporters.manifest import read_manifest
-from wlora_merge.mixture import mix
+from wlora_merge.exporters.verify import verify
+from wlora_merge.mixture.mix import mix
 from wlora_merge.onnx import convert as onnx_writer
 from wlora_merge.onnx.session import check_files
 

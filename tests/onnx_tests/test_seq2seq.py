@@ -14,8 +14,8 @@ from support.models import assert_verified, inputs_of, make_adapter
 from support.onnx_models import MODELS, VOCABULARY, Exported, make_dense
 
 from wlora_merge.errors import VerifyError
-from wlora_merge.exporters import export
-from wlora_merge.mixture import mix
+from wlora_merge.exporters.export import export
+from wlora_merge.mixture.mix import mix
 from wlora_merge.onnx.convert import check_onnx, run_probe
 
 ort = pytest.importorskip("onnxruntime")
