@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support.tokenizers import examples
@@ -46,3 +47,42 @@ def judge_tags(names: tuple[str, ...], predicted: list[list[int]], wanted: list[
 def test_the_f1_of_tags_does_not_count_the_outside() -> None:
     for tags in (("B", "I", "O"), ("MISC", "PER", "O")):
         assert judge_tags(tags, [[0, 2, 2, 1, 0]], [[0, 2, 1, 2, -100]]) == {"f1": 0.5, "accuracy": 0.5}
+
+
+def test_the_f1_of_entities_is_counted_by_hand() -> None:
+    names = ("B-LOC", "B-PER", "I-LOC", "I-PER", "O")
+    loc, per, in_loc, in_per, out = range(5)
+    # a person of two words found whole; a place of two words found short; a place called a person; one entity too many
+    wanted = [[per, in_per, out, loc, in_loc], [loc, out, out, -100, -100]]
+    predicted = [[per, in_per, out, loc, out], [per, out, loc, loc, loc]]
+    assert judge_tags(names, predicted, wanted) == {"f1": 2 * 1 / (4 + 3), "accuracy": 5 / 8}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("B-A-B", "B-C", "I-A-B", "I-C", "O"), ("I-A", "I-C", "B-A", "B-C", "O"), ("B-A", "E-A", "I-A", "O", "S-A"), ("B", "I", "O"),
+        ("B-A", "I-A", "MISC", "O"), ("B-A", "I-A", "L-A", "O", "U-A"),
+    ],
+    ids=["IOB2", "IOB1", "IOBES", "bare", "one without a prefix", "BILOU"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*seems not to be NE tag")
+def test_the_f1_of_entities_is_seqevals(names: tuple[str, ...]) -> None:
+    from seqeval.metrics import accuracy_score, f1_score
+
+    draw = np.random.default_rng(0)
+    wanted = draw.integers(len(names), size=(40, 9))
+    predicted = np.where(draw.random(wanted.shape) < 0.7, wanted, draw.integers(len(names), size=wanted.shape))
+    wanted[draw.random(wanted.shape) < 0.3] = -100  # word pieces, and padding
+    tags = [
+        [[names[n] for n, counts in zip(row, kept, strict=True) if counts] for row, kept in zip(table, wanted != -100, strict=True)]
+        for table in (wanted, predicted)
+    ]  # fmt: skip
+    expected = {"f1": f1_score(*tags), "accuracy": accuracy_score(*tags)}
+    assert judge_tags(names, predicted.tolist(), wanted.tolist()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_tags_without_prefixes_are_counted_token_by_token() -> None:
+    # seqeval would read the two NN as one entity
+    assert judge_tags(("NN", "O", "VB"), [[0, 0, 2, 1]], [[0, 0, 2, 2]]) == {"f1": 2 * 3 / (3 + 4), "accuracy": 3 / 4}
+    assert judge_tags(("NN", "O"), [[1, 1]], [[1, 1]]) == {"f1": 0.0, "accuracy": 1.0}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .examples import Examples
 
 OUTSIDE = "O"
+PREFIXES = ("B-", "I-", "E-", "S-")
 
 
 class TokenClassification(Task):
@@ -58,7 +60,11 @@ class TokenClassification(Task):
         return counted(row["labels"])
 
     def metric(self, labels: LabelSet | None = None) -> Metric:
-        """Token accuracy, and micro F1 over all tags but `O`. Tokens are counted, not whole entities."""
+        """Micro F1 of entities, as seqeval defines it, and token accuracy.
+
+        An entity is right where its type, its first and its last word are; tags are IOB1, IOB2 or IOBES, as seqeval reads them
+        by default. Where no tag has a prefix (`B-`), each token with a tag but `O` counts as an entity: micro F1 of tokens.
+        """
         names = needed_labels(labels, self.name).names
         return Metric("f1", True, _score, lambda logits, labels: count_entities(first_output(logits), labels, names))
 
@@ -80,15 +86,26 @@ def count_entities(logits: torch.Tensor, labels: torch.Tensor, names: Sequence[s
     for predicted, wanted in zip(logits.argmax(-1).cpu(), labels.cpu(), strict=True):
         kept = wanted != IGNORED
         found, true = predicted[kept].tolist(), wanted[kept].tolist()
-        given, meant = (_entities([names[number] for number in numbers]) for numbers in (found, true))
+        given, meant = (_entities([names[number] for number in numbers], names) for numbers in (found, true))
         right = sum(a == b for a, b in zip(found, true, strict=True))
         rows.append([len(given & meant), len(given), len(meant), right, len(true)])
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def _entities(tags: list[str]) -> set[tuple[str, int, int]]:
-    """Type, first and last position of each entity: each token with a tag but `O` is one."""
-    return {(tag, at, at) for at, tag in enumerate(tags) if tag != OUTSIDE}
+def _entities(tags: list[str], names: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Type, first and last position of each entity."""
+    if not has_prefixes(names):
+        return {(tag, at, at) for at, tag in enumerate(tags) if tag != OUTSIDE}
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a tag without a prefix among others
+        return set(get_entities(tags))
+
+
+def has_prefixes(names: Iterable[str]) -> bool:
+    """Whether tags say where an entity begins: `B-PER` and its kind, or bare `B`, `I`, `O`."""
+    return any(name[:2] in PREFIXES for name in names) or set(names) <= set("BIESO")
 
 
 def _score(prediction: EvalPrediction) -> dict[str, float]:
