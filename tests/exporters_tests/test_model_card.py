@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, meta
 from support.cards import card, mixture
 
 from wlora_merge.data.tasks import TASKS, get_task
+from wlora_merge.exporters.model_card import TEMPLATE
 from wlora_merge.fit_options import FitOptions
 from wlora_merge.mixture.mixture import InputRef
 
@@ -225,3 +228,21 @@ def test_the_commands_of_a_card_have_every_digit_of_a_number() -> None:
     assert _flags({"weights": [0.123456789, 1.0], "learning_rate": 0.0123456789, "seed": 3, "force": False}) == [
         "--weights", "0.123456789,1", "--learning-rate", "0.0123456789", "--seed", "3",
     ]  # fmt: skip
+
+
+def test_the_template_asks_for_no_name_that_it_is_not_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"card_data"}
+
+    def note_names(data: ModelCardData, template_path: str, **names: object) -> str:
+        given.update(names)
+        return f"---\n{data}\n---"
+
+    monkeypatch.setattr(ModelCard, "from_template", note_names)
+    card(tmp_path, mixture())
+    assert meta.find_undeclared_variables(Environment().parse(TEMPLATE.read_text())) <= given
+
+
+def test_what_looks_like_a_template_stays_as_it_is(tmp_path: Path) -> None:
+    metrics = {"candidates": {"{{ 7 * 7 }}": {"loss": 1.0}}, "note": "{% raw %}"}
+    text = card(tmp_path, mixture(metrics=metrics), base_name="org/{{ base }}", note="{# note #}").text
+    assert all(said in text for said in ("{{ 7 * 7 }}", "{% raw %}", "org/{{ base }}", "{# note #}"))

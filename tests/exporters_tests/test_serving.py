@@ -21,7 +21,8 @@ from wlora_merge.cli.main import main
 from wlora_merge.cli.recipe import read_recipe
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.exporters.export import export
-from wlora_merge.exporters.serving import FOLDER, VLLM_RANKS, check_rank, vllm_rank
+from wlora_merge.exporters.model_card import FOLDER
+from wlora_merge.exporters.serving import VLLM_RANKS, check_rank, vllm_rank
 from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mix import mix
 

@@ -9,8 +9,8 @@ lora             one PEFT adapter
 onnx_refold      a mixture folded into an ONNX export of its base
 head             the trained head in an export's own files
 manifest         wlora_merge.json: what went in and out: Manifest
-model_card       README.md with the hub's metadata
-serving          what servers take; how each export is served
+model_card       README.md with the hub's metadata, from model_card.md.j2
+serving          what servers take
 report           report.html, from report.html.j2: write_report
 report_data      what a mixture changes, measured
 report_figures   and drawn

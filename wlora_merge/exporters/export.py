@@ -31,7 +31,7 @@ from ..models.tied_embeddings import untied_config
 from .dense import OutputFile, changed_config, folder_bytes, index_bytes, plan, with_dtype
 from .head import locate_head
 from .manifest import PACKAGES, build_manifest, versions, write_manifest
-from .model_card import write_card
+from .model_card import CardFacts, write_card
 from .probe import make_probe
 from .report import write_report
 from .serving import check_rank, check_server
@@ -176,17 +176,17 @@ def _describe(
     if how["onnx_base"] is not None:
         how["onnx_base"] = Path(os.path.abspath(how["onnx_base"])).name
     drawn = _report(inputs, out, kind, base_name, how, measured) if how["report"] else []
-    write_card(
-        out,
+    facts = CardFacts(
         inputs.mixture,
-        kind=kind,
-        base_name=base_name,
+        kind,
+        base_name,
         folders=inputs.folders,
-        note=_untied_note(planned.untied),
         options=how,
         measured=measured,
+        note=_untied_note(planned.untied),
         figures=drawn,
     )
+    write_card(out, facts)
     manifest = build_manifest(
         inputs.mixture,
         inputs.base,
