@@ -12,13 +12,13 @@ import torch
 from support.fits import Zoo, difference, fitted
 from support.fits import zoo as zoo
 from support.models import make_adapter, tiny_bert
-from support.scripted import Halfway, Scripted, Stopping
+from support.scripted import Halfway, Scripted, Stopping, contender
 from support.shots import WORDS, save_tokenizer
 
 from wlora_merge.exporters.export import export
 from wlora_merge.mixture.attach import attachment_of
-from wlora_merge.training.candidates import LEARNED, Candidate
-from wlora_merge.training.comparison import compare
+from wlora_merge.training.candidates import LEARNED, UNIFORM, Candidate
+from wlora_merge.training.comparison import Judging, compare
 from wlora_merge.training.learner import Learner
 from wlora_merge.training.loop import Trained
 from wlora_merge.training.scoring import Judged
@@ -82,15 +82,16 @@ def test_a_setting_is_kept_only_where_it_is_ahead_of_the_default_by_more_than_tw
 def test_of_candidates_that_time_stopped_the_first_alone_is_judged(stopped: int, judged: list[str]) -> None:
     learner = Stopping({key: [1, 1, 0] for key in ("layer", "global", "module")})
     found = [
-        Candidate(name, (1.0,), granularity="layer" if i == stopped else "global")
+        Candidate(contender(name), (1.0,), granularity="layer" if i == stopped else "global")
         for i, name in enumerate(("a", "b", "c"))
     ]
-    one = compare(learner, found, [(range(3), range(3))], 5, judge_at=(1.0,))  # type: ignore[arg-type]
-    assert list(one.scores) == judged
+    one = compare(learner, found, Judging([(range(3), range(3))], 5, (1.0,)))  # type: ignore[arg-type]
+    assert [who.label for who in one.scores] == judged
     assert one.skipped == [name for name in ("a", "b", "c") if name not in judged]
-    assert one.steps == {name: 2 if name == found[stopped].name else 5 for name in judged}
-    folds = compare(learner, found, [(range(3), range(3))] * 2, 5, judge_at=(1.0,))  # type: ignore[arg-type]
-    assert folds.skipped == [found[stopped].name]  # parts of different lengths are no score
+    cut = found[stopped].contender.label
+    assert one.steps == {contender(name): 2 if name == cut else 5 for name in judged}
+    folds = compare(learner, found, Judging([(range(3), range(3))] * 2, 5, (1.0,)))  # type: ignore[arg-type]
+    assert folds.skipped == [cut]  # parts of different lengths are no score
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_which_setting_is_kept(second: list[int], with_head: str, without: str, 
     learner = Scripted({"module": [1, 1, 1, 1, 1, 1, 0, 0, 0, 0], "global": second})
     learner.head = ["classifier"] if head else []  # type: ignore[misc]
     settings = [Candidate(LEARNED, None, granularity=g) for g in ("module", "global")]
-    found = compare(learner, settings, [(range(10), range(10))], 5, judge_at=(1.0,))  # type: ignore[arg-type]
+    found = compare(learner, settings, Judging([(range(10), range(10))], 5, (1.0,)))  # type: ignore[arg-type]
     assert found.learned is not None
     assert found.learned.granularity == expected
     assert found.scores[LEARNED].value == pytest.approx(np.mean(learner.right[expected]))
@@ -129,7 +130,7 @@ def test_how_far_a_new_adapter_goes_is_what_the_metric_says_and_for_how_long_wha
     points = {(2, 0.5): ([1, 1, 0, 0], 0.4), (4, 0.5): ([1, 1, 1, 1], 0.5)}
     learner = Halfway(points | {(2, 1.0): ([1, 1, 1, 1], 9.0), (4, 1.0): (whole, 5.0)})
     setting = Candidate(LEARNED, None, new_adapter=8, new_interpolations=(0.5, 1.0))
-    found = compare(learner, [setting], [(range(4), range(4))], 4, judge_at=(0.5, 1.0))  # type: ignore[arg-type]
+    found = compare(learner, [setting], Judging([(range(4), range(4))], 4, (0.5, 1.0)))  # type: ignore[arg-type]
     assert found.learned is not None
     assert (found.steps[LEARNED], *found.learned.new_interpolations) == kept
     ((name, row),) = found.settings.items()
@@ -139,10 +140,10 @@ def test_how_far_a_new_adapter_goes_is_what_the_metric_says_and_for_how_long_wha
 
 def test_each_candidate_is_trained_for_its_own_number_of_steps() -> None:
     learner = Scripted({"module": [1, 0]})
-    candidates = [Candidate(name, None, granularity="module") for name in ("uniform", LEARNED)]
-    parts = [(range(2), range(2))]
-    compare(learner, candidates, parts, {"uniform": 3, LEARNED: 7}, judge_at=(1.0,))  # type: ignore[arg-type]
-    assert learner.asked == [("uniform", 3), (LEARNED, 7)]
+    candidates = [Candidate(who, None, granularity="module") for who in (UNIFORM, LEARNED)]
+    judging = Judging([(range(2), range(2))], {UNIFORM: 3, LEARNED: 7}, (1.0,))
+    compare(learner, candidates, judging)  # type: ignore[arg-type]
+    assert learner.asked == [("uniform", 3), ("learned", 7)]
 
 
 def loss_of(dense: Path, rows: Path) -> float:

@@ -21,6 +21,7 @@ from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.training.fit import fit
 from wlora_merge.training.learner import Learner
+from wlora_merge.training.run import Split
 
 
 @pytest.fixture(scope="module")
@@ -255,12 +256,14 @@ def test_force_replaces_no_folder_that_holds_what_the_fit_reads(
 
 
 @pytest.mark.parametrize("name", ["base", "uniform", "learned", "search", "fixed"])
-def test_an_adapter_with_the_name_of_something_that_is_compared_is_refused(
-    bert_zoo: tuple[Path, list[Path], Path], name: str
-) -> None:
+def test_an_adapter_may_be_called_as_a_kind_of_candidate_is(bert_zoo: tuple[Path, list[Path], Path], name: str) -> None:
     base, folders, shots = bert_zoo
-    with pytest.raises(MixtureError, match=rf"adapter is called '{name}', .* --adapter other="):
-        fit(base, [(name, folders[0]), folders[1]], shots, "text-classification", max_steps=1)
+    given = [(name, folders[0]), folders[1]]
+    mixture = fit(base, given, shots, "text-classification", method="best-single", max_steps=1, folds=2)
+    other = folders[1].name
+    assert set(mixture.metrics["candidates"]) == {"base", "uniform", f"adapter {name}", other}
+    assert mixture.metrics["kept"] in (f"adapter {name}", other)
+    assert mixture.adapter_names == [name if mixture.metrics["kept"] != other else other]
 
 
 def test_ratings_are_classes_or_a_regression_as_the_problem_type_says(
@@ -327,9 +330,9 @@ def test_label_names_are_what_a_row_of_each_name_would_be_but_never_held_out(
     trained: list[tuple[list[int], list[int]]] = []
     train = Learner.train
 
-    def watched(self: Learner, candidate: Any, rows: list[int], *args: Any, held: Any = (), **options: Any) -> Any:
-        trained.append((list(rows), list(held)))
-        return train(self, candidate, rows, *args, held=held, **options)
+    def watched(self: Learner, candidate: Any, split: Split) -> Any:
+        trained.append((list(split.rows), list(split.held)))
+        return train(self, candidate, split)
 
     monkeypatch.setattr(Learner, "train", watched)
     mixture = fit(base, folders, tmp_path / "shots.csv", "text-classification", max_steps=1, folds=2, label_names=True)

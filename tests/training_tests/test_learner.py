@@ -141,7 +141,7 @@ def test_gradient_checkpointing_keeps_less_for_the_backward_pass(llamas: Zoo, mo
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             result = loss(self, *args)
-        kept[self.options.gradient_checkpointing] = sum(sizes)
+        kept[self.run.options.gradient_checkpointing] = sum(sizes)
         return result
 
     monkeypatch.setattr(training.Learner, "loss", counted)
@@ -175,7 +175,7 @@ def test_a_time_budget_drops_folds_first_and_then_stops(
     with pytest.raises(MixtureError, match="max_minutes"):
         fitted(zoo, tmp_path / "out", max_minutes=1e-9)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(sys.modules["wlora_merge.training.fit"], "FOLD_SHARE", -1.0)
+    monkeypatch.setattr(sys.modules["wlora_merge.training.stages"], "FOLD_SHARE", -1.0)
     mixture = fitted(zoo, max_minutes=10)
     assert mixture.metrics["note"].startswith("Not estimated: no time was left for base; uniform")
 

@@ -72,7 +72,7 @@ def test_the_pull_is_towards_uniform_weights_at_the_temperature_of_the_mixture(t
 
 def test_every_epoch_has_every_row_once_in_an_order_that_only_the_seed_decides() -> None:
     def batches(seed: int) -> list[list[int]]:
-        learner = SimpleNamespace(options=fit_options({"batch_size": 3, "seed": seed}))
+        learner = SimpleNamespace(run=SimpleNamespace(options=fit_options({"batch_size": 3, "seed": seed})))
         return [batch for (batch,) in training.Learner.batches(learner, range(10, 17), 6)]  # type: ignore[arg-type]
 
     steps = batches(5)

@@ -8,10 +8,12 @@ import pytest
 from support.fits import Zoo, fitted
 from support.fits import zoo as zoo
 
+from wlora_merge.training.candidates import UNIFORM, single
+
 
 def test_the_note_says_first_what_did_better_and_what_was_kept(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "wlora_merge.training.selection.rivals", lambda *_: ({"a1": (0.1, 0.05)}, {"uniform": (-0.01, 0.02)})
+        "wlora_merge.training.selection.rivals", lambda *_: ({single("a1"): (0.1, 0.05)}, {UNIFORM: (-0.01, 0.02)})
     )
     learned = fitted(zoo).metrics
     assert (learned["better"], learned["as_good"]) == (["a1"], ["uniform"])
@@ -25,8 +27,8 @@ def test_the_note_says_first_what_did_better_and_what_was_kept(zoo: Zoo, monkeyp
     assert (best["better"], best["as_good"]) == (["a1"], ["uniform"])
     assert "Better than learned in accuracy: a1 alone (+0.100 ± 0.050)." in best["note"]
     assert "Kept: a1 alone." in best["note"]
-    single = fitted(zoo, method="best-single").metrics
-    assert f"Kept: {single['kept']} alone." in single["note"]
+    alone = fitted(zoo, method="best-single").metrics
+    assert f"Kept: {alone['kept']} alone." in alone["note"]
 
 
 def test_options_that_come_to_nothing_are_said(zoo: Zoo, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 This room knows everything below it but how an export is written. It must not know the command line.
 
 fit                the workflow: fit
+stages             what a fit does once its model is loaded
+run                what stays the same through a fit, and what one training is asked for
 model              the model that a fit trains on
 learner            one loaded model on which candidates are placed, trained and judged
 loop               one training: optimizer, batches, state

@@ -5,6 +5,7 @@ It knows options and numbers of examples. It knows neither models nor files.
 
 from __future__ import annotations
 
+import enum
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,8 @@ from dataclasses import dataclass
 from ..fit_options import FitOptions
 from ..mixture.weights import uniform_start
 
-LEARNED, UNIFORM, BASE, SEARCH, FIXED, BEST_SINGLE, AUTO = (
-    "learned", "uniform", "base", "search", "fixed", "best-single", "auto",
-)  # fmt: skip
+BEST_SINGLE, AUTO = "best-single", "auto"
+"""The methods that choose among candidates; the others are called as the kind of candidate that they give."""
 CHECKPOINTS = (0.3, 0.6, 1.0)
 """Shares of the steps after which a candidate is judged, where no head is trained: one that is stopped early is not finished, and
 costs more than the weights gain (recipes/bench_fit/README.md)."""
@@ -31,6 +31,48 @@ EPOCHS, FEWEST_STEPS, MOST_STEPS = 20, 40, 100
 eighty are not (recipes/bench_fit/README.md)."""
 
 
+SEARCH_EVALUATIONS = 40
+
+
+class Kind(enum.Enum):
+    """What a candidate is, as tables call it."""
+
+    BASE = "base"
+    UNIFORM = "uniform"
+    SINGLE = "single"
+    FIXED = "fixed"
+    SEARCH = "search"
+    LEARNED = "learned"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Which candidate it is, whatever its settings: its kind and, of one adapter alone, that adapter's name."""
+
+    kind: Kind
+    adapter: str = ""
+
+    @property
+    def label(self) -> str:
+        """What tables call it, and no other: an adapter's own name, unless a kind of candidate has it too."""
+        if self.kind is not Kind.SINGLE:
+            return str(self.kind.value)
+        return f"adapter {self.adapter}" if self.adapter in [kind.value for kind in Kind] else self.adapter
+
+    @property
+    def called(self) -> str:
+        """What sentences call it."""
+        return f"{self.label} alone" if self.kind is Kind.SINGLE else self.label
+
+
+BASE, UNIFORM, FIXED, SEARCH, LEARNED = map(Contender, (Kind.BASE, Kind.UNIFORM, Kind.FIXED, Kind.SEARCH, Kind.LEARNED))
+
+
+def single(adapter: str) -> Contender:
+    """One adapter alone."""
+    return Contender(Kind.SINGLE, adapter)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One way to mix: a row of weights for all groups, or (`row` None) weights learned from the start.
@@ -39,7 +81,7 @@ class Candidate:
     from uniform composition (0) to what was learned (1), `new_interpolations` how far the new adapter may go besides, from nothing.
     """
 
-    name: str
+    contender: Contender
     row: tuple[float, ...] | None = None
     normalize: str = "none"
     granularity: str = "global"
@@ -60,18 +102,15 @@ class Candidate:
         return self.new_interpolations[0]
 
 
-def fixed_candidates(names: Sequence[str], options: FitOptions) -> dict[str, Candidate]:
+def fixed_candidates(names: Sequence[str], options: FitOptions) -> list[Candidate]:
     """The base, uniform composition, each adapter alone, and the weights given."""
     n, normalize = len(names), options.normalize or "all"
-    found = {
-        BASE: Candidate(BASE, (0.0,) * n, scale=0.0),
-        UNIFORM: Candidate(UNIFORM, tuple(uniform_start(n, normalize)), normalize),
-    }
-    for i, name in enumerate(names):
-        found[name] = Candidate(name, tuple(float(i == j) for j in range(n)))
-    if options.weights is not None:
-        found[FIXED] = Candidate(FIXED, tuple(map(float, options.weights)))
-    return found
+    return [
+        Candidate(BASE, (0.0,) * n, scale=0.0),
+        Candidate(UNIFORM, tuple(uniform_start(n, normalize)), normalize),
+        *(Candidate(single(name), tuple(float(i == j) for j in range(n))) for i, name in enumerate(names)),
+        *([Candidate(FIXED, tuple(map(float, options.weights)))] if options.weights is not None else []),
+    ]
 
 
 def learned_settings(options: FitOptions, *, head: bool, enough: bool) -> list[Candidate]:
@@ -85,7 +124,7 @@ def learned_settings(options: FitOptions, *, head: bool, enough: bool) -> list[C
         head: whether a new head is trained.
         enough: whether the examples are enough for a new adapter (`folds.enough`).
     """
-    if options.method not in (LEARNED, AUTO):
+    if options.method not in (Kind.LEARNED.value, AUTO):
         return []
     softmax = options.initial_logits is not None or options.temperature != 1
     both = ["none", "all"] if head else ["all", "none"]

@@ -7,24 +7,24 @@ folds; each is judged after several numbers of steps, on examples that it was no
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from ..mixture.attach import attachment_of
-from .candidates import LEARNED, SEARCH, UNIFORM, Candidate, setting_name, steps_of
+from .candidates import SEARCH, SEARCH_EVALUATIONS, UNIFORM, Candidate, Contender, setting_name, steps_of
 from .cma_es import minimize
 from .learner import Learner
 from .loop import Trained
+from .run import Split, halfway
 from .scoring import Judged, Score, pool, score
 
 OVERRULES = 2.0
 """Standard errors of the difference by which a setting must be ahead on the folds to take the place of the default, where a head is
 trained: at one, two examples do it, and they mislead. Where none is, two thirds of the shots teach what all do, and the folds are
 right (recipes/bench_fit/README.md)."""
-SEARCH_EVALUATIONS = 40
 SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.13269
 
 
@@ -32,77 +32,93 @@ SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.132
 class Comparison:
     """What the candidates gave on examples that they were not trained on.
 
-    `scores` and `steps` (the best number) by candidate; `settings` the learned method's, by what was set; `skipped` what the
-    time did not allow; `trained` what was trained, where there was one part.
+    `settings` has the scores of the learned method, by what was set; `steps` the best number of them; `skipped` what the time did
+    not allow, for the note; `trained` what was trained, where there was one part.
     """
 
-    scores: dict[str, Score] = field(default_factory=dict)
-    steps: dict[str, int] = field(default_factory=dict)
+    scores: dict[Contender, Score] = field(default_factory=dict)
+    steps: dict[Contender, int] = field(default_factory=dict)
     settings: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     learned: Candidate | None = None
     pruned: float | None = None
-    trained: dict[str, Trained] = field(default_factory=dict)
+    trained: dict[Contender, Trained] = field(default_factory=dict)
 
 
-def compare(
-    learner: Learner,
-    candidates: Sequence[Candidate],
-    parts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    steps: dict[str, int] | int,
-    *,
-    judge_at: Sequence[float],
-    deadline: float | None = None,
-    patience: int | None = None,
-    tag: str = "",
-) -> Comparison:
+@dataclass(frozen=True)
+class Judging:
+    """How candidates are compared.
+
+    Attributes:
+        parts: (rows to train on, rows to judge on).
+        steps: optimizer steps, for all or by candidate.
+        judge_at: shares of the steps after which to judge.
+        deadline: after it nothing is trained. Where there is one part, the first candidate is judged as far as it came; any other
+            that did not run to its end is skipped, as its score would say nothing of it.
+        patience: stop a training after so many judgements without a lower loss.
+        tag: tells this comparison from another in the fit's state.
+    """
+
+    parts: Sequence[tuple[Sequence[int], Sequence[int]]]
+    steps: Mapping[Contender, int] | int
+    judge_at: Sequence[float]
+    deadline: float | None = None
+    patience: int | None = None
+    tag: str = ""
+
+    def splits(self, candidate: Candidate) -> list[Split]:
+        """The trainings of a candidate, one for each part."""
+        steps = self.steps if isinstance(self.steps, int) else self.steps[candidate.contender]
+        points = sorted({max(1, round(steps * share)) for share in self.judge_at})
+        title = candidate.contender.label
+        return [
+            Split(rows, steps, f"{candidate} {self.tag}{i}", title, held, points, self.patience, self.deadline)
+            for i, (rows, held) in enumerate(self.parts)
+        ]
+
+
+def compare(learner: Learner, candidates: Sequence[Candidate], judging: Judging) -> Comparison:
     """Train each candidate on each part and judge it on what that part holds out.
 
     Args:
         candidates: the settings of the learned method among them, the default first. One stands for all: each takes the place of
             those before it only where it is ahead in the metric, with a head by more than `OVERRULES` standard errors of the
             difference.
-        parts: (rows to train on, rows to judge on).
-        steps: optimizer steps, for all or by candidate.
-        judge_at: shares of the steps after which to judge.
-        deadline: after it nothing is trained. Where there is one part, the first candidate is judged as far as it came; any other
-            that did not run to its end is skipped, as its score would say nothing of it.
     """
-    result = Comparison()
-    best: dict[str, Score] = {}
-    settings = sum(c.learned for c in candidates)
+    result, alone = Comparison(), len(judging.parts) == 1
+    several = sum(c.learned for c in candidates) > 1
     for candidate in candidates:
-        total = steps if isinstance(steps, int) else steps[candidate.name]
-        points = sorted({max(1, round(total * share)) for share in judge_at})
-        found = [
-            _one(learner, candidate, part, total, points, f"{tag}{i}", deadline, patience, keep=len(parts) == 1)
-            for i, part in enumerate(parts)
-        ]
-        partial = len(parts) == 1 and not best and bool(found[0][0].judged)  # the first one, which is to be kept
-        if not (partial or all(trained.complete for trained, _ in found)):
-            several = candidate.learned and settings > 1
-            result.skipped.append(f"{LEARNED} ({setting_name(candidate)})" if several else candidate.name)
+        who, found = candidate.contender, [_one(learner, candidate, s, keep=alone) for s in judging.splits(candidate)]
+        first = alone and not result.scores and bool(found[0][0].judged)  # which is to be kept
+        if not (first or all(trained.complete for trained, _ in found)):
+            setting = f" ({setting_name(candidate)})" if candidate.learned and several else ""
+            result.skipped.append(f"{who.label}{setting}")
             continue
-        if len(parts) == 1:
-            result.trained[candidate.name] = found[0][0]
+        if alone:
+            result.trained[who] = found[0][0]
         scores = {at: score(pool([t.judged[at] for t, _ in found]), learner.metric) for at in found[0][0].judged}
         step, new = _best_point(scores)
         chosen, reached = replace(candidate, new_interpolations=(new,)), scores[step, new]
         if candidate.learned:
             result.settings[setting_name(chosen)] = reached.row() | {"steps": step}
-        if before := best.get(candidate.name):
-            lead, error = reached.ahead_of(before)
-            if lead <= (OVERRULES if learner.head else 0.0) * error:
-                continue
-        best[candidate.name], result.steps[candidate.name] = reached, step
+        if _is_behind(reached, result.scores.get(who), head=bool(learner.head)):
+            continue
+        result.scores[who], result.steps[who] = reached, step
         if candidate.learned:
             result.learned = chosen
-            if found[0][1] is not None:
-                pruned = pool([p for _, p in found if p is not None])
+            pruned = [p for _, p in found if p is not None]
+            if pruned:
                 whole = scores[max(step for step, _ in scores), candidate.new_interpolation]
-                result.pruned = score(pruned, learner.metric).loss - whole.loss
-    result.scores = best
+                result.pruned = score(pool(pruned), learner.metric).loss - whole.loss
     return result
+
+
+def _is_behind(reached: Score, before: Score | None, *, head: bool) -> bool:
+    """Whether a setting is not ahead enough of the one that stands for the method, to take its place."""
+    if before is None:
+        return False
+    lead, error = reached.ahead_of(before)
+    return lead <= (OVERRULES if head else 0.0) * error
 
 
 def _best_point(scores: Mapping[tuple[int, float], Score]) -> tuple[int, float]:
@@ -113,52 +129,34 @@ def _best_point(scores: Mapping[tuple[int, float], Score]) -> tuple[int, float]:
     return max(((step, new) for new, step in sorted(steps.items())), key=lambda point: scores[point].key())
 
 
-def _one(
-    learner: Learner,
-    candidate: Candidate,
-    part: tuple[Sequence[int], Sequence[int]],
-    steps: int,
-    points: Sequence[int],
-    tag: str,
-    deadline: float | None,
-    patience: int | None,
-    *,
-    keep: bool,
-) -> tuple[Trained, Judged | None]:
+def _one(learner: Learner, candidate: Candidate, split: Split, *, keep: bool) -> tuple[Trained, Judged | None]:
     """One training and what it gave when it was judged; taken from the fit's state where it has been done.
 
     Args:
         keep: what was trained too, not the judgements alone.
+
+    Returns:
+        the training; what the model gave once its weights were pruned, where that was asked for.
     """
-    key, (rows, held), tried = f"{candidate} {tag}", part, SEARCH_EVALUATIONS
-    saved = learner.state.done(key)
-    if saved is None and deadline is not None and learner.team.share(time.monotonic() > deadline):
+    run, evaluations = learner.run, None
+    saved = run.state.done(split.key)
+    if saved is None and run.is_over(split.deadline):
         return Trained(complete=False), None
-    if candidate.name == SEARCH:
-        candidate, tried = searched(learner, candidate, rows, tag, deadline)
+    if candidate.contender == SEARCH:
+        candidate, evaluations = searched(learner, candidate, split)
     if saved:
-        judged = {point: Judged(**row) for point, row in saved["judged"].items()}
-        return Trained(
-            saved["steps"],
-            saved["loss"],
-            judged,
-            tensors=saved["tensors"],
-            history=saved["history"],
-            candidate=candidate,
-        ), Judged(**saved["pruned"]) if saved["pruned"] else None
-    if not tried:
+        return _done_before(saved, candidate)
+    if evaluations == 0:
         return Trained(complete=False), None
-    trained = learner.train(
-        candidate, rows, steps, key=key, held=held, judge_at=points, patience=patience, deadline=deadline
-    )
-    trained.candidate, trained.complete = candidate, trained.complete and tried == SEARCH_EVALUATIONS
-    trained.stopped = cut(tried)
+    trained = learner.train(candidate, split)
+    trained.candidate, trained.evaluations = candidate, evaluations
+    trained.complete = trained.complete and evaluations is None
     if keep and not trained.complete and trained.steps:  # what time allowed is what would be kept
-        trained.judged[trained.steps, candidate.new_interpolation] = learner.judge(held)
+        trained.judged[trained.steps, candidate.new_interpolation] = learner.judge(split.held)
     pruned = None
-    if candidate.learned and learner.options.prune_below and trained.complete:
+    if candidate.learned and run.options.prune_below and trained.complete:
         prune(learner)
-        pruned = learner.judge(held)
+        pruned = learner.judge(split.held)
     if trained.complete:
         table = {
             "steps": trained.steps,
@@ -166,9 +164,17 @@ def _one(
             "pruned": vars(pruned) if pruned else None,
             "tensors": trained.tensors if keep else [],
             "history": trained.history,
+            "judged": {point: vars(judged) for point, judged in trained.judged.items()},
         }
-        learner.state.finish(key, table | {"judged": {point: vars(j) for point, j in trained.judged.items()}})
+        run.state.finish(split.key, table)
     return trained, pruned
+
+
+def _done_before(saved: dict[str, Any], candidate: Candidate) -> tuple[Trained, Judged | None]:
+    judged = {point: Judged(**row) for point, row in saved["judged"].items()}
+    steps, loss, tensors, history = (saved[key] for key in ("steps", "loss", "tensors", "history"))
+    trained = Trained(steps, loss, judged, tensors=tensors, history=history, candidate=candidate)
+    return trained, Judged(**saved["pruned"]) if saved["pruned"] else None
 
 
 def prune(learner: Learner) -> int:
@@ -184,30 +190,29 @@ def prune(learner: Learner) -> int:
             present = learner.model.get_buffer(f"{module}.wlora.present")
             size = attachment.weights_of(module, present).detach().abs().to(logits.device)
             used[group] |= size > 0
-            kept[group] |= (size >= learner.options.prune_below) | (size == size.max())
+            kept[group] |= (size >= learner.run.options.prune_below) | (size == size.max())
     logits.masked_fill_(~kept, 0.0 if attachment.normalize == "none" else float("-inf"))
     return int((used & ~kept).sum())
 
 
-def searched(
-    learner: Learner, candidate: Candidate, rows: Sequence[int], tag: str, deadline: float | None
-) -> tuple[Candidate, int]:
+def searched(learner: Learner, candidate: Candidate, split: Split) -> tuple[Candidate, int | None]:
     """Global weights by CMA-ES on the loss of some rows, from uniform composition; the head is trained on that first.
 
     Free weights are bounded and pulled to zero as LoraHub does; logits are searched as they are. A search that ran to its end is
     not made again within a fit.
 
     Returns:
-        the candidate with the best weights; how many of `SEARCH_EVALUATIONS` were made in half of the time that is left.
+        the candidate with the best weights; how many of `SEARCH_EVALUATIONS` were made in half of the time that is left, None
+        where that sufficed for all.
     """
-    key = f"{candidate} {tag} row"
-    saved = learner.state.done(key)
+    key, run, rows = f"{split.key} row", learner.run, split.rows
+    saved = run.state.done(key)
     if saved is not None:
-        return replace(candidate, row=tuple(saved)), SEARCH_EVALUATIONS
+        return replace(candidate, row=tuple(saved)), None
     start, tried, steps = list(candidate.row or ()), 0, total_steps(learner, len(rows))
-    if deadline is not None:  # the head is trained again on what is found
-        deadline = (time.monotonic() + deadline) / 2
-    learner.train(replace(candidate, name=UNIFORM), rows, steps, key=f"{key} head", deadline=deadline)
+    deadline = halfway(split.deadline)  # the head is trained again on what is found
+    even = replace(candidate, contender=UNIFORM)
+    learner.train(even, Split(rows, steps, f"{key} head", even.contender.label, deadline=deadline))
     free = candidate.normalize == "none"
 
     def bounded(point: Sequence[float]) -> list[float]:
@@ -216,7 +221,7 @@ def searched(
     def loss(point: Sequence[float]) -> float:
         """Of the rows at these weights; infinite, so that nothing is better, once the time is over."""
         nonlocal tried
-        if deadline is not None and learner.team.share(time.monotonic() > deadline):
+        if run.is_over(deadline):
             return math.inf
         tried += 1
         row = bounded(point)
@@ -226,19 +231,13 @@ def searched(
         return learner.judge(rows).loss + (SEARCH_L1 * sum(map(abs, row)) if free else 0.0)
 
     row = bounded(
-        minimize(loss, start, sigma=0.3 if free else 1.0, evaluations=SEARCH_EVALUATIONS, seed=learner.options.seed)
+        minimize(loss, start, sigma=0.3 if free else 1.0, evaluations=SEARCH_EVALUATIONS, seed=learner.run.options.seed)
     )
     if tried == SEARCH_EVALUATIONS:
-        learner.state.finish(key, row)
-    return replace(candidate, row=tuple(row)), tried
-
-
-def cut(tried: int) -> str:
-    """What a note says of a search that made so many evaluations: nothing, where it made all."""
-    whole = tried == SEARCH_EVALUATIONS
-    return "" if whole else f"The search stopped after {tried} of {SEARCH_EVALUATIONS} evaluations, for want of time."
+        run.state.finish(key, row)
+    return replace(candidate, row=tuple(row)), None if tried == SEARCH_EVALUATIONS else tried
 
 
 def total_steps(learner: Learner, shots: int) -> int:
     """Optimizer steps that the options ask for."""
-    return steps_of(learner.options, shots, head=bool(learner.start))
+    return steps_of(learner.run.options, shots, head=bool(learner.start))

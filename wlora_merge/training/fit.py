@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,20 +34,17 @@ from ..mixture.inputs import find_inputs
 from ..mixture.mixture import Mixture, adapter_ref
 from ..models.base_model import BaseModel, open_base, refuse_quantized
 from ..text import first_line
-from .initial_logits import initial_logits, initial_scale, like_start
-from .record import FitJob, data_ref, held_out, history, metrics_of, recorded, said_of_pruning, said_of_stop
+from .initial_logits import find_start, like_start
+from .record import FitJob, data_ref, held_out, recorded
 from .resume import FitState, only_fit, state_file
-from .trackers import tracker_names, tracking
+from .run import Clock, FitProgress, Run
+from .trackers import tracker_names
 
 if TYPE_CHECKING:
     from ..data.labels import LabelSet
     from ..distributed import Team
     from .candidates import Candidate
-    from .comparison import Comparison
-    from .learner import FitProgress, Learner
-
-FOLD_SHARE, JUDGED_SHARE = 0.5, 0.75
-"""Of `max_minutes`: when the folds must end, and what evaluation data judge."""
+    from .learner import Learner
 
 
 def fit(
@@ -98,6 +95,7 @@ def fit(
         WloraMergeError: with one sentence; nothing is left in `out`.
     """
     from ..distributed import team
+    from .stages import find_mixture
 
     chosen = like_start(fit_options(options))
     job = get_task(task)
@@ -115,10 +113,10 @@ def fit(
         state = _state(out if ranks.leads else None, given, shots, held, resume)
         state.table = ranks.share(state.table)  # what a killed fit has trained, no process trains again
         with _within_memory(), _seeded(chosen.seed):
-            work, labels = _prepare(given, shots, held, ranks, state, progress)
-            metrics, kept = _work(work)
+            work = _prepare(given, shots, held, ranks, state, progress)
+            metrics, kept = find_mixture(work)
         metrics["held_out"] = held_out(work, shots, held, eval_split)
-        mixture = _mixture(work.learner, given, shots, metrics, kept, labels)
+        mixture = _mixture(work.learner, given, shots, metrics, kept)
         if out is not None and ranks.leads:
             title = f"A mixture on {given.base.source.name}"
             deltas = find_inputs(mixture, any_digest=True).deltas if report else []
@@ -207,14 +205,6 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _check_adapters(adapters: list[Adapter], options: FitOptions) -> None:
-    from .candidates import BASE, FIXED, LEARNED, SEARCH, UNIFORM
-
-    for adapter in adapters:
-        if adapter.name in (BASE, UNIFORM, LEARNED, SEARCH, FIXED):
-            raise MixtureError(
-                f"an adapter is called {adapter.name!r}, as something that it is compared with: name it, as in --adapter "
-                f"other={adapter.source.folder}."
-            )
     if len(adapters) < 2:
         raise MixtureError(f"a fit needs two adapters or more, got {len(adapters)}: for one, see `wlora-merge mix`.")
     for name in ("weights", "initial_logits"):
@@ -230,15 +220,16 @@ def _prepare(
     ranks: Team,
     state: FitState,
     progress: FitProgress | None,
-) -> tuple[FitJob, LabelSet | None]:
-    """Load the model and encode the examples; also the labels, in the head's order."""
+) -> FitJob:
+    """Load the model and encode the examples."""
     from torch.utils.data import ConcatDataset
 
     from .cross_validation import enough, fold_indices
     from .learner import Learner
     from .model import load_model, max_tokens
 
-    start, task, base, options = time.monotonic(), given.task, given.base, given.options
+    task, base, options = given.task, given.base, given.options
+    clock = Clock(time.monotonic(), options.max_minutes)
     processor, labels = task.load_processor(base.folder), task.labels(shots, problem_type=options.problem_type)
     trained = shots.with_label_names(labels) if options.label_names else shots  # refuses before the model is loaded
     model, head, labels = load_model(
@@ -253,17 +244,14 @@ def _prepare(
         _encoded(task, examples, processor, length, labels) if examples else [] for examples in (trained, held)
     )
     n, both = len(rows), ConcatDataset[Any]([rows, judged])  # read lazily: images are decoded when they are used
-    initial = initial_logits(options, [a.name for a in given.adapters], base)
-    learner = Learner(
-        model, task, labels, processor, options, both, head, ranks, state, initial, progress,
-        initial_scale(options),
-    )  # fmt: skip
+    start = find_start(options, [a.name for a in given.adapters], base)
+    learner = Learner(Run(task, labels, options, ranks, state, clock, progress), model, processor, both, head, start)
     whole = len(trained) == n  # else an example is several rows
     classes, twins = (shots.classes(labels), shots.twins) if whole else ([("",)] * n, list(range(n)))
     folds = fold_indices(classes, twins, options.folds, options.seed) if options.folds else []
     every, held_rows = list(range(n)), list(range(n, n + len(judged)))
     parts = [(sorted({*every}.difference(fold)), fold) for fold in folds]
-    return FitJob(learner, every, held_rows, parts, enough(classes, twins, head=bool(head)), options, start), labels
+    return FitJob(learner, every, held_rows, parts, enough(classes, twins, head=bool(head)))
 
 
 def _encoded(task: Task, examples: Examples, processor: Any, length: int | None, labels: LabelSet | None) -> Any:
@@ -277,122 +265,7 @@ def _encoded(task: Task, examples: Examples, processor: Any, length: int | None,
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------ the work
-
-
-def _work(job: FitJob) -> tuple[dict[str, Any], Candidate]:
-    """Compare, choose, train what is kept; the metrics and the candidate that the model now holds."""
-    from ..mixture.new_lora import new_targets
-    from .candidates import (
-        AUTO,
-        BEST_SINGLE,
-        LEARNED,
-        SEARCH,
-        UNIFORM,
-        checkpoints,
-        fixed_candidates,
-        judgements,
-        learned_settings,
-    )
-    from .comparison import Comparison, compare, total_steps
-    from .selection import chosen
-
-    learner, options, names = job.learner, job.options, job.learner.names
-    if options.new_adapter is None and not new_targets(learner.model):
-        options = replace(options, new_adapter=0)
-    fixed = fixed_candidates(names, options)
-    head = bool(learner.head)
-    settings = learned_settings(options, head=head, enough=job.enough)
-    steps = total_steps(learner, len(job.shots))
-    search = [replace(fixed[UNIFORM], name=SEARCH)] if options.method in (SEARCH, AUTO) else []
-    comparison = Comparison()
-    if job.held and judgements(options, settings, head=head) <= 1:  # nothing is left to decide
-        job.parts = []
-    if job.parts:
-        comparison = compare(
-            learner, settings if job.held else [*fixed.values(), *search, *settings], job.parts, steps,
-            judge_at=checkpoints(options, head=head), deadline=job.deadline(FOLD_SHARE),
-        )  # fmt: skip
-    default = [replace(s, new_interpolations=(s.new_interpolation,)) for s in settings[:1]]
-    learned = [comparison.learned] if comparison.learned else default
-    on_folds, planned = comparison, {name: comparison.steps.get(name, steps) for name in [*fixed, SEARCH, LEARNED]}
-    if job.held:
-        first = names if options.method == BEST_SINGLE else [options.method]  # what is kept, as time may end
-        order = sorted([*learned, *search, *fixed.values()], key=lambda candidate: candidate.name not in first)
-        comparison = compare(
-            learner, order, [(job.shots, job.held)], planned,
-            judge_at=tuple(i / 10 for i in range(1, 11)) if options.early_stopping else (1.0,), tag="all, ",
-            deadline=job.deadline(JUDGED_SHARE), patience=options.early_stopping,
-        )  # fmt: skip
-        comparison.scores = {name: comparison.scores[name] for name in planned if name in comparison.scores}
-    elif not job.parts and options.method == BEST_SINGLE:
-        among = [fixed[name] for name in names]
-        comparison = compare(learner, among, [(job.shots, job.shots)], steps, judge_at=(1.0,), tag="shots, ")
-    kept = chosen(options.method, options.select, comparison, names)
-    candidate = (fixed | {s.name: s for s in [*learned, *search]})[kept]
-    candidate = _finish(job, candidate, planned[kept], comparison)
-    metrics = metrics_of(job, comparison, on_folds, kept, candidate)
-    if job.stopped:
-        metrics["note"] += f" {job.stopped}"
-    metrics["history"] = history(job.losses, kept)
-    if options.prune_below:
-        pruned = metrics["pruned"] = _prune(job, candidate, on_folds)
-        metrics["note"] += f" {said_of_pruning(pruned, scored=bool(comparison.scores))}"
-    return metrics, candidate
-
-
-def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Comparison) -> Candidate:
-    """Train what is kept on all shots, unless that is what was judged."""
-    from .candidates import SEARCH
-    from .comparison import SEARCH_EVALUATIONS, cut, searched
-    from .loop import restore
-
-    learner, final = job.learner, candidate
-    with tracking(job.options, learner.team.leads) as log:
-        if done := comparison.trained.get(candidate.name):
-            candidate = done.candidate or candidate
-            restore(learner.place(candidate), done.tensors)
-            if log and done.history:
-                *before, (last, loss) = done.history
-                for step, value in before:
-                    log({"loss": value}, step)
-                log({"loss": loss, **{f"weight/{name}": w for name, w in learner.weights().items()}}, last)
-        else:
-            tried = SEARCH_EVALUATIONS
-            if candidate.name == SEARCH:
-                candidate, tried = searched(learner, candidate, job.shots, "all", job.deadline())
-            final = replace(candidate, name=f"{candidate.name}, all shots") if job.parts else candidate
-            learner.log = log
-            done = learner.train(final, job.shots, steps, key="final", deadline=job.deadline())
-            done.stopped = cut(tried)
-            learner.log = None
-    job.losses, job.steps, job.stopped = {final.name: done.history}, done.steps, said_of_stop(done, steps)
-    if done.stopped == cut(0) or not (done.complete or done.steps or done.stopped):
-        less = ", or --folds 0" if job.parts else ""
-        raise MixtureError(f"max_minutes left no time for a single step on all shots: give more{less}.")
-    return candidate
-
-
-def _prune(job: FitJob, candidate: Candidate, on_folds: Comparison) -> dict[str, Any]:
-    """Prune the model's weights and say what it cost."""
-    from .comparison import prune
-
-    learner = job.learner
-    judged_on, where = (job.held, "evaluation data") if job.held else (job.shots, "the shots themselves")
-    before, used = learner.judge(judged_on).loss, learner.used()
-    dropped = prune(learner)
-    cost = learner.judge(judged_on).loss - before
-    if not job.held and candidate.learned and on_folds.pruned is not None:
-        cost, where = on_folds.pruned, "held-out folds"
-    left = [name for name in used if name not in learner.used()]
-    return {
-        "below": job.options.prune_below, "weights_set_to_zero": dropped, "left": left, "loss_added": cost, "on": where,
-    }  # fmt: skip
-
-
-def _mixture(
-    learner: Learner, given: _Given, shots: Examples, metrics: dict[str, Any], kept: Candidate, labels: LabelSet | None
-) -> Mixture:
+def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: dict[str, Any], kept: Candidate) -> Mixture:
     """The mixture that the model holds; an adapter without weight anywhere leaves it, one that was trained enters it."""
     import torch
 
@@ -409,7 +282,7 @@ def _mixture(
             mixture.wlora_weights[:, used],
         )
     mixture.task, mixture.metrics, mixture.modules_to_save = given.task.name, metrics, given.modules_to_save
-    mixture.config = _config(learner, given.task, labels, given.base)
+    mixture.config = _config(learner, given.base)
     mixture.data = {
         "method": given.options.method,
         "data": data_ref(shots, given.split),
@@ -449,9 +322,9 @@ def _state(out: str | Path | None, given: _Given, shots: Examples, held: Example
     return FitState(state_file(out) if out is not None else None, fingerprint, resume=resume)
 
 
-def _config(learner: Learner, task: Task, labels: LabelSet | None, base: BaseModel) -> dict[str, Any]:
+def _config(learner: Learner, base: BaseModel) -> dict[str, Any]:
     """The config keys that the new head changes, as JSON has them; with the base's own head, the padding that it lacks."""
-    changes = task.config_changes(labels, learner.processor)
+    changes = learner.run.task.config_changes(learner.run.labels, learner.processor)
     if not learner.head:
         pad = changes.get("pad_token_id")
         return {"pad_token_id": pad} if pad is not None and base.config.get("pad_token_id") is None else {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +43,35 @@ def like_start(options: FitOptions) -> FitOptions:
     return found
 
 
-def initial_scale(options: FitOptions) -> float:
+def _scale(options: FitOptions) -> float:
     """Where a learned delta_scale starts: at 1, or at that of the mixture folder to start from."""
     given = options.initial_logits
     learned = options.delta_scale == "learned"  # else nobody asks, and the folder is not read again
     return Mixture.load(given).delta_scale if learned and isinstance(given, str) and Path(given).is_dir() else 1.0
 
 
-def initial_logits(options: FitOptions, names: list[str], base: BaseModel) -> Any:
+@dataclass(frozen=True)
+class Start:
+    """Where a fit starts: the logits (free weights), and a learned delta_scale.
+
+    Attributes:
+        logits: (the model's groups, granularity) -> [G, N], or None for uniform composition.
+    """
+
+    logits: Callable[[dict[str, list[str]], str], torch.Tensor | None]
+    scale: float
+
+
+def find_start(options: FitOptions, names: list[str], base: BaseModel) -> Start:
+    """Where the options say that a fit starts.
+
+    Args:
+        names: of the adapters.
+    """
+    return Start(_logits(options, names, base), _scale(options))
+
+
+def _logits(options: FitOptions, names: list[str], base: BaseModel) -> Any:
     """(the model's groups, granularity) -> the [G, N] logits that the user gives, or None for uniform composition.
 
     A file calls its groups as the base's files call their modules, or as the model does.

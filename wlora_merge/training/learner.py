@@ -8,7 +8,6 @@ loss counts), and trains a head alone on activations computed once. Dropout is o
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -17,26 +16,21 @@ import torch
 from torch import nn
 
 from ..errors import MixtureError
-from ..fit_options import FitOptions
 from ..mixture.attach import SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
 from ..mixture.live_model import refuse_uncalled
 from ..mixture.new_lora import place_new
 from ..mixture.weights import mixture_weights, uniform_start
 from ..text import first_line
-from .candidates import Candidate
+from .candidates import UNIFORM, Candidate
+from .initial_logits import Start
 from .loop import Loop, Trained, restore
+from .run import Run, Split, halfway
 from .scoring import Judged, join_batches
 
 if TYPE_CHECKING:
     from torch.utils.data import ConcatDataset
 
-    from ..data.labels import LabelSet
-    from ..data.task import Task
-    from ..distributed import Team
-    from .resume import FitState
 
-FitProgress = Callable[[str, int, int, float, dict[str, float]], None]
-"""Called with (candidate, step, steps, loss, mean mixture weight of each adapter) after every step."""
 PACKED_TOLERANCE = {None: 1e-4, "bf16": 2e-2, "4bit": 2e-2, "8bit": 1e-1}
 """By how much, relative to it, the loss of packed examples may differ: by rounding alone. 8bit chooses its outliers in the batch, and
 its loss is off by 4e-2 on SmolLM2."""
@@ -50,47 +44,31 @@ class Learner:
     Args:
         rows: encoded examples, the shots first.
         head: names of the head's modules; its parameters start from what they are now.
-        initial: logits (free weights) to start from: (groups, granularity) -> [G, N], or None for uniform composition.
-        initial_scale: where a learned delta_scale starts.
+        start: where the logits (free weights) and a learned delta_scale start.
     """
 
     def __init__(
         self,
+        run: Run,
         model: nn.Module,
-        task: Task,
-        labels: LabelSet | None,
         processor: Any,
-        options: FitOptions,
         rows: ConcatDataset[Any] | Sequence[Any],
         head: list[str],
-        team: Team,
-        state: FitState,
-        initial: Callable[[dict[str, list[str]], str], torch.Tensor | None],
-        progress: FitProgress | None,
-        initial_scale: float,
+        start: Start,
     ) -> None:
-        self.initial_scale = initial_scale
-        self.model, self.task, self.labels, self.options = model, task, labels, options
-        self.rows, self.head, self.team, self.state, self.initial, self.progress = (
-            rows,
-            head,
-            team,
-            state,
-            initial,
-            progress,
-        )
+        self.run, self.model, self.rows, self.head, self.begin = run, model, rows, head, start
         self.names = [a.name for a in attachment_of(model).adapters]
-        self.processor, self.metric = processor, task.metric(labels)
-        self.collate = task.collator(processor)
+        self.processor, self.metric = processor, run.task.metric(run.labels)
+        self.collate = run.task.collator(processor)
         self.start = {name: model.get_parameter(name).detach().clone() for name in attachment_of(model).head}
         self.device = attachment_of(model).weights.device
         self.log: Callable[[dict[str, float], int], None] | None = None
         self._features: tuple[Candidate, torch.Tensor] | None = None
         self._labels = torch.empty(0)
-        _quiet(model, options.gradient_checkpointing)
+        _quiet(model, run.options.gradient_checkpointing)
         self._try_out()
         self.pack = self.collate
-        if options.packing:
+        if run.options.packing:
             from transformers import DataCollatorWithFlattening
 
             self.pack = DataCollatorWithFlattening()  # type: ignore[no-untyped-call]
@@ -107,7 +85,7 @@ class Learner:
                 "base's tokenizer or processor, and at --task."
             ) from error
         except RuntimeError as error:
-            if self.options.precision != "bf16" or isinstance(error, torch.OutOfMemoryError):
+            if self.run.options.precision != "bf16" or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise MixtureError(
                 f"{type(self.model).__name__} does not run in bfloat16 ({first_line(error)}): leave --precision bf16 out."
@@ -123,7 +101,7 @@ class Learner:
                 self.model(**{k: v.to(self.device) for k, v in collate(part).items()})
                 for collate, part in ((self.collate, rows), (self.pack, rows), (self.pack, [first, *rows[1:]]))
             )
-        kind = self.options.quantize or ("bf16" if self.options.precision == "bf16" else None)
+        kind = self.run.options.quantize or ("bf16" if self.run.options.precision == "bf16" else None)
         tolerance, influence = PACKED_TOLERANCE[kind], PACKED_INFLUENCE.get(kind or "", 1e-4)
         same = math.isclose(float(padded.loss), float(packed.loss), rel_tol=tolerance)
         if len(rows) > 1:  # nor may what stands before an example change it
@@ -142,7 +120,9 @@ class Learner:
         with torch.no_grad():
             weights = regroup(self.model, candidate.granularity, candidate.normalize)
             groups = attachment_of(self.model).groups
-            start = self.initial(groups, candidate.granularity) if candidate.learned else torch.tensor(candidate.row)
+            start = (
+                self.begin.logits(groups, candidate.granularity) if candidate.learned else torch.tensor(candidate.row)
+            )
             if start is not None:
                 weights.copy_(start.to(weights).expand_as(weights))
             for name, value in self.start.items():
@@ -150,16 +130,16 @@ class Learner:
         trained = [weights] if candidate.learned else []
         weights.requires_grad_(candidate.learned)
         trained += self._place_scale(candidate)
-        trained += place_new(self.model, candidate.new_adapter, self.options.seed)
+        trained += place_new(self.model, candidate.new_adapter, self.run.options.seed)
         return trained + [self.model.get_parameter(name) for name in self.start]
 
     def _place_scale(self, candidate: Candidate) -> list[nn.Parameter]:
-        if candidate.scale is not None or not isinstance(self.options.delta_scale, str):
-            fixed = self.options.delta_scale if candidate.scale is None else candidate.scale
+        if candidate.scale is not None or not isinstance(self.run.options.delta_scale, str):
+            fixed = self.run.options.delta_scale if candidate.scale is None else candidate.scale
             set_delta_scale(self.model, 1.0 if fixed is None else float(fixed))
             return []
         scale = self.model.get_parameter(SCALE_PARAMETER)
-        scale.data.fill_(self.initial_scale if candidate.learned else 1.0)
+        scale.data.fill_(self.begin.scale if candidate.learned else 1.0)
         scale.requires_grad_(candidate.learned)
         set_delta_scale(self.model, scale)
         return [scale] if candidate.learned else []
@@ -179,109 +159,94 @@ class Learner:
 
     # -------------------------------------------------------------------------------------------------- training
 
-    def train(
-        self,
-        candidate: Candidate,
-        rows: Sequence[int],
-        steps: int,
-        *,
-        key: str,
-        held: Sequence[int] = (),
-        judge_at: Sequence[int] = (),
-        patience: int | None = None,
-        deadline: float | None = None,
-    ) -> Trained:
-        """Train a candidate from its start, in place, and move it towards uniform composition as far as it says.
-
-        Args:
-            rows: numbers of the rows to train on.
-            steps: optimizer steps.
-            key: names this training in the fit's state, so that it can be taken up again.
-            held: rows to judge on, after the steps `judge_at`.
-            patience: stop after so many judgements without a lower loss, and go back to the best.
-            deadline: in `time.monotonic()`; stop after it.
-        """
-        head = self._uniform_head(candidate, rows, steps, key, deadline) if candidate.interpolation != 1 else []
+    def train(self, candidate: Candidate, split: Split) -> Trained:
+        """Train a candidate from its start, in place, and move it towards uniform composition as far as it says."""
+        head = self._uniform_head(candidate, split) if candidate.interpolation != 1 else []
         parameters = self.place(candidate)
-        result = Trained()
         if not parameters:
-            points = [(step, candidate.new_interpolation) for step in judge_at]
-            result.judged = dict.fromkeys(points, self.judge(held)) if held and judge_at else {}
-            return result
-        loop = Loop(self, candidate, rows, steps, parameters, head)
-        best = (math.inf, 0, loop.tensors())
-        if saved := self.state.current(key):
-            result, best = loop.restore(saved)
-        for step in range(result.steps + 1, steps + 1):
-            if deadline is not None and self.team.share(time.monotonic() > deadline):
-                result.complete = False
-                break
-            result.loss, result.steps = loop.step(step), step
-            result.history.append((step, float(f"{result.loss:.5g}")))
-            if self.progress:
-                shown = f"{candidate.name}, new adapter" if candidate.new_adapter else candidate.name
-                self.progress(shown, step, steps, result.loss, self.weights())
-            if self.log:
-                self.log({"loss": result.loss, **{f"weight/{n}": w for n, w in self.weights().items()}}, step)
-            if step in judge_at:
-                learned = loop.tensors()
-                for share in candidate.new_interpolations:
-                    loop.interpolate(share)
-                    result.judged[step, share] = self.judge(held, loop.features)
-                    restore(parameters, learned)
-                judged = result.judged[step, candidate.new_interpolation]
-                if patience is not None:
-                    if judged.loss < best[0]:
-                        best = (judged.loss, step, loop.tensors())
-                    elif len({s for s, _ in result.judged if s > best[1]}) >= patience:
-                        break
-            self.state.save_current(key, lambda result=result, best=best: loop.saved(result, best))  # type: ignore[misc]
-        self._check(candidate, loop, result)
-        if patience is not None and best[1]:
-            restore(loop.parameters, best[2])
-            result.steps = best[1]
+            points = [(step, candidate.new_interpolation) for step in split.judge_at]
+            return Trained(judged=dict.fromkeys(points, self.judge(split.held)) if split.held and points else {})
+        loop = Loop(self, candidate, split, parameters, head)
+        result = self._steps(candidate, split, loop)
+        self._check(split, loop, result)
+        if split.patience is not None and loop.best.step:
+            restore(loop.parameters, loop.best.tensors)
+            result.steps = loop.best.step
         loop.interpolate(candidate.new_interpolation)
         result.tensors = loop.tensors()
         return result
 
-    def _uniform_head(
-        self, candidate: Candidate, rows: Sequence[int], steps: int, key: str, deadline: float | None
-    ) -> list[torch.Tensor]:
+    def _steps(self, candidate: Candidate, split: Split, loop: Loop) -> Trained:
+        """The optimizer steps of a training, with what is judged, logged and saved between them."""
+        state = self.run.state
+        saved = state.current(split.key)
+        result = loop.restore(saved) if saved else Trained()
+        for step in range(result.steps + 1, split.steps + 1):
+            if self.run.is_over(split.deadline):
+                result.complete = False
+                break
+            result.loss, result.steps = loop.step(step), step
+            result.history.append((step, float(f"{result.loss:.5g}")))
+            self._tell(candidate, split, result)
+            if step in split.judge_at:
+                self._judge_at(step, candidate, split, loop, result)
+                if split.patience is not None and loop.is_past_its_best(result, split.patience):
+                    break
+            state.save_current(split.key, lambda result=result: loop.saved(result))  # type: ignore[misc]
+        return result
+
+    def _tell(self, candidate: Candidate, split: Split, result: Trained) -> None:
+        """Progress and log of a step."""
+        if self.run.progress:
+            shown = f"{split.title}, new adapter" if candidate.new_adapter else split.title
+            self.run.progress(shown, result.steps, split.steps, result.loss, self.weights())
+        if self.log:
+            self.log({"loss": result.loss, **{f"weight/{n}": w for n, w in self.weights().items()}}, result.steps)
+
+    def _judge_at(self, step: int, candidate: Candidate, split: Split, loop: Loop, result: Trained) -> None:
+        """Judge on the held-out rows with the new adapter as far as it may go; what is trained stays as it is."""
+        learned = loop.tensors()
+        for share in candidate.new_interpolations:
+            loop.interpolate(share)
+            result.judged[step, share] = self.judge(split.held, loop.features)
+            restore(loop.parameters, learned)
+
+    def _uniform_head(self, candidate: Candidate, split: Split) -> list[torch.Tensor]:
         """The head's parameters, trained on uniform composition in at most half of the time that is left."""
-        key = f"{key} head"
-        saved = self.state.done(key)
+        key = f"{split.key} head"
+        saved = self.run.state.done(key)
         if saved is None:
             row = tuple(uniform_start(len(self.names), candidate.normalize))
-            even = Candidate(f"{candidate.name}, head on uniform", row, candidate.normalize)
-            half = None if deadline is None else (time.monotonic() + deadline) / 2
+            even = Candidate(UNIFORM, row, candidate.normalize)
             log, self.log = self.log, None  # of the training that is kept alone
-            trained = self.train(even, rows, steps, key=key, deadline=half)
+            title = f"{split.title}, head on uniform"
+            trained = self.train(even, Split(split.rows, split.steps, key, title, deadline=halfway(split.deadline)))
             self.log, saved = log, trained.tensors
             if trained.complete:
-                self.state.finish(key, saved)
+                self.run.state.finish(key, saved)
         return list(saved)
 
-    def _check(self, candidate: Candidate, loop: Loop, result: Trained) -> None:
+    def _check(self, split: Split, loop: Loop, result: Trained) -> None:
         if result.steps and not loop.optimizer.state:
             raise MixtureError(
-                f"training {candidate.name!r}: none of its steps had finite gradients in {self.options.precision}: use --precision "
+                f"training {split.title!r}: none of its steps had finite gradients in {self.run.options.precision}: use --precision "
                 "bf16 or float32, or more steps, as each that overflows halves the loss's scale."
             )
         finite = math.isfinite(result.loss) or not result.steps
         if not (finite and all(bool(torch.isfinite(p).all()) for p in loop.parameters)):
             rates = ", ".join(f"{group['lr']:g}" for group in loop.optimizer.param_groups)
             raise MixtureError(
-                f"training {candidate.name!r} diverged: its loss or its parameters are not finite after it; use smaller learning "
+                f"training {split.title!r} diverged: its loss or its parameters are not finite after it; use smaller learning "
                 f"rates than {rates}."
             )
 
     def batches(self, rows: Sequence[int], steps: int) -> Iterator[list[list[int]]]:
         """For each optimizer step its batches: the rows in a new random order, again and again; only the seed decides."""
-        generator = torch.Generator().manual_seed(self.options.seed)
-        size, queue = self.options.batch_size, list[list[int]]()
+        generator = torch.Generator().manual_seed(self.run.options.seed)
+        size, queue = self.run.options.batch_size, list[list[int]]()
         for _ in range(steps):
             step: list[list[int]] = []
-            while len(step) < self.options.gradient_accumulation_steps:
+            while len(step) < self.run.options.gradient_accumulation_steps:
                 if not queue:
                     order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
                     queue = [order[i : i + size] for i in range(0, len(order), size)]
@@ -301,7 +266,7 @@ class Learner:
 
     def judge(self, rows: Sequence[int], features: torch.Tensor | None = None) -> Judged:
         """What the model gives on some rows, in batches, kept as small as the metric allows."""
-        size = self.options.batch_size
+        size = self.run.options.batch_size
         outputs, labels, losses, items = [], [], [], []
         with torch.no_grad():
             for i in range(0, len(rows), size):
@@ -318,12 +283,12 @@ class Learner:
                         result = self.model(**inputs)
                     logits = result.logits if "logits" in result else (result.start_logits, result.end_logits)
                     losses.append(float(result.loss))
-                logits = self.task.allowed(logits, [self.rows[r] for r in part])
+                logits = self.run.task.allowed(logits, [self.rows[r] for r in part])
                 if self.metric.preprocess:
                     logits = self.metric.preprocess(logits, found)
                 outputs.append(_on_cpu(logits))
                 labels.append(_on_cpu(found))
-                items.append(sum(self.task.items(self.rows[r]) for r in part))
+                items.append(sum(self.run.task.items(self.rows[r]) for r in part))
         loss = sum(a * n for a, n in zip(losses, items, strict=True)) / max(sum(items), 1)
         if not math.isfinite(loss):
             raise MixtureError(f"the loss on held-out examples is {loss}; use smaller learning rates.")
@@ -331,13 +296,15 @@ class Learner:
 
     def _inputs(self, rows: list[int], collate: Callable[[list[dict[str, Any]]], Any] | None = None) -> dict[str, Any]:
         batch = (collate or self.collate)([self.rows[r] for r in rows])
-        pixels = torch.bfloat16 if self.options.precision == "bf16" else None
+        pixels = torch.bfloat16 if self.run.options.precision == "bf16" else None
         return {
             name: value.to(self.device, pixels if name == "pixel_values" else None) for name, value in batch.items()
         }
 
     def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.float16) if self.options.precision == "fp16" else nullcontext()
+        return (
+            torch.autocast(self.device.type, torch.float16) if self.run.options.precision == "fp16" else nullcontext()
+        )
 
     # ------------------------------------------------------------------------------------- the head on cached activations
 
@@ -346,7 +313,7 @@ class Learner:
 
         The model's logits with the head replaced by the identity are the head's inputs at the positions that count.
         """
-        if candidate.learned or len(self.head) != 1 or not self.task.classifies_examples:
+        if candidate.learned or len(self.head) != 1 or not self.run.task.classifies_examples:
             return None
         layer = self.model.get_submodule(self.head[0])
         if not isinstance(layer, nn.Linear):
@@ -362,7 +329,7 @@ class Learner:
         return self._features[1]
 
     def _pooled(self) -> torch.Tensor:
-        size, parts, labels = self.options.batch_size, [], []
+        size, parts, labels = self.run.options.batch_size, [], []
         with torch.no_grad(), self._autocast():
             for i in range(0, len(self.rows), size):
                 inputs = self._inputs(list(range(i, min(i + size, len(self.rows)))))
@@ -379,7 +346,7 @@ class Learner:
         from ..constants import MULTI, REGRESSION
 
         logits = self._head_logits(features)
-        kind = self.labels.problem_type if self.labels else ""
+        kind = self.run.labels.problem_type if self.run.labels else ""
         if kind == REGRESSION:
             return nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
         if kind == MULTI:

@@ -18,6 +18,7 @@ from ..mixture.attach import attachment_of
 from ..mixture.new_lora import new_parameters
 from ..mixture.weights import mixture_weights
 from .candidates import Candidate
+from .run import Split
 from .scoring import Judged
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Trained:
     """What a training gave: its steps, the loss of the last, what was judged, whether it ran to its end.
 
     `judged` is by the step and the interpolation of the new adapter.
-    `candidate` is what was trained, with the weights that a search found; `stopped` says where that search stopped, if it did.
+    `candidate` is what was trained, with the weights that a search found; `evaluations` how many of the
+    search were made, None where time allowed all.
     """
 
     steps: int = 0
@@ -44,7 +46,16 @@ class Trained:
     tensors: list[torch.Tensor] = field(default_factory=list)
     history: list[tuple[int, float]] = field(default_factory=list)
     candidate: Candidate | None = None
-    stopped: str = ""
+    evaluations: int | None = None
+
+
+@dataclass(frozen=True)
+class Best:
+    """The lowest loss on held-out rows so far, the step at which it was, and what had been trained by then."""
+
+    loss: float
+    step: int
+    tensors: list[torch.Tensor]
 
 
 class Loop:
@@ -59,17 +70,16 @@ class Loop:
         self,
         learner: Learner,
         candidate: Candidate,
-        rows: Sequence[int],
-        steps: int,
+        split: Split,
         parameters: list[nn.Parameter],
         uniform_head: list[torch.Tensor],
     ) -> None:
         self.learner, self.candidate, self.parameters = learner, candidate, parameters
         self.features = learner.features(candidate)
-        self.batches = learner.batches(rows, steps)
-        self.done = 0
+        self.batches = learner.batches(split.rows, split.steps)
+        self.done, self.best = 0, Best(math.inf, 0, [])
         self.uniform = [*self.tensors()[: len(parameters) - len(uniform_head)], *uniform_head]
-        model, options = learner.model, learner.options
+        model, options = learner.model, learner.run.options
         head = [model.get_parameter(name) for name in learner.start]
         factors = new_parameters(model)
         self.rising = {id(lora_B) for lora_B in factors[1::2]}
@@ -100,16 +110,16 @@ class Loop:
         learner = self.learner
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
-        total = sum(learner.task.items(learner.rows[row]) for batch in batches for row in batch)
+        total = sum(learner.run.task.items(learner.rows[row]) for batch in batches for row in batch)
         loss_sum = torch.zeros(1, device=learner.device)
         for batch in batches:
-            mine = batch[learner.team.rank :: learner.team.size]
-            share = sum(learner.task.items(learner.rows[row]) for row in mine) / max(total, 1)
+            mine = batch[learner.run.team.rank :: learner.run.team.size]
+            share = sum(learner.run.task.items(learner.rows[row]) for row in mine) / max(total, 1)
             # a rank without rows runs along for nothing: where layers are sharded, all must meet
             loss = learner.loss(mine or batch[:1], self.features) * share
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
-        learner.team.sum([loss_sum, *(p.grad for p in self.parameters if p.grad is not None)])
+        learner.run.team.sum([loss_sum, *(p.grad for p in self.parameters if p.grad is not None)])
         self.scaler.unscale_(self.optimizer)  # after the sum: what overflowed on one process did so on all
         if self.candidate.learned and self.candidate.pull:
             (self.candidate.pull * _distance(learner.model)).backward()  # type: ignore[no-untyped-call]
@@ -131,7 +141,15 @@ class Loop:
                 if far != 1:
                     parameter.copy_(torch.lerp(value, parameter, far))
 
-    def saved(self, result: Trained, best: tuple[float, int, list[torch.Tensor]]) -> dict[str, Any]:
+    def is_past_its_best(self, result: Trained, patience: int) -> bool:
+        """Whether so many judgements since the best had no lower loss; the last one counts as the best where it has."""
+        judged = result.judged[result.steps, self.candidate.new_interpolation]
+        if judged.loss < self.best.loss:
+            self.best = Best(judged.loss, result.steps, self.tensors())
+            return False
+        return len({step for step, _ in result.judged if step > self.best.step}) >= patience
+
+    def saved(self, result: Trained) -> dict[str, Any]:
         """All that `restore` needs, as plain containers and tensors."""
         return {
             "steps": result.steps,
@@ -142,18 +160,18 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),
-            "best": list(best),
+            "best": [self.best.loss, self.best.step, self.best.tensors],
         }
 
-    def restore(self, saved: dict[str, Any]) -> tuple[Trained, tuple[float, int, list[torch.Tensor]]]:
+    def restore(self, saved: dict[str, Any]) -> Trained:
         """Go on where a killed run saved."""
         restore(self.parameters, saved["tensors"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         judged = {point: Judged(**row) for point, row in saved["judged"].items()}
-        best = saved["best"]
-        return Trained(saved["steps"], saved["loss"], judged, history=saved["history"]), (best[0], best[1], best[2])
+        self.best = Best(*saved["best"])
+        return Trained(saved["steps"], saved["loss"], judged, history=saved["history"])
 
 
 def restore(parameters: Sequence[nn.Parameter], tensors: Sequence[torch.Tensor]) -> None:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.examples import Examples
 from ..fit_options import FitOptions, given_of_new
+from .candidates import AUTO, BASE, LEARNED, SEARCH_EVALUATIONS, Candidate, Contender
 from .cross_validation import FEWEST
 
 if TYPE_CHECKING:
-    from .candidates import Candidate
     from .comparison import Comparison
     from .learner import Learner
     from .loop import Trained
+    from .run import Run
     from .selection import Leads
 
 
-@dataclass
+@dataclass(frozen=True)
 class FitJob:
     """What a fit works on: the learner, which of its rows are for what, and whether they are enough for a new adapter."""
 
@@ -29,19 +30,25 @@ class FitJob:
     held: list[int]
     parts: list[tuple[list[int], list[int]]]
     enough: bool
-    options: FitOptions
-    start: float
-    losses: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    stopped: str = ""
-    steps: int = 0
 
-    def deadline(self, share: float = 1.0) -> float | None:
-        """In `time.monotonic()`; None without a budget."""
-        return None if self.options.max_minutes is None else self.start + share * 60 * self.options.max_minutes
+    @property
+    def run(self) -> Run:
+        """What stays the same through the fit."""
+        return self.learner.run
+
+    @property
+    def options(self) -> FitOptions:
+        """Its options."""
+        return self.run.options
 
 
-def _called(name: str, adapters: Sequence[str]) -> str:
-    return f"{name} alone" if name in adapters else name
+@dataclass(frozen=True)
+class Kept:
+    """What a fit keeps: the candidate, for how many steps it was to be trained, and what training it gave."""
+
+    candidate: Candidate
+    steps: int
+    trained: Trained
 
 
 def _with_what(candidate: Candidate) -> list[str]:
@@ -59,32 +66,35 @@ def _with_what(candidate: Candidate) -> list[str]:
     return said
 
 
-def _said_of_rivals(asked: str, better: Leads, equal: Leads, adapters: Sequence[str], metric: str) -> list[str]:
+def _said_of_rivals(asked: Contender, better: Leads, equal: Leads, metric: str) -> list[str]:
     """What did better than what the method gives and what as well, for the note."""
 
     def listed(leads: Leads) -> str:
-        return ", ".join(f"{_called(n, adapters)} ({lead:+.3f} ± {error:.3f})" for n, (lead, error) in leads.items())
+        return ", ".join(f"{who.called} ({lead:+.3f} ± {error:.3f})" for who, (lead, error) in leads.items())
 
-    name = _called(asked, adapters)
-    said = [f"Better than {name} in {metric}: {listed(better)}."] if better else []
+    said = [f"Better than {asked.called} in {metric}: {listed(better)}."] if better else []
     if equal:
         said.append(
-            f"As good as {name}, within one standard error and with a loss at most a quarter larger: {listed(equal)}."
+            f"As good as {asked.called}, within one standard error and with a loss at most a quarter larger: {listed(equal)}."
         )
     return said
 
 
-def said_of_stop(done: Trained, steps: int) -> str:
-    """Where a training of so many steps stopped, and what its weights are, for the note; nothing where it ran to its end."""
+def _said_of_stop(kept: Kept) -> list[str]:
+    """Where a training stopped, and what its weights are, for the note; nothing where it ran to its end."""
+    done, steps, said = kept.trained, kept.steps, list[str]()
     made = done.history[-1][0] if done.history else 0
-    said = [done.stopped] if done.stopped else []
+    if done.evaluations is not None:
+        said.append(
+            f"The search stopped after {done.evaluations} of {SEARCH_EVALUATIONS} evaluations, for want of time."
+        )
     if 0 < made < steps and not done.complete:
         said.append(f"Stopped after {made} of {steps} steps, for want of time.")
     if done.steps < made or (0 < made < steps and done.complete):
         said.append(
             f"The weights are those of step {done.steps} of {steps}, where the loss on the evaluation data was lowest."
         )
-    return " ".join(said)
+    return said
 
 
 def said_of_pruning(pruned: Mapping[str, Any], *, scored: bool) -> str:
@@ -106,35 +116,35 @@ def _without_effect(options: FitOptions, candidate: Candidate, *, folds: bool) -
     return [f"Without effect: {', '.join(names)}."] if names else []
 
 
-def metrics_of(
-    job: FitJob, comparison: Comparison, on_folds: Comparison, kept: str, candidate: Candidate
-) -> dict[str, Any]:
+def metrics_of(job: FitJob, comparison: Comparison, on_folds: Comparison, kept: Kept) -> dict[str, Any]:
     """The scores of all candidates, what was kept, and in words what they were measured on and what else is as good."""
-    from .candidates import BASE, UNIFORM
-    from .selection import of_method, rivals, tables
+    from .selection import of_method, rivals, simpler, tables
 
-    setting = {"chosen": _setting(job, candidate)} if candidate.learned else {}
+    candidate, who = kept.candidate, kept.candidate.contender
+    setting = {"chosen": _setting(kept)} if candidate.learned else {}
     if not comparison.scores:
-        return {"kept": kept, "note": _not_estimated(job, comparison, kept, candidate)} | setting
+        note = " ".join([_not_estimated(job, comparison, candidate), *_said_of_stop(kept)])
+        return {"kept": who.label, "note": note} | setting
     metric, names = job.learner.metric, job.learner.names
-    asked = of_method(job.options.method, comparison, names)
-    asked = asked if asked in comparison.scores else kept
-    better, equal = rivals(asked, comparison, [BASE, UNIFORM, *names])
+    asked = of_method(job.options.method, comparison)
+    asked = asked if asked in comparison.scores else who
+    better, equal = rivals(asked, comparison, [BASE, *simpler(names)])
     said = [
         f"Loss, {metric.name} and its standard error {_how_judged(job)}.",
-        *_said_of_rivals(asked, better, equal, names, metric.name),
-        *_said_of_kept(job, [*better, *equal], asked, kept, candidate),
+        *_said_of_rivals(asked, better, equal, metric.name),
+        *_said_of_kept(job, [*better, *equal], asked, candidate),
         *_said_of_skipped(job, comparison, on_folds),
         *_without_effect(job.options, candidate, folds=bool(job.parts)),
+        *_said_of_stop(kept),
     ]
     result: dict[str, Any] = {
         "metric": metric.name,
         "higher_is_better": metric.higher_is_better,
         "candidates": tables(comparison),
-        "kept": kept,
-        "compared_with": asked,
-        "better": list(better),
-        "as_good": list(equal),
+        "kept": who.label,
+        "compared_with": asked.label,
+        "better": [rival.label for rival in better],
+        "as_good": [rival.label for rival in equal],
         "note": " ".join(said),
     }
     if on_folds.settings:
@@ -142,29 +152,28 @@ def metrics_of(
     return result | setting
 
 
-def _setting(job: FitJob, candidate: Candidate) -> dict[str, Any]:
+def _setting(kept: Kept) -> dict[str, Any]:
     """How what was kept was learned."""
+    candidate = kept.candidate
     return {
         "granularity": candidate.granularity, "normalize": candidate.normalize, "pull": candidate.pull,
         "new_adapter": candidate.new_adapter, "interpolation": candidate.interpolation,
-        "new_adapter_interpolation": candidate.new_interpolation, "steps": job.steps,
+        "new_adapter_interpolation": candidate.new_interpolation, "steps": kept.trained.steps,
     }  # fmt: skip
 
 
-def _not_estimated(job: FitJob, comparison: Comparison, kept: str, candidate: Candidate) -> str:
+def _not_estimated(job: FitJob, comparison: Comparison, candidate: Candidate) -> str:
     """The note where nothing was judged: why, and what to give."""
-    from .candidates import AUTO
-
     fewer = "two different shots per class or more" if job.learner.head else f"{FEWEST} different examples or more"
     each = "a second example of more classes" if job.enough else fewer
     more = each if job.options.folds else "--folds 2 or more"
     skipped = "; ".join(comparison.skipped)
-    named = not (job.enough or job.options.label_names) and job.learner.labels and job.learner.labels.names
-    if job.learner.task.takes_label_names and named:
+    named = not (job.enough or job.options.label_names) and job.run.labels and job.run.labels.names
+    if job.run.task.takes_label_names and named:
         more += ". If the labels are words, --label-names makes an example of each"
     why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
     if job.options.method == AUTO or job.options.select == "best":
-        why += f" Kept: {_called(kept, job.learner.names)}, as there was nothing to choose by."
+        why += f" Kept: {candidate.contender.called}, as there was nothing to choose by."
     idle = _without_effect(job.options, candidate, folds=bool(job.parts))
     return " ".join([f"Not estimated: {why}", *_with_what(candidate), *idle])
 
@@ -181,17 +190,16 @@ def _how_judged(job: FitJob) -> str:
     return f"out of fold ({len(job.parts)} folds of {len(job.shots)} shots{rest}); what is kept was then trained on all shots"
 
 
-def _said_of_kept(job: FitJob, rivals: Sequence[str], asked: str, kept: str, candidate: Candidate) -> list[str]:
+def _said_of_kept(job: FitJob, rivals: Sequence[Contender], asked: Contender, candidate: Candidate) -> list[str]:
     """What is kept, with what, and what --select best would keep."""
-    from .candidates import AUTO, LEARNED, UNIFORM
+    from .selection import simpler
 
-    names, said = job.learner.names, []
-    simple = [UNIFORM, *names]
-    rival = next((name for name in rivals if name in simple), None)
+    said, simple, kept = list[str](), simpler(job.learner.names), candidate.contender
+    rival = next((who for who in rivals if who in simple), None)
     if rival and kept == asked and kept not in simple and job.options.method != AUTO:
-        said.append(f"Kept: {kept}; --select best keeps {_called(rival, names)}.")
+        said.append(f"Kept: {kept.label}; --select best keeps {rival.called}.")
     elif kept != LEARNED:
-        said.append(f"Kept: {_called(kept, names)}.")
+        said.append(f"Kept: {kept.called}.")
     return said + _with_what(candidate)
 
 
@@ -203,14 +211,11 @@ def _said_of_skipped(job: FitJob, comparison: Comparison, on_folds: Comparison) 
     return said
 
 
-def history(losses: Mapping[str, list[tuple[int, float]]], kept: str) -> dict[str, list[tuple[int, float]]]:
+def history(kept: Kept, title: str) -> dict[str, list[tuple[int, float]]]:
     """(step, loss) of the last training of what is kept: at most 200 of them, evenly spread, the last among them."""
-    name = next((name for name in (f"{kept}, all shots", kept) if losses.get(name)), None)
-    if name is None:
-        return {}
-    finite = [point for point in losses[name] if math.isfinite(point[1])]  # fp16 leaves out steps that overflow
+    finite = [point for point in kept.trained.history if math.isfinite(point[1])]  # fp16 leaves out steps that overflow
     step = -(-len(finite) // 200) or 1
-    return {name: finite[::-1][::step][::-1]}
+    return {title: finite[::-1][::step][::-1]} if kept.trained.history else {}
 
 
 def held_out(job: FitJob, shots: Examples, held: Examples | None, split: str | None) -> dict[str, Any]:

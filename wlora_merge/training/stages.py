@@ -1,0 +1,171 @@
+"""The stages of a fit once its model is loaded: compare on the folds or on evaluation data, choose, train what is kept.
+
+It knows candidates and how they are compared. It knows neither files nor the data that they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import MixtureError
+from ..mixture.new_lora import new_targets
+from .candidates import (
+    AUTO,
+    BEST_SINGLE,
+    LEARNED,
+    SEARCH,
+    UNIFORM,
+    Candidate,
+    Contender,
+    Kind,
+    checkpoints,
+    fixed_candidates,
+    judgements,
+    learned_settings,
+)
+from .comparison import Comparison, Judging, compare, prune, searched, total_steps
+from .learner import Learner
+from .loop import Trained, restore
+from .record import FitJob, Kept, history, metrics_of, said_of_pruning
+from .run import Split
+from .selection import chosen
+from .trackers import tracking
+
+FOLD_SHARE, JUDGED_SHARE = 0.5, 0.75
+"""Of `max_minutes`: when the folds must end, and what evaluation data judge."""
+
+
+def find_mixture(job: FitJob) -> tuple[dict[str, Any], Candidate]:
+    """Compare, choose, train what is kept; the metrics and the candidate that the model now holds."""
+    options, plan = job.options, _plan(job)
+    if job.held and plan.judgements <= 1:  # nothing is left to decide
+        job = replace(job, parts=[])
+    on_folds = _on_folds(job, plan)
+    candidates = plan.candidates(on_folds)
+    steps = {who: on_folds.steps.get(who, plan.steps) for who in candidates}
+    comparison = on_folds
+    if job.held:
+        comparison = _on_held(job, plan, candidates, steps)
+    elif not job.parts and options.method == BEST_SINGLE:
+        singles = [c for c in plan.fixed if c.contender.kind is Kind.SINGLE]
+        judging = Judging([(job.shots, job.shots)], plan.steps, judge_at=(1.0,), tag="shots, ")
+        comparison = compare(job.learner, singles, judging)
+    who = chosen(options.method, options.select, comparison, job.learner.names)
+    kept, title = _finish(job, candidates[who], steps[who], comparison)
+    metrics = metrics_of(job, comparison, on_folds, kept)
+    metrics["history"] = history(kept, title)
+    if options.prune_below:
+        pruned = metrics["pruned"] = _prune(job, kept.candidate, on_folds)
+        metrics["note"] += f" {said_of_pruning(pruned, scored=bool(comparison.scores))}"
+    return metrics, kept.candidate
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The candidates of a fit, for how many steps each is trained, and how often the folds judge the settings of the learned one."""
+
+    fixed: list[Candidate]
+    search: list[Candidate]
+    settings: list[Candidate]
+    steps: int
+    judgements: int
+
+    def candidates(self, on_folds: Comparison) -> dict[Contender, Candidate]:
+        """Every candidate, the learned one in the setting that the folds prefer, else in the default one."""
+        default = [replace(s, new_interpolations=(s.new_interpolation,)) for s in self.settings[:1]]
+        learned = [on_folds.learned] if on_folds.learned else default
+        return {c.contender: c for c in [*self.fixed, *self.search, *learned]}
+
+
+def _plan(job: FitJob) -> _Plan:
+    options, head = job.options, bool(job.learner.head)
+    if options.new_adapter is None and not new_targets(job.learner.model):
+        options = replace(options, new_adapter=0)
+    fixed, settings = (
+        fixed_candidates(job.learner.names, options),
+        learned_settings(options, head=head, enough=job.enough),
+    )
+    uniform = next(c for c in fixed if c.contender == UNIFORM)
+    search = [replace(uniform, contender=SEARCH)] if options.method in (SEARCH.label, AUTO) else []
+    steps = total_steps(job.learner, len(job.shots))
+    return _Plan(fixed, search, settings, steps, judgements(options, settings, head=head))
+
+
+def _on_folds(job: FitJob, plan: _Plan) -> Comparison:
+    """What the folds say: of all candidates, or of the settings alone where evaluation data judge the rest."""
+    if not job.parts:
+        return Comparison()
+    among = plan.settings if job.held else [*plan.fixed, *plan.search, *plan.settings]
+    judge_at = checkpoints(job.options, head=bool(job.learner.head))
+    deadline = job.run.clock.deadline(FOLD_SHARE)
+    return compare(job.learner, among, Judging(job.parts, plan.steps, judge_at, deadline))
+
+
+def _on_held(
+    job: FitJob, plan: _Plan, candidates: dict[Contender, Candidate], steps: dict[Contender, int]
+) -> Comparison:
+    """What the evaluation data say: of what the method gives first, as time may end."""
+    options = job.options
+
+    def is_of_method(candidate: Candidate) -> bool:
+        kind = candidate.contender.kind
+        return kind is Kind.SINGLE if options.method == BEST_SINGLE else kind.value == options.method
+
+    order = [*(candidates[who] for who in (LEARNED, SEARCH) if who in candidates), *plan.fixed]
+    order.sort(key=lambda candidate: not is_of_method(candidate))
+    judge_at = tuple(i / 10 for i in range(1, 11)) if options.early_stopping else (1.0,)
+    deadline = job.run.clock.deadline(JUDGED_SHARE)
+    judging = Judging([(job.shots, job.held)], steps, judge_at, deadline, options.early_stopping, tag="all, ")
+    found = compare(job.learner, order, judging)
+    found.scores = {who: found.scores[who] for who in candidates if who in found.scores}
+    return found
+
+
+def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Comparison) -> tuple[Kept, str]:
+    """Train what is kept on all shots, unless that is what was judged; also what its training is called."""
+    learner, title = job.learner, candidate.contender.label
+    with tracking(job.options, job.run.team.leads) as log:
+        if done := comparison.trained.get(candidate.contender):
+            candidate = done.candidate or candidate
+            restore(learner.place(candidate), done.tensors)
+            _log_again(learner, done, log)
+        else:
+            evaluations, title = None, f"{title}, all shots" if job.parts else title
+            split = Split(job.shots, steps, "final", title, deadline=job.run.clock.deadline())
+            if candidate.contender == SEARCH:
+                candidate, evaluations = searched(learner, candidate, replace(split, key=f"{candidate} all"))
+            learner.log = log
+            done = learner.train(candidate, split)
+            done.evaluations = evaluations
+            learner.log = None
+    if done.evaluations == 0 or not (done.complete or done.steps or done.evaluations):
+        less = ", or --folds 0" if job.parts else ""
+        raise MixtureError(f"max_minutes left no time for a single step on all shots: give more{less}.")
+    return Kept(candidate, steps, done), title
+
+
+def _log_again(learner: Learner, done: Trained, log: Callable[[dict[str, float], int], None] | None) -> None:
+    """Log a training that was made before the trackers were opened."""
+    if not log or not done.history:
+        return
+    *before, (last, loss) = done.history
+    for step, value in before:
+        log({"loss": value}, step)
+    log({"loss": loss, **{f"weight/{name}": w for name, w in learner.weights().items()}}, last)
+
+
+def _prune(job: FitJob, candidate: Candidate, on_folds: Comparison) -> dict[str, Any]:
+    """Prune the model's weights and say what it cost."""
+    learner = job.learner
+    judged_on, where = (job.held, "evaluation data") if job.held else (job.shots, "the shots themselves")
+    before, used = learner.judge(judged_on).loss, learner.used()
+    dropped = prune(learner)
+    cost = learner.judge(judged_on).loss - before
+    if not job.held and candidate.learned and on_folds.pruned is not None:
+        cost, where = on_folds.pruned, "held-out folds"
+    left = [name for name in used if name not in learner.used()]
+    return {
+        "below": job.options.prune_below, "weights_set_to_zero": dropped, "left": left, "loss_added": cost, "on": where,
+    }  # fmt: skip
