@@ -31,11 +31,13 @@ import json, sys, time
 from pathlib import Path
 import torch, transformers.exporters
 from wlora_merge.onnx.graph import tidy
+from wlora_merge.data.tasks import get_task
 from wlora_merge.onnx.dummy_inputs import load_model, quiet
 from wlora_merge.onnx.trace import trace
-model = load_model(Path(sys.argv[1]), sys.argv[2], torch.float32, attention="eager")
+task = get_task(sys.argv[2])
+model = load_model(Path(sys.argv[1]), task, torch.float32, attention="eager")
 start = time.perf_counter()
-graphs = trace(model, sys.argv[2], 20)
+graphs = trace(model, task, 20)
 with quiet():
     for graph in graphs.values():
         tidy(graph)

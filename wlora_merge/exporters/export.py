@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.deltas import ModuleDelta
 from ..constants import DTYPES
+from ..data.tasks import get_task
 from ..distributed import Team, team
 from ..errors import BaseModelError, UnsupportedError
 from ..export_options import ExportOptions, export_options
@@ -353,7 +354,7 @@ def _write_onnx(inputs: Inputs, planned: _Plan, asked: ExportOptions, out: Path)
 
     require_extra()
     if asked.onnx_runtime is None:
-        refuse_quantize(task, asked.quantize, dtype)
+        refuse_quantize(get_task(task), asked.quantize, dtype)
         refuse_provider(asked.ort_fusions)
     dense = out / ".dense"
     dense.mkdir()
@@ -362,7 +363,7 @@ def _write_onnx(inputs: Inputs, planned: _Plan, asked: ExportOptions, out: Path)
     if asked.onnx_runtime == "genai":
         from ..onnx.genai import write_genai
 
-        share = write_genai(dense, out, task=task, dtype=dtype, quantize=asked.quantize)
+        share = write_genai(dense, out, task=get_task(task), dtype=dtype, quantize=asked.quantize)
         shutil.rmtree(dense)
         return {"same_tokens": share}
     report = write_onnx(

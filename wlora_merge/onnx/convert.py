@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.tasks import get_task
 from ..errors import OutputError, UnsupportedError, VerifyError
 from ..export_options import export_options
 from ..models.files import carried_files
@@ -72,7 +73,7 @@ def write_onnx(
     Args:
         dense: an ordinary Hugging Face model folder.
         out: an empty folder.
-        task: one of DESIGN.md's tasks.
+        task: the name of its task.
         dtype: of the weights: `float32` or `float16`.
         opset: of the graph; `DEFAULT_OPSET` when None.
         ort_fusions: `cpu`, `cuda`, `webgpu` or `dml`: use ONNX Runtime's own operators for that provider; None keeps to ONNX.
@@ -97,9 +98,10 @@ def write_onnx(
     import torch
 
     Meter("loading the model")
-    model = load_model(dense, task, getattr(torch, dtype), attention="eager")
+    kind = get_task(task)
+    model = load_model(dense, kind, getattr(torch, dtype), attention="eager")
     Meter("tracing")
-    graphs = trace(model, task, opset or DEFAULT_OPSET)
+    graphs = trace(model, kind, opset or DEFAULT_OPSET)
     del model
     Meter("tidying the graph")
     with quiet():
@@ -136,7 +138,7 @@ def write_onnx(
         from .quantize import quantize_onnx
 
         Meter("quantizing")
-        quantized = quantize_onnx(out, load_model(dense, task, torch.float32), task=task, kind=quantize)
+        quantized = quantize_onnx(out, load_model(dense, kind, torch.float32), task=kind, kind=quantize)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return OnnxReport(*names, opset=got, largest_difference=difference, sizes=sizes, quantized=quantized)
 

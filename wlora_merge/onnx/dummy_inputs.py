@@ -1,7 +1,7 @@
-"""What the model of each task takes and gives, and how it is loaded from a dense folder.
+"""What the model of a task takes and gives, and how it is loaded from a dense folder.
 
-Knows the tasks, the transformers Auto classes, and which inputs and outputs an ONNX consumer expects under which name.
-Must not know ONNX: the tracing and the check both stand on this table, so that they cannot disagree about it.
+Knows the transformers Auto classes, and which inputs and outputs an ONNX consumer expects under which name. Must not know ONNX:
+the tracing and the check both ask here, so that they cannot disagree.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.tasks import get_task
+from ..data.task import Task
 from ..errors import BaseModelError, UnsupportedError
 from .pooling import OUTPUTS as POOLED
 from .pooling import add_pooling, pools
@@ -21,10 +21,7 @@ from .pooling import add_pooling, pools
 if TYPE_CHECKING:
     import torch
 
-OUTPUTS = {"question-answering": ("start_logits", "end_logits"), "feature-extraction": ("last_hidden_state",)}
-"""Outputs of the graphs whose model gives other than `logits`."""
 PROJECTED = "ModelWithProjection"  # how transformers calls the class of one CLIP tower that ends in the shared space
-GENERATING = ("causal-lm", "seq2seq-lm")
 SENTENCES = (
     "The committee will meet again on Thursday to decide about the new bridge.",
     "I sent the money two days ago, and it has still not arrived; what should I do?",
@@ -33,24 +30,24 @@ SENTENCES = (
 DENSE_INSTEAD = "export with `--format dense` instead."
 
 
-def outputs_of(model: torch.nn.Module, task: str) -> tuple[str, ...]:
+def outputs_of(model: torch.nn.Module, task: Task) -> tuple[str, ...]:
     """The outputs that the graph of `model` has, in order, the cache left out."""
     if pools(model):
         return POOLED
     if type(model).__name__.endswith(PROJECTED):
         tower = "image" if getattr(model, "main_input_name", "") == "pixel_values" else "text"
-        return (f"{tower}_embeds", *OUTPUTS.get(task, ("logits",)))
-    return OUTPUTS.get(task, ("logits",))
+        return (f"{tower}_embeds", *task.outputs)
+    return task.outputs
 
 
-def class_for(config: Any, task: str) -> Any:
+def class_for(config: Any, task: Task) -> Any:
     """The transformers class of the task; for features of a tower with a projection the one that its config names."""
     import transformers
 
     named = (getattr(config, "architectures", None) or [""])[0]
-    if task == "feature-extraction" and named.endswith(PROJECTED) and hasattr(transformers, named):
+    if task.is_body and named.endswith(PROJECTED) and hasattr(transformers, named):
         return getattr(transformers, named)
-    return get_task(task).auto_class()
+    return task.auto_class()
 
 
 @contextlib.contextmanager
@@ -91,14 +88,14 @@ def quiet() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def load_model(dense: Path, task: str, dtype: torch.dtype, attention: str | None = None) -> torch.nn.Module:
+def load_model(dense: Path, task: Task, dtype: torch.dtype, attention: str | None = None) -> torch.nn.Module:
     """The model in the folder `dense` under its task's transformers class, on the CPU, ready for inference.
 
     For features of a sentence-transformers folder with the modules that pool (see `onnx_pooling`).
 
     Args:
         dense: an ordinary Hugging Face model folder.
-        task: one of `TASKS`.
+        task: what the model is for.
         dtype: what the weights are cast to.
         attention: transformers' `attn_implementation`; None is the model's default.
 
@@ -116,7 +113,7 @@ def load_model(dense: Path, task: str, dtype: torch.dtype, attention: str | None
             if type(config) not in getattr(auto, "_model_mapping", {type(config)}):
                 raise UnsupportedError(
                     f"{dense}: a model of type {config.model_type!r} has no {auto.__name__}, which the ONNX export of"
-                    f" the task {task!r} needs; {DENSE_INSTEAD}"
+                    f" the task {task.name!r} needs; {DENSE_INSTEAD}"
                 )
             model, info = auto.from_pretrained(
                 dense,
@@ -131,13 +128,13 @@ def load_model(dense: Path, task: str, dtype: torch.dtype, attention: str | None
         except (OSError, ValueError) as e:
             raise BaseModelError(f"{dense}: transformers cannot load it ({one_sentence(e)}).") from e
     # the pooler does not reach `last_hidden_state`, and masked language models come without one
-    missing = [key for key in info["missing_keys"] if task != "feature-extraction" or not key.startswith("pooler.")]
+    missing = [key for key in info["missing_keys"] if not task.is_body or not key.startswith("pooler.")]
     if missing:
         raise BaseModelError(
             f"{dense}: {len(missing)} tensors that {type(model).__name__} needs are missing, first {sorted(missing)[0]!r};"
-            f" give a folder that was made for the task {task!r}."
+            f" give a folder that was made for the task {task.name!r}."
         )
-    if task == "feature-extraction":
+    if task.is_body:
         add_pooling(model, dense)
     return model.eval()  # type: ignore[no-any-return]
 
@@ -168,7 +165,7 @@ def sentence_tokens(folder: Path) -> list[int] | None:
 
 def sample_inputs(
     model: torch.nn.Module,
-    task: str,
+    task: Task,
     batch: int,
     sequence: int,
     past: int = 0,
@@ -179,7 +176,7 @@ def sample_inputs(
 
     Args:
         model: what `load_model` gave.
-        task: one of `TASKS`.
+        task: what the model is for.
         batch: number of rows.
         sequence: number of new tokens in each row.
         past: number of tokens before them, which only `attention_mask` and `position_ids` show.
@@ -197,7 +194,7 @@ def sample_inputs(
 
     main = getattr(model, "main_input_name", "input_ids")
     takes = inspect.signature(model.forward).parameters
-    if task == "feature-extraction" and {"input_ids", "pixel_values"} <= set(takes):
+    if task.is_body and {"input_ids", "pixel_values"} <= set(takes):
         raise UnsupportedError(
             f"{type(model).__name__} takes text and images at once; export one of its towers, or {DENSE_INSTEAD}"
         )
@@ -219,18 +216,14 @@ def sample_inputs(
         ids = torch.where(ids == pad, (pad + 1) % config.vocab_size, ids)
     mask = torch.ones(batch, past + sequence, dtype=torch.int64)
     if padding:
-        masked = slice(0, padding) if task == "causal-lm" else slice(past + sequence - padding, None)
+        masked = slice(0, padding) if task.is_decoder else slice(past + sequence - padding, None)
         mask[0, masked] = 0
         if not past:
             ids[0, masked] = pad if pad is not None else 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if task == "causal-lm" and "position_ids" in takes:
+    if task.is_decoder and "position_ids" in takes:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
-    if (
-        task not in ("causal-lm", "seq2seq-lm")
-        and "token_type_ids" in takes
-        and (getattr(config, "type_vocab_size", 0) or 0) > 1
-    ):
+    if not task.generates and "token_type_ids" in takes and (getattr(config, "type_vocab_size", 0) or 0) > 1:
         inputs["token_type_ids"] = torch.randint(0, config.type_vocab_size, ids.shape, generator=generator)
     return inputs
 

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.causal_lm import CAUSAL_LM
+from ..data.task import Task
 from ..errors import UnsupportedError, VerifyError
 from ..progress import Meter
 from ..text import first_line
@@ -25,13 +27,13 @@ GENERATED = 16
 TIE = 1e-3  # two scores of PyTorch's that are nearer than this, in units of the largest, are a tie
 
 
-def write_genai(dense: Path, out: Path, *, task: str, dtype: str = "float32", quantize: str | None = None) -> float:
+def write_genai(dense: Path, out: Path, *, task: Task, dtype: str = "float32", quantize: str | None = None) -> float:
     """Build an onnxruntime-genai folder of the model in `dense`, and check the tokens that it generates.
 
     Args:
         dense: an ordinary Hugging Face model folder, with a tokenizer.
         out: an empty folder.
-        task: `causal-lm`.
+        task: of a decoder.
         dtype: of the weights: `float32`; with `quantize`, of what is not quantized.
         quantize: `int4` for the builder's own 4-bit weights.
 
@@ -44,8 +46,10 @@ def write_genai(dense: Path, out: Path, *, task: str, dtype: str = "float32", qu
     """
     import torch
 
-    if task != "causal-lm":
-        raise UnsupportedError(f"onnxruntime-genai generates text: the task is {task!r}, expected 'causal-lm'.")
+    if not task.is_decoder:
+        raise UnsupportedError(
+            f"onnxruntime-genai generates text: the task is {task.name!r}, expected {CAUSAL_LM.name!r}."
+        )
     if quantize not in (None, "int4"):
         raise UnsupportedError(f"onnxruntime-genai's builder quantizes to int4 alone, got {quantize}.")
     if dtype == "float16" and quantize is None:

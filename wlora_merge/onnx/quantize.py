@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.task import Task
 from ..errors import UnsupportedError
 from ..text import first_line
 from .dummy_inputs import quiet
@@ -22,7 +23,7 @@ SUFFIXES = {"int8": "_int8", "int4": "_q4"}
 BLOCK = 32  # weights that share one scale in int4, as in transformers.js's q4
 
 
-def quantize_onnx(out: Path, model: torch.nn.Module, *, task: str, kind: str) -> dict[str, Any]:
+def quantize_onnx(out: Path, model: torch.nn.Module, *, task: Task, kind: str) -> dict[str, Any]:
     """Write `onnx/model_int8.onnx` or `onnx/model_q4.onnx` beside `onnx/model.onnx`, and measure its error.
 
     int8: `onnxruntime.quantization.quantize_dynamic`, weights in int8, one scale for each output channel, activations
@@ -59,13 +60,13 @@ def quantize_onnx(out: Path, model: torch.nn.Module, *, task: str, kind: str) ->
     return {"file": f"onnx/{target.name}", "bytes": sizes, **off}
 
 
-def refuse_quantize(task: str, kind: str | None, dtype: str) -> None:
+def refuse_quantize(task: Task, kind: str | None, dtype: str) -> None:
     """Refuse what the tools cannot quantize, before anything is written.
 
     Raises:
         UnsupportedError: an encoder-decoder, whose merged decoder they do not enter; int8 of a float16 graph.
     """
-    if kind is not None and task == "seq2seq-lm":
+    if kind is not None and task.is_encoder_decoder:
         raise UnsupportedError(
             f"--quantize {kind}: ONNX Runtime's tools do not enter the branches of a merged decoder: export without it."
         )

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..data.task import Task
 from ..errors import UnsupportedError
 from .dummy_inputs import DENSE_INSTEAD, sample_inputs
 
@@ -27,11 +28,12 @@ BATCH, SOURCE, SEQUENCE, PAST = 2, 5, 3, 7
 Export = Callable[["torch.nn.Module", dict[str, Any], dict[str, Any]], "onnx_ir.Model"]
 
 
-def trace_seq2seq(model: torch.nn.Module, export: Export) -> dict[str, onnx_ir.Model]:
+def trace_seq2seq(model: torch.nn.Module, task: Task, export: Export) -> dict[str, onnx_ir.Model]:
     """The graphs of an encoder-decoder by file name, not yet tidied; the decoder's two branches stand apart.
 
     Args:
-        model: what `load_model` gave for `seq2seq-lm`.
+        model: what `load_model` gave.
+        task: the model's, which reads one text and writes another.
         export: traces a module on inputs with given dynamic axes.
 
     Raises:
@@ -40,14 +42,14 @@ def trace_seq2seq(model: torch.nn.Module, export: Export) -> dict[str, onnx_ir.M
     import torch
     from torch.export import Dim
 
-    tokens = sample_inputs(model, "seq2seq-lm", BATCH, SOURCE)
+    tokens = sample_inputs(model, task, BATCH, SOURCE)
     rows = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in ("input_ids", "attention_mask")}
     encoder = export(_Encoder.of(model), tokens, rows)
     with torch.no_grad():
         hidden = _Encoder.of(model)(**tokens)["last_hidden_state"]
     start = {
         "encoder_attention_mask": tokens["attention_mask"],
-        "input_ids": sample_inputs(model, "seq2seq-lm", BATCH, SEQUENCE)["input_ids"],
+        "input_ids": sample_inputs(model, task, BATCH, SEQUENCE)["input_ids"],
         "encoder_hidden_states": hidden,
     }
     axes: dict[str, Any] = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in start}

@@ -12,6 +12,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..data.task import Task
 from ..errors import UnsupportedError
 from .dummy_inputs import DENSE_INSTEAD, one_sentence, outputs_of, quiet, sample_inputs
 from .seq2seq import trace_seq2seq
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 BATCH, SEQUENCE, PAST = 2, 5, 7
 
 
-def trace(model: torch.nn.Module, task: str, opset: int) -> dict[str, onnx_ir.Model]:
+def trace(model: torch.nn.Module, task: Task, opset: int) -> dict[str, onnx_ir.Model]:
     """The graphs of `model` by name, unoptimized, their inputs and outputs under their conventional names.
 
     One, `model`, for all but an encoder-decoder (see `onnx_seq2seq`).
 
     Args:
         model: what `load_model` gave, with eager attention (half the nodes of a decomposed scaled-dot-product).
-        task: one of `TASKS`.
+        task: what the model is for.
         opset: the ONNX opset to write.
 
     Raises:
@@ -49,18 +50,17 @@ def trace(model: torch.nn.Module, task: str, opset: int) -> dict[str, onnx_ir.Mo
             program, _ = exporters.OnnxExporter().export_program(module, inputs, config)
         return program
 
-    causal = task == "causal-lm"
-    if task == "seq2seq-lm":
+    if task.is_encoder_decoder:
         with refusing(model), quiet(), torch.no_grad():
-            return trace_seq2seq(model, export)
-    if not causal:
+            return trace_seq2seq(model, task, export)
+    if not task.is_decoder:
         model.config.use_cache = False  # type: ignore[union-attr]
-    inputs: dict[str, Any] = dict(sample_inputs(model, task, BATCH, SEQUENCE, past=PAST if causal else 0))
+    inputs: dict[str, Any] = dict(sample_inputs(model, task, BATCH, SEQUENCE, past=PAST if task.is_decoder else 0))
     with refusing(model), quiet(), torch.no_grad():
-        if causal:
+        if task.is_decoder:
             inputs["past_key_values"] = {
                 str(i): {name: torch.zeros(BATCH, heads, PAST, width) for name, width in widths.items()}
-                for i, (heads, widths) in enumerate(cache_shapes(model))
+                for i, (heads, widths) in enumerate(cache_shapes(model, task))
             }
         return {"model": export(_flat(model, outputs_of(model, task)), inputs, _dynamic(inputs))}
 
@@ -82,7 +82,7 @@ def refusing(model: torch.nn.Module) -> Iterator[None]:
         ) from e
 
 
-def cache_shapes(model: torch.nn.Module) -> list[tuple[int, dict[str, int]]]:
+def cache_shapes(model: torch.nn.Module, task: Task) -> list[tuple[int, dict[str, int]]]:
     """For each layer of a decoder's cache, its heads and the width of its keys and values, read off one real step.
 
     Raises:
@@ -90,7 +90,7 @@ def cache_shapes(model: torch.nn.Module) -> list[tuple[int, dict[str, int]]]:
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    outputs = model(**sample_inputs(model, "causal-lm", 1, 2), use_cache=True)
+    outputs = model(**sample_inputs(model, task, 1, 2), use_cache=True)
     cache = getattr(outputs, "past_key_values", None)
     layers = cache.layers if isinstance(cache, DynamicCache) else []
     if not layers or not all(isinstance(layer, DynamicLayer) and layer.is_initialized for layer in layers):

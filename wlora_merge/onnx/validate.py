@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.task import Task
+from ..data.tasks import get_task
 from ..errors import VerifyError
-from .dummy_inputs import GENERATING, load_model, quiet, sample_inputs, sentence_tokens
+from .dummy_inputs import load_model, quiet, sample_inputs, sentence_tokens
 from .session import dtype_of, main_session, next_scores, open_graphs, output_names, run
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def check_onnx(onnx_folder: Path, dense: Path, *, task: str) -> float:
     Args:
         onnx_folder: the root of an ONNX export (`onnx/model.onnx` below it).
         dense: the model folder that it was exported from.
-        task: the task of both.
+        task: the name of their task.
 
     Returns:
         The largest absolute difference of any output from PyTorch's in float32.
@@ -47,12 +49,13 @@ def check_onnx(onnx_folder: Path, dense: Path, *, task: str) -> float:
     """
     import torch
 
-    model = load_model(dense, task, torch.float32)
-    return compare_with(onnx_folder, model, task=task, halved=lambda: load_model(dense, task, torch.float16))
+    kind = get_task(task)
+    model = load_model(dense, kind, torch.float32)
+    return compare_with(onnx_folder, model, task=kind, halved=lambda: load_model(dense, kind, torch.float16))
 
 
 def compare_with(
-    onnx_folder: Path, model: torch.nn.Module, *, task: str, halved: Callable[[], torch.nn.Module]
+    onnx_folder: Path, model: torch.nn.Module, *, task: Task, halved: Callable[[], torch.nn.Module]
 ) -> float:
     """As `check_onnx`, with the PyTorch model itself: one in float32, or one with the adapters attached.
 
@@ -67,16 +70,16 @@ def compare_with(
     main = main_session(sessions)
     half = halved() if any(dtype_of(main, name) == "float16" for name in output_names(main)) else None
     image = getattr(model, "main_input_name", "") == "pixel_values"
-    shapes = IMAGE_SHAPES if image else DECODER_SHAPES if task in GENERATING else ENCODER_SHAPES
+    shapes = IMAGE_SHAPES if image else DECODER_SHAPES if task.generates else ENCODER_SHAPES
     tokens = None if image else sentence_tokens(onnx_folder)
     with quiet(), torch.no_grad():
         largest = max(_compare(sessions, model, half, task, tokens, *_within(model, shape)) for shape in shapes)
-        if task in GENERATING and dtype_of(main_session(sessions), "logits") == "float32":
+        if task.generates and dtype_of(main_session(sessions), "logits") == "float32":
             _compare_generation(sessions, model, task, tokens, largest)
     return largest
 
 
-def differences(onnx_folder: Path, model: torch.nn.Module, *, task: str, suffix: str) -> dict[str, float]:
+def differences(onnx_folder: Path, model: torch.nn.Module, *, task: Task, suffix: str) -> dict[str, float]:
     """How far the outputs of the graph `model{suffix}` are from those of `model`, on the inputs of the check.
 
     Returns:
@@ -87,7 +90,7 @@ def differences(onnx_folder: Path, model: torch.nn.Module, *, task: str, suffix:
 
     exact, other = open_graphs(onnx_folder), open_graphs(onnx_folder, suffix)
     image = getattr(model, "main_input_name", "") == "pixel_values"
-    shapes = IMAGE_SHAPES if image else DECODER_SHAPES if task in GENERATING else ENCODER_SHAPES
+    shapes = IMAGE_SHAPES if image else DECODER_SHAPES if task.generates else ENCODER_SHAPES
     tokens = None if image else sentence_tokens(onnx_folder)
     worst = largest = same = total = 0.0
     for shape in shapes:
@@ -107,7 +110,7 @@ def _compare(
     sessions: Mapping[str, Any],
     model: torch.nn.Module,
     half: torch.nn.Module | None,
-    task: str,
+    task: Task,
     tokens: Sequence[int] | None,
     batch: int,
     sequence: int,
@@ -122,7 +125,7 @@ def _compare(
 
     session = main_session(sessions)
     inputs = sample_inputs(model, task, batch, past + sequence, padding=padding, tokens=tokens)
-    if task == "seq2seq-lm":
+    if task.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"].flip(0)
     expected = model(**inputs)
     same = half(**_halved(inputs)) if half is not None else expected
@@ -138,7 +141,7 @@ def _compare(
             raise VerifyError(
                 f"{name} is {list(got.shape)} in ONNX Runtime, expected {list(want.shape)} as in PyTorch."
             )
-        if padding and task != "seq2seq-lm" and name not in ONE_A_ROW and want.shape[1:2] == (sequence,):
+        if padding and not task.is_encoder_decoder and name not in ONE_A_ROW and want.shape[1:2] == (sequence,):
             kept = inputs["attention_mask"][:, past:].numpy().astype(bool)
             got, want, noise = got[kept], want[kept], noise[kept]
         difference = float(np.abs(got - want).max())
@@ -165,7 +168,7 @@ def _within(model: torch.nn.Module, shape: tuple[int, int, int, int]) -> tuple[i
 
 
 def _compare_generation(
-    sessions: Mapping[str, Any], model: torch.nn.Module, task: str, tokens: Sequence[int] | None, noise: float
+    sessions: Mapping[str, Any], model: torch.nn.Module, task: Task, tokens: Sequence[int] | None, noise: float
 ) -> None:
     """A greedy generation by the graph, one token at a time, against `generate()`.
 
@@ -176,7 +179,7 @@ def _compare_generation(
     expected = _generate(model, prompt)
     feed = {name: value.numpy() for name, value in prompt.items()}
     steps = next_scores(sessions, feed, expected[0])
-    given = 1 if task == "seq2seq-lm" else prompt["input_ids"].shape[1]
+    given = 1 if task.is_encoder_decoder else prompt["input_ids"].shape[1]
     token = -1
     for position in range(given, len(expected)):
         scores = next(steps) if position == given else steps.send(token)
