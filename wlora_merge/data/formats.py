@@ -62,7 +62,7 @@ class Table:
         if isinstance(self.rows, list):
             return [row.get(column) for row in self.rows]
         try:
-            return _plain(self.rows, column)
+            return _plain_values(self.rows, column)
         except Exception as error:  # decoders of sound, video, JSON and others, which a file may name, raise all kinds
             raise DataError(f"{self.name}: column {column!r} cannot be decoded ({first_line(error)}).") from error
 
@@ -274,7 +274,7 @@ def _expanded(array: Any) -> int:
     return int(array.nbytes)
 
 
-def _plain(rows: datasets.Dataset, column: str) -> list[Any]:
+def _plain_values(rows: datasets.Dataset, column: str) -> list[Any]:
     import datasets
 
     feature = rows.features[column]

@@ -22,6 +22,11 @@ class Seq2SeqLM(CausalLM):
     def encode(
         self, examples: Examples, processor: Any, *, max_length: int | None = None, labels: LabelSet | None = None
     ) -> Encoded:
+        """The tokens of the source, and as labels those of the target.
+
+        Raises:
+            DataError: a target of more than `max_length` tokens.
+        """
         encoded = tokenized(examples, processor, max_length, "source")
         for number, (item, target) in enumerate(zip(encoded, examples.column("target"), strict=True), start=1):
             item["labels"] = list(processor(text_target=target, verbose=False)["input_ids"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TRAIN = "train"
 _SPLITS = {TRAIN: TRAIN, "training": TRAIN, "validation": "validation", "valid": "validation", "val": "validation",
            "dev": "validation", "test": "test", "eval": "test"}  # fmt: skip
-_HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(?:/[A-Za-z0-9_.-]+)?(?::[^/\\]+)?")
+_DATA_SET_ID = re.compile(r"[A-Za-z0-9_.-]+(?:/[A-Za-z0-9_.-]+)?(?::[^/\\]+)?")
 # the builders of `datasets` that read plain data; others run decoders, need further packages, or (once) read pickles
 _HUB_BUILDERS = ("parquet", "json", "csv", "text", "arrow", "imagefolder")
 
@@ -42,7 +42,7 @@ def read_source(source: str | Path, *, split: str | None = None, default_splits:
     path = Path(source)
     if is_here(path):
         path = path.expanduser()
-    elif path.suffix.lower() in TABLES + TEXTS or not _HUB_ID.fullmatch(str(source)):
+    elif path.suffix.lower() in TABLES + TEXTS or not _DATA_SET_ID.fullmatch(str(source)):
         raise DataError(f"{redacted(str(source))} does not exist.")
     else:
         return _hub(str(source), split, default_splits)
@@ -73,6 +73,7 @@ def _folder(folder: Path, split: str | None, default_splits: Sequence[str]) -> T
 def _of_split(
     folder: Path, paths: list[Path], kind: tuple[str, ...], split: str | None, default_splits: Sequence[str]
 ) -> list[Path]:
+    """The files of one split; all of them, where none was asked for and there are no splits."""
     by_split: dict[str | None, list[Path]] = {}
     for path in paths:
         by_split.setdefault(_split_of(path.relative_to(folder)), []).append(path)
@@ -80,15 +81,22 @@ def _of_split(
         by_split = {None: paths}
     if split is None and list(by_split) == [None]:
         return paths
-    named = sorted(name for name in by_split if name)
-    wanted = _SPLITS.get(split, split) if split else next((s for s in default_splits if s in named), named[0])
-    unclear = split is None and (None in by_split or (wanted not in default_splits and len(named) > 1))
-    if unclear or wanted not in by_split:
+    wanted = _wanted(by_split, split, default_splits)
+    if wanted is None or wanted not in by_split:
         files = ", ".join(str(paths[0].relative_to(folder)) for paths in by_split.values())
         raise DataError(
             f"{folder}: no split {split or default_splits[0]!r}, or none that is clear (it has {files}); name a split, or one file."
         )
     return by_split[wanted]
+
+
+def _wanted(found: Collection[str | None], split: str | None, default_splits: Sequence[str]) -> str | None:
+    """The split asked for; else the first default that was found, or the only split; None where that is not clear."""
+    if split is not None:
+        return _SPLITS.get(split, split)
+    if None in found:  # files of no split
+        return None
+    return next((name for name in default_splits if name in found), next(iter(found)) if len(found) == 1 else None)
 
 
 def _split_of(path: Path) -> str | None:
@@ -101,6 +109,7 @@ def _split_of(path: Path) -> str | None:
 
 
 def _joined(folder: Path, tables: list[Table]) -> Table:
+    """Tables of the same columns, one after another."""
     import datasets
 
     first, rows = tables[0], [table.rows for table in tables]
@@ -117,25 +126,16 @@ def _joined(folder: Path, tables: list[Table]) -> Table:
 
 
 def _documents(folder: Path, paths: list[Path], kind: tuple[str, ...]) -> Table:
-    rows: list[dict[str, Any]] = []
-    digests: list[tuple[Path, str]] = []
+    """Texts or images, each with its class where the folders are classes."""
     # below the split's own folder, the first folder is the class
     skip = 1 if all(len(p.relative_to(folder).parts) > 1 and _split_of(p.relative_to(folder)) for p in paths) else 0
     classes = [path.relative_to(folder).parts[skip:-1] for path in paths]
     if any(len(parts) > 1 for parts in classes) or len({len(parts) for parts in classes}) > 1:
         raise DataError(f"{folder}: expected one folder for each class with the files in it, or no folders.")
-    tops = {path.parent.parent for path, parts in zip(paths, classes, strict=True) if parts}
-    for other in sorted(
-        sub
-        for top in tops
-        for sub in top.iterdir()
-        if sub.is_dir() and not is_hidden(Path(sub.name)) and not sub.name.startswith("__")
-    ):
-        if not any(path.is_relative_to(other) for path in paths):
-            what = "texts" if kind == TEXTS else "images"
-            raise DataError(
-                f"{other}: a folder beside those of the classes, and it holds no {what}: put some in, or remove it."
-            )
+    if any(classes):
+        _refuse_empty_classes(paths, "texts" if kind == TEXTS else "images")
+    rows: list[dict[str, Any]] = []
+    digests: list[tuple[Path, str]] = []
     for path, parts in zip(paths, classes, strict=True):
         data = read_bytes_of(path)
         digests.append((path, hashlib.sha256(data).hexdigest()))
@@ -145,6 +145,17 @@ def _documents(folder: Path, paths: list[Path], kind: tuple[str, ...]) -> Table:
         rows.append(row | ({"label": parts[0]} if parts else {}))
     digest = _digest_of_many(digests, folder)
     return Table(str(folder), tuple(rows[0]), rows, lambda i: str(paths[i]), digest, folder)
+
+
+def _refuse_empty_classes(paths: Sequence[Path], what: str) -> None:
+    """Refuse a folder beside those of the classes that holds none of the files."""
+    used = {path.parent for path in paths}
+    for top in sorted({folder.parent for folder in used}):
+        for other in sorted(path for path in top.iterdir() if path.is_dir() and path not in used):
+            if not is_hidden(Path(other.name)) and not other.name.startswith("__"):
+                raise DataError(
+                    f"{other}: a folder beside those of the classes, and it holds no {what}: put some in, or remove it."
+                )
 
 
 def _digest_of_many(digests: Sequence[tuple[Path, str]], folder: Path) -> str:
@@ -158,7 +169,7 @@ def _hub(name: str, split: str | None, default_splits: Sequence[str]) -> Table:
 
     identifier, _, config = name.partition(":")
     try:
-        with _quiet():
+        with _without_bars():
             builder = datasets.load_dataset_builder(identifier, config or None)
             kind = type(builder).__module__.rpartition(".")[2]
             if kind not in _HUB_BUILDERS:
@@ -176,7 +187,7 @@ def _hub(name: str, split: str | None, default_splits: Sequence[str]) -> Table:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _without_bars() -> Iterator[None]:
     """Without the progress bars of `datasets`, which are one switch for the whole process."""
     import datasets
 

@@ -32,6 +32,7 @@ class TextClassification(Task):
     def encode(
         self, examples: Examples, processor: Any, *, max_length: int | None = None, labels: LabelSet | None = None
     ) -> Encoded:
+        """The tokens of a text or a pair, and what the head is to give for it."""
         columns = ("text", "text_pair") if "text_pair" in examples.columns else ("text",)
         encoded = tokenized(examples, processor, max_length, *columns)
         for item, target in zip(encoded, targets(examples, labels), strict=True):

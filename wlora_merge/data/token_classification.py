@@ -36,6 +36,7 @@ class TokenClassification(Task):
     def encode(
         self, examples: Examples, processor: Any, *, max_length: int | None = None, labels: LabelSet | None = None
     ) -> Encoded:
+        """The tokens of the words, and for each its number of a tag, or -100."""
         known = needed_labels(labels, self.name)
         refuse_slow(processor, self.name)
         limit, encoded, cut = token_limit(processor, max_length), [], 0
