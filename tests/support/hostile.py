@@ -48,10 +48,11 @@ class Jail:
 
     def __init__(self) -> None:
         environment = os.environ | {
-            "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200",
+            "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "HF_HUB_OFFLINE": "1", "COLUMNS": "200",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         }  # fmt: skip
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, "-m", "support.hostile"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
