@@ -8,7 +8,7 @@ REAL := $(or $(WLORA_MERGE_REAL_MODELS),$(HOME)/.cache/wlora_merge/real-models)
 # Threads that spin while they wait slow everything down many times where something else shares the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test format bench bench-onnx bench-fit clean test-trust
+.PHONY: quickstart test format generate bench bench-onnx bench-fit clean test-trust
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +58,11 @@ bench-fit: $(VENV)/.ready real-models
 format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# What is made from the options: the schema of a recipe, and the reference page of the command line.
+generate: $(VENV)/.ready
+	$(BIN)/python -m wlora_merge.cli.recipe_schema > wlora_merge/cli/schemas/recipe.schema.json
+	$(BIN)/python -m wlora_merge.cli.reference > docs/cli-reference.md
 
 clean:
 	rm -rf $(VENV) quickstart-out bench-out

@@ -30,8 +30,8 @@ def test_a_check_predicts_as_many_judgements_as_the_fit_of_a_language_model_make
     llamas: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from wlora_merge.cli.costs import _trainings
-    from wlora_merge.cli.recipe import FitRecipe
     from wlora_merge.data.examples import read_examples
+    from wlora_merge.fit_options import FitRequest
 
     judge, judged = training.Learner.judge, list[int]()
 
@@ -47,7 +47,7 @@ def test_a_check_predicts_as_many_judgements_as_the_fit_of_a_language_model_make
         fitted_lm(llamas, folds=3, max_steps=None, new_adapter=None, **given)
         examples, recipe = (
             read_examples(llamas[2], task="causal-lm"),
-            FitRecipe(data="shots.jsonl", task="causal-lm", **given),
+            FitRequest(data="shots.jsonl", task="causal-lm", **given),
         )
         *_, passes = _trainings(fit_options({"granularity": "module"}), recipe, examples, None, ["a0", "a1"], False)
         assert sum(judged) == passes * len(ROWS)
@@ -55,8 +55,8 @@ def test_a_check_predicts_as_many_judgements_as_the_fit_of_a_language_model_make
 
 def test_a_check_predicts_as_many_trainings_as_a_fit_makes(zoo: Zoo, tmp_path: Path) -> None:
     from wlora_merge.cli.costs import _trainings
-    from wlora_merge.cli.recipe import FitRecipe
     from wlora_merge.data.examples import read_examples
+    from wlora_merge.fit_options import FitRequest
 
     examples = read_examples(zoo[2], task="text-classification")
     for given in (
@@ -73,7 +73,7 @@ def test_a_check_predicts_as_many_trainings_as_a_fit_makes(zoo: Zoo, tmp_path: P
         trained: list[str] = []
         fitted(zoo, progress=lambda n, step, *_, to=trained: to.append(n) if step == 1 else None, **given)
         options = fit_options({"folds": 2, "max_steps": 4} | {k: v for k, v in given.items() if k != "eval_data"})
-        fit_recipe = FitRecipe(data="shots.csv", task="text-classification", eval_data=given.get("eval_data"))
+        fit_recipe = FitRequest(data="shots.csv", task="text-classification", eval_data=given.get("eval_data"))
         labels = label_set(examples.column("label"))
         learned, heads, _ = _trainings(options, fit_recipe, examples, labels, ["a0", "a1", "a2"], True)
         assert abs(learned + heads - len(trained)) <= (1 if options.method == "auto" else 0), (given, trained)

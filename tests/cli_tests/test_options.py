@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.commands import run
 from support.paths import ROOT
 
 from wlora_merge.cli.main import main
-from wlora_merge.cli.options import OPTIONS
 from wlora_merge.data.tasks import FIT_TASKS
+from wlora_merge.option_fields import Topic
 
 
 def test_help_is_quick_and_does_not_import_torch() -> None:
@@ -26,9 +30,8 @@ def test_help_is_quick_and_does_not_import_torch() -> None:
 @pytest.mark.parametrize("command", ["fit", "mix", "export", "verify", "run", "inspect"])
 def test_every_option_of_every_command_has_help(command: str) -> None:
     for parameter in main.commands[command].params:
-        if parameter.param_type_name == "option":
-            assert getattr(parameter, "help", None), parameter.name
-        assert parameter.name in {name for names in OPTIONS.values() for name in names}, parameter.name
+        assert getattr(parameter, "help", None), parameter.name
+        assert isinstance(getattr(parameter, "topic", None), Topic), parameter.name
     assert main.commands[command].help
     assert run(command, "--help").exit_code == 0
 
@@ -54,3 +57,46 @@ def test_help_describes_arguments_and_columns_under_fitting_headings() -> None:
         assert re.search(rf"^ +{task} +{re.escape(text)}$", run("fit", "--help").output, flags=re.M)
         assert f"| `{task}` | {text} |" in readme
     assert "..." not in run("--help").output.partition("Options:")[2]
+
+
+ADDED = """
+    brand_new: int | None = option(
+        None, Topic.JUDGED, "A number made up for a test. Default: none.", bounds=COUNT, of=LEARNED)
+"""
+
+
+def test_to_add_an_option_of_fit_is_to_edit_one_file(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "wlora_merge", tmp_path / "wlora_merge", ignore=shutil.ignore_patterns("__pycache__"))
+    file = tmp_path / "wlora_merge" / "fit_options.py"
+    head, mark, rest = file.read_text().partition("    report_to: str = option(")
+    file.write_text(head + ADDED.lstrip("\n") + mark + rest)
+
+    def python(*words: str) -> str:
+        env = os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    judged = python("-m", "wlora_merge", "fit", "--help").partition("How it is judged:")[2].partition("\n\n")[0]
+    assert re.search(r"--brand-new INTEGER RANGE\s+A number made up for a test. Default: none\.\s+\[x>=1\]", judged)
+    fit = json.loads(python("-m", "wlora_merge.cli.recipe_schema"))["properties"]["fit"]["properties"]
+    assert fit["brand_new"]["anyOf"] == [{"type": "integer", "minimum": 1}, {"type": "null"}]
+    row = "| `--brand-new` | a whole number, x ≥ 1 |  | A number made up for a test. Default: none. For learned and auto alone. |"
+    assert row in python("-m", "wlora_merge.cli.reference").splitlines()
+    (tmp_path / "r.yaml").write_text(
+        "base: b\nadapters: [x]\nfit: {data: d, task: causal-lm, brand_new: 2}\nexports: [{format: dense}]"
+    )
+    code = """
+from wlora_merge.cli.recipe import read_recipe
+from wlora_merge.errors import WloraMergeError
+from wlora_merge.exporters.model_card import _flags
+assert read_recipe("r.yaml").fit.options.brand_new == 2
+assert _flags({"brand_new": 2}) == ["--brand-new", "2"]
+for override in ("fit.brand_new=0", "fit.brand_new=x", "fit.method=uniform"):
+    try: read_recipe("r.yaml", [override])
+    except WloraMergeError as error: print(error)
+"""
+    said = python("-c", code).splitlines()
+    assert said[0].endswith("fit: brand_new is 0, expected a number above 0.")
+    assert said[1].endswith("fit: brand_new is 'x', expected int.")
+    assert "so brand_new would have no effect" in said[2]

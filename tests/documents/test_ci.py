@@ -9,14 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
 from support.paths import ROOT
 
 from wlora_merge.cli.main import main
-from wlora_merge.cli.options import ARGUMENTS, COMMANDS, OPTIONS
+from wlora_merge.cli.options import Argument, Command, Option
+from wlora_merge.option_fields import Topic
 
+TOPICS = ("Make a mixture", "Write a model", "Look and check")
 CI = ROOT / "recipes" / "ci"
 
 
@@ -66,17 +69,20 @@ def test_the_commands_of_the_container_parse() -> None:
 
 
 def test_every_command_and_option_stands_under_one_topic() -> None:
-    assert sorted(name for names in COMMANDS.values() for name in names) == sorted(main.commands)
-    named = [name for names in OPTIONS.values() for name in names]
-    assert len(named) == len(set(named))
-    parameters = [p for c in main.commands.values() for p in c.params]
-    assert {p.name for p in parameters} == set(named)
-    assert {p.name for p in parameters if p.param_type_name == "argument"} == set(ARGUMENTS)
+    for command in main.commands.values():
+        assert isinstance(command, Command)
+        assert command.topic in TOPICS
+        found = command.by_topic(click.Context(command, help_option_names=[]))
+        assert [p for chosen in found.values() for p in chosen] == sorted(
+            command.params,
+            key=lambda p: list(Topic).index(p.topic),  # type: ignore[attr-defined]
+        )
+        assert all(isinstance(p, Argument | Option) and p.help for p in command.params)
 
 
 def test_help_has_topics_and_a_worked_example_for_every_command() -> None:
     text = CliRunner().invoke(main, ["--help"]).output
-    assert all(f"{topic}:" in text for topic in COMMANDS)
+    assert all(f"{topic}:" in text for topic in TOPICS)
     assert "_WLORA_MERGE_COMPLETE" in text
     for name in main.commands:
         text = CliRunner().invoke(main, [name, "--help"]).output

@@ -18,6 +18,7 @@ from support.schemas import invoked, shipped, valid
 from wlora_merge.cli.main import main
 from wlora_merge.cli.recipe import read_recipe
 from wlora_merge.cli.recipe_schema import recipe_schema
+from wlora_merge.cli.reference import reference
 from wlora_merge.errors import RecipeError
 
 RECIPES = ROOT / "recipes"
@@ -25,6 +26,16 @@ RECIPES = ROOT / "recipes"
 
 def test_the_shipped_recipe_schema_is_the_dataclasses_own() -> None:
     assert shipped("recipe.schema.json") == recipe_schema()
+
+
+def test_the_reference_page_is_made_from_the_options() -> None:
+    page = (ROOT / "docs" / "cli-reference.md").read_text()
+    assert page == reference(), "run `make generate`"
+    for name, command in main.commands.items():
+        section = page.partition(f"## wlora-merge {name}\n")[2].partition("\n## ")[0]
+        for parameter in command.params:
+            flag = parameter.opts[0] if parameter.param_type_name == "option" else str(parameter.metavar)
+            assert section.count(f"\n| `{flag}`") == 1, (name, flag)
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda f: f.stem)
@@ -55,6 +66,14 @@ def test_the_commands_of_the_distributed_recipe_parse() -> None:
         {"adapters": 7},
         {"exports": [{"format": "gguf"}]},
         {"exports": [{"rank": 3}]},
+        {"exports": [{"format": "lora", "rank": 0}]},
+        {"exports": [{"format": "onnx", "opset": 31}]},
+        {"fit": {"data": "x", "task": "causal-lm", "interpolation": 1.5}},
+        {"fit": {"data": "x", "task": "causal-lm", "temperature": 0}},
+        {"fit": {"data": "x", "task": "causal-lm", "delta_scale": "big"}},
+        {"fit": {"data": "x", "task": "causal-lm", "seed": -1}},
+        {"fit": {"data": "x", "task": "causal-lm", "packing": 1}},
+        {"base": 7},
         {"verify": "no"},
     ],
 )

@@ -6,6 +6,7 @@ main             the program: commands, exit codes, errors as one sentence: main
 commands         fit, mix, export, verify, run, inspect
 options          the options of the commands, and help by topic
 terminal         tables, progress, warnings
+reference        docs/cli-reference.md, made from them
 recipe           a whole job in one YAML file
 recipe_schema    its JSON schema
 run              what a recipe says, done

@@ -19,11 +19,11 @@ from ..exporters.dense import folder_bytes, plan
 from ..exporters.export import lora_bytes
 from ..io.tensors import matrix_shape
 from ..mixture.inputs import Inputs
-from .recipe import ExportRecipe, FitRecipe, options_of
+from .recipe import ExportRecipe
 
 if TYPE_CHECKING:
     from ..data.labels import LabelSet
-    from ..fit_options import FitOptions
+    from ..fit_options import FitOptions, FitRequest
 
 IMPORTS = 160 << 20  # bytes of a process that has imported torch
 TRAINER_IMPORTS = 600 << 20  # and transformers
@@ -37,7 +37,7 @@ BYTES_PER_PARAMETER = {None: 4.0, "8bit": 1.1, "4bit": 0.65}
 
 
 def predict(
-    inputs: Inputs, exports: Sequence[ExportRecipe], fit: FitRecipe | None, examples: Examples | None, report: bool
+    inputs: Inputs, exports: Sequence[ExportRecipe], fit: FitRequest | None, examples: Examples | None, report: bool
 ) -> list[dict[str, Any]]:
     """Rows of step, disk and memory in bytes, and seconds (None where a GPU would do it)."""
     speed = _matmul_speed()
@@ -50,17 +50,16 @@ def predict(
     return rows
 
 
-def _fit_row(inputs: Inputs, fit: FitRecipe, examples: Examples, speed: float) -> dict[str, Any]:
+def _fit_row(inputs: Inputs, fit: FitRequest, examples: Examples, speed: float) -> dict[str, Any]:
     import torch
 
-    from ..fit_options import FitOptions, fit_options
     from ..training.candidates import steps_of
 
     entries = inputs.base.entries.values()
     embedding = max((math.prod(e.shape) for e in entries if len(e.shape) == 2), default=0)
     parameters = sum(math.prod(e.shape) for e in entries)
     tokens = _tokens(fit, examples)
-    options = fit_options(options_of(fit, FitOptions))
+    options = fit.options
     task = get_task(fit.task)
     head, labels = task.has_head, task.labels(examples, problem_type=options.problem_type)
     trained = examples.with_label_names(labels) if options.label_names else examples
@@ -94,7 +93,7 @@ def _new_adapter_bytes(inputs: Inputs, r: int | None) -> int:
 
 
 def _trainings(
-    options: FitOptions, fit: FitRecipe, examples: Examples, labels: LabelSet | None, names: list[str], head: bool
+    options: FitOptions, fit: FitRequest, examples: Examples, labels: LabelSet | None, names: list[str], head: bool
 ) -> tuple[int, int, int]:
     """Trainings of learned mixtures, trainings of a head alone (on activations computed once), passes over the examples to judge.
 
@@ -125,7 +124,7 @@ def _trainings(
     return learned, heads * head, bool(folds) * (fixed * (not held) + judged) + held * (fixed + 1)
 
 
-def _tokens(fit: FitRecipe, examples: Examples) -> int:
+def _tokens(fit: FitRequest, examples: Examples) -> int:
     """Tokens of an example on average."""
     if get_task(fit.task).takes_images:
         return IMAGE_TOKENS

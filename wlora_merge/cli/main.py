@@ -20,9 +20,7 @@ from ..errors import WloraMergeError
 from ..io.signals import terminate_as_exit
 from ..text import redacted
 from .commands import export, fit, inspect, mix, run, verify
-from .options import (
-    Group,
-)
+from .options import Group
 from .terminal import human_time, say, shown_log, shown_warnings
 
 

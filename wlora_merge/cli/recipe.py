@@ -16,51 +16,26 @@ nothing but the recipe.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.tasks import FIT_TASKS, TASKS
 from ..errors import RecipeError, WloraMergeError
 from ..export_options import ExportOptions, export_options
-from ..fit_options import FitOptions, check_for_task, fit_options
+from ..fit_options import FitRequest, fit_request
 from ..io.untrusted import is_plain_file_name, parse_yaml, read_bytes
+from ..mix_options import MixOptions
+from ..option_fields import REQUIRED, Field, Topic, checked, is_of_type, option
 from ..text import nearest, short
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitRecipe(FitOptions):
-    """The `fit` section: the options of `wlora-merge fit` under their Python names; what is left out keeps its default."""
-
-    data: str
-    task: str
-    eval_data: str | None = None
-    split: str | None = None
-    eval_split: str | None = None
-    columns: dict[str, str] | None = None
-    modules_to_save: str | None = None
-    residual: str | None = None
-
-
-@dataclass(frozen=True)
-class MixRecipe:
-    """The `mix` section: a mixture without fitting."""
-
-    task: str | None = None
-    weights: list[float] | None = None
-    normalize: str | None = None
-    delta_scale: float | None = None
-    modules_to_save: str | None = None
-    resize_vocab: str | None = None
-    residual: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRecipe(ExportOptions):
     """One entry of `exports`; `name` is its folder, the format's own name by default."""
 
-    name: str | None = None
+    name: str | None = option(None, Topic.OUTPUT, "Its folder. Default: the format's own name.")
 
     @property
     def folder(self) -> str:
@@ -68,22 +43,22 @@ class ExportRecipe(ExportOptions):
         return self.name or self.format
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole job: a base, adapters, a fit or a mix, and the exports."""
 
-    base: str
+    base: str = option(REQUIRED, Topic.INPUTS, "Base model: a folder, or a hub id.")
     adapters: dict[str, str]
-    fit: FitRecipe | None = None
-    mix: MixRecipe | None = None
+    fit: FitRequest | None = None
+    mix: MixOptions | None = None
     exports: list[ExportRecipe] = field(default_factory=list)
-    verify: bool = True
-    report: bool = True
+    verify: bool = option(True, Topic.CHECKED, "Verify every export.")
+    report: bool = option(True, Topic.OUTPUT, "Write report.html and its figures (needs matplotlib).")
 
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_INTEGER = 2**53
-SECTIONS = {"fit": FitRecipe, "mix": MixRecipe}
+SECTIONS = {"fit": FitRequest, "mix": MixOptions}
 
 
 def read_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -134,7 +109,7 @@ def _recipe(table: Mapping[str, Any], path: Path) -> Recipe:
         raise RecipeError(f"{path}: exports is a {type(exports).__name__}, expected a list.")
     values["exports"] = [_build(ExportRecipe, row, f"{path}: exports[{i}]") for i, row in enumerate(exports)]
     values["adapters"] = _adapters(values.get("adapters"), path)
-    recipe: Recipe = _build(Recipe, values, str(path), nested=True)
+    recipe: Recipe = _build(Recipe, values, str(path))
     _check(recipe, path)
     return recipe
 
@@ -152,7 +127,7 @@ def _adapters(value: Any, path: Path) -> dict[str, str]:
     return {str(k): v for k, v in value.items()}
 
 
-def _build(cls: type[Any], table: Any, where: str, *, nested: bool = False) -> Any:
+def _build(cls: type[Any], table: Any, where: str) -> Any:
     if not isinstance(table, dict):
         raise RecipeError(f"{where}: got {short(table)}, expected a table.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -162,7 +137,7 @@ def _build(cls: type[Any], table: Any, where: str, *, nested: bool = False) -> A
             raise RecipeError(
                 f"{where}: unknown key {short(key)}{nearest(str(key)[:80], list(fields))}; known: {', '.join(fields)}."
             )
-        if not nested:
+        if "option" in fields[key].metadata:  # the sections are built before
             _check_type(fields[key], value, where)
     missing = [name for name, f in fields.items() if not has_default(f) and name not in table]
     if missing:
@@ -170,56 +145,47 @@ def _build(cls: type[Any], table: Any, where: str, *, nested: bool = False) -> A
     return cls(**table)
 
 
-def has_default(f: dataclasses.Field[Any]) -> bool:
+def has_default(f: Field) -> bool:
     """Whether a key may be left out, or be null, which means the same."""
     return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
 
 
-TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-TYPES |= {"dict[str, str]": (dict,), "list[float]": (list,)}
-
-
-def _check_type(f: dataclasses.Field[Any], value: Any, where: str) -> None:
-    kind = str(f.type).removesuffix(" | None").replace("Sequence", "list")
-    allowed = tuple(cls for part in kind.split(" | ") for cls in TYPES[part])
-    fits = isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))
-    if isinstance(value, dict):
-        fits = fits and all(isinstance(text, str) for pair in value.items() for text in pair)
-    if isinstance(value, list):
-        fits = fits and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+def _check_type(f: Field, value: Any, where: str) -> None:
     numbers = value if isinstance(value, list) else [value]
-    if fits and any(isinstance(x, int) and abs(x) > MAX_INTEGER for x in numbers):
-        raise RecipeError(f"{where}: {f.name} is {short(value)}, more than {MAX_INTEGER}.")
-    if not fits:
+    if not is_of_type(f, value):
+        kind = str(f.type).removesuffix(" | None").replace("Sequence", "list")
         raise RecipeError(f"{where}: {f.name} is {short(value)}, expected {kind}.")
+    if any(isinstance(x, int) and abs(x) > MAX_INTEGER for x in numbers):
+        raise RecipeError(f"{where}: {f.name} is {short(value)}, more than {MAX_INTEGER}.")
 
 
 def _check(recipe: Recipe, path: Path) -> None:
-    task = recipe.fit.task if recipe.fit else recipe.mix.task if recipe.mix else None
-    known = FIT_TASKS if recipe.fit else TASKS
-    if task is not None and task not in known:
-        raise RecipeError(f"{path}: task is {short(task)}{nearest(task[:80], known)}; known: {', '.join(known)}.")
-    if not isinstance(recipe.base, str) or not isinstance(recipe.verify, bool) or not isinstance(recipe.report, bool):
-        raise RecipeError(f"{path}: base must be a PATH_OR_ID, verify and report true or false.")
     folders = ["mixture", "figures", *(e.folder for e in recipe.exports)]
     for folder in folders:
         if folders.count(folder) > 1 or not is_plain_file_name(folder):
             raise RecipeError(
                 f"{path}: the export folder {short(folder)} must be a plain name that no other has: set its name."
             )
-    if recipe.fit is not None:
-        try:
-            options = fit_options(options_of(recipe.fit, FitOptions))
-            check_for_task(options, recipe.fit.task, recipe.fit.eval_data, recipe.fit.eval_split)
-        except WloraMergeError as error:
-            raise RecipeError(f"{path}: fit: {error}") from error
+    with _named(f"{path}: fit"):
+        if recipe.fit is not None:
+            fit_request(vars(recipe.fit))
+    with _named(f"{path}: mix"):
+        if recipe.mix is not None:
+            checked(MixOptions, vars(recipe.mix), "mix", RecipeError)
+    task = recipe.fit.task if recipe.fit else recipe.mix.task if recipe.mix else None
     for i, entry in enumerate(recipe.exports):
-        try:
-            export_options(options_of(entry, ExportOptions))
-        except WloraMergeError as error:
-            raise RecipeError(f"{path}: exports[{i}]: {error}") from error
-        if entry.format == "onnx" and task is None:
-            raise RecipeError(f"{path}: exports[{i}]: an ONNX export needs the mixture's task: set mix.task.")
+        with _named(f"{path}: exports[{i}]"):
+            if export_options(options_of(entry, ExportOptions)).format == "onnx" and task is None:
+                raise RecipeError("an ONNX export needs the mixture's task: set mix.task.")
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Errors of options are those of a recipe, with the place in it."""
+    try:
+        yield
+    except WloraMergeError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def options_of(section: Any, options: type[Any]) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+import math
 from typing import Any
 
-from .. import export_options, fit_options
-from ..constants import FORMATS, NORMALIZE
-from ..data.tasks import FIT_TASKS, TASKS
-from .recipe import ExportRecipe, FitRecipe, MixRecipe, Recipe, has_default
+from ..fit_options import FitRequest
+from ..mix_options import MixOptions
+from ..option_fields import Field, kinds, spec
+from .recipe import ExportRecipe, Recipe, has_default
 
 KINDS: dict[str, dict[str, Any]] = {
     "str": {"type": "string"},
@@ -21,28 +21,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "float": {"type": "number"},
     "bool": {"type": "boolean"},
     "dict[str, str]": {"type": "object", "additionalProperties": {"type": "string"}},
-    "list[float]": {"type": "array", "items": {"type": "number"}},
     "Sequence[float]": {"type": "array", "items": {"type": "number"}},
-    "None": {"type": "null"},
 }
-CHOICES: dict[type[Any], Mapping[str, Iterable[str]]] = {
-    FitRecipe: fit_options.CHOICES | {"task": FIT_TASKS},
-    MixRecipe: {"task": TASKS, "normalize": NORMALIZE[:2]},
-    ExportRecipe: export_options.CHOICES | {"format": FORMATS},
-}
-"""What the keys of a section are chosen from."""
 
 
 def recipe_schema() -> dict[str, Any]:
     """The schema, JSON Schema 2020-12."""
-    top = _table(Recipe)
+    top = _section(Recipe)
     texts = {"type": "array", "items": {"type": "string"}, "minItems": 1}
     table = {"type": "object", "additionalProperties": {"type": "string"}, "minProperties": 1}
     top["properties"] |= {
         "adapters": {"oneOf": [table, texts]},
-        "fit": _table(FitRecipe),
-        "mix": {"anyOf": [_table(MixRecipe), {"type": "null"}]},
-        "exports": {"type": "array", "items": _table(ExportRecipe)},
+        "fit": _section(FitRequest),
+        "mix": {"anyOf": [_section(MixOptions), {"type": "null"}]},
+        "exports": {"type": "array", "items": _section(ExportRecipe)},
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -52,27 +44,32 @@ def recipe_schema() -> dict[str, Any]:
     }
 
 
-def _table(cls: type[Any]) -> dict[str, Any]:
+def _section(cls: type[Any]) -> dict[str, Any]:
     fields = dataclasses.fields(cls)
-    needed = [f.name for f in fields if not has_default(f)]
-    known = {f.name: _value(f, CHOICES.get(cls, {})) for f in fields if str(f.type).partition(" | ")[0] in KINDS}
-    doc = (cls.__doc__ or "").strip().split("\n")[0]
     return {
         "type": "object",
-        "description": doc,
-        "properties": known,
-        "required": needed,
+        "description": (cls.__doc__ or "").strip().split("\n")[0],
+        "properties": {f.name: _value(f) for f in fields if "option" in f.metadata},
+        "required": [f.name for f in fields if not has_default(f)],
         "additionalProperties": False,
     }
 
 
-def _value(f: dataclasses.Field[Any], known: Mapping[str, Iterable[str]]) -> dict[str, Any]:
-    kinds = [KINDS[kind] for kind in str(f.type).split(" | ")]
-    kinds += [KINDS["None"]] * (has_default(f) and KINDS["None"] not in kinds)
-    if f.name in known:
-        choices: list[str | None] = [*known[f.name]]
-        return {"enum": choices + ([None] if KINDS["None"] in kinds else [])}
-    return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+def _value(f: Field) -> dict[str, Any]:
+    known, choices, kind = spec(f), list(spec(f).choices), kinds(f)
+    if choices and kind == ["str"]:
+        return {"description": known.help, "enum": [*choices, None] if has_default(f) else choices}
+    allowed = [{"enum": choices} if k == "str" and choices else KINDS[k] | _bounds(f) for k in kind]
+    allowed += [{"type": "null"}] * has_default(f)
+    return {"description": known.help, **(allowed[0] if len(allowed) == 1 else {"anyOf": allowed})}
+
+
+def _bounds(f: Field) -> dict[str, float]:
+    """The range of an option; all of its types are numbers then."""
+    if (bounds := spec(f).bounds) is None:
+        return {}
+    most = {} if math.isinf(bounds.high) else {"maximum": bounds.high}
+    return {"exclusiveMinimum" if bounds.open else "minimum": bounds.low, **most}
 
 
 if __name__ == "__main__":

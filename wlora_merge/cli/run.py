@@ -13,12 +13,13 @@ from ..export_options import ExportOptions
 from ..exporters.export import ExportResult, export
 from ..exporters.verify import verify
 from ..exporters.verify_outputs import Checked
+from ..fit_options import FitRequest
 from ..io.hub import is_here
 from ..io.staging import staged
 from ..mixture.inputs import find_inputs
 from ..mixture.mixture import Mixture
 from ..text import human_bytes
-from .recipe import FitRecipe, Recipe, options_of
+from .recipe import Recipe, options_of
 
 Say = Callable[[str], None]
 
@@ -128,7 +129,7 @@ def _path(source: str, where: str | Path) -> str:
     return str(local) if is_here(local) or source.startswith(".") else source
 
 
-def _keeps_all(fit: FitRecipe | None) -> bool:
+def _keeps_all(fit: FitRequest | None) -> bool:
     """Whether every adapter will be in the mixture, whatever the data say."""
     return fit is None or (
         fit.method in ("learned", "uniform", "search") and fit.select == "method" and not fit.prune_below

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.tasks import get_task
 from ..errors import WloraMergeError
-from ..fit_options import FitOptions
+from ..export_options import ExportOptions
+from ..fit_options import FitOptions, FitRequest
 from ..io.hub import at_revision
 from ..io.untrusted import find_file, parse_yaml, read_bytes
 from ..mixture.mixture import TRAINING_LOOP, Mixture
+from ..option_fields import flag_of
 from .report import CAPTIONS, FIGURES
 from .report import FILE as REPORT
 from .serving import vllm_rank
@@ -148,9 +150,8 @@ def _is_looped(mixture: Mixture) -> bool:
 
 def _commands(facts: CardFacts) -> list[list[str]]:
     """The commands that make this folder again; local inputs stand under their own names."""
-    renamed = {"max_shard_bytes": "max_shard_size", "server": "for"}
-    asked = {renamed.get(key, key): value for key, value in facts.options.items() if key != "format"}
-    export = ["wlora-merge", "export", "mixture", "--format", facts.kind, *_flags(asked), "--out", "served"]
+    asked = _flags({key: value for key, value in facts.options.items() if key != "format"}, ExportOptions)
+    export = ["wlora-merge", "export", "mixture", "--format", facts.kind, *asked, "--out", "served"]
     made = [] if _is_looped(facts.mixture) else [_mixture_command(facts.mixture, facts.base_name)]
     return [*made, export, ["wlora-merge", "verify", "served"]]
 
@@ -166,17 +167,16 @@ def _mixture_command(mixture: Mixture, base_name: str) -> list[str]:
     words += _flags({"task": mixture.task})
     words += _fit_words(mixture) if fitted else _mix_words(mixture)
     words += _flags({"modules_to_save": mixture.modules_to_save, "resize_vocab": mixture.resize_vocab})
-    return [*words, *_flags({"base_is_residual": data.get("residual"), "out": "mixture"})]
+    return [*words, *_flags({"residual": data.get("residual"), "out": "mixture"})]
 
 
 def _fit_words(mixture: Mixture) -> list[str]:
     data, defaults = mixture.data, asdict(FitOptions())
     changed = {key: value for key, value in data["fit"].items() if key in defaults and value != defaults[key]}
-    words = [*_flags({"data": data["data"]["name"], "split": data["data"].get("split")}), *_flags(changed)]
-    for name, column in (data.get("columns") or {}).items():
-        words += ["--column", f"{name}={column}"]
+    read = {"data": data["data"]["name"], "split": data["data"].get("split")}
     judged = (mixture.metrics.get("held_out") or {}).get("from") or {}
-    return words + _flags({"eval_data": judged.get("name"), "eval_split": judged.get("split")})
+    judges = {"eval_data": judged.get("name"), "eval_split": judged.get("split")}
+    return _flags(read | changed | {"columns": data.get("columns")} | judges)
 
 
 def _mix_words(mixture: Mixture) -> list[str]:
@@ -188,12 +188,14 @@ def _mix_words(mixture: Mixture) -> list[str]:
     return words + _flags({"delta_scale": mixture.delta_scale if mixture.delta_scale != 1 else None})
 
 
-def _flags(table: Mapping[str, Any]) -> list[str]:
+def _flags(table: Mapping[str, Any], record: type[Any] = FitRequest) -> list[str]:
     words: list[str] = []
     for key, value in table.items():
-        flag = f"--{key.replace('_', '-')}"
+        flag = flag_of(record, key)
         if value is True:
             words.append(flag)
+        elif isinstance(value, Mapping):
+            words += [word for name, part in value.items() for word in (flag, f"{name}={part}")]
         elif isinstance(value, list | tuple):
             words += [flag, ",".join(f"{x:.12g}" for x in value)]
         elif value is not None and value is not False:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from ..data.task import Task
 from ..data.tasks import get_task
 from ..errors import DataError, MixtureError
 from ..exporters.report import write_report
-from ..fit_options import FitOptions, check_for_task, fit_options
+from ..fit_options import FitOptions, FitRequest, fit_request
 from ..io.digests import sha256_file
 from ..io.hub import is_here
 from ..io.staging import refuse_out
@@ -54,12 +54,6 @@ def fit(
     task: str,
     out: str | Path | None = None,
     *,
-    eval_data: str | Path | None = None,
-    columns: Mapping[str, str] | None = None,
-    split: str | None = None,
-    eval_split: str | None = None,
-    modules_to_save: str | None = None,
-    residual: str | None = None,
     force: bool = False,
     resume: bool = False,
     report: bool = False,
@@ -72,21 +66,13 @@ def fit(
         base: folder or hub id of the base model.
         adapters: two or more, as PATH_OR_ID, `NAME=PATH_OR_ID` or (name, PATH_OR_ID).
         data: a data file, folder or hub data set with the shots.
-        task: `causal-lm`, `seq2seq-lm`, `text-classification`, `token-classification`, `question-answering` or
-            `image-classification`.
+        task: its name, as on the command line.
         out: folder to write the mixture to; None writes nothing.
-        eval_data: judge the candidates on these examples; `method: auto` and `select: best` then choose on them.
-        columns: {canonical column: column in the file}, where the names follow no convention.
-        split: which split of `data`, a folder or hub data set; None: train, or the only one.
-        eval_split: which split of `eval_data`; None: validation, else test, or the only one.
-        modules_to_save: what becomes of whole tensors that the adapters carry and the head does not replace: an adapter's name,
-            `drop` or `mix`; None refuses them.
-        residual: name of the adapter whose residual the base is.
         force: replace what is in `out`.
         resume: go on where a killed fit to the same `out` stopped (`OUT.fit-state`), to the same weights.
         report: also write report.html and its figures into `out`.
         progress: called with (candidate, step, steps, loss, mean mixture weights) after every step.
-        options: fields of `FitOptions`.
+        options: the other fields of `FitRequest`: what else is read (`eval_data`, `columns`, ...) and how to fit.
 
     Returns:
         The mixture; `metrics["candidates"]` has the loss, the metric and its standard error of every candidate.
@@ -97,14 +83,11 @@ def fit(
     from ..distributed import team
     from .stages import find_mixture
 
-    chosen = like_start(fit_options(options))
     job = get_task(task)
-    check_for_task(chosen, task, eval_data, eval_split)
+    request = fit_request({"data": data, "task": task, **options})
+    chosen = like_start(request.options)
     tracker_names(chosen)  # refuses before anything is read
-    given = _Given(
-        job, chosen, open_base(base), load_adapters(adapters, residual=residual), data, eval_data,
-        dict(columns or {}), split, eval_split, modules_to_save, residual,
-    )  # fmt: skip
+    given = _Given(job, request, chosen, open_base(base), load_adapters(adapters, residual=request.residual))
     if out is not None:
         refuse_out(Path(out), force=force, inputs=given.sources)
     _check(given)
@@ -115,7 +98,7 @@ def fit(
         with _within_memory(), _seeded(chosen.seed):
             work = _prepare(given, shots, held, ranks, state, progress)
             metrics, kept = find_mixture(work)
-        metrics["held_out"] = held_out(work, shots, held, eval_split)
+        metrics["held_out"] = held_out(work, shots, held, request.eval_split)
         mixture = _mixture(work.learner, given, shots, metrics, kept)
         if out is not None and ranks.leads:
             title = f"A mixture on {given.base.source.name}"
@@ -128,25 +111,19 @@ def fit(
 
 @dataclass(frozen=True)
 class _Given:
-    """What a fit is given: the options, base and adapters opened, and which examples."""
+    """What a fit is given: the request, its options as the mixture to start from has them, base and adapters opened."""
 
     task: Task
+    request: FitRequest
     options: FitOptions
     base: BaseModel
     adapters: list[Adapter]
-    data: str | Path
-    eval_data: str | Path | None
-    columns: dict[str, str]
-    split: str | None
-    eval_split: str | None
-    modules_to_save: str | None
-    residual: str | None
 
     @property
     def sources(self) -> list[Path]:
         """The local files and folders that it reads."""
         start = self.options.initial_logits
-        files = (self.data, self.eval_data, start if isinstance(start, str) else None)
+        files = (self.request.data, self.request.eval_data, start if isinstance(start, str) else None)
         return [
             self.base.folder, *(a.source.folder for a in self.adapters), *(Path(f) for f in files if f and is_here(f)),
         ]  # fmt: skip
@@ -165,16 +142,17 @@ def _check(given: _Given) -> None:
 
 def _examples(given: _Given) -> tuple[Examples, Examples | None]:
     """The shots, and the evaluation data."""
-    task, columns = given.task.name, given.columns
-    shots = read_examples(given.data, task=task, columns=columns, split=given.split)
-    if not given.eval_data:
+    asked = given.request
+    task, columns = asked.task, asked.columns
+    shots = read_examples(asked.data, task=task, columns=columns, split=asked.split)
+    if not asked.eval_data:
         return shots, None
     held = read_examples(
-        given.eval_data, task=task, columns=columns, split=given.eval_split, default_splits=EVAL_SPLITS
+        asked.eval_data, task=task, columns=columns, split=asked.eval_split, default_splits=EVAL_SPLITS
     )
     if held.sha256 == shots.sha256:
         raise MixtureError(
-            f"{given.eval_data}: holds the very shots ({given.data}), and says nothing of a model that was trained on them: give "
+            f"{asked.eval_data}: holds the very shots ({asked.data}), and says nothing of a model that was trained on them: give "
             "other examples, or leave --eval-data out."
         )
     return shots, held
@@ -233,7 +211,7 @@ def _prepare(
     processor, labels = task.load_processor(base.folder), task.labels(shots, problem_type=options.problem_type)
     trained = shots.with_label_names(labels) if options.label_names else shots  # refuses before the model is loaded
     model, head, labels = load_model(
-        base, given.adapters, task, labels, processor, options, given.modules_to_save, ranks
+        base, given.adapters, task, labels, processor, options, given.request.modules_to_save, ranks
     )
     if not head and options.head_learning_rate != FitOptions.head_learning_rate:
         raise MixtureError(
@@ -281,14 +259,14 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: dict[str
             mixture.mixture_weights[:, used],
             mixture.wlora_weights[:, used],
         )
-    mixture.task, mixture.metrics, mixture.modules_to_save = given.task.name, metrics, given.modules_to_save
+    mixture.task, mixture.metrics, mixture.modules_to_save = given.task.name, metrics, given.request.modules_to_save
     mixture.config = _config(learner, given.base)
     mixture.data = {
         "method": given.options.method,
-        "data": data_ref(shots, given.split),
+        "data": data_ref(shots, given.request.split),
         "fit": recorded(given.options),
-        **({"columns": given.columns} if given.columns else {}),
-        **({"residual": given.residual} if given.residual else {}),
+        **({"columns": given.request.columns} if given.request.columns else {}),
+        **({"residual": given.request.residual} if given.request.residual else {}),
     }
     if len(mixture.adapters) < len(given.adapters):
         mixture.data["adapters"] = {a.name: adapter_ref(a).spec for a in given.adapters}
@@ -314,8 +292,8 @@ def _state(out: str | Path | None, given: _Given, shots: Examples, held: Example
         "device": device_name(options),
         "options": {k: v for k, v in asdict(options).items() if k not in ("report_to", "max_minutes")},
         "task": given.task.name,
-        "columns": given.columns,
-        "modules_to_save": given.modules_to_save,
+        "columns": given.request.columns or {},
+        "modules_to_save": given.request.modules_to_save,
         "versions": versions(("torch", "transformers")),
     }
     fingerprint = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,54 @@
+"""The options of a mixture without fitting, and those that it shares with a fit. This module imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .constants import NORMALIZE
+from .data.tasks import TASKS
+from .option_fields import Topic, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightOptions:
+    """Which weights a mixture without fitting has."""
+
+    # fmt: off
+    task: str | None = option(
+        None, Topic.INPUTS, choices=tuple(TASKS), help="What the exported model is for; an ONNX export needs it."
+    )
+    weights: Sequence[float] | None = option(
+        None, Topic.MIXED, metavar="W,W,...", help="One weight for each adapter. Default: uniform composition."
+    )
+    normalize: str | None = option(
+        None, Topic.MIXED, choices=NORMALIZE[:2], help="For uniform composition. Default: all."
+    )
+    delta_scale: float = option(1.0, Topic.MIXED, help="Factor of the whole delta weight.")
+    resize_vocab: str | None = option(
+        None,
+        Topic.INPUTS,
+        metavar="NAME",
+        help="Add the tokens that adapter NAME was trained with: its rows beyond the base's vocabulary, and its tokenizer.",
+    )
+    # fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """What a fit and a mix do with adapters that carry whole tensors, or that belong to another base."""
+
+    # fmt: off
+    modules_to_save: str | None = option(
+        None, Topic.INPUTS, metavar="NAME|drop|mix",
+        help="What becomes of whole tensors that adapters carry (their heads): take adapter NAME's, drop them, or mix them "
+        "against the base's. Default: refuse those that a trained head does not replace.")
+    residual: str | None = option(
+        None, Topic.INPUTS, flag="--base-is-residual", metavar="NAME",
+        help="The base given is the residual of adapter NAME (PiSSA and its kind).")
+    # fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixOptions(AdapterOptions, WeightOptions):
+    """The `mix` section: a mixture without fitting."""
