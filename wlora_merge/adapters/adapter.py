@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AdapterError, UnsupportedError, WloraMergeError
 from ..io.digests import sha256_file
 from ..io.hub import ADAPTER_PATTERNS, Source, is_here, resolve_source
-from ..io.safetensors_file import FLOATING, Header, read_header, read_tensor
+from ..io.safetensors_file import FLOATING, Entry, Header, read_header, read_tensor
 from ..io.tensors import all_finite
 from ..io.untrusted import find_file, read_json
 from .config import check_config
@@ -189,11 +189,7 @@ def _sort_tensors(
     tensors: dict[str, Any] = {}
     token_rows: dict[str, TokenRows] = {}
     for key, entry in header.entries.items():
-        if entry.dtype not in FLOATING:
-            raise UnsupportedError(f"tensor {key!r} has dtype {entry.dtype}, expected one of {', '.join(FLOATING)}.")
-        tensor = read_tensor(entry)
-        if not all_finite(tensor):
-            raise AdapterError(f"tensor {key!r} holds a NaN or an infinity: the adapter is broken.")
+        tensor = _read_finite(key, entry)
         parsed = parse_adapter_key(key, wrapped=bool(config.get("target_parameters")))
         if parsed.part == "original":
             continue
@@ -209,6 +205,16 @@ def _sort_tensors(
         known[slot] = tensor if parsed.part in WHOLE else entry
     deadline = time.monotonic() + PATTERN_SECONDS
     return {module: _factors(module, found, config, deadline) for module, found in parts.items()}, tensors, token_rows
+
+
+def _read_finite(key: str, entry: Entry) -> torch.Tensor:
+    """A tensor of an adapter's file, which must hold finite floating-point numbers."""
+    if entry.dtype not in FLOATING:
+        raise UnsupportedError(f"tensor {key!r} has dtype {entry.dtype}, expected one of {', '.join(FLOATING)}.")
+    tensor = read_tensor(entry)
+    if not all_finite(tensor):
+        raise AdapterError(f"tensor {key!r} holds a NaN or an infinity: the adapter is broken.")
+    return tensor
 
 
 def _token_indices(module: str, values: torch.Tensor, config: dict[str, Any]) -> tuple[int, ...]:
@@ -238,24 +244,24 @@ def _factors(module: str, parts: dict[str, Any], config: dict[str, Any], deadlin
         problem = f"lacks {missing[0]}" if missing else f"also has {sorted(extra)[0]}, of which the config says nothing"
         raise AdapterError(f"target module {module!r} {problem}: expected {' and '.join(expected)}.")
     lora_A, lora_B = (parts[n] for n in names)
-    if len(lora_A.shape) > 2 and 1 < lora_B.shape[1] * 2 <= lora_A.shape[0] and not lora_A.shape[0] % lora_B.shape[1]:
-        raise UnsupportedError(
-            f"target module {module!r} is a convolution in {lora_A.shape[0] // lora_B.shape[1]} groups, whose LoRA reads every input "
-            "channel: no grouped weight can express it, and PEFT merges none: leave this adapter out."
-        )
-    if (
-        len(lora_A.shape) < 2
-        or len(lora_B.shape) < 2
-        or lora_A.shape[0] != lora_B.shape[1]
-        or not math.prod(lora_A.shape)
-        or not math.prod(lora_B.shape)
-    ):
-        raise AdapterError(
-            f"target module {module!r}: lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} do not multiply."
-        )
+    _check_product(module, tuple(lora_A.shape), tuple(lora_B.shape))
     deferred = config.get("target_parameters")
     scaling = math.nan if deferred else scaling_of(module, lora_A.shape[0], config, deadline)
     return Factors(lora_A, lora_B, scaling, embedding, parts.get("lora_B.bias"), parts.get("lora_magnitude_vector"))
+
+
+def _check_product(module: str, lora_A: tuple[int, ...], lora_B: tuple[int, ...]) -> None:
+    """Refuse shapes of which lora_B @ lora_A is no product, or no weight's."""
+    groups = lora_A[0] // lora_B[1] if len(lora_A) > 2 and len(lora_B) > 1 and lora_B[1] else 1
+    if groups > 1 and lora_A[0] == groups * lora_B[1]:
+        raise UnsupportedError(
+            f"target module {module!r} is a convolution in {groups} groups, whose LoRA reads every input channel: no grouped weight "
+            "can express it, and PEFT merges none: leave this adapter out."
+        )
+    if len(lora_A) < 2 or len(lora_B) < 2 or lora_A[0] != lora_B[1] or 0 in (*lora_A, *lora_B):
+        raise AdapterError(
+            f"target module {module!r}: lora_A {list(lora_A)} and lora_B {list(lora_B)} do not multiply."
+        )
 
 
 def scaling_of(module: str, r: int, config: Mapping[str, Any], deadline: float | None = None) -> float:

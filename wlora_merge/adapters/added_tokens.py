@@ -48,12 +48,7 @@ def resized(base: BaseModel, adapters: Sequence[Adapter], name: str | None) -> B
     result.added = {}
     saved = NameResolver(adapter.tensors)
     for tensor, shape in sorted(_grown(base, old, new).items(), key=lambda item: base.find_tensor(item[0]) is None):
-        found, own = saved.find(tensor), base.find_tensor(tensor)
-        if found is None or tuple(adapter.tensors[found].shape) != shape:
-            raise UnsupportedError(
-                f"--resize-vocab {name}: {adapter.where} adds {new - old} tokens, and lacks tensor {tensor!r} {list(shape)}, so that "
-                "its rows for them are not known: train with modules_to_save for all embeddings."
-            )
+        found, own = _saved_name(adapter, saved, tensor, shape, new - old), base.find_tensor(tensor)
         rows, source = adapter.tensors[found][old:], own or base.find_tied(tensor)
         if source is None:
             raise UnsupportedError(f"--resize-vocab {name}: {base.folder} has no tensor {tensor!r} to add rows to.")
@@ -62,6 +57,17 @@ def resized(base: BaseModel, adapters: Sequence[Adapter], name: str | None) -> B
             result.added[own.name if own else tensor] = rows
     result.tokenizer = _tokenizer_files(adapter, new)
     return result
+
+
+def _saved_name(adapter: Adapter, saved: NameResolver, tensor: str, shape: tuple[int, ...], added: int) -> str:
+    """How the adapter calls its own tensor of that name, which must have the shape with the added rows."""
+    found = saved.find(tensor)
+    if found is None or tuple(adapter.tensors[found].shape) != shape:
+        raise UnsupportedError(
+            f"--resize-vocab {adapter.name}: {adapter.where} adds {added} tokens, and lacks tensor {tensor!r} {list(shape)}, so that "
+            "its rows for them are not known: train with modules_to_save for all embeddings."
+        )
+    return found
 
 
 def resized_config(base: BaseModel) -> dict[str, Any]:

@@ -134,6 +134,10 @@ def _check_types(config: Mapping[str, Any], where: str) -> None:
         names = config.get(field) or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise AdapterError(f"{where}: {field} must be a list of names, got {short(names)}.")
+    _check_numbers(config, where)
+
+
+def _check_numbers(config: Mapping[str, Any], where: str) -> None:
     numbers = [config.get("r", 8), *_values(config, "rank_pattern", where)]
     if not all(type(r) is int and r > 0 for r in numbers):
         raise AdapterError(f"{where}: r and rank_pattern must be positive whole numbers, got {short(numbers)}.")

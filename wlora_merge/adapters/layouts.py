@@ -70,30 +70,37 @@ def layout_of(
     """
     out_in = (lora_B[0], *lora_A[1:])
     fits_transposed = len(base) == 2 and (base[1], base[0]) == out_in
-    if embedding and fits_transposed:
-        return Layout.EMBEDDING
-    if not embedding and len(base) > 2 and base == out_in:
-        return Layout.CONV
-    if not embedding and len(base) == 2:
-        known = model_type in (
-            *CONV1D_MODEL_TYPES,
-            *COMPOSITES,
-        )  # PEFT's fan_in_fan_out is that of the last module alone
-        conv1d = module.rpartition(".")[2] in CONV1D_NAMES if known else fan_in_fan_out
-        certain = known and model_type not in COMPOSITES  # else PEFT looks at the layer, whatever the config says
-        if conv1d and not certain and base == out_in and fits_transposed:
-            raise UnsupportedError(
-                f"target module {module!r}: its weight {list(base)} is square, and in a {model_type or 'custom'} model it may be a "
-                "Linear or a Conv1D: leave this adapter out."
-            )
-        if fits_transposed and conv1d:
-            return Layout.CONV1D
+    if embedding:
+        if fits_transposed:
+            return Layout.EMBEDDING
+    elif len(base) > 2:
         if base == out_in:
-            return Layout.LINEAR
+            return Layout.CONV
+    elif len(base) == 2:
+        conv1d = fits_transposed and _is_conv1d(module, base, model_type, fan_in_fan_out)
+        if conv1d or base == out_in:
+            return Layout.CONV1D if conv1d else Layout.LINEAR
     raise AdapterError(
         f"target module {module!r}: lora_A {list(lora_A)} and lora_B {list(lora_B)} do not fit the base weight {list(base)}: "
         "this adapter was trained on another base model."
     )
+
+
+def _is_conv1d(module: str, base: tuple[int, ...], model_type: str, fan_in_fan_out: bool) -> bool:
+    """Whether a target module whose weight may lie transposed is a GPT-2 style Conv1D.
+
+    Raises:
+        UnsupportedError: a square matrix, in a model of which it is not known.
+    """
+    certain = model_type in CONV1D_MODEL_TYPES  # else PEFT looks at the layer, whatever the config says
+    known = certain or model_type in COMPOSITES  # PEFT's fan_in_fan_out is that of the last module alone
+    conv1d = module.rpartition(".")[2] in CONV1D_NAMES if known else fan_in_fan_out
+    if conv1d and base[0] == base[1] and not certain:
+        raise UnsupportedError(
+            f"target module {module!r}: its weight {list(base)} is square, and in a {model_type or 'custom'} model it may be a "
+            "Linear or a Conv1D: leave this adapter out."
+        )
+    return conv1d
 
 
 def factors_from_file(layout: Layout, factor: torch.Tensor) -> torch.Tensor:

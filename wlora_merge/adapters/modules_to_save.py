@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterError, UnsupportedError
@@ -41,8 +41,7 @@ def stack_tensors(
     Source: `peft.utils.save_and_load.get_peft_model_state_dict`.
     """
     taken: dict[str, torch.Tensor] = {}
-    saved: dict[str, dict[int, torch.Tensor]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    saved = _Saved({}, {})
     if choice not in (None, "drop", "mix", *(a.name for a in adapters)):
         raise AdapterError(
             f"--modules-to-save {choice}: expected drop, mix, or one of {', '.join(a.name for a in adapters)}."
@@ -54,31 +53,48 @@ def stack_tensors(
                 continue
             value = _with_added_rows(adapter.tensors[name], find(name))
             copied = _changed_copy(adapter, name, value, find) if copy else None
-            for tensor in copied or []:
-                if n in saved.get(tensor, {}) and not equal(saved[tensor][n], value):
-                    raise UnsupportedError(
-                        f"{adapter.where}: its copies of the two embeddings that the base model ties differ ({name!r}), so "
-                        "neither can be meant for both: leave this adapter out."
-                    )
-                saved.setdefault(tensor, {})[n] = value
-                shapes[tensor] = tuple(value.shape)
             if copied is not None:
-                continue
-            if choice is None:
+                saved.add_copies(adapter, n, name, copied, value)
+            elif choice is None:
                 raise UnsupportedError(
                     f"{adapter.where}: it carries its own copy of tensor {name!r}: say --modules-to-save NAME to take one adapter's, "
                     "drop to leave them out, or mix to mix them against the base's."
                 )
-            if choice == adapter.name:
+            elif choice == "mix":
+                target = _whole_target(adapter, name, tuple(value.shape), find)
+                saved.add(n, target.module, target.shape, value)
+            else:
                 _check_taken(adapter, name, tuple(value.shape), find)
                 taken[name] = value
-            if choice == "mix":
-                target = _whole_target(adapter, name, tuple(value.shape), find)
-                saved.setdefault(target.module, {})[n] = value
-                shapes[target.module] = target.shape
-    return [
-        TensorDelta(name, shapes[name], saved[name], len(adapters)) for name in sorted(saved, key=natural_key)
-    ], taken
+    return saved.deltas(len(adapters)), taken
+
+
+@dataclass
+class _Saved:
+    """The adapters' own values of whole tensors: tensor -> adapter's number -> value, and each tensor's shape."""
+
+    values: dict[str, dict[int, torch.Tensor]]
+    shapes: dict[str, tuple[int, ...]]
+
+    def add(self, n: int, tensor: str, shape: tuple[int, ...], value: torch.Tensor) -> None:
+        """Adapter n's value of a tensor."""
+        self.values.setdefault(tensor, {})[n] = value
+        self.shapes[tensor] = shape
+
+    def add_copies(self, adapter: Adapter, n: int, name: str, tensors: Iterable[str], value: torch.Tensor) -> None:
+        """Adapter n's copy of an embedding, for each tensor of the base that it stands for."""
+        for tensor in tensors:
+            if n in self.values.get(tensor, {}) and not equal(self.values[tensor][n], value):
+                raise UnsupportedError(
+                    f"{adapter.where}: its copies of the two embeddings that the base model ties differ ({name!r}), so "
+                    "neither can be meant for both: leave this adapter out."
+                )
+            self.add(n, tensor, tuple(value.shape), value)
+
+    def deltas(self, n: int) -> list[TensorDelta]:
+        """What the tensors become in a mixture of n adapters."""
+        names = sorted(self.values, key=natural_key)
+        return [TensorDelta(name, self.shapes[name], self.values[name], n) for name in names]
 
 
 def _with_added_rows(saved: torch.Tensor, target: Target | None) -> torch.Tensor:

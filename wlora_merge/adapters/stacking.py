@@ -53,15 +53,7 @@ def stack(
         for name in adapter.modules:
             for change in _changes(n, adapter, name, find, model_type):
                 known = rows.setdefault((change.module, change.start), [])
-                if known and known[0].layout is not change.layout:
-                    raise AdapterError(
-                        f"{adapter.where}: target module {name!r} is {change.layout.value} here and {known[0].layout.value} in "
-                        "another."
-                    )
-                if any(other.n == n for other in known):
-                    raise AdapterError(
-                        f"{adapter.where}: two of its target modules are {change.module!r} of the base model."
-                    )
+                _refuse_conflict(adapter, name, change, known)
                 known.append(change)
     _refuse_overlapping_rows(rows)
     biases = _biases(adapters, find_tensor or (lambda name: None))
@@ -74,6 +66,16 @@ def stack(
         if adapter.is_zero and not any(_changes_beside(delta, n) for delta in deltas):
             raise AdapterError(f"{adapter.where}: every delta weight is zero: train this adapter, or leave it out.")
     return deltas
+
+
+def _refuse_conflict(adapter: Adapter, name: str, change: ModuleChange, known: Sequence[ModuleChange]) -> None:
+    """Refuse a change of a module that others change as another kind of layer, or that the same adapter changes twice."""
+    if known and known[0].layout is not change.layout:
+        raise AdapterError(
+            f"{adapter.where}: target module {name!r} is {change.layout.value} here and {known[0].layout.value} in another."
+        )
+    if any(other.n == change.n for other in known):
+        raise AdapterError(f"{adapter.where}: two of its target modules are {change.module!r} of the base model.")
 
 
 @dataclass(frozen=True)

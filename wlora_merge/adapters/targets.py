@@ -55,6 +55,7 @@ def modules_of(base: BaseModel) -> Find:
     """Finds target modules in a base's files."""
 
     def find(module: str) -> Target | None:
+        """The target module of that name."""
         entry = base.find_tensor(f"{module}.weight")
         if base.quantized and (entry is None or entry.dtype not in FLOATING):
             return _packed(base, module)
@@ -93,6 +94,7 @@ def tensors_of(base: BaseModel) -> Find:
     """Finds whole tensors in a base's files."""
 
     def find(name: str) -> Target | None:
+        """The whole tensor of that name."""
         own = base.find_tensor(name)
         entry = own or base.find_tied(name)
         if entry is None:

@@ -34,7 +34,7 @@ LIBRARIES = {"dense": "transformers", "lora": "peft", "onnx": "transformers.js"}
 KNOWN_METRICS = ("accuracy", "f1", "exact_match", "rouge", "bleu", "perplexity", "squad", "seqeval")
 """What the hub calls metrics that a fit may report."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DATASET = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LICENSE = re.compile(r"[\w .,()+/-]{1,100}")
 _FRONT_CHARACTERS = 1 << 20
@@ -103,7 +103,7 @@ def _metadata(facts: CardFacts, fronts: Sequence[Mapping[str, Any]]) -> ModelCar
 
     mixture, is_lora = facts.mixture, facts.kind == "lora"
     sources = [] if is_lora else [a.source for a in mixture.adapters if not Path(a.source).is_absolute()]
-    on_hub = list(dict.fromkeys(name for name in [facts.base_name, *sources] if _HUB_ID.fullmatch(name)))
+    on_hub = list(dict.fromkeys(name for name in [facts.base_name, *sources] if _MODEL_ID.fullmatch(name)))
     licenses = {name for front in fronts for name in _named(front, "license", _LICENSE)}
     datasets = dict.fromkeys(name for front in fronts[1:] for name in _named(front, "datasets", _DATASET))
     metric = mixture.metrics.get("metric")

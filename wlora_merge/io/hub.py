@@ -12,7 +12,7 @@ from ..errors import WloraMergeError
 from ..text import first_line, redacted
 from .untrusted import is_utf8
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 BASE_PATTERNS = (
     "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.py", "LICENSE*",
@@ -70,20 +70,23 @@ def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
     text = os.fspath(path_or_id)
     try:
         folder = Path(text).expanduser()
-        if text and folder.is_dir():
-            if not is_utf8(str(folder.resolve())):
-                raise WloraMergeError(
-                    f"{text!r}: this path is not UTF-8, as a manifest must have it: rename the folder."
-                )
-            return Source(folder)
-        there = bool(text) and folder.exists()
+        is_folder, there = bool(text) and folder.is_dir(), bool(text) and folder.exists()
     except (OSError, RuntimeError, ValueError):  # a name too long, a user unknown, a NUL
-        there = True
-    if there or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
+        is_folder, there = False, True
+    if is_folder:
+        if not is_utf8(str(folder.resolve())):
+            raise WloraMergeError(f"{text!r}: this path is not UTF-8, as a manifest must have it: rename the folder.")
+        return Source(folder)
+    if there or text.startswith((".", "/", "~")) or not HUB_ID.fullmatch(text):
         why = _pickle(text) or "no such folder: give"
         raise WloraMergeError(
             f"{redacted(text) or repr(text)}: {why} the folder of a model or adapter, or a hub id (org/name)."
         )
+    return _fetched(text, patterns)
+
+
+def _fetched(text: str, patterns: Sequence[str]) -> Source:
+    """The folder of a hub id in the hub's cache."""
     from huggingface_hub import snapshot_download
 
     hub_id, _, revision = text.partition("@")
@@ -107,4 +110,4 @@ def public_name(source: str) -> str:
 
 def at_revision(name: str, revision: str | None) -> str:
     """A hub id with its revision, as commands take it."""
-    return f"{name}@{revision}" if revision and _HUB_ID.fullmatch(name) else name
+    return f"{name}@{revision}" if revision and HUB_ID.fullmatch(name) else name

@@ -84,6 +84,7 @@ def parse_yaml(text: str) -> Any:
 
     class Loader(yaml.SafeLoader):
         def compose_mapping_node(self, anchor: Any) -> Any:
+            """A table whose keys stand in it once."""
             node = super().compose_mapping_node(anchor)
             keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if twice := [key for key in set(keys) if keys.count(key) > 1]:

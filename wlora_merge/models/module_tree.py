@@ -230,6 +230,7 @@ def bounded(folder: Path, error: type[WloraMergeError] = BaseModelError) -> Iter
     elements = tensors = 0
 
     def count(module: torch.nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        """Add what a module registers to what the model has so far."""
         nonlocal elements, tensors
         if tensor is not None and tensor.device.type == "meta":
             elements, tensors = elements + tensor.numel(), tensors + 1

@@ -46,19 +46,7 @@ def write_genai(dense: Path, out: Path, *, task: Task, dtype: str = "float32", q
     """
     import torch
 
-    if not task.is_decoder:
-        raise UnsupportedError(
-            f"onnxruntime-genai generates text: the task is {task.name!r}, expected {CAUSAL_LM.name!r}."
-        )
-    if quantize not in (None, "int4"):
-        raise UnsupportedError(f"onnxruntime-genai's builder quantizes to int4 alone, got {quantize}.")
-    if dtype == "float16" and quantize is None:
-        raise UnsupportedError(
-            "ONNX Runtime's CPU provider does not run the float16 folder that onnxruntime-genai's builder makes, so it could not be "
-            "checked: use float32 or --quantize int4."
-        )
-    if find_spec("onnxruntime_genai") is None:
-        raise UnsupportedError("onnxruntime-genai is not installed: pip install onnxruntime-genai.")
+    _check_asked(task, dtype, quantize)
     precision = quantize or "fp32"
     with tempfile.TemporaryDirectory() as cache:
         Meter("building the onnxruntime-genai model")
@@ -73,6 +61,23 @@ def write_genai(dense: Path, out: Path, *, task: Task, dtype: str = "float32", q
             f"{out}: only {share:.0%} of the tokens that onnxruntime-genai generates are PyTorch's: export without --onnx-runtime."
         )
     return share
+
+
+def _check_asked(task: Task, dtype: str, quantize: str | None) -> None:
+    """Refuse what the builder does not build, or what could not be checked."""
+    if not task.is_decoder:
+        raise UnsupportedError(
+            f"onnxruntime-genai generates text: the task is {task.name!r}, expected {CAUSAL_LM.name!r}."
+        )
+    if quantize not in (None, "int4"):
+        raise UnsupportedError(f"onnxruntime-genai's builder quantizes to int4 alone, got {quantize}.")
+    if dtype == "float16" and quantize is None:
+        raise UnsupportedError(
+            "ONNX Runtime's CPU provider does not run the float16 folder that onnxruntime-genai's builder makes, so it could not be "
+            "checked: use float32 or --quantize int4."
+        )
+    if find_spec("onnxruntime_genai") is None:
+        raise UnsupportedError("onnxruntime-genai is not installed: pip install onnxruntime-genai.")
 
 
 def compare_genai(folder: Path, model: Any) -> float:

@@ -78,18 +78,24 @@ def name_axes(model: onnx_ir.Model) -> None:
 
     `batch_size`, `sequence_length`, `past_sequence_length`, and `total_sequence_length` for the sum of the last two.
     """
-    import onnx_ir as ir
-
     names: dict[str, str] = {}
     for value in model.graph.inputs:
-        for dim, name in zip(value.shape or (), _AXES.get(value.name or "", ()), strict=False):
-            if isinstance(dim, ir.SymbolicDim) and dim.value:
-                names.setdefault(dim.value, name)
+        known = _AXES.get(value.name or "", ())
+        for i, symbol in _symbols(value):
+            if i < len(known):
+                names.setdefault(symbol, known[i])
     for value in _values(model):
         if value.shape is not None and not value.shape.frozen:
-            for i, dim in enumerate(value.shape):
-                if isinstance(dim, ir.SymbolicDim) and dim.value:
-                    value.shape[i] = _renamed(dim.value, names)
+            for i, symbol in _symbols(value):
+                value.shape[i] = _renamed(symbol, names)
+
+
+def _symbols(value: onnx_ir.Value) -> list[tuple[int, str]]:
+    """The axes of a value that are not numbers, with their names."""
+    import onnx_ir as ir
+
+    dims = enumerate(value.shape or ())
+    return [(i, dim.value) for i, dim in dims if isinstance(dim, ir.SymbolicDim) and dim.value]
 
 
 def _renamed(expression: str, names: dict[str, str]) -> str:

@@ -100,12 +100,7 @@ class Matcher:
         row = col = 0
         down: bool | None = None
         while row < rows and col < cols:
-            fits = []
-            for tile in self._starting_at(stored, row, col):
-                height, width = self._shape_of(tile)
-                whole = (height == rows and down is not True, width == cols and down is not False)
-                if any(whole) and row + height <= rows and col + width <= cols:
-                    fits.append((tile, height, width, whole[1] and not whole[0] if down is None else down))
+            fits = self._fitting(stored, row, col, down)
             if len(fits) > 1 or (fits and fits[0][0].tensor not in changed):
                 fits = [fit for fit in fits if self.difference(stored, fit[0]) is None]
             if not fits:
@@ -115,6 +110,21 @@ class Matcher:
             tiles.append(replace(tile, twins=tuple(sorted(twins))))
             row, col = (row + height, 0) if down else (0, col + width)
         return tiles
+
+    def _fitting(self, stored: Entry, row: int, col: int, down: bool | None) -> list[tuple[Tile, int, int, bool]]:
+        """(tile, height, width, whether tiles follow below it) of the tensors that may stand at a place.
+
+        Args:
+            down: whether tiles stand below each other; None: not known yet.
+        """
+        rows, cols = as_matrix(stored.shape)
+        fits = []
+        for tile in self._starting_at(stored, row, col):
+            height, width = self._shape_of(tile)
+            full_height, full_width = height == rows and down is not True, width == cols and down is not False
+            if (full_height or full_width) and row + height <= rows and col + width <= cols:
+                fits.append((tile, height, width, full_width and not full_height if down is None else down))
+        return fits
 
     def _starting_at(self, stored: Entry, row: int, col: int) -> Iterator[Tile]:
         rows, cols = as_matrix(stored.shape)

@@ -110,23 +110,14 @@ def _steps(folder: Path) -> list[torch.nn.Module | None]:
     file = find_file(folder, MODULES, BaseModelError)
     if file is None:
         return []
-    try:
-        rows = json.loads(read_bytes(file, BaseModelError))
-        kinds = [(str(row["type"]), str(row.get("path") or "")) for row in rows]
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise BaseModelError(f"{file}: is not a list of modules with a type and a path ({error}).") from error
+    kinds = _modules(file)
     known: dict[str, Callable[[Path, dict[str, Any]], torch.nn.Module | None]] = {
         "Pooling": _pooling, "Dense": _dense, "Normalize": _normalize, "Dropout": lambda file, config: None,
     }  # fmt: skip
     steps: list[torch.nn.Module | None] = []
     for number, (kind, path) in enumerate(kinds):
         name = kind.rpartition(".")[2]
-        expected = ("Transformer",) if number == 0 else ("Pooling",) if number == 1 else tuple(known)
-        if not kind.startswith("sentence_transformers.") or name not in expected or (number == 0 and path):
-            raise UnsupportedError(
-                f"{file}: module {number} is {kind!r} in {path or 'the folder itself'!r}, and the ONNX export knows "
-                f"{' or '.join(expected)}{' in the folder itself' if number == 0 else ''} there: {TRANSFORMERS_INSTEAD}."
-            )
+        _check_module(file, number, kind, path, tuple(known))
         if number:
             config = find_file(folder, f"{path}/config.json", BaseModelError) if path else None
             table = read_json(config, BaseModelError) if config is not None else {}
@@ -134,6 +125,26 @@ def _steps(folder: Path) -> list[torch.nn.Module | None]:
     if not steps:
         raise UnsupportedError(f"{file}: has no module that pools: {TRANSFORMERS_INSTEAD}.")
     return steps
+
+
+def _modules(file: Path) -> list[tuple[str, str]]:
+    """(type, path) of each module that `modules.json` lists."""
+    try:
+        rows = json.loads(read_bytes(file, BaseModelError))
+        return [(str(row["type"]), str(row.get("path") or "")) for row in rows]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelError(f"{file}: is not a list of modules with a type and a path ({error}).") from error
+
+
+def _check_module(file: Path, number: int, kind: str, path: str, known: tuple[str, ...]) -> None:
+    """Refuse a module that cannot stand at this place: first the transformer, then what pools, then any that is known."""
+    expected = [("Transformer",), ("Pooling",), known][min(number, 2)]
+    inside = number == 0 and bool(path)
+    if not kind.startswith("sentence_transformers.") or kind.rpartition(".")[2] not in expected or inside:
+        raise UnsupportedError(
+            f"{file}: module {number} is {kind!r} in {path or 'the folder itself'!r}, and the ONNX export knows "
+            f"{' or '.join(expected)}{' in the folder itself' if number == 0 else ''} there: {TRANSFORMERS_INSTEAD}."
+        )
 
 
 def _pooling(file: Path, config: dict[str, Any]) -> torch.nn.Module:

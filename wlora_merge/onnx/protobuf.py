@@ -107,38 +107,65 @@ def _walk_node(found: OnnxFile, view: memoryview, start: int, end: int) -> None:
 
 def _add(found: OnnxFile, view: memoryview, start: int, end: int, name: str | None) -> None:
     """A TensorProto, where it is of a floating dtype and its numbers lie in one range of bytes."""
-    shape: list[int] = []
-    dtype, own, where = 0, "", None
-    outside: dict[str, str] = {}
+    tensor = _read_tensor(view, start, end)
+    if tensor.dtype not in FLOATS or not (tensor.where or tensor.outside):
+        return
+    dtype, shape = FLOATS[tensor.dtype], tuple(tensor.shape)
+    length = byte_length(dtype, shape)
+    file, first, last = _place(found.path, tensor, length)
+    if math.prod(shape) < 1:
+        return
+    if last - first != length:
+        raise ValueError(f"{tensor.name!r} of shape {tensor.shape} needs {length} bytes")
+    found.tensors.append(Entry(tensor.name or name or "", file, dtype, shape, first, last))
+
+
+@dataclass
+class _Tensor:
+    """The fields of a TensorProto: where its numbers lie in this file, or what it says of another."""
+
+    name: str = ""
+    dtype: int = 0
+    shape: list[int] = field(default_factory=list)
+    where: tuple[int, int] | None = None
+    outside: dict[str, str] = field(default_factory=dict)
+
+
+def _read_tensor(view: memoryview, start: int, end: int) -> _Tensor:
+    tensor = _Tensor()
     for (number, wire), at, to in _fields(view, start, end):
-        if number == 1 and wire == 0:
-            shape.append(at)
-        elif number == 1:
-            while at < to:
-                size, at = _varint(view, at)
-                shape.append(size)
+        if number == 1:
+            tensor.shape += [at] if wire == 0 else _varints(view, at, to)
         elif number == 2:
-            dtype = at
+            tensor.dtype = at
         elif number == 8:
-            own = str(view[at:to], "utf-8")
+            tensor.name = str(view[at:to], "utf-8")
         elif number == 9 or (number == 4 and wire == _LENGTH):  # float_data, packed, has the bytes of raw_data
-            where = (at, to)
+            tensor.where = (at, to)
         elif number == 13:
             pair = {n: str(view[a:b], "utf-8") for (n, _), a, b in _fields(view, at, to)}
-            outside[pair.get(1, "")] = pair.get(2, "")
-    if dtype not in FLOATS or not (where or outside):
-        return
-    file, length = found.path, byte_length(FLOATS[dtype], tuple(shape))
-    if outside:
-        if not is_plain_file_name(outside["location"]):
-            raise ValueError(f"{own!r} lies in {outside['location']!r}, expected a plain file name")
-        file, at = found.path.parent / outside["location"], int(outside.get("offset") or 0)
-        where = (at, at + int(outside.get("length") or length))
-    if where is None or where[1] - where[0] != length or math.prod(shape) < 1:
-        if where is not None and math.prod(shape) < 1:
-            return
-        raise ValueError(f"{own!r} of shape {shape} needs {length} bytes")
-    found.tensors.append(Entry(own or name or "", file, FLOATS[dtype], tuple(shape), *where))
+            tensor.outside[pair.get(1, "")] = pair.get(2, "")
+    return tensor
+
+
+def _place(path: Path, tensor: _Tensor, length: int) -> tuple[Path, int, int]:
+    """The file that holds a tensor's numbers, and their range of bytes in it."""
+    if not tensor.outside:
+        return path, *(tensor.where or (0, 0))
+    location = tensor.outside["location"]
+    if not is_plain_file_name(location):
+        raise ValueError(f"{tensor.name!r} lies in {location!r}, expected a plain file name")
+    at = int(tensor.outside.get("offset") or 0)
+    return path.parent / location, at, at + int(tensor.outside.get("length") or length)
+
+
+def _varints(view: memoryview, at: int, end: int) -> list[int]:
+    """The numbers of a packed field."""
+    numbers = []
+    while at < end:
+        number, at = _varint(view, at)
+        numbers.append(number)
+    return numbers
 
 
 def _fields(view: memoryview, start: int, end: int) -> Iterator[tuple[tuple[int, int], int, int]]:

@@ -73,7 +73,7 @@ def compare_with(
     shapes = IMAGE_SHAPES if image else DECODER_SHAPES if task.generates else ENCODER_SHAPES
     tokens = None if image else sentence_tokens(onnx_folder)
     with quiet(), torch.no_grad():
-        largest = max(_compare(sessions, model, half, task, tokens, *_within(model, shape)) for shape in shapes)
+        largest = max(_compare(sessions, model, half, task, tokens, _within(model, shape)) for shape in shapes)
         if task.generates and dtype_of(main_session(sessions), "logits") == "float32":
             _compare_generation(sessions, model, task, tokens, largest)
     return largest
@@ -112,18 +112,18 @@ def _compare(
     half: torch.nn.Module | None,
     task: Task,
     tokens: Sequence[int] | None,
-    batch: int,
-    sequence: int,
-    past: int,
-    padding: int,
+    shape: tuple[int, int, int, int],
 ) -> float:
     """The largest difference of an output for one shape; the past is first computed by the graph itself.
+
+    Args:
+        shape: batch, sequence, past and padding.
 
     What float16 costs depends on the model: `half`, PyTorch's own, widens what is allowed to twice its difference.
     """
     import numpy as np
 
-    session = main_session(sessions)
+    session, (batch, sequence, past, padding) = main_session(sessions), shape
     inputs = sample_inputs(model, task, batch, past + sequence, padding=padding, tokens=tokens)
     if task.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"].flip(0)
