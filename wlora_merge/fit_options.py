@@ -38,6 +38,9 @@ def _tasks(fact: str) -> tuple[str, ...]:
     return tuple(name for name, task in FIT_TASKS.items() if getattr(task, fact))
 
 
+_PACKING, _LABEL_NAMES = _tasks("takes_packing"), _tasks("takes_label_names")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitInputs:
     """What a fit reads besides the base and the adapters."""
@@ -173,11 +176,11 @@ class FitOptions:
         help="Of a classification. Default: lists of names are multi-label, numbers with fractions a regression, all else "
         "single-label.", detail="As in a transformers config.")
     packing: bool = option(
-        False, Topic.TRAINED, tasks=_tasks("takes_packing"),
-        help="causal-lm: the examples of a batch end to end in one row; the same loss, no padding.")
+        False, Topic.TRAINED, tasks=_PACKING,
+        help=f"{', '.join(_PACKING)}: the examples of a batch end to end in one row; the same loss, no padding.")
     label_names: bool = option(
-        False, Topic.INPUTS, tasks=_tasks("takes_label_names"),
-        help="text-classification: take each label's name, as words, for one more example of it, which is never held out.")
+        False, Topic.INPUTS, tasks=_LABEL_NAMES,
+        help=f"{', '.join(_LABEL_NAMES)}: take each label's name, as words, for one more example of it, which is never held out.")
     gradient_checkpointing: bool = option(False, Topic.TRAINED, help="Less memory, more time.")
     report_to: str = option(
         "none", Topic.OUTPUT, help="Trackers of accelerate (tensorboard, wandb, ...), with commas.")

@@ -1,7 +1,9 @@
-"""How examples become model inputs, and how predictions become numbers."""
+"""The list of tasks, and what holds for each of them."""
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,18 +31,41 @@ def test_tasks_are_found_by_name_and_a_misspelling_gets_the_nearest() -> None:
     assert get_task("causal-lm").auto_class().__name__ == "AutoModelForCausalLM"
     with pytest.raises(WloraMergeError, match="did you mean 'text-classification'"):
         get_task("text-clasification")
+    assert get_task(None).is_body
 
 
-# labels
+def spelled(file: Path) -> list[str]:
+    """The tasks that a file names in its code; what its docstrings name is an example for a reader."""
+    tree = ast.parse(file.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {id(n.body[0].value) for n in ast.walk(tree) if isinstance(n, documented) and ast.get_docstring(n)}  # type: ignore[attr-defined]
+    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in docstrings]
+    named = [str(text) for text in texts if isinstance(text, str)]
+    return [task for task in TASKS if any(re.search(rf"(?<![\w-]){task}(?![\w-])", text) for text in named)]
 
 
-# text classification
+def test_a_task_is_named_in_its_own_file_alone() -> None:
+    found = {str(file.relative_to(ROOT)): spelled(file) for file in (ROOT / "wlora_merge").rglob("*.py")}
+    own = {f"wlora_merge/data/{task.replace('-', '_')}.py": [task] for task in TASKS}
+    assert {file: tasks for file, tasks in found.items() if tasks} == own
 
 
-# causal language models
+def test_what_a_task_reads_is_named_by_its_columns() -> None:
+    for task in TASKS.values():
+        columns = {name for form in task.forms for name in form.columns}
+        assert columns == set(task.conventions)
+        assert columns >= {*task.more_text, *filter(None, [task.spread_column])}
+        assert all(name in names for name, names in task.conventions.items())
 
 
-# the other tasks
+def test_every_class_that_peft_has_for_a_task_exists() -> None:
+    import peft
+
+    for task in TASKS.values():
+        assert (task.peft_task_type is None) == (task.peft_auto_class_name is None)
+        if task.peft_auto_class_name is not None:
+            assert task.peft_task_type in peft.TaskType.__members__
+            assert getattr(peft, task.peft_auto_class_name)._target_class.__name__ == task.auto_class_name
 
 
 def test_feature_extraction_is_not_fitted(tmp_path: Path) -> None:

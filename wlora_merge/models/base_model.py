@@ -226,8 +226,8 @@ def _no_weights(folder: Path) -> str:
     if pickles:
         return (
             f"{folder}: its weights are pickles ({pickles[0]}), which could run code and are never loaded: convert them where you "
-            "trust them, as AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) does of a causal-lm, and copy "
-            "the tokenizer's files."
+            "trust them, as AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) does of a language model, and "
+            "copy the tokenizer's files."
         )
     return _gguf(folder) or (
         f"{folder}: has neither {SINGLE} nor {INDEX}: give a Hugging Face model in safetensors; pickles of the hub are not fetched, "
