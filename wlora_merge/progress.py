@@ -6,11 +6,15 @@ A room that works for longer than a second tells, whatever called it: no functio
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+
+LOG = logging.getLogger("wlora_merge")
+"""What the library tells a user who listens; the command line shows it on stderr."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ card and the manifest.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from ..mixture.mixture import Mixture
 from ..models.base_model import BaseModel, refuse_quantized
 from ..models.files import INDEX
 from ..models.tied_embeddings import untied_config
+from ..progress import LOG
 from .dense import OutputFile, changed_config, folder_bytes, index_bytes, plan, with_dtype
 from .head import locate_head
 from .manifest import PACKAGES, build_manifest, versions, write_manifest
@@ -40,8 +40,6 @@ from .stream import write_files
 
 if TYPE_CHECKING:
     from .onnx_refold import Refold
-
-_LOG = logging.getLogger("wlora_merge")
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def _plan(inputs: Inputs, asked: ExportOptions) -> _Plan:
         )
     untied = {} if lora else inputs.untied
     if untied:
-        _LOG.info(_untied_note(untied))
+        LOG.info(_untied_note(untied))
     if untied and onnx_base is not None:
         raise UnsupportedError(
             f"{onnx_base}: {_untied_note(untied)} A refold keeps the graph of the base: export without it."

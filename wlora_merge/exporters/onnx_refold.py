@@ -7,7 +7,6 @@ few weights at a time.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,10 +22,10 @@ from ..onnx.graph import MODEL, graph_file
 from ..onnx.match import Matcher, Tile, as_matrix, read_into
 from ..onnx.protobuf import OnnxFile, read_onnx
 from ..onnx.seq2seq import DECODER, ENCODER
+from ..progress import LOG
 from .dense import OutputFile, Piece
 from .stream import fold_into, write_files
 
-_LOG = logging.getLogger("wlora_merge")
 PAIR = (graph_file(ENCODER), graph_file(DECODER))
 MODEL_FILE = graph_file(MODEL)  # what the graph of a single file is called, whatever that file was
 TRACE_INSTEAD = "leave --onnx-base out to trace the mixture anew"
@@ -77,7 +76,7 @@ def plan_refold(onnx_base: Path, base: BaseModel, pieces: Iterable[Piece], mixtu
     found = [read_onnx(path) for path in find_graphs(onnx_base)]
     graphs = [graph for graph in found if not graph.quantized] or found
     if left := [graph.path.name for graph in found if graph not in graphs]:
-        _LOG.info(f"{onnx_base}: {', '.join(left)} is quantized and left out: quantize the new graph again.")
+        LOG.info(f"{onnx_base}: {', '.join(left)} is quantized and left out: quantize the new graph again.")
     for graph in graphs:
         for name, operator in graph.quantized.items():
             raise UnsupportedError(

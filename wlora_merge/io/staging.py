@@ -22,7 +22,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import logging
 import os
 import re
 import secrets
@@ -37,11 +36,11 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import OutputError, WloraMergeWarning
+from ..progress import LOG
 from ..text import human_bytes
 from .locks import beside, locked
 from .signals import signals_held
 
-_LOG = logging.getLogger("wlora_merge")
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux and RENAME_SWAP of macOS happen to be the same number
 _AT_FDCWD = -100
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -105,7 +104,7 @@ def staged(
                     if staging.swap == "exchange"
                     else "in two renames, as this system cannot exchange folders"
                 )
-                _LOG.info("%s: the old folder was replaced %s.", out, how)
+                LOG.info("%s: the old folder was replaced %s.", out, how)
 
 
 # What may not be written to

@@ -126,25 +126,52 @@ def learned_settings(options: FitOptions, *, head: bool, enough: bool) -> list[C
     """
     if options.method not in (Kind.LEARNED.value, AUTO):
         return []
-    softmax = options.initial_logits is not None or options.temperature != 1
-    both = ["none", "all"] if head else ["all", "none"]
-    normalizes = [options.normalize] if options.normalize else ["all"] if softmax else both
-    from_file = isinstance(options.initial_logits, str)  # which has its own groups
-    granularities = [options.granularity or "module"] if options.granularity or from_file else ["module", "global"]
-    pulls = [options.pull] if options.pull is not None else list(PULLS)
-    default = NEW_RANK if enough else 0
-    half = head and not enough and options.initial_logits is None
-    share = options.interpolation if options.interpolation is not None else ONE_SHOT if half else 1.0
-    given = options.new_adapter_interpolation
-    new = (given,) if given is not None else (1.0,) if head else NEW_INTERPOLATIONS
-    ranks = [options.new_adapter] if options.new_adapter is not None else [default, NEW_RANK - default]
-    table = itertools.product(enumerate(pulls), enumerate(granularities), enumerate(normalizes), enumerate(ranks))
+    share, new = _interpolations(options, head=head, enough=enough)
+    table = itertools.product(
+        enumerate(_pulls(options)),
+        enumerate(_granularities(options)),
+        enumerate(_normalizes(options, head=head)),
+        enumerate(_ranks(options, enough=enough)),
+    )
     ordered = sorted(table, key=lambda row: sum(number for number, _ in row))
     settings = [
         Candidate(LEARNED, None, m, g, p, new_adapter=r, interpolation=share, new_interpolations=new if r else (1.0,))
         for (_, p), (_, g), (_, m), (_, r) in ordered
     ]
     return [s for s in settings if not (s.new_adapter and s.normalize == "present")][: options.settings]
+
+
+def _pulls(options: FitOptions) -> list[float]:
+    return list(PULLS) if options.pull is None else [options.pull]
+
+
+def _granularities(options: FitOptions) -> list[str]:
+    if options.granularity or isinstance(options.initial_logits, str):  # a file has its own groups
+        return [options.granularity or "module"]
+    return ["module", "global"]
+
+
+def _normalizes(options: FitOptions, *, head: bool) -> list[str]:
+    if options.normalize:
+        return [options.normalize]
+    if options.initial_logits is not None or options.temperature != 1:
+        return ["all"]
+    return ["none", "all"] if head else ["all", "none"]
+
+
+def _ranks(options: FitOptions, *, enough: bool) -> list[int]:
+    """Ranks of the new adapter; 0: none."""
+    if options.new_adapter is not None:
+        return [options.new_adapter]
+    return [NEW_RANK, 0] if enough else [0, NEW_RANK]
+
+
+def _interpolations(options: FitOptions, *, head: bool, enough: bool) -> tuple[float, tuple[float, ...]]:
+    """How far the mixture goes from uniform composition, and how far the new adapter may go besides."""
+    half = head and not enough and options.initial_logits is None
+    share = options.interpolation if options.interpolation is not None else ONE_SHOT if half else 1.0
+    given = options.new_adapter_interpolation
+    return share, (given,) if given is not None else (1.0,) if head else NEW_INTERPOLATIONS
 
 
 def setting_name(candidate: Candidate) -> str:

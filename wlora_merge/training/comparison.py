@@ -44,6 +44,23 @@ class Comparison:
     pruned: float | None = None
     trained: dict[Contender, Trained] = field(default_factory=dict)
 
+    def enter(self, candidate: Candidate, found: Sequence[_One], learner: Learner) -> None:
+        """Score a candidate by its trainings on all parts; of the settings of the learned method the one that is ahead stays."""
+        who, judged = candidate.contender, [one.trained.judged for one in found]
+        scores = {at: score(pool([part[at] for part in judged]), learner.metric) for at in judged[0]}
+        step, new = _best_point(scores)
+        chosen, reached = replace(candidate, new_interpolations=(new,)), scores[step, new]
+        if candidate.learned:
+            self.settings[setting_name(chosen)] = reached.row() | {"steps": step}
+        if _is_behind(reached, self.scores.get(who), head=bool(learner.head)):
+            return
+        self.scores[who], self.steps[who] = reached, step
+        if candidate.learned:
+            self.learned = chosen
+            pruned = [one.pruned for one in found if one.pruned is not None]
+            whole = scores[max(step for step, _ in scores), candidate.new_interpolation]
+            self.pruned = score(pool(pruned), learner.metric).loss - whole.loss if pruned else None
+
 
 @dataclass(frozen=True)
 class Judging:
@@ -89,28 +106,23 @@ def compare(learner: Learner, candidates: Sequence[Candidate], judging: Judging)
     several = sum(c.learned for c in candidates) > 1
     for candidate in candidates:
         who, found = candidate.contender, [_one(learner, candidate, s, keep=alone) for s in judging.splits(candidate)]
-        first = alone and not result.scores and bool(found[0][0].judged)  # which is to be kept
-        if not (first or all(trained.complete for trained, _ in found)):
+        first = alone and not result.scores and bool(found[0].trained.judged)  # which is to be kept
+        if not (first or all(one.trained.complete for one in found)):
             setting = f" ({setting_name(candidate)})" if candidate.learned and several else ""
             result.skipped.append(f"{who.label}{setting}")
             continue
         if alone:
-            result.trained[who] = found[0][0]
-        scores = {at: score(pool([t.judged[at] for t, _ in found]), learner.metric) for at in found[0][0].judged}
-        step, new = _best_point(scores)
-        chosen, reached = replace(candidate, new_interpolations=(new,)), scores[step, new]
-        if candidate.learned:
-            result.settings[setting_name(chosen)] = reached.row() | {"steps": step}
-        if _is_behind(reached, result.scores.get(who), head=bool(learner.head)):
-            continue
-        result.scores[who], result.steps[who] = reached, step
-        if candidate.learned:
-            result.learned = chosen
-            pruned = [p for _, p in found if p is not None]
-            if pruned:
-                whole = scores[max(step for step, _ in scores), candidate.new_interpolation]
-                result.pruned = score(pool(pruned), learner.metric).loss - whole.loss
+            result.trained[who] = found[0].trained
+        result.enter(candidate, found, learner)
     return result
+
+
+@dataclass(frozen=True)
+class _One:
+    """A training of a candidate, and what the model gave once its weights were pruned, where that was asked for."""
+
+    trained: Trained
+    pruned: Judged | None = None
 
 
 def _is_behind(reached: Score, before: Score | None, *, head: bool) -> bool:
@@ -129,52 +141,57 @@ def _best_point(scores: Mapping[tuple[int, float], Score]) -> tuple[int, float]:
     return max(((step, new) for new, step in sorted(steps.items())), key=lambda point: scores[point].key())
 
 
-def _one(learner: Learner, candidate: Candidate, split: Split, *, keep: bool) -> tuple[Trained, Judged | None]:
+def _one(learner: Learner, candidate: Candidate, split: Split, *, keep: bool) -> _One:
     """One training and what it gave when it was judged; taken from the fit's state where it has been done.
 
     Args:
         keep: what was trained too, not the judgements alone.
-
-    Returns:
-        the training; what the model gave once its weights were pruned, where that was asked for.
     """
     run, evaluations = learner.run, None
     saved = run.state.done(split.key)
-    if saved is None and run.is_over(split.deadline):
-        return Trained(complete=False), None
+    if not saved and run.is_over(split.deadline):
+        return _One(Trained(complete=False))
     if candidate.contender == SEARCH:
         candidate, evaluations = searched(learner, candidate, split)
     if saved:
-        return _done_before(saved, candidate)
+        return _restored(saved, candidate)
     if evaluations == 0:
-        return Trained(complete=False), None
+        return _One(Trained(complete=False))
     trained = learner.train(candidate, split)
     trained.candidate, trained.evaluations = candidate, evaluations
     trained.complete = trained.complete and evaluations is None
-    if keep and not trained.complete and trained.steps:  # what time allowed is what would be kept
-        trained.judged[trained.steps, candidate.new_interpolation] = learner.judge(split.held)
-    pruned = None
-    if candidate.learned and run.options.prune_below and trained.complete:
-        prune(learner)
-        pruned = learner.judge(split.held)
-    if trained.complete:
-        table = {
-            "steps": trained.steps,
-            "loss": trained.loss,
-            "pruned": vars(pruned) if pruned else None,
-            "tensors": trained.tensors if keep else [],
-            "history": trained.history,
-            "judged": {point: vars(judged) for point, judged in trained.judged.items()},
-        }
-        run.state.finish(split.key, table)
-    return trained, pruned
+    if not trained.complete:
+        if keep and trained.steps:  # what time allowed is what would be kept
+            trained.judged[trained.steps, candidate.new_interpolation] = learner.judge(split.held)
+        return _One(trained)
+    pruned = _judge_pruned(learner, split.held) if candidate.learned and run.options.prune_below else None
+    run.state.finish(split.key, _saved(trained, pruned, keep=keep))
+    return _One(trained, pruned)
 
 
-def _done_before(saved: dict[str, Any], candidate: Candidate) -> tuple[Trained, Judged | None]:
+def _judge_pruned(learner: Learner, held: Sequence[int]) -> Judged:
+    prune(learner)
+    return learner.judge(held)
+
+
+def _saved(trained: Trained, pruned: Judged | None, *, keep: bool) -> dict[str, Any]:
+    """A training as plain containers and tensors."""
+    return {
+        "steps": trained.steps,
+        "loss": trained.loss,
+        "pruned": vars(pruned) if pruned else None,
+        "tensors": trained.tensors if keep else [],
+        "history": trained.history,
+        "judged": {point: vars(judged) for point, judged in trained.judged.items()},
+    }
+
+
+def _restored(saved: dict[str, Any], candidate: Candidate) -> _One:
+    """The training that `_saved` wrote down."""
     judged = {point: Judged(**row) for point, row in saved["judged"].items()}
     steps, loss, tensors, history = (saved[key] for key in ("steps", "loss", "tensors", "history"))
     trained = Trained(steps, loss, judged, tensors=tensors, history=history, candidate=candidate)
-    return trained, Judged(**saved["pruned"]) if saved["pruned"] else None
+    return _One(trained, Judged(**saved["pruned"]) if saved["pruned"] else None)
 
 
 def prune(learner: Learner) -> int:

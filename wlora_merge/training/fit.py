@@ -90,7 +90,7 @@ def fit(
     given = _Given(job, request, chosen, open_base(base), load_adapters(adapters, residual=request.residual))
     if out is not None:
         refuse_out(Path(out), force=force, inputs=given.sources)
-    _check(given)
+    _refuse_unfit(given)
     shots, held = _examples(given)
     with team() as ranks, only_fit(out if ranks.leads else None):
         state = _state(out if ranks.leads else None, given, shots, held, resume)
@@ -129,7 +129,7 @@ class _Given:
         ]  # fmt: skip
 
 
-def _check(given: _Given) -> None:
+def _refuse_unfit(given: _Given) -> None:
     """Refuse, before any example is read, what cannot be fitted."""
     if given.options.quantize:
         logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)  # which the command line keeps quiet

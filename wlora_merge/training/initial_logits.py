@@ -94,6 +94,7 @@ def _logits(options: FitOptions, names: list[str], base: BaseModel) -> Any:
             )
 
     def read(groups: dict[str, list[str]], granularity: str) -> torch.Tensor:
+        """The file's logits [G, N], one row for each of the model's groups."""
         stored = {key: group_of(base.find_module(modules[0]) or key, granularity) for key, modules in groups.items()}
         keys = [key if key in table else stored[key] for key in groups]
         missing = [g for g in keys if g not in table] or [n for g in keys for n in names if n not in table[g]]

@@ -8,7 +8,6 @@ no code in it is ever run. It goes when the fit is done.
 from __future__ import annotations
 
 import io
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,10 +18,9 @@ from typing import Any
 from ..constants import FIT_STATE
 from ..errors import MixtureError, OutputError
 from ..io.staging import reserved
+from ..progress import LOG
 
 SAVE_EVERY_S = 5.0
-
-_LOG = logging.getLogger("wlora_merge")
 
 
 class FitState:
@@ -45,9 +43,9 @@ class FitState:
         found = _read(file) if os.path.lexists(file) else None
         if not resume:
             if found:
-                _LOG.info("%s: a fit to this folder was stopped; it starts over, as --resume is not given.", file)
+                LOG.info("%s: a fit to this folder was stopped; it starts over, as --resume is not given.", file)
         elif found is None:
-            _LOG.info("%s: there is no stopped fit to take up; it starts from the beginning.", file)
+            LOG.info("%s: there is no stopped fit to take up; it starts from the beginning.", file)
         elif found["fingerprint"] != fingerprint:
             raise MixtureError(
                 f"{file}: belongs to a fit with other inputs, options or versions, so it would not give the same result: delete "
