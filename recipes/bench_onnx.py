@@ -32,7 +32,8 @@ from pathlib import Path
 import torch, transformers.exporters
 from wlora_merge.onnx.graph import tidy
 from wlora_merge.data.tasks import get_task
-from wlora_merge.onnx.dummy_inputs import load_model, quiet
+from wlora_merge.models.loading import quiet
+from wlora_merge.onnx.dummy_inputs import load_model
 from wlora_merge.onnx.trace import trace
 task = get_task(sys.argv[2])
 model = load_model(Path(sys.argv[1]), task, torch.float32, attention="eager")

@@ -95,13 +95,15 @@ def _serve() -> None:
     import datasets  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch  # noqa: F401
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM, BertForSequenceClassification, LlamaForCausalLM  # noqa: F401
 
     import wlora_merge.cli.inspect_tables
     import wlora_merge.cli.run
     import wlora_merge.exporters.export
     import wlora_merge.mixture.attach
-    import wlora_merge.training.fit  # noqa: F401
+    import wlora_merge.training.comparison
+    import wlora_merge.training.fit
+    import wlora_merge.training.model  # noqa: F401
     from wlora_merge.cli.main import main
 
     for line in sys.stdin:

@@ -26,8 +26,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from support.hostile import Jail, Outcome, mutated_bytes, mutated_safetensors, mutated_table, spoil
-from support.models import make_adapter, tiny_llama
+from support.hostile import SECONDS, Jail, Outcome, mutated_bytes, mutated_safetensors, mutated_table, spoil
+from support.models import make_adapter, tiny_bert, tiny_llama
+from support.shots import save_tokenizer
 
 from wlora_merge.adapters.adapter import load_adapter
 from wlora_merge.adapters.config import FOLDED, INERT, REFUSED
@@ -46,6 +47,12 @@ CONFIG_KEYS = (
     "dtype", "auto_map", "num_hidden_layers", "hidden_size", "id2label", "image_size", "num_channels",
 )  # fmt: skip
 
+HUGE = {
+    "vocab_size": 10**8, "hidden_size": 10**5, "intermediate_size": 10**7, "num_hidden_layers": 3000, "num_labels": 10**8,
+    "max_position_embeddings": 10**8, "type_vocab_size": 10**8, "num_attention_heads": 10**6, "head_dim": 10**7,
+    "num_key_value_heads": 10**6,
+}  # fmt: skip
+"""Keys of a config that say how large a model is, and what is far too much."""
 MIXTURE_KEYS = (
     "format_version", "base_model", "adapters", "granularity", "normalize", "delta_scale", "groups", "weights", "task", "config",
     "metrics", "modules_to_save", "prefixes", "data",
@@ -79,6 +86,14 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "exports": [{"format": "dense"}, {"format": "lora", "rank": 2, "name": "small"}], "verify": False,
     }  # fmt: skip
     (root / "recipe.yaml").write_text(json.dumps(recipe))
+    for name, body, targets in (("bert", tiny_bert(), ["query", "value"]), ("llama", model, ["q_proj", "v_proj"])):
+        (root / name).mkdir()
+        body.save_pretrained(root / name / "base")
+        save_tokenizer(root / name / "base")
+        for i in range(2):
+            make_adapter(body, root / name / f"a{i}", i, r=2, target_modules=targets)
+    (root / "bert/shots.csv").write_text("text,label\nw1 w2,low\nw3 w4,high\nw5 w6,low\nw7 w8,high\n")
+    (root / "llama/shots.jsonl").write_text('{"prompt": "w1 w2", "completion": "w3 w4"}\n' * 2)
     return root
 
 
@@ -260,6 +275,28 @@ def test_fuzzed_base_configs(jail: Jail, seeds: Path, tmp_path: Path) -> None:
     count = Count(jail, tmp_path)
     mixed(count, seeds, lambda at, seed: rewrite(at / "base/config.json", as_table(*CONFIG_KEYS), seed))
     count.close("config.json")
+
+
+def test_fits_on_fuzzed_base_configs(jail: Jail, seeds: Path, tmp_path: Path) -> None:
+    """Also configs of far larger models than the files hold: those are refused before memory is taken."""
+    count = Count(jail, tmp_path)
+    kinds = {"bert": ("shots.csv", "text-classification"), "llama": ("shots.jsonl", "causal-lm")}
+    for number in range(FIRST, FIRST + CASES):
+        seed = random.Random(number)
+        at = tree(seeds, tmp_path / "case", *kinds) / seed.choice(sorted(kinds))
+        data, task = kinds[at.name]
+        if seed.random() < 0.3:
+            huge, config = seed.choice(sorted(HUGE)), json.loads((at / "base/config.json").read_text())
+            config[huge] = HUGE[huge] * seed.choice((1, 100, 10_000))
+            (at / "base/config.json").write_text(json.dumps(config))
+        else:
+            rewrite(at / "base/config.json", as_table(*CONFIG_KEYS, *HUGE), seed)
+        before = {p.name for p in at.iterdir()}
+        inputs = ["--base", at / "base", "--adapter", at / "a0", "--adapter", at / "a1", "--data", at / data]
+        short = ["--max-steps", 1, "--folds", 0, "--new-adapter", 0]
+        outcome = jail.run("fit", *inputs, "--task", task, "--out", at / "out", *short, seconds=2 * SECONDS)
+        count.case(number, outcome, left(at, before, outcome))
+    count.close("config.json, in a fit")
 
 
 def test_fuzzed_base_weights(jail: Jail, seeds: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.task import Task
 from ..data.tasks import get_task
+from ..errors import VerifyError
 from ..models.loading import library_errors
 from ..progress import Meter
 from .manifest import is_probe
@@ -68,7 +69,7 @@ def outputs_of(model: nn.Module, probe: Mapping[str, Any]) -> dict[str, torch.Te
     import torch
 
     Meter("comparing outputs")
-    with torch.no_grad(), library_errors("the model does not run on the probe"):
+    with torch.no_grad(), library_errors("the model does not run on the probe", VerifyError):
         result = model(**probe_tensors(probe), return_dict=True)
     wanted = (
         "logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output", "token_embeddings",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.tasks import get_task
 from ..errors import UnsupportedError, VerifyError
 from ..io.tensors import matrix_shape
-from ..models.loading import library_errors, quiet_libraries
-from ..models.module_tree import bounded
+from ..models.loading import bounded, class_for, library_errors, load, quiet
 from ..progress import Meter
 
 if TYPE_CHECKING:
@@ -24,65 +23,36 @@ if TYPE_CHECKING:
 
 HEAD_KEYS = ("id2label", "label2id", "problem_type", "pad_token_id")
 """Keys of a mixture's config that make its head."""
-SAFE = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-"""For `from_pretrained`: nothing is fetched, no code of the folder is run, no pickle is loaded."""
 
 
 def load_model(
     folder: Path,
     task: str | None,
     *,
-    complete: bool = True,
+    head: Collection[str] = (),
     unused: Callable[[str], bool] = lambda _: False,
     **options: Any,
 ) -> nn.Module:
     """Load a model folder by its task, in float32, in evaluation mode.
 
+    Without a task, and where the task's class does not know the model (a vision-language one as causal-lm), its class is the one
+    that its config names.
+
     Args:
-        complete: refuse a folder whose tensors are not just the model's.
+        head: names of tensors that the caller puts into the model, so that the folder may lack them.
         unused: whether a tensor may be one that the model has no place for.
         options: handed to `from_pretrained` (num_labels, id2label, ...).
 
     Raises:
-        VerifyError: missing, unexpected or mismatched tensors.
+        VerifyError: it does not load; missing, unexpected or mismatched tensors.
     """
     import torch
 
     Meter("loading the model")
-    with (
-        quiet_libraries(),
-        library_errors(f"{folder}: transformers cannot load it as {task}"),
-        bounded(folder, VerifyError),
-    ):
-        model, info = _class_for(folder, task).from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=complete, **SAFE, **options
-        )
-    missing = {str(key) for key in info["missing_keys"]}
-    if complete and get_task(task).is_body and any(key.startswith("pooler.") for key in missing):
-        model.pooler = None  # of a base that was trained without; one drawn anew would say nothing
-        missing = {key for key in missing if not key.startswith("pooler.")}
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if complete else ():
-        keys = missing if kind == "missing_keys" else set(map(str, info[kind]))
-        left = sorted(key for key in keys if kind != "unexpected_keys" or not unused(key))
-        if left:
-            raise VerifyError(f"{folder}: loading it as {task} leaves {kind.replace('_', ' ')}: {left[:3]}.")
-    result: nn.Module = model.eval()
-    return result
-
-
-def _class_for(folder: Path, task: str | None) -> Any:
-    """The task's class; without a task, for a tower with a projection, or where that class does not know the model (a
-    vision-language one as causal-lm), the one that its config names."""
-    import transformers
-
-    from ..onnx.dummy_inputs import PROJECTED
-
-    auto: Any = get_task(task).auto_class()
-    config = transformers.AutoConfig.from_pretrained(folder, **SAFE)
-    named = (getattr(config, "architectures", None) or [""])[0]
-    projected = get_task(task).is_body and named.endswith(PROJECTED)
-    known = task and type(config) in auto._model_mapping and not projected
-    return auto if known else getattr(transformers, named, auto)
+    cls, _ = class_for(folder, get_task(task).auto_class() if task else None, VerifyError, or_named=True)
+    model: nn.Module
+    model, _ = load(cls, folder, torch.float32, error=VerifyError, replaced=head, unused=unused, **options)
+    return model
 
 
 def unused_by(manifest: Mapping[str, Any]) -> Callable[[str], bool]:
@@ -110,8 +80,8 @@ def export_model(folder: Path, manifest: Mapping[str, Any], base: BaseModel | No
     from peft import PeftModel
 
     options = {key: config[key] for key in HEAD_KEYS if key in config}
-    model = load_model(base.folder, task, complete=not manifest.get("head"), unused=unused_by(manifest), **options)
-    with quiet_libraries(), library_errors(f"{folder}: PEFT cannot load it"):
+    model = load_model(base.folder, task, head=manifest.get("head") or (), unused=unused_by(manifest), **options)
+    with quiet(), library_errors(f"{folder}: PEFT cannot load it", VerifyError), bounded(folder, VerifyError):
         loaded: nn.Module = PeftModel.from_pretrained(model, folder).eval()
     return loaded
 
@@ -147,7 +117,7 @@ def attach_mixture(
                 raise VerifyError(f"target module {module!r} belongs to no group of the manifest: export again.")
             parameter[g] = logits[row[module]]
         for name, tensor in mixture.head.items():
-            with library_errors(f"tensor {name!r} of the trained head does not fit the base"):
+            with library_errors(f"tensor {name!r} of the trained head does not fit the base", VerifyError):
                 set_parameter(model, name, tensor)
         for delta in tensors:
             own, live = tensors_of(base)(delta.tensor), live_tensors(model)(delta.tensor)

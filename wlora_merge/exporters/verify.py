@@ -125,9 +125,7 @@ def _unmerged(folder: Path, manifest: Mapping[str, Any], found: Inputs) -> Any:
 
     mixture = found.mixture
     head_options = {k: mixture.config[k] for k in HEAD_KEYS if k in mixture.config}
-    model = load_model(
-        found.base.folder, mixture.task, complete=not mixture.head, unused=unused_by(manifest), **head_options
-    )
+    model = load_model(found.base.folder, mixture.task, head=mixture.head, unused=unused_by(manifest), **head_options)
     attach_mixture(model, mixture, found.adapters, found.base, found.tensors)
     refuse_uncalled(model, lambda: outputs_of(model, manifest["probe"]))
     if manifest["format"] == "onnx" and get_task(mixture.task).is_body:

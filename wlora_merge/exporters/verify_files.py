@@ -77,7 +77,7 @@ def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_dense(folder: Path, manifest: Mapping[str, Any]) -> None:
-    opened = open_base(folder)
+    opened = open_base(folder, VerifyError)
     for name in manifest["files"]:
         if name.endswith(".safetensors") and "/" not in name and name not in opened.headers:
             raise VerifyError(f"{folder / name}: holds tensors that {INDEX} does not name: export again.")

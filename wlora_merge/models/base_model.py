@@ -6,17 +6,18 @@ never opened for writing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BaseModelError, UnsupportedError
+from ..errors import BaseModelError, UnsupportedError, WloraMergeError
 from ..io.digests import sha256_files
 from ..io.hub import BASE_PATTERNS, Source, resolve_source
 from ..io.safetensors_file import Entry, Header, read_header, read_tensor
 from ..io.untrusted import find_file, is_plain_file_name, read_json
+from ..text import short
 from .files import INDEX, SINGLE, TOKENIZER_FILES, carried_files
 from .names import OUTPUT_EMBEDDINGS, NameResolver
 from .quantization import quantized_format
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
     from .module_tree import ModuleTree
 
+SIDES = (
+    "hidden_size", "intermediate_size", "vocab_size", "d_model", "d_ff", "n_embd", "n_inner", "ffn_dim", "num_labels",
+)  # fmt: skip
+"""Keys of a config that are a side of a tensor."""
 HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForImageClassification")
 
 
@@ -155,8 +160,11 @@ class BaseModel:
         return kept | {Path(name): path for name, path in self.tokenizer.items()}
 
 
-def open_base(path_or_id: str | Path) -> BaseModel:
+def open_base(path_or_id: str | Path, error: type[WloraMergeError] = BaseModelError) -> BaseModel:
     """Open a base model: config, index and headers.
+
+    Args:
+        error: raised for a config that describes a far larger model than its files hold.
 
     Raises:
         BaseModelError: no config, no safetensors weights, or an index that does not agree with its files.
@@ -182,6 +190,7 @@ def open_base(path_or_id: str | Path) -> BaseModel:
     if index is not None:
         # it says where a tensor that lies in two shards is read; what it forgets is loaded all the same
         entries |= {name: headers[file].entries[name] for name, file in index["weight_map"].items()}
+    _check_size(config, config_file, entries.values(), error)
     return BaseModel(source, config, headers, index, entries)
 
 
@@ -239,6 +248,27 @@ def _gguf(folder: Path) -> str:
     if any(folder.glob("*.gguf")):
         return f"{folder}: its weights are GGUF, a quantized format: give the original 16-bit base in safetensors."
     return ""
+
+
+def _check_size(config: dict[str, Any], file: Path, entries: Collection[Entry], error: type[WloraMergeError]) -> None:
+    """Refuse a config of a far larger model than the files hold, before transformers makes lists as long as it says.
+
+    What is left is told when a model is built; see `loading.bounded`. A side may be 16 times the longest that is there, as packed
+    weights have several numbers in one; a table for a part that is not there may have longer ones.
+    """
+    most = 4 * len(entries) + 100  # layers that share their tensors, as ALBERT's, are few
+    longest = 16 * max((side for entry in entries for side in entry.shape), default=0) + 10_000
+    for table in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key, value in table.items():
+            counts, sides = (
+                key.endswith(("_layer", "_layers")),
+                key == "num_labels" or (key in SIDES and table is config),
+            )
+            if type(value) is int and ((counts and value > most) or (sides and value > longest)):
+                raise error(
+                    f"{file}: describes a model of {key} {short(value)}, and the files hold {len(entries)} tensors, none of them "
+                    f"nearly so large: it is not the config of these weights."
+                )
 
 
 def _check_config(config: dict[str, Any], file: Path) -> None:

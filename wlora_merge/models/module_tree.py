@@ -13,23 +13,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BaseModelError, UnsupportedError, WloraMergeError
-from ..io.safetensors_file import Entry, read_header
+from ..errors import UnsupportedError
+from ..io.safetensors_file import Entry
+from .loading import bounded, read_config
 from .names import NameResolver
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-SPARE_ELEMENTS = 10_000_000
-"""That a model may have beyond twice the bytes of its files: a new head, masks, tables of positions."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,7 @@ def build_tree(folder: Path, entries: dict[str, Entry]) -> ModuleTree | None:
     """The module tree of the model that a folder's config names; None where Transformers has no class for it.
 
     Raises:
-        BaseModelError: the config describes a model that the folder's files cannot hold, unless they are quantized.
+        BaseModelError: the config describes a far larger model than the folder's files hold.
     """
     try:
         return ModuleTree(empty_model(folder), entries)
@@ -200,52 +197,16 @@ def empty_model(folder: Path, make: Callable[[Any], Any] | None = None, **change
     Args:
         make: config -> model; None: the class that the config names, else AutoModel's.
         changes: config keys to change.
+
+    Raises:
+        BaseModelError: the config describes a far larger model than the folder's files hold.
     """
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **changes)
+    config = read_config(folder, **changes)
     named = (getattr(config, "architectures", None) or [""])[0]
     make = make or getattr(transformers, named or "-", None) or transformers.AutoModel.from_config
-    with nullcontext() if hasattr(config, "quantization_config") else bounded(folder), torch.device("meta"):
+    with bounded(folder, packed=hasattr(config, "quantization_config")), torch.device("meta"):
         model: nn.Module = make(config)
     return model
-
-
-@contextmanager
-def bounded(folder: Path, error: type[WloraMergeError] = BaseModelError) -> Iterator[None]:
-    """Let models be built on torch's meta device only as large as the folder's tensors allow.
-
-    The bound: elements of parameters and buffers of at most twice the bytes of the safetensors files, and `SPARE_ELEMENTS`; so
-    loading in float32 needs at most some eight times the files' bytes. Tensors: four times those of the files, and 10,000.
-
-    Raises:
-        error: the config describes a larger model.
-    """
-    from torch.nn.modules import module as hooks
-
-    files = [file for file in folder.glob("*.safetensors") if file.is_file()]
-    allowed = 2 * sum(file.stat().st_size for file in files) + SPARE_ELEMENTS
-    most = 4 * sum(len(read_header(file).entries) for file in files) + 10_000
-    elements = tensors = 0
-
-    def count(module: torch.nn.Module, name: str, tensor: torch.Tensor | None) -> None:
-        """Add what a module registers to what the model has so far."""
-        nonlocal elements, tensors
-        if tensor is not None and tensor.device.type == "meta":
-            elements, tensors = elements + tensor.numel(), tensors + 1
-            if elements > allowed or tensors > most:
-                raise error(
-                    f"{folder / 'config.json'}: describes a model of {elements} numbers in {tensors} tensors or more, "
-                    f"and the files hold fewer: it is not the config of these weights."
-                )
-
-    handles = [
-        hooks.register_module_parameter_registration_hook(count),
-        hooks.register_module_buffer_registration_hook(count),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -16,9 +16,10 @@ from ..data.tasks import get_task
 from ..errors import OutputError, UnsupportedError, VerifyError
 from ..export_options import export_options
 from ..models.files import carried_files
+from ..models.loading import quiet
 from ..progress import Meter
 from ..text import first_line
-from .dummy_inputs import load_model, quiet
+from .dummy_inputs import load_model
 from .graph import INLINE_LIMIT, save, tidy
 from .seq2seq import BRANCHES as DECODER_BRANCHES
 from .seq2seq import DECODER, merge

@@ -6,22 +6,20 @@ the tracing and the check both ask here, so that they cannot disagree.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.task import Task
-from ..errors import BaseModelError, UnsupportedError
+from ..errors import UnsupportedError
+from ..models.loading import PROJECTED, class_for, load, quiet
 from .pooling import OUTPUTS as POOLED
 from .pooling import add_pooling, pools
 
 if TYPE_CHECKING:
     import torch
 
-PROJECTED = "ModelWithProjection"  # how transformers calls the class of one CLIP tower that ends in the shared space
 SENTENCES = (
     "The committee will meet again on Thursday to decide about the new bridge.",
     "I sent the money two days ago, and it has still not arrived; what should I do?",
@@ -40,54 +38,6 @@ def outputs_of(model: torch.nn.Module, task: Task) -> tuple[str, ...]:
     return task.outputs
 
 
-def class_for(config: Any, task: Task) -> Any:
-    """The transformers class of the task; for features of a tower with a projection the one that its config names."""
-    import transformers
-
-    named = (getattr(config, "architectures", None) or [""])[0]
-    if task.is_body and named.endswith(PROJECTED) and hasattr(transformers, named):
-        return getattr(transformers, named)
-    return task.auto_class()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what the libraries print about themselves away from the user: progress bars, notices, warnings.
-
-    torch.onnx and transformers' exporter warn about their own internals (deprecated pytree checks, operators of packages
-    that are not installed, "experimental"): nothing there is for the user to act on, and what matters is checked by
-    running the graph. Failures still raise. ONNX Runtime's quantizer warns through the root logger itself.
-    """
-    import io
-    import logging
-
-    import transformers
-
-    bars: Any = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    root, silent = logging.getLogger(), logging.NullHandler()
-    root.addHandler(silent)  # without one, logging.warning() leaves a handler on stderr for good
-    loggers = [
-        root,
-        *map(logging.getLogger, ("transformers", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")),
-    ]
-    levels = [logger.level for logger in loggers]
-    bars.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        # torch.onnx prints its steps on stdout, which belongs to results
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        root.removeHandler(silent)
-        if shown:
-            bars.enable_progress_bar()
-
-
 def load_model(dense: Path, task: Task, dtype: torch.dtype, attention: str | None = None) -> torch.nn.Module:
     """The model in the folder `dense` under its task's transformers class, on the CPU, ready for inference.
 
@@ -103,40 +53,18 @@ def load_model(dense: Path, task: Task, dtype: torch.dtype, attention: str | Non
         BaseModelError: the folder cannot be loaded, or lacks tensors that the task's model needs.
         UnsupportedError: the architecture has no model for the task.
     """
-    import transformers
-
-    extra = {} if attention is None else {"attn_implementation": attention}
-    with quiet():
-        try:
-            config = transformers.AutoConfig.from_pretrained(dense, local_files_only=True, trust_remote_code=False)
-            auto = class_for(config, task)
-            if type(config) not in getattr(auto, "_model_mapping", {type(config)}):
-                raise UnsupportedError(
-                    f"{dense}: a model of type {config.model_type!r} has no {auto.__name__}, which the ONNX export of"
-                    f" the task {task.name!r} needs; {DENSE_INSTEAD}"
-                )
-            model, info = auto.from_pretrained(
-                dense,
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                **extra,
-            )
-        except (OSError, ValueError) as e:
-            raise BaseModelError(f"{dense}: transformers cannot load it ({one_sentence(e)}).") from e
-    # the pooler does not reach `last_hidden_state`, and masked language models come without one
-    missing = [key for key in info["missing_keys"] if not task.is_body or not key.startswith("pooler.")]
-    if missing:
-        raise BaseModelError(
-            f"{dense}: {len(missing)} tensors that {type(model).__name__} needs are missing, first {sorted(missing)[0]!r};"
-            f" give a folder that was made for the task {task.name!r}."
+    auto = task.auto_class()
+    cls, model_type = class_for(dense, auto)
+    if cls is None:
+        raise UnsupportedError(
+            f"{dense}: a model of type {model_type!r} has no {auto.__name__}, which the ONNX export of the task {task.name!r} needs; "
+            f"{DENSE_INSTEAD}"
         )
+    extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    model, _ = load(cls, dense, dtype, unused=lambda _: True, **extra)
     if task.is_body:
         add_pooling(model, dense)
-    return model.eval()  # type: ignore[no-any-return]
+    return model  # type: ignore[no-any-return]
 
 
 def one_sentence(error: BaseException) -> str:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ..data.causal_lm import CAUSAL_LM
 from ..data.task import Task
 from ..errors import UnsupportedError, VerifyError
+from ..models.loading import quiet
 from ..progress import Meter
 from ..text import first_line
-from .dummy_inputs import DENSE_INSTEAD, load_model, quiet, sentence_tokens
+from .dummy_inputs import DENSE_INSTEAD, load_model, sentence_tokens
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.task import Task
 from ..errors import UnsupportedError
+from ..models.loading import quiet
 from ..text import first_line
-from .dummy_inputs import quiet
 from .graph import INLINE_LIMIT, MODEL, data_file, graph_file
 from .validate import differences
 

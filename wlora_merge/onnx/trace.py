@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.task import Task
 from ..errors import UnsupportedError
-from .dummy_inputs import DENSE_INSTEAD, one_sentence, outputs_of, quiet, sample_inputs
+from ..models.loading import quiet
+from .dummy_inputs import DENSE_INSTEAD, one_sentence, outputs_of, sample_inputs
 from .seq2seq import trace_seq2seq
 
 if TYPE_CHECKING:

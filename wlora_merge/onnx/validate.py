@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..data.task import Task
 from ..data.tasks import get_task
 from ..errors import VerifyError
-from .dummy_inputs import load_model, quiet, sample_inputs, sentence_tokens
+from ..models.loading import quiet
+from .dummy_inputs import load_model, sample_inputs, sentence_tokens
 from .session import dtype_of, main_session, next_scores, open_graphs, output_names, run
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapter import Adapter
@@ -12,9 +13,8 @@ from ..distributed import Team
 from ..errors import BaseModelError, MixtureError, UnsupportedError
 from ..fit_options import FitOptions
 from ..models.base_model import BaseModel
-from ..models.loading import quiet_libraries
+from ..models.loading import LoadingReport, class_for, load
 from ..models.module_tree import empty_model
-from ..text import first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 POSITIONS = ("position_embeddings", "position_embedding", "wpe", "embed_positions", "positions_embed")
 """How models call their table of learned positions."""
-UNUSED = ("contact_head.", "mask_token")
-"""Parts of bodies that only other tasks use, and that some bases lack."""
 
 
 def load_model(
@@ -118,24 +116,31 @@ def max_tokens(model: Any, processor: Any, asked: int | None) -> int | None:
     Raises:
         MixtureError: more were asked for than it has.
     """
+    positions = _positions(model)
+    if asked is not None and positions is not None and asked > positions:
+        raise MixtureError(
+            f"max_length is {asked}, and {type(model).__name__} has {positions} positions: give no more."
+        )
+    if asked is not None or positions is None or not hasattr(processor, "model_max_length"):
+        return asked
+    return min(positions, token_limit(processor, None) or positions)
+
+
+def _positions(model: Any) -> int | None:
+    """How many positions a model has learned; None where it computes them."""
     from torch import nn
 
     encodes = getattr(model.config, "is_encoder_decoder", False)
-    positions = [
+    learned = [
         layer.num_embeddings - (0 if layer.padding_idx is None else layer.padding_idx + 1)
         for name, layer in (model.get_encoder() if encodes else model).named_modules()
         if isinstance(layer, nn.Embedding) and name.rpartition(".")[2] in POSITIONS
     ]
+    if not learned:
+        return None
     told = getattr(model.config, "max_encoder_position_embeddings", None)  # LED's, whose decoder has fewer
     told = told or getattr(model.config, "max_position_embeddings", None)
-    positions += [int(told)] if positions and told else []
-    if asked is not None and positions and asked > min(positions):
-        raise MixtureError(
-            f"max_length is {asked}, and {type(model).__name__} has {min(positions)} positions: give no more."
-        )
-    if asked is not None or not positions or not hasattr(processor, "model_max_length"):
-        return asked
-    return min([*positions, token_limit(processor, None) or min(positions)])
+    return min([*learned, int(told)] if told else learned)
 
 
 def _shard(model: Any, device: str, size: int) -> None:
@@ -187,62 +192,70 @@ def _load(
     """
     import torch
 
-    from ..data.labels import LabelSet
-
-    own = _own_labels(base)
-    keep = labels is not None and own is not None and _is_head_of(base, own, labels)
-    if keep and labels is not None and own is not None:
-        labels = LabelSet(tuple(own), labels.problem_type)
-    try:
-        with quiet_libraries():
-            model, info = task.auto_class().from_pretrained(
-                base.folder,
-                dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **(_quantization(base, task, options) if options.quantize else {}),
-                **task.config_changes(labels, processor),
-            )
-    except ValueError as error:  # it knows no such class for this architecture
+    kept = None if labels is None else _kept_labels(base, labels)
+    labels = kept or labels
+    auto = task.auto_class()
+    cls, model_type = class_for(base.folder, auto)
+    if cls is None:
         raise UnsupportedError(
-            f"{base.folder}: transformers loads no {task.name} model from it ({first_line(error)}): use another base or task."
-        ) from error
-    shapes = {str(name): shape for name, shape, _ in info["mismatched_keys"]}
-    known = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    absent = {str(key): None for key in info["missing_keys"]} | shapes
-    absent = {name: absent[name] for name in known if name in absent and not _is_made(model, name)}
-    in_head = _head_of(model, list(absent), known) if task.has_head else set()
-    body = [name for name in known if name.startswith(f"{model.base_model_prefix}.")]
-    if body and set(body) <= set(absent):
-        raise UnsupportedError(
-            f"{base.folder}: {type(model).__name__} reads none of this base's tensors: transformers has no way from this base to "
-            f"{task.name}; use another base or task."
+            f"{base.folder}: transformers loads no {task.name} model from it (a model of type {model_type!r} has no "
+            f"{auto.__name__}): use another base or task."
         )
-    beside = [name for name in absent if body and name not in body]
-    whole_class = type(model).__name__ in (base.config.get("architectures") or [])
-    if beside and not (whole_class or task.has_head) and len(beside) == len(absent):
-        raise UnsupportedError(
-            f"{base.folder}: it has no {task.name} head ({beside[0]!r} of {type(model).__name__}), and a fit trains none for this "
-            "task: use a base of this task, or another --task."
-        )
-    for name, shape in absent.items():
-        if name not in in_head:
-            got = "has no tensor for it" if shape is None else f"has {list(shape)}"
-            raise BaseModelError(
-                f"{base.folder}: {type(model).__name__} needs {name!r} as {list(known[name])}, and the base {got}: it is not whole, "
-                "or its config.json is that of another; fetch it again."
-            )
-    new = set(absent) if keep or labels is None else in_head
-    if labels is not None and not (keep or new):
+    model, report = load(
+        cls,
+        base.folder,
+        torch.bfloat16 if options.precision == "bf16" else torch.float32,
+        complete=False,
+        **(_quantization(base, task, options) if options.quantize else {}),
+        **task.config_changes(labels, processor),
+    )
+    absent, head = _absent(base, task, model, report)
+    new = set(absent) if kept or labels is None else head
+    if labels is not None and not (kept or new):
         raise UnsupportedError(
             f"{base.folder}: which part of {type(model).__name__} is its head cannot be told, so no new one can be trained for these "
             "labels: use a base without a head."
         )
     _draw_again(model, new - set(absent))
     return model, sorted(new), labels
+
+
+def _absent(base: BaseModel, task: Task, model: Any, report: LoadingReport) -> tuple[set[str], set[str]]:
+    """The parameters that the base lacks, or has in another shape; those of the task's head, which alone it may lack.
+
+    Raises:
+        UnsupportedError: it lacks the whole body, or a head that no fit trains.
+        BaseModelError: it lacks a part of the body.
+    """
+    known = {name: list(p.shape) for name, p in model.named_parameters()}
+    absent = [name for name in known if name in report.missing or name in report.mismatched]
+    head = _head_of(model, absent, known) if task.has_head else set()
+    body = [name for name in known if name.startswith(f"{model.base_model_prefix}.")]
+    if body and set(body) <= set(absent):
+        raise UnsupportedError(
+            f"{base.folder}: {type(model).__name__} reads none of this base's tensors: transformers has no way from this base to "
+            f"{task.name}; use another base or task."
+        )
+    _refuse_without_head(base, task, model, absent, body)
+    if lost := [name for name in absent if name not in head]:
+        shape = report.mismatched.get(lost[0])
+        got = "has no tensor for it" if shape is None else f"has {shape}"
+        raise BaseModelError(
+            f"{base.folder}: {type(model).__name__} needs {lost[0]!r} as {known[lost[0]]}, and the base {got}: it is not whole, "
+            "or its config.json is that of another; fetch it again."
+        )
+    return set(absent), head
+
+
+def _refuse_without_head(base: BaseModel, task: Task, model: Any, absent: list[str], body: list[str]) -> None:
+    """Refuse a base that lacks just the part beside its body, where the task has no head that a fit would train."""
+    beside = [name for name in absent if body and name not in body]
+    whole = type(model).__name__ in (base.config.get("architectures") or [])
+    if beside and len(beside) == len(absent) and not (whole or task.has_head):
+        raise UnsupportedError(
+            f"{base.folder}: it has no {task.name} head ({beside[0]!r} of {type(model).__name__}), and a fit trains none for this "
+            "task: use a base of this task, or another --task."
+        )
 
 
 def _head_of(model: Any, absent: list[str], names: Iterable[str]) -> set[str]:
@@ -259,13 +272,6 @@ def _head_of(model: Any, absent: list[str], names: Iterable[str]) -> set[str]:
     return {name for name in names if not name.startswith(prefix)} | {name for name in absent if "pooler" in name}
 
 
-def _is_made(model: Any, name: str) -> bool:
-    """Whether a parameter that the base lacks is computed and no weight (a sinusoidal table), or used by other tasks alone."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    sinusoidal = getattr(model.config, "sinusoidal_pos_embds", False) and name.endswith("position_embeddings.weight")
-    return "Sinusoidal" in type(module).__name__ or sinusoidal or any(part in name for part in UNUSED)
-
-
 def _draw_again(model: Any, names: Collection[str]) -> None:
     """Give parameters that were loaded the initial values of new ones; transformers leaves alone what it has loaded."""
     for name in sorted({name.rpartition(".")[0] for name in names}):
@@ -275,10 +281,13 @@ def _draw_again(model: Any, names: Collection[str]) -> None:
         model._init_weights(module)
 
 
-def _is_head_of(base: BaseModel, own: list[str], labels: LabelSet) -> bool:
-    """Whether the base has a head for these labels, of this problem type as far as it says."""
+def _kept_labels(base: BaseModel, labels: LabelSet) -> LabelSet | None:
+    """The labels in the order of the base's own head, where it has one for them, of this problem type as far as it says."""
+    own = _own_labels(base)
     problem = base.config.get("problem_type") in (None, labels.problem_type)
-    return problem and bool(labels.names) and set(labels.names) <= set(own)
+    if own is None or not problem or not labels.names or not set(labels.names) <= set(own):
+        return None
+    return replace(labels, names=tuple(own))
 
 
 def _own_labels(base: BaseModel) -> list[str] | None:
