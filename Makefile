@@ -8,7 +8,7 @@ REAL := $(or $(WLORA_MERGE_REAL_MODELS),$(HOME)/.cache/wlora_merge/real-models)
 # Threads that spin while they wait slow everything down many times where something else shares the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test format generate bench bench-onnx bench-fit clean test-trust
+.PHONY: quickstart test test-fast lint format generate bench bench-onnx bench-fit clean test-trust
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,13 +19,20 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 quickstart: $(VENV)/.ready
 	$(BIN)/python recipes/quickstart --out quickstart-out
 
-# WORKERS processes, of one thread each.
-test: $(VENV)/.ready real-models
+lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	OMP_NUM_THREADS=1 WLORA_MERGE_REAL_MODELS=$(REAL) $(BIN)/pytest -n $(or $(WORKERS),2) --dist worksteal
+
+# WORKERS processes, of one thread each. ROOM=mixture tests that room alone.
+PYTEST := OMP_NUM_THREADS=1 WLORA_MERGE_REAL_MODELS=$(REAL) $(BIN)/pytest -n $(or $(WORKERS),2) --dist worksteal
+test: lint real-models
+	$(PYTEST) $(if $(ROOM),tests/$(ROOM)_tests)
+
+# What says soonest that something is broken: every room, without real models, tracing, processes and quantizers.
+test-fast: $(VENV)/.ready
+	$(PYTEST) -m "not real and not slow"
 
 # The long form of the tests of trust, with counts: CASES hostile files of each kind, ROUNDS kills of each command.
 test-trust: $(VENV)/.ready

@@ -15,6 +15,20 @@ from support.paths import SHARED
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+SLOW = (
+    "documents/test_quickstart.py", "documents/test_recipes.py", "documents/test_readme_blocks.py", "documents/test_bench_fit.py",
+    "exporters_tests/test_onnx_refold.py", "features/test_architectures.py", "onnx_tests/", "test_distributed.py",
+    "training_tests/", "trust/",
+)  # fmt: skip
+"""Files that trace graphs, start processes or train many times; `make test-fast` leaves them out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Digests remembered by a test are forgotten after it."""
