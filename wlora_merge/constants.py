@@ -6,6 +6,8 @@ SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classifi
 PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
 
 GRANULARITIES = ("module", "layer", "global")
+MIXTURE_FILE, MIXTURE_TENSORS = "mixture.json", "mixture.safetensors"
+MANIFEST_FILE = "wlora_merge.json"
 NEW_ADAPTER = "new"
 """What a mixture calls the adapter that its fit trained."""
 NEW_FOLDER = "new_adapter"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.mixtures import edit, made, refused, same
+from support.paths import VERSION_1
 
 from wlora_merge.errors import OutputError
 from wlora_merge.mixture.mix import mix
@@ -228,3 +229,53 @@ def test_a_truncated_tensor_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "m" / "mixture.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
     assert "not a sound safetensors file" in refused(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("metrics", {"note": 3}, "metrics.note is 3, expected text"),
+        ("metrics", {"settings": {"x": 1}}, "metrics.settings.x is 1, expected a table"),
+        ("metrics", {"history": {"x": [[1]]}}, "metrics.history.x[0] is not a pair of a step and a loss"),
+        ("metrics", {"held_out": {"examples": "x"}}, "metrics.held_out.examples is 'x', expected a whole number"),
+        ("metrics", {"candidates": {"x": {"loss": 10**400}}}, "metrics.candidates.x.loss is 1000"),
+        ("data", {"new_adapter": {"r": 2}}, "lacks data.new_adapter.name"),
+        ("data", {"fit": {"weights": ["x"]}, "data": {"name": "x"}}, "data.fit.weights is neither a plain value"),
+        ("data", {"fit": {}}, "lacks data.data"),
+        ("data", {"adapters": {"x": 3}}, "data.adapters.x is 3, expected text"),
+        ("head", {"x": 3}, "head.x is 3, expected text"),
+        ("weights", {"lm_head": {"a": None}}, "weights.lm_head.a is null, expected a number"),
+        ("groups/model.layers.0/0", 7, "groups['model.layers.0'][0] is 7, expected text"),
+        ("adapters/1/name", "a b", "adapters[1].name is 'a b', which no adapter may be called"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_key_what_was_got_and_what_was_expected(
+    tmp_path: Path, path: str, value: Any, said: str
+) -> None:
+    edit(tmp_path / "m", path, value)
+    message = refused(tmp_path / "m")
+    assert f"mixture.json: {said}" in message
+    assert message.endswith(": make the mixture again.")
+
+
+def test_what_a_later_version_adds_to_the_record_of_a_fit_is_kept_where_it_stands(tmp_path: Path) -> None:
+    for path, value in {"metrics": {"later": 1, "note": "n"}, "data": {"later": [2], "method": "given"}}.items():
+        edit(tmp_path / path, path, value)
+        mixture = Mixture.load(tmp_path / path)
+        assert list(getattr(mixture, path).items()) == list(value.items())
+        mixture.save(tmp_path / path, force=True)
+        assert json.loads((tmp_path / path / "mixture.json").read_text())[path] == value
+
+
+def test_a_mixture_that_the_version_before_wrote_loads_and_is_saved_with_the_same_bytes(tmp_path: Path) -> None:
+    made(head={}).save(tmp_path / "m")
+    old = (VERSION_1 / "mixture.json").read_bytes()
+    (tmp_path / "m" / "mixture.json").write_bytes(old)
+    exact = json.loads((VERSION_1 / "dense.json").read_text())["weights"]
+    weights = torch.tensor([list(row.values()) for row in exact.values()])
+    save_file({"mixture_weights": weights, "wlora_weights": weights.clone()}, tmp_path / "m" / "mixture.safetensors")
+    mixture = Mixture.load(tmp_path / "m")
+    assert mixture.adapter_names == ["a0", "a1", "new"]
+    assert mixture.metrics["chosen"]["new_adapter"] == mixture.data["new_adapter"]["r"] == 2
+    mixture.save(tmp_path / "m", force=True)
+    assert (tmp_path / "m" / "mixture.json").read_bytes() == old

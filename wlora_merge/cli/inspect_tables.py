@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import CONFIG_FILE
+from ..constants import MIXTURE_FILE
 from ..exporters.manifest import FILE, below, read_manifest
 from ..exporters.model_card import judged_on
 from ..io.hub import is_here
 from ..mixture.compatibility import Rows, adapter_tables
-from ..mixture.files import JSON_FILE
 from ..mixture.mixture import Mixture
 from ..models.base_model import BaseModel, open_base
 
@@ -34,7 +34,7 @@ def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:
         here = is_here(path)
         if here and (folder / FILE).is_file():
             tables[f"Export {path}"] = export_rows(read_manifest(folder))
-        elif here and (folder / JSON_FILE).is_file():
+        elif here and (folder / MIXTURE_FILE).is_file():
             mixture = Mixture.load(folder)
             tables[f"Mixture {path}"] = mixture_rows(mixture)
             tables[f"Mixture weights of {path}, over the groups"] = weight_rows(mixture)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..constants import DTYPES
+from ..constants import DTYPES, MIXTURE_FILE
 from ..errors import VerifyError
 from ..io.digests import sha256_file
 from ..io.hub import public_name
@@ -113,7 +113,7 @@ def digest(folder: Path) -> str:
 
 def below(folder: Path) -> dict[str, str]:
     """The exports and mixtures in a folder that `run` wrote: path -> `export` or `mixture`."""
-    kinds = {FILE: "export", "mixture.json": "mixture"}
+    kinds = {FILE: "export", MIXTURE_FILE: "mixture"}
     return {
         str(folder / child.name): kind
         for child in (sorted(folder.iterdir()) if folder.is_dir() else ())

@@ -159,8 +159,8 @@ def _commands(facts: CardFacts) -> list[list[str]]:
 def _mixture_command(mixture: Mixture, base_name: str) -> list[str]:
     """The `fit` or `mix` that makes the mixture."""
     data, fitted = mixture.data, "fit" in mixture.data
-    trained = (data.get("new_adapter") or {}).get("name")
-    given = {ref.name: ref.spec for ref in mixture.adapters if ref.name != trained}
+    trained = [data["new_adapter"]["name"]] if "new_adapter" in data else []
+    given = {ref.name: ref.spec for ref in mixture.adapters if ref.name not in trained}
     words = ["wlora-merge", "fit" if fitted else "mix", "--base", at_revision(base_name, mixture.base.revision)]
     for name, source in (data.get("adapters") or given).items():  # those too that the fit did not keep
         words += ["--adapter", f"{name}={source}"]
@@ -174,8 +174,8 @@ def _fit_words(mixture: Mixture) -> list[str]:
     data, defaults = mixture.data, asdict(FitOptions())
     changed = {key: value for key, value in data["fit"].items() if key in defaults and value != defaults[key]}
     read = {"data": data["data"]["name"], "split": data["data"].get("split")}
-    judged = (mixture.metrics.get("held_out") or {}).get("from") or {}
-    judges = {"eval_data": judged.get("name"), "eval_split": judged.get("split")}
+    judged = mixture.metrics.get("held_out", {}).get("from")
+    judges = {"eval_data": judged["name"], "eval_split": judged.get("split")} if judged else {}
     return _flags(read | changed | {"columns": data.get("columns")} | judges)
 
 

@@ -11,8 +11,10 @@ from ..constants import DTYPES
 from ..data.tasks import get_task
 from ..errors import UnsupportedError, VerifyError, WloraMergeError
 from ..io.digests import path_of
+from ..io.records import read_record
 from ..mixture.inputs import Inputs, find_inputs
 from ..mixture.mixture import Mixture
+from ..mixture.record import MixtureRecord
 from ..models.base_model import BaseModel, open_base
 from ..text import nearest
 from .dense import plan
@@ -222,7 +224,7 @@ def _mixture(manifest: Mapping[str, Any], base: BaseModel, adapters: Mapping[str
         ) from error
     weights = torch.tensor(rows, dtype=torch.float64).float().reshape(len(rows), len(names))
     same = ("granularity", "normalize", "delta_scale", "groups", "task", "config", "modules_to_save", "resize_vocab")
-    table = {key: manifest.get(key) for key in same} | {
+    table = {key: manifest[key] for key in same if key in manifest} | {
         "base_model": {"source": str(base.folder.resolve()), "sha256": manifest["base_model"]["sha256"]},
         "adapters": [
             {"name": r["name"], "source": str(adapters[r["name"]].resolve()), "sha256": r["sha256"]}
@@ -232,4 +234,5 @@ def _mixture(manifest: Mapping[str, Any], base: BaseModel, adapters: Mapping[str
     }
     tensors = {"mixture_weights": weights, "wlora_weights": weights}
     tensors |= {f"head.{name}": tensor for name, tensor in read_head(folder, manifest, base).items()}
-    return Mixture.from_table(table, tensors, folder, FILE)
+    record = read_record(MixtureRecord, table, folder / FILE, VerifyError, "export again")
+    return Mixture.from_record(record, tensors, folder, FILE)

@@ -10,6 +10,7 @@ digests            sha256, computed once and remembered: sha256_files, path_of
 staging            all-or-nothing output folders: staged, refuse_out
 locks              of two runs to one folder, one wins
 signals            signals that end a run
+records            a table from elsewhere -> a typed record, checked once: Record, read_record
 untrusted          files from elsewhere, opened so that nothing hostile comes of it: find_file, read_json
 hub                a path or hub id -> a local folder: Source, resolve_source
 """

@@ -3,8 +3,9 @@
 This room knows adapters over a base, and the maths of mixing them. It must not know formats of exports, ONNX or training
 loops; of the data room it may ask `data.tasks` alone.
 
-mixture         Mixture, InputRef: the record, and its files
-files           mixture.json and mixture.safetensors, read and checked
+mixture         Mixture, InputRef
+record          what mixture.json holds: MixtureRecord, FitMetrics
+files           mixture.json and mixture.safetensors, found and read
 weights         softmax, presence, gains
 groups          which modules share mixture weights
 inputs          a mixture's inputs, found again and checked: find_inputs, Inputs

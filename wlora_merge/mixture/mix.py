@@ -24,6 +24,8 @@ from .weights import mixture_weights, uniform
 if TYPE_CHECKING:
     import torch
 
+    from .record import MadeFrom
+
 
 def mix(
     base: str | Path,
@@ -95,7 +97,7 @@ def mix(
         config=_config_of(head, opened, task) | resized_config(opened),
         resize_vocab=resize_vocab,
         prefixes=prefixes((d.module, d.name or d.module) for d in deltas),
-        data=_recorded(weights) | ({"residual": residual} if residual else {}),
+        data=_made_from(weights, residual),
     )
     if out is not None:
         mixture.save(out, force=force, inputs=[opened.folder, *(a.source.folder for a in loaded)])
@@ -173,5 +175,6 @@ def _checked(weights: Sequence[float], n: int) -> list[float]:
     return [float(w) for w in weights]
 
 
-def _recorded(weights: Sequence[float] | None) -> dict[str, Any]:
-    return {"method": "uniform" if weights is None else "given"}
+def _made_from(weights: Sequence[float] | None, residual: str | None) -> MadeFrom:
+    made: MadeFrom = {"method": "uniform" if weights is None else "given"}
+    return {**made, "residual": residual} if residual else made

@@ -9,7 +9,6 @@ Source of the method: Asadi et al. 2024, https://arxiv.org/abs/2402.15414.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,21 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapter import Adapter
 from ..adapters.deltas import ModuleDelta, TensorDelta
-from ..constants import GRANULARITIES, NEW_FOLDER, NORMALIZE
+from ..constants import MIXTURE_FILE, MIXTURE_TENSORS, NEW_FOLDER
 from ..data.tasks import get_task
-from ..errors import AdapterError, MixtureError
+from ..errors import MixtureError
 from ..io.digests import remember
 from ..io.hub import at_revision, public_name
 from ..io.safetensors_file import write_tensors
 from ..io.staging import staged
 from ..models.base_model import BaseModel
 from ..models.names import OUTPUT_EMBEDDINGS
-from .files import FORMAT_VERSION, JSON_FILE, TENSOR_FILE, check_mixture_table, read_mixture_table, read_mixture_tensors
 from .groups import rows_of
 from .weights import at_module, gains
 
 if TYPE_CHECKING:
     import torch
+
+    from .record import AdapterRecord, BaseRecord, FitMetrics, MadeFrom, MixtureRecord
 
 TRAINING_LOOP = "training loop"
 """`data["method"]` of a mixture that was read off a model which somebody's own loop has trained."""
@@ -74,12 +74,12 @@ class Mixture:
     wlora_weights: torch.Tensor
     task: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: FitMetrics = field(default_factory=dict)  # type: ignore[assignment]
     head: dict[str, torch.Tensor] = field(default_factory=dict)
     head_tensors: dict[str, str | None] = field(default_factory=dict)
     modules_to_save: str | None = None
     resize_vocab: str | None = None
-    data: dict[str, Any] = field(default_factory=dict)
+    data: MadeFrom = field(default_factory=dict)  # type: ignore[assignment]
     prefixes: tuple[str, str] = ("", "")
     new_files: dict[str, bytes] = field(default_factory=dict)
 
@@ -171,9 +171,10 @@ class Mixture:
         """Write the two files into an existing folder that will be renamed to `final`."""
         tensors = {"mixture_weights": self.mixture_weights.float(), "wlora_weights": self.wlora_weights.float()}
         tensors |= {f"head.{name}": tensor for name, tensor in self.head.items()}
-        write_tensors({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / TENSOR_FILE)
-        text = json.dumps(self._json(final), indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / JSON_FILE).write_text(text + "\n", encoding="utf-8")
+        write_tensors({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / MIXTURE_TENSORS)
+        table = self.record(lambda ref: _portable(ref, final), digits=9).table()
+        text = json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / MIXTURE_FILE).write_text(text + "\n", encoding="utf-8")
         self.write_new(folder)
 
     def write_new(self, folder: Path) -> Path:
@@ -191,42 +192,39 @@ class Mixture:
             for name, sha256 in digests.items():
                 remember(folder / NEW_FOLDER / name, sha256)
 
-    def _json(self, final: Path) -> dict[str, Any]:
-        table = {
-            group: {name: round(float(w), 9) for name, w in zip(self.adapter_names, row, strict=True)}
-            for group, row in zip(self.groups, self.mixture_weights.tolist(), strict=True)
-        }
-        adapters = [
-            {
-                "name": a.name,
-                "source": f"./{NEW_FOLDER}" if a.source == NEW_FOLDER else _portable(a.source, final),
-                "revision": a.revision,
-                "sha256": a.sha256,
-            }
-            for a in self.adapters
-        ]
-        return {
-            "format_version": FORMAT_VERSION,
-            "base_model": {
-                "source": _portable(self.base.source, final),
-                "revision": self.base.revision,
-                "sha256": self.base.sha256,
+    def record(self, named: Callable[[InputRef], str], digits: int | None = None) -> MixtureRecord:
+        """What a file holds of it.
+
+        Args:
+            named: how the file calls an input.
+            digits: of the weights behind the point; None gives them as they are, so that float32 comes back bit for bit.
+        """
+        from .record import AdapterRecord, BaseRecord, MixtureRecord, Prefixes
+
+        base, weights = self.base, self.mixture_weights.tolist()
+        rows = [[w if digits is None else round(w, digits) for w in row] for row in weights]
+        return MixtureRecord.model_construct(
+            base_model=BaseRecord.model_construct(source=named(base), revision=base.revision, sha256=base.sha256),
+            adapters=[
+                AdapterRecord.model_construct(name=a.name, source=named(a), revision=a.revision, sha256=a.sha256)
+                for a in self.adapters
+            ],
+            granularity=self.granularity,
+            normalize=self.normalize,
+            delta_scale=self.delta_scale,
+            groups=self.groups,
+            weights={
+                g: dict(zip(self.adapter_names, row, strict=True)) for g, row in zip(self.groups, rows, strict=True)
             },
-            "adapters": adapters,
-            "granularity": self.granularity,
-            "normalize": self.normalize,
-            "delta_scale": self.delta_scale,
-            "groups": self.groups,
-            "weights": table,
-            "task": self.task,
-            "config": self.config,
-            "metrics": self.metrics,
-            "modules_to_save": self.modules_to_save,
-            **({"resize_vocab": self.resize_vocab} if self.resize_vocab else {}),
-            "prefixes": {"in_file": self.prefixes[0], "in_model": self.prefixes[1]},
-            "data": self.data,
-            **({"head": self.head_tensors} if self.head_tensors else {}),
-        }
+            task=self.task,
+            config=self.config,
+            metrics=self.metrics,
+            modules_to_save=self.modules_to_save,
+            resize_vocab=self.resize_vocab,
+            prefixes=Prefixes.model_construct(in_file=self.prefixes[0], in_model=self.prefixes[1]),
+            data=self.data,
+            head=self.head_tensors,
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> Mixture:
@@ -235,46 +233,45 @@ class Mixture:
         Raises:
             MixtureError: a missing or broken file, or weights that are not finite or of another shape.
         """
+        from .files import read_mixture_record, read_mixture_tensors
+
         folder = Path(folder)
-        return cls.from_table(read_mixture_table(folder), read_mixture_tensors(folder), folder)
+        return cls.from_record(read_mixture_record(folder), read_mixture_tensors(folder), folder)
 
     @classmethod
-    def from_table(
-        cls, table: Mapping[str, Any], tensors: dict[str, torch.Tensor], folder: Path, file: str = JSON_FILE
+    def from_record(
+        cls, record: MixtureRecord, tensors: Mapping[str, torch.Tensor], folder: Path, file: str = MIXTURE_TENSORS
     ) -> Mixture:
-        """A mixture from the contents of its two files.
+        """A mixture from what its two files hold.
 
         Args:
-            folder: what relative sources are relative to; file: of the two, the one that messages about the table name.
+            tensors: the weights, and each tensor of the head as `head.<name>`.
+            folder: what relative sources are relative to.
+            file: where the tensors stand, for messages.
 
         Raises:
-            MixtureError: as for `load`.
+            MixtureError: weights of another shape or dtype, or a tensor that is not finite or that no mixture has.
         """
-        try:
-            check_mixture_table(table)
-            mixture = cls(
-                base=_read_ref(table["base_model"], folder),
-                adapters=[_read_ref(row, folder) for row in table["adapters"]],
-                granularity=table["granularity"],
-                normalize=table["normalize"],
-                delta_scale=float(table["delta_scale"]),
-                groups={group: list(modules) for group, modules in table["groups"].items()},
-                mixture_weights=tensors.pop("mixture_weights"),
-                wlora_weights=tensors.pop("wlora_weights"),
-                task=table.get("task"),
-                config=dict(table.get("config") or {}),
-                metrics=dict(table.get("metrics") or {}),
-                modules_to_save=table.get("modules_to_save"),
-                resize_vocab=table.get("resize_vocab"),
-                data=dict(table.get("data") or {}),
-                head_tensors=dict(table.get("head") or {}),
-                prefixes=(table["prefixes"]["in_file"], table["prefixes"]["in_model"]),
-            )
-        except (KeyError, TypeError, ValueError, OverflowError, AdapterError) as error:
-            raise MixtureError(f"{folder / file}: {_complaint(error)}; make the mixture again.") from error
-        mixture.head = {name.removeprefix("head."): tensor for name, tensor in sorted(tensors.items())}
-        _check(mixture, tensors, folder)
-        return mixture
+        _check_tensors(record, tensors, folder / file)
+        return cls(
+            base=_ref_of(record.base_model, folder),
+            adapters=[_ref_of(adapter, folder, adapter.name) for adapter in record.adapters],
+            granularity=record.granularity,
+            normalize=record.normalize,
+            delta_scale=record.delta_scale,
+            groups=record.groups,
+            mixture_weights=tensors["mixture_weights"],
+            wlora_weights=tensors["wlora_weights"],
+            task=record.task,
+            config=record.config,
+            metrics=record.metrics,
+            head={name.removeprefix("head."): tensors[name] for name in sorted(tensors) if name.startswith("head.")},
+            head_tensors=record.head,
+            modules_to_save=record.modules_to_save,
+            resize_vocab=record.resize_vocab,
+            data=record.data,
+            prefixes=(record.prefixes.in_file, record.prefixes.in_model),
+        )
 
 
 def adapter_ref(adapter: Adapter) -> InputRef:
@@ -288,54 +285,35 @@ def base_ref(base: BaseModel) -> InputRef:
     return InputRef(base.source.location, base.source.revision, base.sha256())
 
 
-def _portable(source: str, final: Path) -> str:
+def _portable(ref: InputRef, final: Path) -> str:
     """A local folder relative to the mixture's, so that a tree that moves together stays whole; a hub id as it is."""
-    if not Path(source).is_absolute():
-        return source  # a hub id, though a folder may happen to have that name
-    relative = os.path.relpath(Path(source).resolve(), final.resolve())
+    if ref.name and ref.source == NEW_FOLDER:
+        return f"./{NEW_FOLDER}"
+    if not Path(ref.source).is_absolute():
+        return ref.source  # a hub id, though a folder may happen to have that name
+    relative = os.path.relpath(Path(ref.source).resolve(), final.resolve())
     return relative if relative.startswith(".") else f"./{relative}"
 
 
-def _read_ref(row: Mapping[str, Any], folder: Path) -> InputRef:
-    source = row["source"]
+def _ref_of(record: BaseRecord | AdapterRecord, folder: Path, name: str = "") -> InputRef:
+    source = record.source
     if source.startswith("."):
         source = os.path.normpath(folder.resolve() / source)
-    return InputRef(source, row.get("revision"), dict(row["sha256"]), row.get("name", ""))
+    return InputRef(source, record.revision, record.sha256, name)
 
 
-def _check(mixture: Mixture, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    file, expected = folder / TENSOR_FILE, (len(mixture.groups), len(mixture.adapters))
-    for name in ("mixture_weights", "wlora_weights"):
-        weights = getattr(mixture, name)
-        if (
-            str(weights.dtype) != "torch.float32"
-            or tuple(weights.shape) != expected
-            or not bool(weights.isfinite().all())
-        ):
-            raise MixtureError(
-                f"{file}: {name} is {list(weights.shape)} {weights.dtype}, expected finite float32 [groups, adapters] = "
-                f"{list(expected)}: make the mixture again."
-            )
-    for name, tensor in mixture.head.items():
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise MixtureError(
-                f"{file}: tensor 'head.{name}' holds what is not a finite number: make the mixture again."
-            )
-    foreign = [name for name in tensors if not name.startswith("head.")]
-    if foreign:
-        raise MixtureError(f"{file}: holds an unknown tensor {foreign[0]!r}: make the mixture again.")
-    if (
-        mixture.normalize not in NORMALIZE
-        or mixture.granularity not in GRANULARITIES
-        or not math.isfinite(mixture.delta_scale)
-    ):
-        raise MixtureError(
-            f"{folder / JSON_FILE}: granularity {mixture.granularity!r}, normalize {mixture.normalize!r} or delta_scale "
-            f"{mixture.delta_scale!r} is not one that this version knows."
-        )
-    if len(set(mixture.adapter_names)) != len(mixture.adapters):
-        raise MixtureError(f"{folder / JSON_FILE}: two adapters have the same name: make the mixture again.")
-
-
-def _complaint(error: Exception) -> str:
-    return f"lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
+def _check_tensors(record: MixtureRecord, tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Refuse tensors that are not the weights of these groups and adapters, or no head."""
+    expected = (len(record.groups), len(record.adapters))
+    for name, tensor in tensors.items():
+        if name in ("mixture_weights", "wlora_weights"):
+            finite = str(tensor.dtype) == "torch.float32" and bool(tensor.isfinite().all())
+            if not finite or tuple(tensor.shape) != expected:
+                raise MixtureError(
+                    f"{file}: {name} is {list(tensor.shape)} {tensor.dtype}, expected finite float32 [groups, adapters] = "
+                    f"{list(expected)}: make the mixture again."
+                )
+        elif not name.startswith("head."):
+            raise MixtureError(f"{file}: holds an unknown tensor {name!r}: make the mixture again.")
+        elif not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise MixtureError(f"{file}: tensor {name!r} holds what is not a finite number: make the mixture again.")

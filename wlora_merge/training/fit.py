@@ -43,6 +43,7 @@ from .trackers import tracker_names
 if TYPE_CHECKING:
     from ..data.labels import LabelSet
     from ..distributed import Team
+    from ..mixture.record import FitMetrics
     from .candidates import Candidate
     from .learner import Learner
 
@@ -243,7 +244,7 @@ def _encoded(task: Task, examples: Examples, processor: Any, length: int | None,
     return rows
 
 
-def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: dict[str, Any], kept: Candidate) -> Mixture:
+def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetrics, kept: Candidate) -> Mixture:
     """The mixture that the model holds; an adapter without weight anywhere leaves it, one that was trained enters it."""
     import torch
 

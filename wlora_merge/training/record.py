@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from .candidates import AUTO, BASE, LEARNED, SEARCH_EVALUATIONS, Candidate, Cont
 from .cross_validation import FEWEST
 
 if TYPE_CHECKING:
+    from ..mixture.record import Chosen, DataRef, FitMetrics, HeldOut, Pruned
     from .comparison import Comparison
     from .learner import Learner
     from .loop import Trained
@@ -97,7 +98,7 @@ def _said_of_stop(kept: Kept) -> list[str]:
     return said
 
 
-def said_of_pruning(pruned: Mapping[str, Any], *, scored: bool) -> str:
+def said_of_pruning(pruned: Pruned, *, scored: bool) -> str:
     """What pruning did, for the note."""
     count = pruned["weights_set_to_zero"]
     left = f" {', '.join(pruned['left'])} left the mixture." if pruned["left"] else ""
@@ -116,15 +117,15 @@ def _without_effect(options: FitOptions, candidate: Candidate, *, folds: bool) -
     return [f"Without effect: {', '.join(names)}."] if names else []
 
 
-def metrics_of(job: FitJob, comparison: Comparison, on_folds: Comparison, kept: Kept) -> dict[str, Any]:
+def metrics_of(job: FitJob, comparison: Comparison, on_folds: Comparison, kept: Kept) -> FitMetrics:
     """The scores of all candidates, what was kept, and in words what they were measured on and what else is as good."""
     from .selection import of_method, rivals, simpler, tables
 
     candidate, who = kept.candidate, kept.candidate.contender
-    setting = {"chosen": _setting(kept)} if candidate.learned else {}
+    setting: FitMetrics = {"chosen": _setting(kept)} if candidate.learned else {}
     if not comparison.scores:
         note = " ".join([_not_estimated(job, comparison, candidate), *_said_of_stop(kept)])
-        return {"kept": who.label, "note": note} | setting
+        return {"kept": who.label, "note": note, **setting}
     metric, names = job.learner.metric, job.learner.names
     asked = of_method(job.options.method, comparison)
     asked = asked if asked in comparison.scores else who
@@ -137,7 +138,7 @@ def metrics_of(job: FitJob, comparison: Comparison, on_folds: Comparison, kept: 
         *_without_effect(job.options, candidate, folds=bool(job.parts)),
         *_said_of_stop(kept),
     ]
-    result: dict[str, Any] = {
+    result: FitMetrics = {
         "metric": metric.name,
         "higher_is_better": metric.higher_is_better,
         "candidates": tables(comparison),
@@ -149,10 +150,10 @@ def metrics_of(job: FitJob, comparison: Comparison, on_folds: Comparison, kept: 
     }
     if on_folds.settings:
         result["settings"] = on_folds.settings
-    return result | setting
+    return {**result, **setting}
 
 
-def _setting(kept: Kept) -> dict[str, Any]:
+def _setting(kept: Kept) -> Chosen:
     """How what was kept was learned."""
     candidate = kept.candidate
     return {
@@ -211,27 +212,27 @@ def _said_of_skipped(job: FitJob, comparison: Comparison, on_folds: Comparison) 
     return said
 
 
-def history(kept: Kept, title: str) -> dict[str, list[tuple[int, float]]]:
-    """(step, loss) of the last training of what is kept: at most 200 of them, evenly spread, the last among them."""
+def history(kept: Kept, title: str) -> dict[str, list[list[float]]]:
+    """[step, loss] of the last training of what is kept: at most 200 of them, evenly spread, the last among them."""
     finite = [point for point in kept.trained.history if math.isfinite(point[1])]  # fp16 leaves out steps that overflow
-    step = -(-len(finite) // 200) or 1
-    return {title: finite[::-1][::step][::-1]} if kept.trained.history else {}
+    every = -(-len(finite) // 200) or 1
+    return {title: [[step, loss] for step, loss in finite[::-1][::every][::-1]]} if kept.trained.history else {}
 
 
-def held_out(job: FitJob, shots: Examples, held: Examples | None, split: str | None) -> dict[str, Any]:
+def held_out(job: FitJob, shots: Examples, held: Examples | None, split: str | None) -> HeldOut:
     """Which examples the candidates were judged on."""
     if held is not None:
         return {"examples": len(job.held), "from": data_ref(held, split)}
     return {"examples": sum(len(fold) for _, fold in job.parts), "of": len(shots), "folds": len(job.parts)}
 
 
-def data_ref(examples: Examples, split: str | None = None) -> dict[str, Any]:
+def data_ref(examples: Examples, split: str | None = None) -> DataRef:
     """What a mixture remembers of its data: the file's own name, digest and columns, how many rows, and the split that was named."""
-    ref = {
+    ref: DataRef = {
         "name": Path(examples.source).name, "sha256": examples.sha256, "examples": len(examples),
         "columns": dict(examples.columns), "unused_columns": list(examples.unused),
     }  # fmt: skip
-    return ref | ({"split": split} if split else {})
+    return {**ref, "split": split} if split else ref
 
 
 def recorded(options: FitOptions) -> dict[str, Any]:

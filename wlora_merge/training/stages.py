@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import MixtureError
 from ..mixture.new_lora import new_targets
@@ -33,11 +33,14 @@ from .run import Split
 from .selection import chosen
 from .trackers import tracking
 
+if TYPE_CHECKING:
+    from ..mixture.record import FitMetrics, Pruned
+
 FOLD_SHARE, JUDGED_SHARE = 0.5, 0.75
 """Of `max_minutes`: when the folds must end, and what evaluation data judge."""
 
 
-def find_mixture(job: FitJob) -> tuple[dict[str, Any], Candidate]:
+def find_mixture(job: FitJob) -> tuple[FitMetrics, Candidate]:
     """Compare, choose, train what is kept; the metrics and the candidate that the model now holds."""
     options, plan = job.options, _plan(job)
     if job.held and plan.judgements <= 1:  # nothing is left to decide
@@ -156,7 +159,7 @@ def _log_again(learner: Learner, done: Trained, log: Callable[[dict[str, float],
     log({"loss": loss, **{f"weight/{name}": w for name, w in learner.weights().items()}}, last)
 
 
-def _prune(job: FitJob, candidate: Candidate, on_folds: Comparison) -> dict[str, Any]:
+def _prune(job: FitJob, candidate: Candidate, on_folds: Comparison) -> Pruned:
     """Prune the model's weights and say what it cost."""
     learner = job.learner
     judged_on, where = (job.held, "evaluation data") if job.held else (job.shots, "the shots themselves")

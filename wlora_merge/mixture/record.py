@@ -1,0 +1,207 @@
+"""The record of a mixture: what `mixture.json` holds, and `wlora_merge.json` of a mixture that was exported.
+
+Its fields stand in the order of the file. It knows names and numbers. It knows neither tensors nor folders.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+from typing_extensions import Required, TypedDict
+
+from ..adapters.keys import check_adapter_name
+from ..constants import GRANULARITIES, NORMALIZE
+from ..data.tasks import TASKS
+from ..errors import AdapterError
+from ..io.records import AS_WRITTEN, UNCHANGED, Record, checked_by, one_of
+from ..text import short
+
+FORMAT_VERSION = 1
+
+
+def _check_source(source: str) -> None:
+    if not source or "\0" in source:
+        raise ValueError("is not the name of a folder or a hub id")
+
+
+def _check_name(name: str) -> None:
+    try:
+        check_adapter_name(name)
+    except AdapterError as error:
+        raise ValueError(f"is {short(name)}, which no adapter may be called") from error
+
+
+SourceText = Annotated[str, checked_by(_check_source)]
+Digests = dict[str, str]
+"""File name -> sha256."""
+
+
+class BaseRecord(Record):
+    """The base model, as a file names it."""
+
+    source: SourceText
+    revision: str | None = None
+    sha256: Digests
+
+
+class AdapterRecord(Record):
+    """An adapter, as a file names it."""
+
+    name: Annotated[str, checked_by(_check_name)]
+    source: SourceText
+    revision: str | None = None
+    sha256: Digests
+
+
+class Prefixes(Record):
+    """The leading parts in which the file's and the model's names of all modules differ."""
+
+    in_file: str
+    in_model: str
+
+
+# ------------------------------------------------------------------------------------------------ the record of a fit
+
+
+class DataRef(TypedDict, total=False):
+    """A file of data: its own name and digest, how many rows, and which columns were used."""
+
+    name: Required[str]
+    sha256: str
+    examples: int
+    columns: dict[str, str]
+    unused_columns: list[str]
+    split: str
+
+
+HeldOut = TypedDict("HeldOut", {"examples": int, "of": int, "folds": int, "from": DataRef}, total=False)
+"""Which examples the candidates were judged on."""
+Scores = dict[str, float]
+"""Loss, metric and its standard error."""
+
+
+class Chosen(TypedDict, total=False):
+    """How what was kept was learned."""
+
+    granularity: str
+    normalize: str
+    pull: float
+    new_adapter: int
+    interpolation: float
+    new_adapter_interpolation: float
+    steps: int
+
+
+class Pruned(TypedDict, total=False):
+    """What pruning set to zero, and what it cost."""
+
+    below: float
+    weights_set_to_zero: int
+    left: list[str]
+    loss_added: float
+    on: str
+
+
+def _check_point(point: list[float]) -> None:
+    if len(point) != 2:
+        raise ValueError("is not a pair of a step and a loss")
+
+
+class FitMetrics(TypedDict, total=False):
+    """The record of a fit: the scores of all candidates, what was kept, and in words what they were measured on.
+
+    `better` and `as_good` name the simpler candidates that did better than what was compared, and as well; `history` has
+    [step, loss] of the last training.
+    """
+
+    metric: str
+    higher_is_better: bool
+    candidates: dict[str, Scores]
+    kept: str
+    compared_with: str
+    better: list[str]
+    as_good: list[str]
+    note: str
+    settings: dict[str, Scores]
+    chosen: Chosen
+    history: dict[str, list[Annotated[list[float], checked_by(_check_point)]]]
+    pruned: Pruned
+    held_out: HeldOut
+
+
+class NewAdapter(TypedDict):
+    """The adapter that a fit trained beside those given."""
+
+    name: str
+    r: int
+
+
+def _check_option(value: Any) -> None:
+    numbers = value if isinstance(value, list) else []
+    if isinstance(value, dict) or not all(type(number) in (int, float) and abs(number) < 1e300 for number in numbers):
+        raise ValueError("is neither a plain value nor a list of numbers")
+
+
+class MadeFrom(TypedDict, total=False):
+    """How a mixture was made: the method, and of a fit its data and its options."""
+
+    method: str
+    data: DataRef
+    fit: dict[str, Annotated[Any, checked_by(_check_option)]]
+    columns: dict[str, str]
+    residual: str
+    adapters: dict[str, str]
+    new_adapter: NewAdapter
+
+
+# ------------------------------------------------------------------------------------------------------ the mixture
+
+
+class MixtureRecord(Record):
+    """A mixture without its tensors; `weights` are for the reader, but in a manifest, which has no others."""
+
+    format_version: int = FORMAT_VERSION
+    base_model: BaseRecord
+    adapters: list[AdapterRecord]
+    granularity: Annotated[str, one_of(GRANULARITIES)]
+    normalize: Annotated[str, one_of(NORMALIZE)]
+    delta_scale: float
+    groups: dict[str, list[str]]
+    weights: dict[str, Scores] = Field(default_factory=dict)
+    task: Annotated[str, one_of(TASKS)] | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    metrics: Annotated[FitMetrics, AS_WRITTEN, UNCHANGED] = Field(default_factory=FitMetrics)
+    modules_to_save: str | None = None
+    resize_vocab: str | None = None
+    prefixes: Prefixes
+    data: Annotated[MadeFrom, AS_WRITTEN, UNCHANGED] = Field(default_factory=MadeFrom)
+    head: dict[str, str | None] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _agree(self) -> MixtureRecord:
+        """Refuse groups that share a module or have none, and adapters that share a name."""
+        modules = [module for group in self.groups.values() for module in group]
+        if not modules or not all(self.groups.values()):
+            raise ValueError("groups is empty, or one of them has no module")
+        if twice := _first_twice(modules):
+            raise ValueError(f"module {twice!r} stands twice in groups")
+        if _first_twice([adapter.name for adapter in self.adapters]):
+            raise ValueError("two adapters have the same name")
+        if "fit" in self.data and "data" not in self.data:
+            raise ValueError("lacks data.data, which its data.fit worked on")
+        return self
+
+    def table(self) -> dict[str, Any]:
+        """What a file holds of it: every key, but those that few mixtures have."""
+        table = self.model_dump(warnings=False)
+        return {key: value for key, value in table.items() if value or key not in ("resize_vocab", "head")}
+
+
+def _first_twice(names: list[str]) -> str | None:
+    seen = set[str]()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
