@@ -113,5 +113,5 @@ def test_a_manifest_tells_the_inputs_that_were_read_and_not_those_that_were_mean
         export(tmp_path / "m", "lora", tmp_path / "x")
     export(tmp_path / "m", "lora", tmp_path / "x", any_digest=True)
     told = json.loads((tmp_path / "x" / "wlora_merge.json").read_text())
-    assert told["adapters"][0]["sha256"][config.name] == hashlib.sha256(config.read_bytes()).hexdigest()
+    assert told["mixture"]["adapters"][0]["sha256"][config.name] == hashlib.sha256(config.read_bytes()).hexdigest()
     assert told["options"]["any_digest"] is True

@@ -92,7 +92,7 @@ def test_quantized_graphs_stand_beside_the_float_one_and_their_error_is_reported
         arguments = ["export", str(mixture), "--format", "onnx", "--quantize", kind, "--out", str(tmp_path / kind)]
         done = CliRunner().invoke(main, arguments)
         assert done.exit_code == 0, done.output
-        error = read_manifest(tmp_path / kind)["report"]["quantized"]
+        error = read_manifest(tmp_path / kind).report.table()["quantized"]
         assert "root" not in {record.name for record in caplog.records}  # where ONNX Runtime's quantizer warns
         assert f"{error['file']}: off by {error['relative']:.2e}" in done.output
         assert error["file"] == f"onnx/{name}"

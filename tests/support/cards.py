@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 
+from wlora_merge.exporters.formats import FORMATS
 from wlora_merge.exporters.model_card import CardFacts, write_card
 from wlora_merge.mixture.mixture import InputRef, Mixture
 
@@ -36,5 +37,5 @@ def card(
     folders: tuple[Path, ...] = (),
     **more: Any,
 ) -> ModelCard:
-    write_card(folder, CardFacts(made, kind, base_name, folders, **more))
+    write_card(folder, CardFacts(made, FORMATS[kind], base_name, folders, **more))
     return ModelCard.load(folder / "README.md")

@@ -213,12 +213,13 @@ def wrong_export(at: Path, base: Path) -> str:
     if any(not np.isfinite(tensor).all() for tensor in out.values() if tensor.dtype.kind == "f"):
         return "a tensor that is not finite"
     plain = all(not c.get("rank_pattern") and not c.get("alpha_pattern") and not c.get("use_dora") for c in config)
-    if not plain or told["normalize"] != "none":
+    mixture = told["mixture"]
+    if not plain or mixture["normalize"] != "none":
         return ""
     source = {k: v for f in base.glob("*.safetensors") for k, v in load_file(f).items()}
     tensors = [load_file(at / f"a{i}" / "adapter_model.safetensors") for i in range(2)]
-    names = [row["name"] for row in told["adapters"]]
-    for group, module in ((group, module) for group, modules in told["groups"].items() for module in modules):
+    names = [row["name"] for row in mixture["adapters"]]
+    for group, module in ((group, module) for group, modules in mixture["groups"].items() for module in modules):
         expected = source[f"{module}.weight"].astype(np.float64)
         for i in range(2):
             key = f"base_model.model.{module}.lora_A.weight"
@@ -226,7 +227,7 @@ def wrong_export(at: Path, base: Path) -> str:
                 continue
             A, B = (tensors[i][key.replace("lora_A", part)].astype(np.float64) for part in ("lora_A", "lora_B"))
             scaling = config[i].get("lora_alpha", 8) / (len(A) ** 0.5 if config[i].get("use_rslora") else len(A))
-            expected = expected + told["delta_scale"] * told["weights"][group][names[i]] * scaling * (B @ A)
+            expected = expected + mixture["delta_scale"] * mixture["weights"][group][names[i]] * scaling * (B @ A)
         if not np.allclose(out[f"{module}.weight"], expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max()):
             return f"{module} is not the sum"
     return ""

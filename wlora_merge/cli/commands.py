@@ -136,19 +136,7 @@ def export(mixture: str, out: str, as_json: bool, **options: Any) -> None:
         table = {"folder": str(out), "format": kind, "bytes": result.bytes, "digest": digest(result.folder)}
         click.echo(json.dumps(table | {"report": result.report}))
         return
-    report = result.report
-    detail = ""
-    if kind == "lora":
-        detail = f" r = {report['r']}, relative error {report['relative_error']:.2e}, energy kept {report['energy_kept']:.4%}."
-    if "rewritten" in report:
-        detail = f" {report['rewritten']} weights of {options['onnx_base']} rewritten."
-    elif "same_tokens" in report:
-        detail = f" {report['same_tokens']:.1%} of the greedy tokens are PyTorch's."
-    elif kind == "onnx":
-        detail = f" Largest difference from PyTorch {report['largest_difference']:.2e}."
-    if "quantized" in report:
-        q = report["quantized"]
-        detail += f" {q['file']}: off by {q['relative']:.2e} of the largest, same choice {q['same_choice']:.1%}."
+    detail = f" {result.detail}" if result.detail else ""
     click.echo(f"Wrote {out} ({kind}, {human_bytes(result.bytes)}).{detail}\n{digest(result.folder)}")
 
 
@@ -324,12 +312,11 @@ def _show_mixture(mixture: Any, out: str, as_json: bool) -> None:
         mean = dict(zip(mixture.adapter_names, mixture.mixture_weights.mean(0).tolist(), strict=True))
         click.echo(json.dumps({"folder": out, "weights": mean, "metrics": mixture.metrics}))
         return
-    from ..exporters.model_card import judged_on
     from .inspect_tables import candidate_rows, setting_rows, weight_rows
 
     candidates = candidate_rows(mixture)
     if candidates:
-        show_table(judged_on(mixture.metrics), candidates)
+        show_table(mixture.judged_on, candidates)
     if settings := setting_rows(mixture):
         show_table("Out of fold", settings)
     if mixture.metrics.get("note"):

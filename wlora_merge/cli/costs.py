@@ -16,7 +16,7 @@ from ..constants import DTYPES
 from ..data.examples import Examples
 from ..data.tasks import get_task
 from ..exporters.dense import folder_bytes, plan
-from ..exporters.export import lora_bytes
+from ..exporters.lora_format import lora_bytes
 from ..io.tensors import matrix_shape
 from ..mixture.inputs import Inputs
 from .recipe import ExportRecipe

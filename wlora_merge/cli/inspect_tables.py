@@ -6,18 +6,21 @@ Nothing is changed, and no model is loaded: of a base some weights alone, to say
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..adapters.adapter import CONFIG_FILE
-from ..constants import MIXTURE_FILE
-from ..exporters.manifest import FILE, below, read_manifest
-from ..exporters.model_card import judged_on
+from ..constants import MANIFEST_FILE, MIXTURE_FILE
+from ..exporters.folders import below
 from ..io.hub import is_here
 from ..mixture.compatibility import Rows, adapter_tables
 from ..mixture.mixture import Mixture
 from ..models.base_model import BaseModel, open_base
+
+if TYPE_CHECKING:
+    from ..exporters.manifest import Manifest
 
 
 def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:
@@ -30,28 +33,68 @@ def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:
     adapters: list[str | Path] = []
     bases: list[BaseModel] = []
     for path in paths:
-        folder = Path(path)
-        here = is_here(path)
-        if here and (folder / FILE).is_file():
-            tables[f"Export {path}"] = export_rows(read_manifest(folder))
-        elif here and (folder / MIXTURE_FILE).is_file():
-            mixture = Mixture.load(folder)
-            tables[f"Mixture {path}"] = mixture_rows(mixture)
-            tables[f"Mixture weights of {path}, over the groups"] = weight_rows(mixture)
-            if candidates := candidate_rows(mixture):
-                tables[f"{judged_on(mixture.metrics)}, {path}"] = candidates
-            if settings := setting_rows(mixture):
-                tables[f"Out of fold, {path}"] = settings
-        elif here and (folder / CONFIG_FILE).exists():
+        kind = _kind_of(path)
+        if kind is _Kind.ADAPTER:
             adapters.append(path)
-        elif here and not (folder / "config.json").exists() and (found := below(folder)):
-            tables[f"Output of a run {path}"] = [{"what": kind, "path": below_it} for below_it, kind in found.items()]
-        else:
+        elif kind is _Kind.BASE:
             bases.append(open_base(path))
             tables[f"Base model {path}"] = base_rows(bases[-1])
+        else:
+            tables |= _TABLES[kind](path)
     if adapters:
         tables |= adapter_tables(adapters, bases[0] if bases else None)
     return tables
+
+
+class _Kind(Enum):
+    """What a folder is, told by a file in it; what has none of them is a base, or the hub's."""
+
+    EXPORT = MANIFEST_FILE
+    MIXTURE = MIXTURE_FILE
+    ADAPTER = CONFIG_FILE
+    BASE = "config.json"
+    RUN = "output of a run"
+
+
+def _kind_of(path: str | Path) -> _Kind:
+    if not is_here(path):
+        return _Kind.BASE
+    folder = Path(path)
+    if (folder / MANIFEST_FILE).is_file():
+        return _Kind.EXPORT
+    if (folder / MIXTURE_FILE).is_file():
+        return _Kind.MIXTURE
+    if (folder / CONFIG_FILE).exists():
+        return _Kind.ADAPTER
+    return _Kind.BASE if (folder / "config.json").exists() or not below(folder) else _Kind.RUN
+
+
+def _export_tables(path: str | Path) -> dict[str, Rows]:
+    from ..exporters.manifest import read_manifest
+
+    return {f"Export {path}": export_rows(read_manifest(Path(path)))}
+
+
+def _mixture_tables(path: str | Path) -> dict[str, Rows]:
+    mixture = Mixture.load(path)
+    tables = {
+        f"Mixture {path}": mixture_rows(mixture),
+        f"Mixture weights of {path}, over the groups": weight_rows(mixture),
+        f"{mixture.judged_on}, {path}": candidate_rows(mixture),
+        f"Out of fold, {path}": setting_rows(mixture),
+    }
+    return {title: rows for title, rows in tables.items() if rows}
+
+
+def _run_tables(path: str | Path) -> dict[str, Rows]:
+    return {f"Output of a run {path}": [{"what": kind, "path": found} for found, kind in below(Path(path)).items()]}
+
+
+_TABLES: Mapping[_Kind, Callable[[str | Path], dict[str, Rows]]] = {
+    _Kind.EXPORT: _export_tables,
+    _Kind.MIXTURE: _mixture_tables,
+    _Kind.RUN: _run_tables,
+}
 
 
 def base_rows(base: BaseModel) -> Rows:
@@ -101,14 +144,15 @@ def setting_rows(mixture: Mixture) -> Rows:
     return [{"setting of learned": name, **row} for name, row in settings.items()] if len(settings) > 1 else []
 
 
-def export_rows(manifest: dict[str, Any]) -> Rows:
+def export_rows(manifest: Manifest) -> Rows:
     """What an export is and what went into it."""
+    mixture = manifest.mixture
     return [
-        {"what": "format", "value": manifest["format"]},
-        {"what": "task", "value": manifest.get("task") or "not set"},
-        {"what": "base model", "value": manifest["base_model"]["name"]},
-        {"what": "adapters", "value": " ".join(row["name"] for row in manifest["adapters"])},
-        {"what": "files", "value": str(len(manifest["files"]))},
-        {"what": "bytes", "value": str(sum(row["bytes"] for row in manifest["files"].values()))},
-        {"what": "made with", "value": " ".join(f"{k} {v}" for k, v in manifest["versions"].items())},
+        {"what": "format", "value": manifest.format},
+        {"what": "task", "value": mixture.task or "not set"},
+        {"what": "base model", "value": manifest.base_name},
+        {"what": "adapters", "value": " ".join(adapter.name for adapter in mixture.adapters)},
+        {"what": "files", "value": str(len(manifest.files))},
+        {"what": "bytes", "value": str(sum(file.bytes for file in manifest.files.values()))},
+        {"what": "made with", "value": " ".join(f"{k} {v}" for k, v in manifest.versions.items())},
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,27 +16,20 @@ if TYPE_CHECKING:
     from ..models.base_model import BaseModel
 
 
-def read_head(folder: Path, manifest: Mapping[str, Any], base: BaseModel) -> dict[str, torch.Tensor]:
-    """The trained head out of an export's own files, under its parameter names; what replaces a tensor of the base has that one's.
+def read_stored_head(folder: Path, names: Collection[str], base: BaseModel) -> dict[str, torch.Tensor]:
+    """The trained head out of safetensors, under its parameter names; what replaces a tensor of the base has that one's.
 
     Raises:
         VerifyError: it is not there.
-        UnsupportedError: a graph has it in no form that can be read back.
     """
-    wanted = set(manifest.get("head") or [])
-    if wanted and manifest["format"] == "onnx":
-        places = (manifest.get("report") or {}).get("head")
-        return _located(folder / "onnx" / "model.onnx", places if isinstance(places, dict) else {}, wanted)
+    stored = {entry: name for name, entry in base.stored_names(sorted(names)).items()} | {name: name for name in names}
     found = {}
-    names = {stored: name for name, stored in base.stored_names(sorted(wanted)).items()} | {
-        name: name for name in wanted
-    }
     for file in sorted(folder.glob("*.safetensors")):
         for key, entry in read_header(file).entries.items():
-            if (name := names.get(key.removeprefix(PEFT_PREFIX))) is not None:
+            if (name := stored.get(key.removeprefix(PEFT_PREFIX))) is not None:
                 found[name] = read_tensor(entry)
-    if wanted - set(found):
-        raise VerifyError(f"{folder}: the tensor {sorted(wanted - set(found))[0]!r} of its trained head is not there.")
+    if missing := sorted(set(names) - set(found)):
+        raise VerifyError(f"{folder}: the tensor {missing[0]!r} of its trained head is not there.")
     return found
 
 
@@ -72,19 +65,26 @@ def locate_head(folder: Path, head: Mapping[str, torch.Tensor]) -> dict[str, lis
     return {name: place for name, place in places.items() if place is not None}
 
 
-def _located(file: Path, places: Mapping[str, Any], wanted: set[str]) -> dict[str, torch.Tensor]:
-    """The head out of a graph, from where `locate_head` found it."""
+def read_graph_head(file: Path, names: Collection[str], places: Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
+    """The trained head out of a graph, from where `locate_head` found it.
+
+    Raises:
+        VerifyError: it is not there.
+        UnsupportedError: the graph has it in no form that can be read back.
+    """
+    if not names:
+        return {}
     import onnx
     import torch
 
-    if missing := sorted(wanted - set(places)):
+    if missing := sorted(set(names) - set(places)):
         raise UnsupportedError(
             f"{file}: the tensor {missing[0]!r} of the trained head does not stand in the graph as a whole."
         )
     stored = {tensor.name: tensor for tensor in onnx.load(str(file)).graph.initializer}
     found = {}
-    for name in sorted(wanted):
-        at, transposed = places[name] if isinstance(places[name], list) and len(places[name]) == 2 else (None, False)
+    for name in sorted(names):
+        at, transposed = places[name]
         if at not in stored:
             raise VerifyError(f"{file}: the tensor {name!r} of its trained head is not there: export again.")
         array = onnx.numpy_helper.to_array(stored[at])

@@ -1,39 +1,44 @@
 """`wlora_merge.json`: what went into an export and what came out, with digests. No local path stands in it.
 
-The same inputs, options and versions give the same bytes, wherever the folders lie; so a digest of this file pins an export.
+The same inputs, options and versions give the same bytes, wherever the folders lie; so a digest of this file pins an export. It holds
+the mixture in the form of `mixture.json`, with its weights as they are. It is a record, checked once when it is read; a file that the
+version before wrote is turned into one.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from ..adapters.adapter import Adapter
-from ..constants import DTYPES, MIXTURE_FILE
+from ..constants import DTYPES, MANIFEST_FILE
 from ..errors import VerifyError
 from ..io.digests import sha256_file
 from ..io.hub import public_name
+from ..io.records import Record, checked_by, one_of, read_record
 from ..io.untrusted import find_file, is_plain_file_name, read_json
 from ..mixture.mixture import InputRef, Mixture, adapter_ref, base_ref
+from ..mixture.record import MixtureRecord
 from ..models.base_model import BaseModel
+from ..text import short
+from .folders import below
+from .format import Measures
+from .formats import FORMATS
+from .probe import is_probe
 
-FILE = "wlora_merge.json"
-FORMAT_VERSION = 1
-PROBE_ELEMENTS = 16_000_000
-PACKAGES = {
-    "dense": ("torch",),
-    "lora": ("torch", "safetensors"),
-    "onnx": ("torch", "transformers", "onnx", "onnxscript"),
-}
+FORMAT_VERSION = 2
+ADVICE = "export again"
 
 
-def versions(packages: tuple[str, ...]) -> dict[str, str]:
+def versions(packages: Sequence[str]) -> dict[str, str]:
     """Package name -> installed version, Python and this package first."""
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in ("wlora-merge", *packages):
@@ -44,6 +49,70 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+# ------------------------------------------------------------------------------------------------------- the record
+
+
+class FileRecord(Record):
+    """A file of an export."""
+
+    sha256: str
+    bytes: int
+
+
+def _check_probe(value: Any) -> None:
+    if not is_probe(value):
+        raise ValueError("is neither rows of token ids nor a shape and a seed, of a bounded size")
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    if options.get("dtype") not in (None, *DTYPES):
+        raise ValueError(f"says dtype {short(options['dtype'])}, expected one of {', '.join(DTYPES)}")
+
+
+class Manifest(Record):
+    """What an export is: its format, the mixture in it, how it was asked for, what was measured, and its files."""
+
+    format_version: int
+    format: Annotated[str, one_of(FORMATS)]
+    base_name: str
+    mixture: MixtureRecord
+    options: Annotated[dict[str, Any], checked_by(_check_options)]
+    report: SerializeAsAny[Measures]
+    probe: dict[str, Annotated[Any, checked_by(_check_probe)]]
+    versions: dict[str, str]
+    files: dict[str, FileRecord]
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype that was asked for, as `--dtype` names it; None: the base's own."""
+        dtype: str | None = self.options.get("dtype")
+        return dtype
+
+    @field_validator("report", mode="wrap")
+    @classmethod
+    def _of_its_format(cls, value: Any, _: Any, info: ValidationInfo) -> Measures:
+        """The measures as the format has them."""
+        kind = FORMATS.get(info.data.get("format", ""))
+        if kind is None or not isinstance(value, dict):
+            raise ValueError(f"is {short(value)}, expected a table of what was measured")
+        return kind.measures_of(value).model_validate(value)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Manifest:
+        """Refuse files outside the folder, and weights that are not one number for each group and adapter."""
+        for name in self.files:
+            if not all(map(is_plain_file_name, name.split("/"))):
+                raise ValueError(f"its table of files is broken: {short(name)} is no file of the folder")
+        names = {adapter.name for adapter in self.mixture.adapters}
+        weights = self.mixture.weights
+        if set(weights) != set(self.mixture.groups) or any(set(row) != names for row in weights.values()):
+            raise ValueError("its weights are not one number for each group and adapter")
+        return self
+
+
+# -------------------------------------------------------------------------------------------------------- written
+
+
 def build_manifest(
     mixture: Mixture,
     base: BaseModel,
@@ -52,157 +121,113 @@ def build_manifest(
     kind: str,
     base_name: str,
     options: Mapping[str, Any],
-    report: Mapping[str, Any],
+    report: Measures,
     probe: Mapping[str, Any],
-) -> dict[str, Any]:
+) -> Manifest:
     """Everything but the table of output files, which `write_manifest` adds.
 
     Args:
         base, adapters: the inputs that were read; with --any-digest they need not be those of the mixture.
     """
-    read = base_ref(base)
-    return {
-        "format_version": FORMAT_VERSION,
-        "format": kind,
-        "task": mixture.task,
-        "base_model": {
-            "name": base_name,
-            "revision": _true(mixture.base, read).revision,
-            "sha256": read.sha256,
-        },
-        "adapters": [
-            {"name": a.name, "source": public_name(a.source), "revision": a.revision, "sha256": a.sha256}
-            for a in map(_true, mixture.adapters, map(adapter_ref, adapters))
-        ],
-        "granularity": mixture.granularity,
-        "normalize": mixture.normalize,
-        "delta_scale": mixture.delta_scale,
-        "groups": mixture.groups,
-        "weights": {
-            group: dict(zip(mixture.adapter_names, row, strict=True))
-            for group, row in zip(mixture.groups, mixture.mixture_weights.double().tolist(), strict=True)
-        },
-        "prefixes": list(mixture.prefixes),
-        "modules_to_save": mixture.modules_to_save,
-        **({"resize_vocab": mixture.resize_vocab} if mixture.resize_vocab else {}),
-        "head": sorted(mixture.head),
-        "config": mixture.config,
-        "metrics": mixture.metrics,
-        "data": mixture.data,
-        "options": dict(options),
-        "report": dict(report),
-        "probe": dict(probe),
-        "versions": versions((*PACKAGES[kind], *(("matplotlib",) if options.get("report") else ()))),
+    read = replace(
+        mixture,
+        base=_true(mixture.base, base_ref(base)),
+        adapters=list(map(_true, mixture.adapters, map(adapter_ref, adapters))),
+        head_tensors={name: mixture.head_tensors.get(name) for name in sorted(mixture.head)},
+    )
+    return Manifest.model_construct(
+        format_version=FORMAT_VERSION,
+        format=kind,
+        base_name=base_name,
+        mixture=read.record(lambda ref: public_name(ref.source)),
+        options=dict(options),
+        report=report,
+        probe=dict(probe),
+        versions=versions((*FORMATS[kind].packages, *(("matplotlib",) if options.get("report") else ()))),
+        files={},
+    )
+
+
+def write_manifest(manifest: Manifest, folder: Path, known: Mapping[str, str]) -> None:
+    """Write the file with every other file of the folder, its sha256 (taken from `known`, name -> sha256, where it is) and bytes."""
+    table = manifest.model_dump(warnings=False) | {
+        "mixture": manifest.mixture.table(),
+        "report": manifest.report.table(),
     }
-
-
-def write_manifest(manifest: dict[str, Any], folder: Path, known: Mapping[str, str]) -> None:
-    """Add every file of the folder with its sha256 (taken from `known`, name -> sha256, where it is) and write the file."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / FILE):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST_FILE):
         name = path.relative_to(folder).as_posix()
-        files[name] = {"sha256": known.get(name) or sha256_file(path), "bytes": path.stat().st_size}
-    text = json.dumps(manifest | {"files": files}, indent=2, ensure_ascii=False)
-    (folder / FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def digest(folder: Path) -> str:
-    """`sha256:...` of an export's manifest, which has the sha256 of every other file: one line pins the export."""
-    return f"sha256:{sha256_file(folder / FILE)}"
-
-
-def below(folder: Path) -> dict[str, str]:
-    """The exports and mixtures in a folder that `run` wrote: path -> `export` or `mixture`."""
-    kinds = {FILE: "export", MIXTURE_FILE: "mixture"}
-    return {
-        str(folder / child.name): kind
-        for child in (sorted(folder.iterdir()) if folder.is_dir() else ())
-        for file, kind in kinds.items()
-        if (child / file).is_file()
-    }
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an export.
-
-    Raises:
-        VerifyError: none there, or one that is not of this version.
-    """
-    file = find_file(folder, FILE, VerifyError)
-    if file is None:
-        if not os.path.exists(folder):  # of a name too long too
-            raise VerifyError(f"{folder}: does not exist.")
-        inside = f"; below it are {', '.join(found)}: give one of the exports" if (found := below(folder)) else ""
-        raise VerifyError(f"{folder}: has no {FILE}: this is not an export of wlora-merge{inside}.")
-    table = read_json(file, VerifyError)
-    if table.get("format_version") != FORMAT_VERSION:
-        raise VerifyError(
-            f"{file}: its format_version is not {FORMAT_VERSION}: another version of wlora-merge wrote it."
-        )
-    files = table.get("files")
-    if not isinstance(files, dict) or not all(
-        all(map(is_plain_file_name, name.split("/"))) and isinstance(row, dict) for name, row in files.items()
-    ):
-        raise VerifyError(f"{file}: its table of files is broken: export again.")
-    try:
-        _check(table)
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise VerifyError(f"{file}: {what}: export again.") from error
-    return table
-
-
-def _check(table: Mapping[str, Any]) -> None:
-    """Raise KeyError for a key that is missing, TypeError or ValueError for one that is not as `build_manifest` has it."""
-    kinds: dict[str, type] = {"base_model": dict, "adapters": list, "groups": dict, "weights": dict, "versions": dict}
-    for key, kind in kinds.items():
-        if not isinstance(table[key], kind):
-            raise TypeError(f"its {key} is a {type(table[key]).__name__}, expected a {kind.__name__}")
-    if table["format"] not in tuple(PACKAGES):
-        raise ValueError(f"its format is {table['format']!r}, expected one of {', '.join(PACKAGES)}")
-    for row in (table["base_model"], *table["adapters"]):
-        if not isinstance(row, dict) or not isinstance(row["name"], str) or not isinstance(row["sha256"], dict):
-            raise TypeError("one of its inputs has no name or no table of sha256")
-    _check_strings(table)
-    probe = table.get("probe") or {}
-    if not isinstance(probe, dict) or not all(is_probe(name, value) for name, value in probe.items()):
-        raise TypeError("its probe is not a table of small inputs")
-    if not isinstance((table.get("report") or {}).get("relative_error", 0.0), int | float):
-        raise TypeError("its report has a relative_error that is no number")
-    for name, row in table["files"].items():
-        if not isinstance(row["sha256"], str) or type(row["bytes"]) is not int:
-            raise TypeError(f"the row of file {name!r} is not a sha256 and a number of bytes")
-
-
-def _check_strings(table: Mapping[str, Any]) -> None:
-    for key in ("prefixes", "head"):
-        if not isinstance(table[key], list) or not all(isinstance(text, str) for text in table[key]):
-            raise TypeError(f"its {key} is not a list of names")
-    if len(table["prefixes"]) != 2:
-        raise ValueError("its prefixes are not two")
-    for key in ("config", "options", "report", "metrics", "data"):
-        if not isinstance(table.get(key) or {}, dict):
-            raise TypeError(f"its {key} is a {type(table[key]).__name__}, expected a table")
-    if (table.get("options") or {}).get("dtype") not in (None, *DTYPES):
-        raise ValueError(f"its dtype is not one of {', '.join(DTYPES)}")
-    for modules in table["groups"].values():
-        if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-            raise TypeError("one of its groups is not a list of modules")
-    for row in (table["base_model"], *table["adapters"]):
-        if not all(isinstance(text, str) for text in row["sha256"].values()):
-            raise TypeError("one of its inputs has a sha256 that is no text")
-
-
-def is_probe(name: str, value: Any) -> bool:
-    """Whether it is a table {shape, seed} or rows of token ids, as `check.make_probe` makes them, of a bounded size."""
-    if isinstance(value, dict):
-        shape = value.get("shape")
-        numbers: list[Any] = [*shape, value.get("seed")] if isinstance(shape, list) else [None]
-        return all(type(n) is int and 0 <= n < 2**31 for n in numbers) and math.prod(numbers[:-1]) <= PROBE_ELEMENTS
-    rows = value if isinstance(value, list) and all(isinstance(row, list) for row in value) else [[None]]
-    return len({len(row) for row in rows}) == 1 and all(type(n) is int and 0 <= n < 2**63 for row in rows for n in row)
+        table["files"][name] = {"sha256": known.get(name) or sha256_file(path), "bytes": path.stat().st_size}
+    text = json.dumps(table, indent=2, ensure_ascii=False)
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _true(told: InputRef, read: InputRef) -> InputRef:
     """Where an input came from: what the mixture says of it if these are its bytes, else where they were read."""
     return told if told.sha256 == read.sha256 else read
+
+
+def digest(folder: Path) -> str:
+    """`sha256:...` of an export's manifest, which has the sha256 of every other file: one line pins the export."""
+    return f"sha256:{sha256_file(folder / MANIFEST_FILE)}"
+
+
+# ----------------------------------------------------------------------------------------------------------- read
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an export, of this format version or the one before.
+
+    Raises:
+        VerifyError: none there, one of another version, or one that is broken.
+    """
+    file = find_file(folder, MANIFEST_FILE, VerifyError)
+    if file is None:
+        if not os.path.exists(folder):  # of a name too long too
+            raise VerifyError(f"{folder}: does not exist.")
+        inside = f"; below it are {', '.join(found)}: give one of the exports" if (found := below(folder)) else ""
+        raise VerifyError(f"{folder}: has no {MANIFEST_FILE}: this is not an export of wlora-merge{inside}.")
+    table = read_json(file, VerifyError)
+    found_version = table.get("format_version")
+    if type(found_version) is int and found_version == 1:
+        table = _of_version_1(table, file)
+    elif type(found_version) is not int or found_version != FORMAT_VERSION:
+        raise VerifyError(
+            f"{file}: its format_version is not {FORMAT_VERSION}: another version of wlora-merge wrote it."
+        )
+    return read_record(Manifest, table, file, VerifyError, ADVICE)
+
+
+class _BaseOfVersion1(Record):
+    name: str
+    revision: str | None = None
+    sha256: dict[str, str]
+
+
+class _Version1(Record):
+    """What format version 1 said in another form: it had the mixture's keys beside its own."""
+
+    base_model: _BaseOfVersion1
+    prefixes: list[str]
+    head: list[str]
+
+    @model_validator(mode="after")
+    def _two(self) -> _Version1:
+        if len(self.prefixes) != 2:
+            raise ValueError("its prefixes are not two")
+        return self
+
+
+def _of_version_1(table: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """A table of format version 1 in the form of version 2; which tensors of the base the head replaces, it does not say."""
+    old = read_record(_Version1, table, file, VerifyError, ADVICE)
+    base = old.base_model
+    mixture = {key: table[key] for key in MixtureRecord.model_fields if key in table} | {
+        "base_model": {"source": base.name, "revision": base.revision, "sha256": base.sha256},
+        "prefixes": dict(zip(("in_file", "in_model"), old.prefixes, strict=True)),
+        "head": dict.fromkeys(old.head),
+    }
+    return {key: table[key] for key in Manifest.model_fields if key in table} | {
+        "format_version": FORMAT_VERSION,
+        "base_name": base.name,
+        "mixture": mixture,
+    }

@@ -20,6 +20,7 @@ from ..io.hub import at_revision
 from ..io.untrusted import find_file, parse_yaml, read_bytes
 from ..mixture.mixture import TRAINING_LOOP, Mixture
 from ..option_fields import flag_of
+from .format import Format, Measures
 from .report import CAPTIONS, FIGURES
 from .report import FILE as REPORT
 from .serving import vllm_rank
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 FOLDER = "path/to/this/folder"
 """What a card's code calls the folder that it stands in."""
-LIBRARIES = {"dense": "transformers", "lora": "peft", "onnx": "transformers.js"}
+TGI = {
+    "tgi": "docker run --gpus all --shm-size 1g -p 8080:80",
+    "tgi_image": "ghcr.io/huggingface/text-generation-inference",
+}
+"""How Text Generation Inference is started."""
 KNOWN_METRICS = ("accuracy", "f1", "exact_match", "rouge", "bleu", "perplexity", "squad", "seqeval")
 """What the hub calls metrics that a fit may report."""
 
@@ -47,21 +52,21 @@ class CardFacts:
 
     Attributes:
         mixture: what was exported.
-        kind: `dense`, `lora` or `onnx`.
+        format: of the export.
         base_name: what the card calls the base model.
         folders: the base's and the adapters' folders, whose cards may name a license.
         options: how the export was asked for.
-        measured: what the writer measured.
+        measures: what the writer measured.
         note: a paragraph on what is special about this export.
         figures: names of the report's figures, as in `report.CAPTIONS`.
     """
 
     mixture: Mixture
-    kind: str
+    format: Format
     base_name: str
     folders: Sequence[Path] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
-    measured: Mapping[str, Any] = field(default_factory=dict)
+    measures: Measures = field(default_factory=Measures)
     note: str = ""
     figures: Sequence[str] = ()
 
@@ -77,22 +82,19 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         _metadata(facts, fronts),
         template_path=str(TEMPLATE),
         **vars(facts) | {"figures": [{"caption": CAPTIONS[n], "file": f"{FIGURES}/{n}.png"} for n in facts.figures]},
+        measured=facts.measures.card(),
+        serving=_serving(facts),
         **_licenses([facts.base_name, *mixture.adapter_names], fronts),
-        folder=FOLDER,
         report=REPORT,
-        task=get_task(mixture.task),
         method=mixture.data.get("method"),
         looped=_is_looped(mixture),
         new_adapter=mixture.data.get("new_adapter"),
         kept=metrics.get("kept", "learned"),
         weights=_weights(mixture),
-        judged_on=judged_on(metrics),
+        judged_on=mixture.judged_on,
         metrics_note=metrics.get("note", ""),
         candidates=candidates,
         columns=sorted({key for row in candidates.values() for key in row}),
-        labels=_labels(mixture),
-        vllm_rank=_vllm_rank(facts),
-        runtime=facts.options.get("onnx_runtime"),
         commands="\n".join(map(shlex.join, _commands(facts))),
     )
     (folder / "README.md").write_text(f"{card}\n", encoding="utf-8")
@@ -101,21 +103,21 @@ def write_card(folder: Path, facts: CardFacts) -> None:
 def _metadata(facts: CardFacts, fronts: Sequence[Mapping[str, Any]]) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
-    mixture, is_lora = facts.mixture, facts.kind == "lora"
-    sources = [] if is_lora else [a.source for a in mixture.adapters if not Path(a.source).is_absolute()]
+    mixture, is_adapter = facts.mixture, facts.format.is_adapter
+    sources = [] if is_adapter else [a.source for a in mixture.adapters if not Path(a.source).is_absolute()]
     on_hub = list(dict.fromkeys(name for name in [facts.base_name, *sources] if _MODEL_ID.fullmatch(name)))
     licenses = {name for front in fronts for name in _named(front, "license", _LICENSE)}
     datasets = dict.fromkeys(name for front in fronts[1:] for name in _named(front, "datasets", _DATASET))
     metric = mixture.metrics.get("metric")
     return ModelCardData(
         base_model=on_hub or None,
-        library_name=LIBRARIES[facts.kind],
+        library_name=facts.format.library,
         license=licenses.pop() if len(licenses) == 1 and _named(next(iter(fronts), {}), "license", _LICENSE) else None,
         datasets=list(datasets) or None,
         metrics=[metric] if metric in KNOWN_METRICS else None,
         tags=["merge", "lora", "wlora-merge"],
         pipeline_tag=get_task(mixture.task).pipeline_tag if mixture.task else None,
-        base_model_relation=("adapter" if is_lora else "merge") if on_hub else None,
+        base_model_relation=("adapter" if is_adapter else "merge") if on_hub else None,
     )
 
 
@@ -126,6 +128,22 @@ def _weights(mixture: Mixture) -> list[dict[str, Any]]:
     return [{"name": name, "mean": float(m), "lowest": float(a), "highest": float(b)} for name, m, a, b in numbers]
 
 
+def _serving(facts: CardFacts) -> str:
+    """How to load and serve it, by the template of its format."""
+    from jinja2 import StrictUndefined, Template
+
+    text = Path(__file__).with_name(f"{facts.format.serving(facts.measures)}.md.j2").read_text(encoding="utf-8")
+    lines: str = Template(text, undefined=StrictUndefined).render(
+        folder=FOLDER,
+        base_name=facts.base_name,
+        task=get_task(facts.mixture.task),
+        labels=_labels(facts.mixture),
+        vllm_rank=_vllm_rank(facts),
+        **TGI,
+    )
+    return lines
+
+
 def _labels(mixture: Mixture) -> dict[int, str]:
     """The labels of a trained head: {index: name}."""
     return {int(key): name for key, name in mixture.config.get("id2label", {}).items()} if mixture.head else {}
@@ -133,14 +151,9 @@ def _labels(mixture: Mixture) -> dict[int, str]:
 
 def _vllm_rank(facts: CardFacts) -> int | None:
     """The `--max-lora-rank` to serve a LoRA with; None where vLLM does not serve it."""
-    r = facts.measured.get("r")
+    r = facts.measures.rank
     served = "vllm" in get_task(facts.mixture.task).servers and not facts.mixture.head
     return vllm_rank(r) if served and r is not None else None
-
-
-def judged_on(metrics: Mapping[str, Any]) -> str:
-    """What a fit's scores were measured on, as a title."""
-    return "Held out" if (metrics.get("held_out") or {}).get("examples") else "On the shots themselves"
 
 
 def _is_looped(mixture: Mixture) -> bool:
@@ -151,7 +164,7 @@ def _is_looped(mixture: Mixture) -> bool:
 def _commands(facts: CardFacts) -> list[list[str]]:
     """The commands that make this folder again; local inputs stand under their own names."""
     asked = _flags({key: value for key, value in facts.options.items() if key != "format"}, ExportOptions)
-    export = ["wlora-merge", "export", "mixture", "--format", facts.kind, *asked, "--out", "served"]
+    export = ["wlora-merge", "export", "mixture", "--format", facts.format.name, *asked, "--out", "served"]
     made = [] if _is_looped(facts.mixture) else [_mixture_command(facts.mixture, facts.base_name)]
     return [*made, export, ["wlora-merge", "verify", "served"]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,13 @@ from ..data.tasks import get_task
 from ..errors import VerifyError
 from ..models.loading import library_errors
 from ..progress import Meter
-from .manifest import is_probe
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+PROBE_ELEMENTS = 16_000_000
+"""Most numbers that a probe gives by shape."""
 
 
 def make_probe(config: Mapping[str, Any], task: str | None) -> dict[str, Any]:
@@ -22,18 +25,30 @@ def make_probe(config: Mapping[str, Any], task: str | None) -> dict[str, Any]:
 
     Token ids come from a linear congruential generator over the vocabulary; pixels, given by shape, from torch's seed 0.
     """
-    probe = _probe(config, get_task(task))
-    return probe if all(is_probe(name, value) for name, value in probe.items()) else {}
-
-
-def _probe(config: Mapping[str, Any], task: Task) -> dict[str, Any]:
     if "image_size" in config and "num_channels" in config:
-        size = config["image_size"]
-        sizes = size if isinstance(size, list) else [size, size]
-        frames = "num_frames" in config  # of a video
-        return {} if frames else {"pixel_values": {"shape": [2, config["num_channels"], *sizes], "seed": 0}}
-    if "conv_dim" in config or (config.get("num_mel_bins") and config.get("model_type") != "whisper"):
-        return {}  # of sounds
+        probe = _image_probe(config)
+    elif not _takes_sounds(config):
+        probe = _token_probe(config, get_task(task))
+    else:
+        probe = {}
+    return probe if all(map(is_probe, probe.values())) else {}
+
+
+def _takes_sounds(config: Mapping[str, Any]) -> bool:
+    return "conv_dim" in config or bool(config.get("num_mel_bins") and config.get("model_type") != "whisper")
+
+
+def _image_probe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Pixels of two images; of a video, nothing."""
+    if "num_frames" in config:
+        return {}
+    size = config["image_size"]
+    sizes = size if isinstance(size, list) else [size, size]
+    return {"pixel_values": {"shape": [2, config["num_channels"], *sizes], "seed": 0}}
+
+
+def _token_probe(config: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """Two rows of tokens, for the decoder four of each too; of Whisper, the sounds that it decodes."""
     vocabulary = config.get("vocab_size")
     if not isinstance(vocabulary, int) or vocabulary < 2:
         return {}
@@ -41,14 +56,25 @@ def _probe(config: Mapping[str, Any], task: Task) -> dict[str, Any]:
     for _ in range(24):
         state = (1103515245 * state + 12345) % 2**31
         ids.append(state % vocabulary)
+    decoded = {"decoder_input_ids": [ids[4:8], ids[16:20]]}
     if config.get("model_type") == "whisper":
         sizes = [config.get("num_mel_bins"), 2 * config.get("max_source_positions", 0)]
-        return {"input_features": {"shape": [2, *sizes], "seed": 0}, "decoder_input_ids": [ids[4:8], ids[16:20]]}
+        return {"input_features": {"shape": [2, *sizes], "seed": 0}, **decoded}
     rows = [ids[:12], ids[12:]]
     if task.needs_pad_token and config.get("pad_token_id") is None:  # a decoder then takes no batch
         rows = rows[:1]
     decodes = task.is_encoder_decoder or (config.get("is_encoder_decoder") is True and task.is_body)
-    return {"input_ids": rows} | ({"decoder_input_ids": [ids[4:8], ids[16:20]]} if decodes else {})
+    return {"input_ids": rows, **(decoded if decodes else {})}
+
+
+def is_probe(value: Any) -> bool:
+    """Whether it is a table {shape, seed} or rows of token ids, as `probe.make_probe` makes them, of a bounded size."""
+    if isinstance(value, dict):
+        shape = value.get("shape")
+        numbers: list[Any] = [*shape, value.get("seed")] if isinstance(shape, list) else [None]
+        return all(type(n) is int and 0 <= n < 2**31 for n in numbers) and math.prod(numbers[:-1]) <= PROBE_ELEMENTS
+    rows = value if isinstance(value, list) and all(isinstance(row, list) for row in value) else [[None]]
+    return len({len(row) for row in rows}) == 1 and all(type(n) is int and 0 <= n < 2**63 for row in rows for n in row)
 
 
 def probe_tensors(probe: Mapping[str, Any]) -> dict[str, torch.Tensor]:

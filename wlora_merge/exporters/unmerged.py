@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.tasks import get_task
-from ..errors import UnsupportedError, VerifyError
+from ..errors import VerifyError
 from ..io.tensors import matrix_shape
-from ..models.loading import bounded, class_for, library_errors, load, quiet
+from ..models.loading import class_for, library_errors, load
 from ..progress import Meter
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
     from ..adapters.deltas import TensorDelta
     from ..mixture.mixture import Mixture
+    from ..mixture.record import MixtureRecord
     from ..models.base_model import BaseModel
 
 HEAD_KEYS = ("id2label", "label2id", "problem_type", "pad_token_id")
@@ -55,35 +56,20 @@ def load_model(
     return model
 
 
-def unused_by(manifest: Mapping[str, Any]) -> Callable[[str], bool]:
+def unused_by(mixture: Mixture | MixtureRecord) -> Callable[[str], bool]:
     """Which tensors of an export, or of its base, the task's model may have no place for: those that neither an adapter nor the head
     changes. A ViT has a pooler, for instance, and a classifier made of it has none; a causal-lm has an output embedding, and its
     features have none."""
-    head = set(manifest.get("head") or [])
-    if manifest.get("task") and get_task(manifest["task"]).is_body:
+    head = mixture.head
+    if mixture.task is not None and get_task(mixture.task).is_body:
         return lambda name: name not in head  # no place for an output embedding, though an adapter changes it
-    changed = {module for modules in manifest["groups"].values() for module in modules}
+    changed = {module for modules in mixture.groups.values() for module in modules}
     return lambda name: name not in head and name.rpartition(".")[0] not in changed
 
 
-def export_model(folder: Path, manifest: Mapping[str, Any], base: BaseModel | None) -> nn.Module:
-    """The model of a dense or lora export, loaded by its own libraries.
-
-    Raises:
-        UnsupportedError: a lora export without its base.
-    """
-    task, config = manifest.get("task"), manifest.get("config") or {}
-    if manifest["format"] == "dense":
-        return load_model(folder, task, unused=unused_by(manifest))
-    if base is None:
-        raise UnsupportedError("a lora export can be loaded only with its base: say --base PATH.")
-    from peft import PeftModel
-
-    options = {key: config[key] for key in HEAD_KEYS if key in config}
-    model = load_model(base.folder, task, head=manifest.get("head") or (), unused=unused_by(manifest), **options)
-    with quiet(), library_errors(f"{folder}: PEFT cannot load it", VerifyError), bounded(folder, VerifyError):
-        loaded: nn.Module = PeftModel.from_pretrained(model, folder).eval()
-    return loaded
+def head_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `from_pretrained` must be told of a mixture's config, so that the model has its head."""
+    return {key: config[key] for key in HEAD_KEYS if key in config}
 
 
 def attach_mixture(

@@ -5,21 +5,23 @@ It knows files, digests and headers. It loads no model and folds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..adapters.keys import parse_adapter_key
-from ..constants import DTYPES
+from ..constants import DTYPES, MANIFEST_FILE
 from ..errors import VerifyError
 from ..io.digests import sha256_files
-from ..io.safetensors_file import FLOATING, Entry, read_header, read_tensor
+from ..io.safetensors_file import FLOATING, read_header, read_tensor
 from ..io.untrusted import find_file, read_json
 from ..models.base_model import BaseModel, open_base
 from ..models.files import INDEX
 from ..models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
-from .manifest import FILE
+
+if TYPE_CHECKING:
+    from .manifest import FileRecord
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -27,67 +29,66 @@ OF_THE_HUB = (".gitattributes", ".git", ".cache")
 """What a repository, or a download of one, has beside what was uploaded."""
 
 
-def check_files(folder: Path, manifest: Mapping[str, Any]) -> int:
-    """Read every file again and compare its sha256; compare config, index and headers with each other.
+def check_files(folder: Path, files: Mapping[str, FileRecord]) -> int:
+    """Read every file again and compare its sha256; refuse pickles, and safetensors whose headers are broken.
+
+    Args:
+        files: the manifest's: name -> sha256 and bytes.
 
     Returns:
         The number of files.
 
     Raises:
-        VerifyError: a file that is missing, is not in the manifest, or has other bytes.
+        VerifyError: a file that is missing, is not in the manifest, has other bytes, or is a pickle.
     """
-    expected = manifest["files"]
-    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()} - {FILE}
-    found = {name for name in found if name.split("/")[0] not in OF_THE_HUB or name in expected}
-    if missing := sorted(set(expected) - found):
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()} - {
+        MANIFEST_FILE
+    }
+    found = {name for name in found if name.split("/")[0] not in OF_THE_HUB or name in files}
+    if missing := sorted(set(files) - found):
         raise VerifyError(f"{folder / missing[0]}: is missing; the manifest lists it: export again.")
-    if foreign := sorted(found - set(expected)):
+    if foreign := sorted(found - set(files)):
         raise VerifyError(
             f"{folder / foreign[0]}: is not in the manifest: it was added after the export; take it away."
         )
-    for name in expected:
+    for name in files:
         find_file(folder, name, VerifyError)
-    digests = sha256_files([folder / name for name in expected], fresh=True)
-    for name, row in expected.items():
-        if digests[folder / name] != row.get("sha256"):
+    digests = sha256_files([folder / name for name in files], fresh=True)
+    for name, row in files.items():
+        if digests[folder / name] != row.sha256:
             raise VerifyError(
-                f"{folder / name}: its sha256 is {digests[folder / name][:12]}…, the manifest says {str(row.get('sha256'))[:12]}…: "
+                f"{folder / name}: its sha256 is {digests[folder / name][:12]}…, the manifest says {row.sha256[:12]}…: "
                 "the file changed after the export; export again."
             )
         if name.endswith(".safetensors"):
             read_header(folder / name)
-    check_structure(folder, manifest)
-    return len(expected)
-
-
-def check_structure(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare what an export's config and index say with what its headers say.
-
-    Raises:
-        VerifyError: a pickle among the files, an index or a config that does not describe the tensors.
-        BaseModelError: a dense export that is no checkpoint.
-    """
-    for name in manifest["files"]:
+    for name in files:
         if name.endswith(PICKLES):
             raise VerifyError(f"{folder / name}: is a pickle, which no export holds and which is never loaded.")
-    if manifest["format"] == "dense":
-        _check_dense(folder, manifest)
-    if manifest["format"] == "lora":
-        _check_lora(folder)
+    return len(files)
 
 
-def _check_dense(folder: Path, manifest: Mapping[str, Any]) -> None:
+def check_checkpoint(folder: Path, files: Collection[str], dtype: str | None) -> None:
+    """Compare what the config and the index of a dense export say with what its headers say.
+
+    Args:
+        files: the names of its files.
+        dtype: that it was exported with; None: the base's own.
+
+    Raises:
+        VerifyError: an index or a config that does not describe the tensors.
+        BaseModelError: it is no checkpoint.
+    """
     opened = open_base(folder, VerifyError)
-    for name in manifest["files"]:
+    for name in files:
         if name.endswith(".safetensors") and "/" not in name and name not in opened.headers:
             raise VerifyError(f"{folder / name}: holds tensors that {INDEX} does not name: export again.")
     for file, header in opened.headers.items():
         for name in header.entries:
             if opened.index is not None and opened.index["weight_map"].get(name) != file:
                 raise VerifyError(f"{folder / file}: tensor {name!r} is not where {INDEX} places it: export again.")
-    wanted = (manifest.get("options") or {}).get("dtype")
-    if wanted:
-        _check_dtype(opened, wanted)
+    if dtype is not None:
+        _check_dtype(opened, dtype)
     _check_tied(opened)
 
 
@@ -124,28 +125,30 @@ def _check_tied(opened: BaseModel) -> None:
                 )
 
 
-def _check_lora(folder: Path) -> None:
+def check_adapter(folder: Path) -> None:
+    """Compare what the config of a lora export says with what its header says: one rank, and which modules.
+
+    Raises:
+        VerifyError: a file is missing, or they disagree.
+    """
     file = find_file(folder, WEIGHTS_FILE, VerifyError)
     config_file = find_file(folder, CONFIG_FILE, VerifyError)
     if file is None or config_file is None:
         raise VerifyError(f"{folder}: lacks {CONFIG_FILE} or {WEIGHTS_FILE}: export again.")
-    config, entries = read_json(config_file, VerifyError), read_header(file).entries
+    config = read_json(config_file, VerifyError)
     r, targets = config.get("r"), config.get("target_modules")
     if type(r) is not int or config.get("lora_alpha") != r or not isinstance(targets, list):
         raise VerifyError(
             f"{config_file}: r is {r!r} and lora_alpha {config.get('lora_alpha')!r}, expected one number."
         )
-    modules: dict[str, dict[str, Entry]] = {}
-    for key, entry in entries.items():
-        parsed = parse_adapter_key(key)
-        if parsed.part != "tensor":
-            modules.setdefault(parsed.name, {})[parsed.part] = entry
-    for module, parts in modules.items():
-        for part, entry in parts.items():
-            axis = 0 if part.endswith("A") else 1
-            if len(entry.shape) <= axis or entry.shape[axis] != r:
-                raise VerifyError(
-                    f"{file}: tensor {entry.name!r} has shape {list(entry.shape)}, expected rank {r} in axis {axis}."
-                )
-        if not any(module == t or module.endswith(f".{t}") for t in targets):
-            raise VerifyError(f"{config_file}: target_modules lack {module!r}, of which there are tensors.")
+    for entry in read_header(file).entries.values():
+        key = parse_adapter_key(entry.name)
+        if key.part == "tensor":
+            continue
+        axis = 0 if key.part.endswith("A") else 1
+        if len(entry.shape) <= axis or entry.shape[axis] != r:
+            raise VerifyError(
+                f"{file}: tensor {entry.name!r} has shape {list(entry.shape)}, expected rank {r} in axis {axis}."
+            )
+        if not any(f".{key.name}".endswith(f".{target}") for target in targets):
+            raise VerifyError(f"{config_file}: target_modules lack {key.name!r}, of which there are tensors.")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..constants import DTYPES
 from ..errors import VerifyError
 from ..io.safetensors_file import TORCH_NAMES, read_header
-from .probe import difference_of
+from .probe import difference_of, outputs_of
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 TOLERANCE = {"F32": 1e-4, "F16": 5e-2, "BF16": 1e-1, "F64": 1e-4}
 """Largest difference of an output allowed, relative to the largest output: rounding of the weights, amplified by the layers."""
@@ -45,35 +45,76 @@ class Tolerance:
     exact: bool
 
 
-def tolerance_of(folder: Path, manifest: Mapping[str, Any], effect: float) -> Tolerance:
+def tolerance_of(dtypes: Collection[str], effect: float) -> Tolerance:
     """How much an export's outputs may differ from its mixture's.
 
     Args:
-        effect: how much the adapters change the outputs, relative to the largest. In float32 and of a LoRA, where rounding is small,
-            half of it is too much: an export that lost an adapter must not pass because its adapters do little on the probe. A LoRA
-            of a low rank may lose of the effect `TRUNCATION` times the share that its report says it lost of the delta weights.
+        dtypes: of its weights, as safetensors names them; float32 where none of them is known.
+        effect: how much the adapters change the outputs, relative to the largest. In float32, where rounding is small, half of it is
+            too much: an export that lost an adapter must not pass because its adapters do little on the probe.
     """
-    dtype = max(_dtypes(folder, manifest), key=lambda name: TOLERANCE[name])
-    exact = TOLERANCE[dtype] == TOLERANCE["F32"]
-    small = exact or manifest["format"] == "lora"  # whose rounding is as small as the effect is
-    allowed = min(TOLERANCE[dtype], max(effect / 2, 1e-6)) if small else TOLERANCE[dtype]
-    report = manifest.get("report") or {}
-    lost = min(float(report.get("relative_error", 0.0)), 1.0)
+    dtype = _roundest(dtypes)
+    if TOLERANCE[dtype] == TOLERANCE["F32"]:
+        return Tolerance(_small(dtype, effect), TORCH_NAMES[dtype], True)
+    return Tolerance(TOLERANCE[dtype], f"rounding to {TORCH_NAMES[dtype]}", False)
+
+
+def tolerance_of_lora(dtypes: Collection[str], effect: float, lost: float, r: int) -> Tolerance:
+    """The same of a LoRA, whose rounding is as small as the effect is, whatever its dtype.
+
+    Args:
+        lost: the share of the delta weights' norm that its rank `r` lost, as its report says; of the effect, the outputs may lose
+            `TRUNCATION` times as much.
+    """
+    dtype, lost = _roundest(dtypes), min(lost, 1.0)
     if lost > 1e-6:
-        why = f"rank {report.get('r')} keeps {1 - lost**2:.2%} of the energy"
+        why = f"rank {r} keeps {1 - lost**2:.2%} of the energy"
         return Tolerance(TOLERANCE[dtype] + TRUNCATION * lost * effect, why, False)
-    return Tolerance(allowed, TORCH_NAMES[dtype] if exact else f"rounding to {TORCH_NAMES[dtype]}", exact)
+    exact = tolerance_of([dtype], effect)
+    return Tolerance(_small(dtype, effect), exact.why, exact.exact)
 
 
-def _dtypes(folder: Path, manifest: Mapping[str, Any]) -> set[str]:
-    """The floating dtypes of an export's weights, as safetensors names them."""
-    if manifest["format"] == "onnx":
-        asked = (manifest.get("options") or {}).get("dtype") or "float32"
-        found = {DTYPES.get(str(name)) for name in (manifest.get("report") or {}).get("dtypes") or [asked]}
-    else:
-        files = folder.glob("*.safetensors")
-        found = {entry.dtype for file in files for entry in read_header(file).entries.values()}
-    return {name for name in found if name in TOLERANCE} or {"F32"}
+def _roundest(dtypes: Collection[str]) -> str:
+    return max([name for name in dtypes if name in TOLERANCE] or ["F32"], key=lambda name: TOLERANCE[name])
+
+
+def _small(dtype: str, effect: float) -> float:
+    return min(TOLERANCE[dtype], max(effect / 2, 1e-6))
+
+
+def stored_dtypes(folder: Path) -> set[str]:
+    """The dtypes of the safetensors in a folder."""
+    return {entry.dtype for file in folder.glob("*.safetensors") for entry in read_header(file).entries.values()}
+
+
+def expected_outputs(model: nn.Module, probe: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], float]:
+    """Outputs of the unmerged mixture, which loses its adapters, and how much they change them, relative to the largest."""
+    from ..mixture.attach import set_delta_scale
+
+    expected = outputs_of(model, probe)
+    set_delta_scale(model, 0.0)
+    without = outputs_of(model, probe)
+    return expected, max(difference_of(without[name], tensor) for name, tensor in expected.items())
+
+
+def record_difference(
+    where: str,
+    got: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    tolerance: Tolerance,
+    checked: Checked,
+) -> None:
+    """Compare outputs, and say in `checked` how near they are.
+
+    Raises:
+        VerifyError: they are not near enough.
+    """
+    checked.tolerance = tolerance.value
+    checked.largest_difference = compare(got, expected, tolerance.value, where)
+    checked.done.append(
+        f"outputs {'equal' if tolerance.exact else 'agree with'} the unmerged mixture's: off by {checked.largest_difference:.1e} "
+        f"of the largest, at most {tolerance.value:.1e} expected ({tolerance.why})"
+    )
 
 
 def compare(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..adapters.adapter import WEIGHTS_FILE, load_adapters
-from ..adapters.deltas import ModuleDelta, TensorDelta
+from ..adapters.deltas import ModuleDelta
 from ..adapters.stacking import stack
 from ..adapters.targets import modules_of, tensors_of
 from ..errors import VerifyError, WloraMergeError
@@ -17,6 +17,9 @@ from ..models.base_model import BaseModel, open_base
 from ..progress import Meter
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..mixture.inputs import Inputs
     from ..mixture.mixture import Mixture
     from .dense import OutputFile
 
@@ -89,14 +92,12 @@ def check_folded(folder: Path, planned: Sequence[OutputFile], mixture: Mixture) 
     return len(pieces)
 
 
-def check_lora(
-    folder: Path,
-    manifest: Mapping[str, Any],
-    mixture: Mixture,
-    base: BaseModel,
-    deltas: Sequence[ModuleDelta | TensorDelta],
-) -> float:
+def check_lora(folder: Path, told: Mapping[str, float], found: Inputs) -> float:
     """Compare the factors of a LoRA export with the mixture's own, module by module: ||Δ - lora_B @ lora_A|| / ||Δ||.
+
+    Args:
+        told: module -> what its report says that it lost, relative to its delta weight.
+        found: the mixture, its base and its adapters.
 
     Returns:
         The same over all modules together: what its rank and its dtype lost.
@@ -104,44 +105,56 @@ def check_lora(
     Raises:
         VerifyError: a module that lost more than its report and its dtype say.
     """
-    import torch
-
     from .lora import energy_of
 
-    file, wanted = folder / WEIGHTS_FILE, {d.module: d for d in deltas if isinstance(d, ModuleDelta)}
-    told = (manifest.get("report") or {}).get("modules") or {}
-    ours = {module: delta.lora_B.double() * mixture.gains_of(delta) for module, delta in wanted.items()}
+    file, wanted = folder / WEIGHTS_FILE, {d.module: d for d in found.deltas if isinstance(d, ModuleDelta)}
+    ours = {module: delta.lora_B.double() * found.mixture.gains_of(delta) for module, delta in wanted.items()}
     energy = {module: energy_of(delta.lora_A, ours[module]) for module, delta in wanted.items()}
-    rounding = max(LORA_ROUNDING[entry.dtype] for entry in read_header(file).entries.values() if "lora_" in entry.name)
     if not any(energy.values()):
         return 0.0
-    try:
-        found = stack(
-            load_adapters([("export", folder)]), modules_of(base), tensors_of(base), model_type=base.model_type
-        )
-    except WloraMergeError as error:
-        raise VerifyError(f"{error} Export again.") from error
-    written = {delta.module: delta for delta in found if isinstance(delta, ModuleDelta)}
+    written = _written_lora(folder, found.base)
     if set(written) != set(wanted):
         raise VerifyError(f"{file}: it changes module {min(set(written) ^ set(wanted))!r}, or lacks it: export again.")
+    dtypes = [entry.dtype for entry in read_header(file).entries.values() if "lora_" in entry.name]
+    rounding = max(LORA_ROUNDING.get(dtype, LORA_ROUNDING["F32"]) for dtype in dtypes)
     apart = {}
     for module, delta in wanted.items():
-        other, lost = written[module], float((told.get(module) or {}).get("relative_error", 0.0))
-        lora_A = torch.cat([delta.lora_A.double(), other.lora_A.double()])
-        lora_B = torch.cat([ours[module], -other.lora_B.double() * other.scaling.double()], dim=1)
-        apart[module] = max(0.0, energy_of(lora_A, lora_B))
+        other, lost = written[module], told.get(module, 0.0)
+        apart[module] = _energy_apart(delta.lora_A, ours[module], other)
         more = apart[module] - lost**2 * energy[module]  # what truncation drops is orthogonal to what it keeps
-        tiny = (
-            SUBNORMAL
-            * (other.lora_A.numel() + other.lora_B.numel()) ** 0.5
-            * max(other.lora_A.norm(), other.lora_B.norm())
-        )
-        if not more <= (rounding * energy[module] ** 0.5 + float(tiny)) ** 2:
+        if not more <= (rounding * energy[module] ** 0.5 + _tiny(other)) ** 2:
             raise VerifyError(
                 f"{file}: module {module!r} is off from its delta weight by {(apart[module] / (energy[module] or 1)) ** 0.5:.2e} "
                 f"of it, expected {lost:.2e}: export again."
             )
     return float((sum(apart.values()) / sum(energy.values())) ** 0.5)
+
+
+def _written_lora(folder: Path, base: BaseModel) -> dict[str, ModuleDelta]:
+    """The modules that a LoRA export changes, and how."""
+    try:
+        deltas = stack(
+            load_adapters([("export", folder)]), modules_of(base), tensors_of(base), model_type=base.model_type
+        )
+    except WloraMergeError as error:
+        raise VerifyError(f"{error} Export again.") from error
+    return {delta.module: delta for delta in deltas if isinstance(delta, ModuleDelta)}
+
+
+def _energy_apart(lora_A: torch.Tensor, lora_B: torch.Tensor, other: ModuleDelta) -> float:
+    """||lora_B @ lora_A - what the other does||², of which no [out, in] matrix is formed."""
+    import torch
+
+    from .lora import energy_of
+
+    left = torch.cat([lora_B, -other.lora_B.double() * other.scaling.double()], dim=1)
+    return max(0.0, energy_of(torch.cat([lora_A.double(), other.lora_A.double()]), left))
+
+
+def _tiny(delta: ModuleDelta) -> float:
+    """What rounding the smallest numbers of a module's factors may change it by."""
+    numbers = delta.lora_A.numel() + delta.lora_B.numel()
+    return float(SUBNORMAL * numbers**0.5 * max(delta.lora_A.norm(), delta.lora_B.norm()))
 
 
 def _same_bytes(one: Entry, other: Entry) -> bool:

@@ -108,6 +108,11 @@ class Mixture:
         """How many groups there are, in words: `1 group`, `24 groups`."""
         return f"{len(self.groups)} group{'' if len(self.groups) == 1 else 's'}"
 
+    @property
+    def judged_on(self) -> str:
+        """What the scores of its fit were measured on, as a title."""
+        return "Held out" if self.metrics.get("held_out", {}).get("examples") else "On the shots themselves"
+
     def weights_of(self, delta: ModuleDelta | TensorDelta) -> torch.Tensor:
         """Mixture weights [N] float64 of one module, renormalized over those present where the mixture says so.
 

@@ -5,7 +5,7 @@ Its fields stand in the order of the file. It knows names and numbers. It knows 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Required, TypedDict
@@ -17,7 +17,7 @@ from ..errors import AdapterError
 from ..io.records import AS_WRITTEN, UNCHANGED, Record, checked_by, one_of
 from ..text import short
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 
 
 def _check_source(source: str) -> None:
@@ -161,7 +161,7 @@ class MadeFrom(TypedDict, total=False):
 class MixtureRecord(Record):
     """A mixture without its tensors; `weights` are for the reader, but in a manifest, which has no others."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: Literal[1] = FORMAT_VERSION
     base_model: BaseRecord
     adapters: list[AdapterRecord]
     granularity: Annotated[str, one_of(GRANULARITIES)]

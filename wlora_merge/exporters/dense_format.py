@@ -1,0 +1,147 @@
+"""The dense format: a folder of safetensors, as `save_pretrained` gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..constants import DTYPES
+from ..distributed import Team
+from ..export_options import ExportOptions
+from ..io.safetensors_file import Entry
+from ..mixture.inputs import Inputs
+from ..models.base_model import BaseModel, refuse_quantized
+from .carried import carried_bytes, write_beside
+from .dense import OutputFile, folder_bytes, plan
+from .format import Format, Measures, Plan, Written
+from .head import read_stored_head
+from .probe import outputs_of
+from .stream import write_files
+from .unmerged import load_model, unused_by
+from .verify_files import check_checkpoint
+from .verify_outputs import Tolerance, stored_dtypes, tolerance_of
+from .verify_weights import check_folded, check_untouched
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .manifest import Manifest
+
+
+class DenseMeasures(Measures):
+    """Which tensors are two in the export and one in the base, as adapters change one of the two."""
+
+    untied: list[str] | None = None
+
+
+@dataclass
+class DensePlan(Plan):
+    """The files, their dtype as `--dtype` names it (None: the base's own), and which tied tensors they have apart."""
+
+    inputs: Inputs
+    files: list[OutputFile]
+    dtype: str | None
+    untied: Mapping[str, Entry]
+
+    def __post_init__(self) -> None:
+        """Sum up the bytes, and say what is special."""
+        self.nbytes = folder_bytes(self.files) + carried_bytes(self.inputs.base)
+        self.note = untied_note(self.untied)
+
+    def write_shared(self, out: Path, ranks: Team) -> Mapping[str, str]:
+        """Write the weight files; with several ranks each takes every n-th of them."""
+        mine = self.files[ranks.rank :: ranks.size]
+        parts = ranks.gather(lambda: write_files(mine, out, self.inputs.mixture))
+        return {name: digest for part in parts for name, digest in part.items()}
+
+    def write(self, out: Path) -> Written:
+        """Write index, config, and every file that the base carries."""
+        write_beside(self.inputs, self.files, out, self.dtype, self.untied)
+        return Written(DenseMeasures(untied=sorted(self.untied) or None))
+
+
+def plan_dense(inputs: Inputs, dtype: str | None, max_shard_bytes: int | None = None) -> DensePlan:
+    """Lay out the files of a dense folder; see `dense.plan`.
+
+    Raises:
+        UnsupportedError: the base is quantized.
+    """
+    refuse_quantized(inputs.base)
+    files = plan(
+        inputs.base,
+        inputs.deltas,
+        inputs.mixture.head,
+        untied=inputs.untied,
+        dtype=None if dtype is None else DTYPES[dtype],
+        max_shard_bytes=max_shard_bytes,
+    )
+    return DensePlan(inputs, files, dtype, inputs.untied)
+
+
+def untied_note(split: Mapping[str, Entry]) -> str:
+    """Which tensors are no longer one, in words; empty where there are none."""
+    pairs = ", ".join(f"`{name}` and `{entry.name}`" for name, entry in sorted(split.items()))
+    return (
+        f"The base model's {pairs} are one tensor; the adapters change one of the two, so here they are two, and "
+        "`tie_word_embeddings` is false."
+        if split
+        else ""
+    )
+
+
+class DenseFormat(Format):
+    """The base's own files, with the weights folded."""
+
+    name = "dense"
+    packages = ("torch",)
+    library = "transformers"
+    summary = "folded into the base model's weights"
+
+    def plan(self, inputs: Inputs, asked: ExportOptions) -> Plan:
+        """The base's files, or others of the size asked for."""
+        return plan_dense(inputs, asked.dtype, asked.max_shard_bytes)
+
+    def measures_of(self, table: Mapping[str, Any]) -> type[Measures]:
+        """Of one kind."""
+        return DenseMeasures
+
+    def serving(self, measures: Measures) -> str:
+        """transformers, and the servers of its task."""
+        return "serving_dense"
+
+    def check_structure(self, folder: Path, manifest: Manifest) -> None:
+        """Config, index and headers of a checkpoint."""
+        check_checkpoint(folder, manifest.files, manifest.dtype)
+
+    def check_loads(self, folder: Path, manifest: Manifest) -> list[str]:
+        """The model's tensors are the folder's, each."""
+        self._load(folder, manifest)
+        return ["loads with no missing and no unexpected tensor"]
+
+    def read_head(self, folder: Path, manifest: Manifest, base: BaseModel) -> dict[str, torch.Tensor]:
+        """Where the base has the tensors that it replaces, or under its own names."""
+        return read_stored_head(folder, manifest.mixture.head, base)
+
+    def check_weights(self, folder: Path, manifest: Manifest, found: Inputs) -> list[str]:
+        """What no adapter changes byte for byte, the rest folded again."""
+        files = plan_dense(found, manifest.dtype).files
+        untouched = check_untouched(folder, files)
+        folded = check_folded(folder, files, found.mixture)
+        return [
+            f"{untouched} tensors that no adapter changes are the base's, byte for byte",
+            f"{folded} tensors that adapters change or --dtype rounds are the mixture's, folded again, but for a last bit",
+        ]
+
+    def outputs(self, folder: Path, manifest: Manifest, base: BaseModel) -> dict[str, torch.Tensor]:
+        """As transformers loads it."""
+        return outputs_of(self._load(folder, manifest), manifest.probe)
+
+    def tolerance(self, folder: Path, manifest: Manifest, effect: float) -> Tolerance:
+        """Rounding to the dtype of its weights."""
+        return tolerance_of(stored_dtypes(folder), effect)
+
+    def _load(self, folder: Path, manifest: Manifest) -> nn.Module:
+        return load_model(folder, manifest.mixture.task, unused=unused_by(manifest.mixture))

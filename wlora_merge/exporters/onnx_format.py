@@ -1,0 +1,290 @@
+"""The onnx format: graphs traced from the folded model, or those of the base with other weights, or a folder of genai."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from ..constants import DTYPES
+from ..data.tasks import get_task
+from ..distributed import Team
+from ..errors import UnsupportedError, VerifyError
+from ..export_options import ExportOptions
+from ..io.digests import sha256_files
+from ..io.records import Record, checked_by
+from ..mixture.inputs import Inputs
+from ..models.base_model import BaseModel, refuse_quantized
+from .carried import carried_bytes, copy_carried
+from .dense import changed_config, folder_bytes, with_dtype
+from .dense_format import DensePlan, plan_dense, untied_note
+from .format import Format, Measures, Plan, Written, refuse_added
+from .head import locate_head, read_graph_head
+from .probe import probe_tensors
+from .verify_outputs import Checked, Tolerance, tolerance_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .manifest import Manifest
+    from .onnx_refold import Refold
+
+
+def _check_place(place: list[Any]) -> None:
+    if len(place) != 2 or not isinstance(place[0], str) or not isinstance(place[1], bool):
+        raise ValueError("is not the name of an initializer and whether it is transposed")
+
+
+Places = dict[str, Annotated[list[Any], checked_by(_check_place)]]
+"""Tensor of the head -> [name of its initializer, whether it is transposed there]."""
+
+
+class Quantized(Record):
+    """A quantized graph, and how far its outputs are from the float graph's; `same_choice` is a share, 0 to 1."""
+
+    file: str
+    bytes: int
+    largest_difference: float
+    relative: float
+    same_choice: float
+
+
+class TracedMeasures(Measures):
+    """The interface of a traced graph, and the largest difference of an output from PyTorch's."""
+
+    inputs: list[str]
+    outputs: list[str]
+    opset: int
+    largest_difference: float
+    head: Places | None = None
+    quantized: Quantized | None = None
+
+    def card(self) -> str:
+        """How far it is from PyTorch, and the quantized graph from it."""
+        said = f"ONNX Runtime's outputs are within {self.largest_difference:.2e} of PyTorch's."
+        if q := self.quantized:
+            said += (
+                f" `{q.file}` has quantized weights: its outputs are off by {q.relative:.2e} of the largest, the choice is the "
+                f"same in {q.same_choice:.1%}; transformers.js loads it with `dtype: '{Path(q.file).stem.rpartition('_')[2]}'`."
+            )
+        return said
+
+    def line(self, asked: ExportOptions) -> str:
+        """How far it is from PyTorch, and the quantized graph from it."""
+        said = f"Largest difference from PyTorch {self.largest_difference:.2e}."
+        if q := self.quantized:
+            said += f" {q.file}: off by {q.relative:.2e} of the largest, same choice {q.same_choice:.1%}."
+        return said
+
+
+class RefoldMeasures(Measures):
+    """The files whose weights were rewritten, with their sha256, how many weights, and of which dtypes."""
+
+    head: Places | None = None
+    onnx_base: dict[str, str]
+    rewritten: int
+    dtypes: list[str]
+
+    def line(self, asked: ExportOptions) -> str:
+        """How many weights are others."""
+        return f"{self.rewritten} weights of {asked.onnx_base} rewritten."
+
+
+class GenaiMeasures(Measures):
+    """The share (0 to 1) of greedy tokens that are PyTorch's."""
+
+    same_tokens: float
+
+    def line(self, asked: ExportOptions) -> str:
+        """The share, as a percentage."""
+        return f"{self.same_tokens:.1%} of the greedy tokens are PyTorch's."
+
+
+KINDS: Mapping[str, type[Measures]] = {
+    "same_tokens": GenaiMeasures,
+    "rewritten": RefoldMeasures,
+    "largest_difference": TracedMeasures,
+}
+"""The key that only one kind has -> the kind."""
+
+
+# ------------------------------------------------------------------------------------------------------------ plans
+
+
+@dataclass
+class TracedPlan(Plan):
+    """A dense folder, and what is made of it."""
+
+    dense: DensePlan
+    asked: ExportOptions
+
+    def __post_init__(self) -> None:
+        """A graph is as large as the folder that it is traced from."""
+        self.nbytes, self.note = self.dense.nbytes + folder_bytes(self.dense.files), self.dense.note
+
+    def write(self, out: Path) -> Written:
+        """Write the dense folder, trace it or let genai build it, and take it away."""
+        mixture, asked, dtype = self.dense.inputs.mixture, self.asked, self.asked.dtype or "float32"
+        if mixture.task is None:
+            raise UnsupportedError("an ONNX export needs the mixture's task: make the mixture with --task TASK.")
+        from ..onnx.convert import refuse_provider, require_extra, write_onnx
+        from ..onnx.quantize import refuse_quantize
+
+        require_extra()
+        if asked.onnx_runtime is None:
+            refuse_quantize(get_task(mixture.task), asked.quantize, dtype)
+            refuse_provider(asked.ort_fusions)
+        dense = out / ".dense"
+        dense.mkdir()
+        self.dense.write_shared(dense, Team())
+        self.dense.write(dense)
+        if asked.onnx_runtime == "genai":
+            from ..onnx.genai import write_genai
+
+            share = write_genai(dense, out, task=get_task(mixture.task), dtype=dtype, quantize=asked.quantize)
+            shutil.rmtree(dense)
+            return Written(GenaiMeasures(same_tokens=share))
+        report = write_onnx(
+            dense,
+            out,
+            task=mixture.task,
+            dtype=dtype,
+            opset=asked.opset,
+            ort_fusions=asked.ort_fusions,
+            quantize=asked.quantize,
+        )
+        shutil.rmtree(dense)
+        return Written(
+            TracedMeasures(
+                inputs=list(report.input_names),
+                outputs=list(report.output_names),
+                opset=report.opset,
+                largest_difference=report.largest_difference,
+                head=locate_head(out, mixture.head) if mixture.head else None,
+                quantized=None if report.quantized is None else Quantized(**report.quantized),
+            )
+        )
+
+
+@dataclass
+class RefoldPlan(Plan):
+    """The graphs of the base, and which of their weights are rewritten."""
+
+    inputs: Inputs
+    refold: Refold
+
+    def __post_init__(self) -> None:
+        """Sum up the bytes."""
+        self.nbytes = folder_bytes(self.refold.files) + carried_bytes(self.inputs.base)
+
+    def write(self, out: Path) -> Written:
+        """Write the graphs, and what the base carries, its config with the graph's dtype."""
+        from .onnx_refold import write_refold
+
+        mixture, base, folder = self.inputs.mixture, self.inputs.base, out / "onnx"
+        folder.mkdir()
+        written = write_refold(self.refold, folder, mixture)
+        names = {stored: name for name, stored in DTYPES.items()}
+        dtypes = sorted(names.get(dtype, dtype) for dtype in self.refold.dtypes)
+        copy_carried(base, out)
+        (out / "config.json").write_bytes(changed_config(base, with_dtype(base, mixture.config, dtypes[0])))
+        originals = [path for graph in self.refold.graphs for path in (graph.path, *graph.data)]
+        measures = RefoldMeasures(
+            head=locate_head(out, mixture.head) if mixture.head else None,
+            onnx_base={path.name: digest for path, digest in sha256_files(originals).items()},
+            rewritten=len(self.refold.weights),
+            dtypes=dtypes,
+        )
+        return Written(measures, {f"onnx/{name}": digest for name, digest in written.items()})
+
+
+# ----------------------------------------------------------------------------------------------------------- the format
+
+
+class OnnxFormat(Format):
+    """Graphs for ONNX Runtime, Optimum and transformers.js."""
+
+    name = "onnx"
+    packages = ("torch", "transformers", "onnx", "onnxscript")
+    library = "transformers.js"
+    summary = "folded into the base model and exported to ONNX"
+    gives_all_outputs = False  # a graph has no pooler
+
+    def plan(self, inputs: Inputs, asked: ExportOptions) -> Plan:
+        """A dense folder to trace, or with `--onnx-base` the graphs of the base."""
+        refuse_quantized(inputs.base)
+        if asked.onnx_base is None:
+            return TracedPlan(plan_dense(inputs, asked.dtype or "float32"), asked)
+        from .onnx_refold import plan_refold
+
+        refuse_added(inputs, "the graph of the base has no room for", "onnx and without --onnx-base")
+        if inputs.untied:
+            raise UnsupportedError(
+                f"{asked.onnx_base}: {untied_note(inputs.untied)} A refold keeps the graph of the base: export without it."
+            )
+        pieces = [piece for file in plan_dense(inputs, None).files for piece in file.pieces]
+        return RefoldPlan(inputs, plan_refold(Path(asked.onnx_base), inputs.base, pieces, inputs.mixture))
+
+    def measures_of(self, table: Mapping[str, Any]) -> type[Measures]:
+        """Of three kinds, told by a key; a table that has none is a traced graph's, which lacks something."""
+        return next((kind for key, kind in KINDS.items() if key in table), TracedMeasures)
+
+    def serving(self, measures: Measures) -> str:
+        """ONNX Runtime and transformers.js, or genai."""
+        return "serving_genai" if isinstance(measures, GenaiMeasures) else "serving_onnx"
+
+    def check_structure(self, folder: Path, manifest: Manifest) -> None:
+        """Nothing but digests: ONNX Runtime checks a graph when it loads it."""
+
+    def read_head(self, folder: Path, manifest: Manifest, base: BaseModel) -> dict[str, torch.Tensor]:
+        """Where the graph has its tensors, as its writer found them."""
+        report = manifest.report
+        places = report.head if isinstance(report, TracedMeasures | RefoldMeasures) else None
+        return read_graph_head(folder / "onnx" / "model.onnx", manifest.mixture.head, places or {})
+
+    def unmerged(self, model: nn.Module, folder: Path, manifest: Manifest) -> nn.Module:
+        """With the pooling of a sentence transformer."""
+        if get_task(manifest.mixture.task).is_body:
+            from ..onnx.pooling import add_pooling
+
+            add_pooling(model, folder)
+        return model
+
+    def outputs(self, folder: Path, manifest: Manifest, base: BaseModel) -> dict[str, torch.Tensor]:
+        """As ONNX Runtime runs it."""
+        from ..onnx.session import run_probe
+
+        return run_probe(folder, probe_tensors(manifest.probe))
+
+    def tolerance(self, folder: Path, manifest: Manifest, effect: float) -> Tolerance:
+        """Rounding to the dtype of its weights."""
+        report = manifest.report
+        names = report.dtypes if isinstance(report, RefoldMeasures) else [manifest.dtype or "float32"]
+        return tolerance_of({DTYPES[name] for name in names if name in DTYPES}, effect)
+
+    def check_outputs(
+        self, folder: Path, manifest: Manifest, model: nn.Module, base: BaseModel, checked: Checked
+    ) -> None:
+        """At several shapes and in a greedy generation, then on the probe; of a genai folder, the tokens."""
+        from ..onnx.genai import compare_genai
+        from ..onnx.validate import compare_with
+
+        report = manifest.report
+        if isinstance(report, GenaiMeasures):
+            share = compare_genai(folder, model)
+            if share < report.same_tokens:
+                raise VerifyError(
+                    f"{folder}: {share:.0%} of the greedy tokens are the unmerged mixture's, {report.same_tokens:.0%} were when it "
+                    "was exported: export again."
+                )
+            checked.done.append(f"{share:.1%} of the greedy tokens are the unmerged mixture's")
+            return
+        task = get_task(manifest.mixture.task)
+        compare_with(folder, model, task=task, halved=lambda: copy.deepcopy(model).half())
+        generated = ", and in a greedy generation" if task.generates else ""
+        checked.done.append(f"ONNX Runtime agrees with the unmerged mixture at several shapes{generated}")
+        super().check_outputs(folder, manifest, model, base, checked)
