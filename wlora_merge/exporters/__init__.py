@@ -3,12 +3,19 @@
 This room knows mixtures, models and ONNX, and the folders made of them. It must not know training or the command line.
 
 export           the workflow: export
+format           what a format is: Format, Plan, Measures
+formats          the list of them: FORMATS
+dense_format     safetensors, planned, written, described and verified
+lora_format      one PEFT adapter
+onnx_format      graphs, traced or refolded, or a folder of genai
 dense            which tensors go into which files: plan
 stream           the bytes of those files: write_files
-lora             one PEFT adapter
+carried          what the base has beside its weights
+lora             the factors and the files of one PEFT adapter
 onnx_refold      a mixture folded into an ONNX export of its base
 head             the trained head in an export's own files
-manifest         wlora_merge.json: what went in and out: Manifest
+manifest         wlora_merge.json: what went in and out: Manifest, read_manifest
+folders          which exports and mixtures lie in a folder
 model_card       README.md with the hub's metadata, from model_card.md.j2
 serving          what servers take
 report           report.html, from report.html.j2: write_report

@@ -64,7 +64,7 @@ def _check_probe(value: Any) -> None:
         raise ValueError("is neither rows of token ids nor a shape and a seed, of a bounded size")
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def _check_asked(options: Mapping[str, Any]) -> None:
     if options.get("dtype") not in (None, *DTYPES):
         raise ValueError(f"says dtype {short(options['dtype'])}, expected one of {', '.join(DTYPES)}")
 
@@ -76,7 +76,7 @@ class Manifest(Record):
     format: Annotated[str, one_of(FORMATS)]
     base_name: str
     mixture: MixtureRecord
-    options: Annotated[dict[str, Any], checked_by(_check_options)]
+    options: Annotated[dict[str, Any], checked_by(_check_asked)]
     report: SerializeAsAny[Measures]
     probe: dict[str, Annotated[Any, checked_by(_check_probe)]]
     versions: dict[str, str]

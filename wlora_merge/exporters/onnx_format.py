@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..onnx.quantize import QuantizedReport
     from .manifest import Manifest
     from .onnx_refold import Refold
 
@@ -51,6 +52,11 @@ class Quantized(Record):
     largest_difference: float
     relative: float
     same_choice: float
+
+    @classmethod
+    def of(cls, report: QuantizedReport) -> Quantized:
+        """The record of what the quantizer measured."""
+        return cls(file=report.file, bytes=report.bytes, **vars(report.off))
 
 
 class TracedMeasures(Measures):
@@ -165,7 +171,7 @@ class TracedPlan(Plan):
                 opset=report.opset,
                 largest_difference=report.largest_difference,
                 head=locate_head(out, mixture.head) if mixture.head else None,
-                quantized=None if report.quantized is None else Quantized(**report.quantized),
+                quantized=Quantized.of(report.quantized) if report.quantized else None,
             )
         )
 

@@ -73,45 +73,63 @@ def plan_refold(onnx_base: Path, base: BaseModel, pieces: Iterable[Piece], mixtu
         BaseModelError: the graph has a weight that is not this base's, or lacks one; the first is named.
         UnsupportedError: it is quantized, or holds a tensor that cannot be told from another or be replaced.
     """
-    found = [read_onnx(path) for path in find_graphs(onnx_base)]
-    graphs = [graph for graph in found if not graph.quantized] or found
-    if left := [graph.path.name for graph in found if graph not in graphs]:
-        LOG.info(f"{onnx_base}: {', '.join(left)} is quantized and left out: quantize the new graph again.")
-    for graph in graphs:
-        for name, operator in graph.quantized.items():
-            raise UnsupportedError(
-                f"{graph.path}: its weight {name!r} is quantized ({operator}), and a fold into it would not be exact: give an export "
-                "in float32 or float16, and quantize after the fold."
-            )
+    graphs = _float_graphs(onnx_base)
     changed = {piece.name: piece for piece in pieces if not piece.untouched}
-    for name in changed:
-        if name not in base.entries:
-            raise UnsupportedError(
-                f"{onnx_base}: the mixture brings a tensor {name!r} that the base lacks, so no weight of the graph can be known for "
-                f"it: {TRACE_INSTEAD}."
-            )
-    matcher = Matcher(base)
-    refold = Refold(graphs, [], {}, {graph.path: graph.path.name for graph in graphs})
-    if len(graphs) == 1:
-        refold.names[graphs[0].path] = MODEL_FILE
-    elif not {MODEL_FILE} & (names := set(refold.names.values())) and not {*PAIR} <= names:
+    if new := [name for name in changed if name not in base.entries]:
         raise UnsupportedError(
-            f"{onnx_base}: holds {', '.join(sorted(names))}, expected {MODEL_FILE}, or {' and '.join(PAIR)}: name one file."
+            f"{onnx_base}: the mixture brings a tensor {new[0]!r} that the base lacks, so no weight of the graph can be known for "
+            f"it: {TRACE_INSTEAD}."
         )
+    matcher = Matcher(base)
+    refold = Refold(graphs, [], {}, _names_of(graphs, onnx_base))
     places: set[str] = set()
     for graph in graphs:
         known, unknown = matcher.match(graph, set(changed))
         _refuse_strange(graph, unknown, matcher)
         places |= _place(graph, known, set(changed), refold.weights)
-    for name in changed:
-        if name not in places:
-            raise BaseModelError(_missing(onnx_base, name, base.entries[name], graphs))
+    if lost := [name for name in changed if name not in places]:
+        raise BaseModelError(_missing(onnx_base, lost[0], base.entries[lost[0]], graphs))
     written = set[Path]()
     for graph in graphs:
         paths = [path for path in (graph.path, *graph.data) if path not in written]  # several may share their data
         written.update(paths)
         refold.files += _files_of(graph, paths, refold, matcher, changed, mixture)
     return refold
+
+
+def _float_graphs(onnx_base: Path) -> list[OnnxFile]:
+    """The graphs of an export; a quantized one is left out where there is a float one.
+
+    Raises:
+        UnsupportedError: all are quantized.
+    """
+    found = [read_onnx(path) for path in find_graphs(onnx_base)]
+    graphs = [graph for graph in found if not graph.quantized]
+    if not graphs:
+        name, operator = next(iter(found[0].quantized.items()))
+        raise UnsupportedError(
+            f"{found[0].path}: its weight {name!r} is quantized ({operator}), and a fold into it would not be exact: give an export "
+            "in float32 or float16, and quantize after the fold."
+        )
+    if left := [graph.path.name for graph in found if graph.quantized]:
+        LOG.info(f"{onnx_base}: {', '.join(left)} is quantized and left out: quantize the new graph again.")
+    return graphs
+
+
+def _names_of(graphs: Sequence[OnnxFile], onnx_base: Path) -> dict[Path, str]:
+    """What the graphs will be called.
+
+    Raises:
+        UnsupportedError: several, among which there is no model that the libraries would look for.
+    """
+    if len(graphs) == 1:
+        return {graphs[0].path: MODEL_FILE}
+    names = {graph.path: graph.path.name for graph in graphs}
+    if MODEL_FILE not in names.values() and not {*PAIR} <= {*names.values()}:
+        raise UnsupportedError(
+            f"{onnx_base}: holds {', '.join(sorted(names.values()))}, expected {MODEL_FILE}, or {' and '.join(PAIR)}: name one file."
+        )
+    return names
 
 
 def _place(
@@ -164,13 +182,8 @@ def _refuse_strange(graph: OnnxFile, unknown: Sequence[Entry], matcher: Matcher)
     """Refuse a weight that is called like a base tensor, or has the shape of one, and is none."""
     entries = matcher.base.entries
     resolver = NameResolver(entries)
-    shapes = {as_matrix(e.shape) for e in entries.values() if len(e.shape) > 1}
     for stored in unknown:
-        try:
-            known = resolver.find(stored.name) or resolver.find(stored.name.partition(".")[2])
-        except WloraMergeError:  # the name fits several
-            known = None
-        if known is not None and entries[known].shape == stored.shape:
+        if (known := _of_that_name(stored, resolver)) is not None and entries[known].shape == stored.shape:
             raise BaseModelError(_foreign(graph, matcher.difference(stored, Tile(known, 0, 0, False))))
         turned = (*stored.shape[:-2], *stored.shape[:-3:-1])
         stack = next((n for n, e in entries.items() if len(e.shape) == 3 and e.shape == turned), None)
@@ -179,12 +192,27 @@ def _refuse_strange(graph: OnnxFile, unknown: Sequence[Entry], matcher: Matcher)
                 f"{graph.path}: its weight {stored.name!r} {list(stored.shape)} may be the matrices of {stack!r}, each transposed, "
                 f"which a refold does not follow: {TRACE_INSTEAD}."
             )
-        rows, cols = as_matrix(stored.shape)
-        if len(stored.shape) > 1 and {(rows, cols), (cols, rows)} & shapes:
-            like = next(n for n, e in entries.items() if as_matrix(e.shape) in ((rows, cols), (cols, rows)))
+        if (like := _of_that_shape(stored, entries)) is not None:
             raise BaseModelError(
                 _foreign(graph, f"weight {stored.name!r} has the shape of {like!r} and equals no tensor of the base")
             )
+
+
+def _of_that_name(stored: Entry, resolver: NameResolver) -> str | None:
+    """The base tensor that a weight is called like; None where the name fits none, or several."""
+    try:
+        return resolver.find(stored.name) or resolver.find(stored.name.partition(".")[2])
+    except WloraMergeError:
+        return None
+
+
+def _of_that_shape(stored: Entry, entries: Mapping[str, Entry]) -> str | None:
+    """The first base tensor of two dimensions or more that has a weight's shape, as it is or transposed."""
+    if len(stored.shape) < 2:
+        return None
+    rows, cols = as_matrix(stored.shape)
+    alike = ((rows, cols), (cols, rows))
+    return next((n for n, e in entries.items() if len(e.shape) > 1 and as_matrix(e.shape) in alike), None)
 
 
 def _foreign(graph: OnnxFile, difference: str | None) -> str:

@@ -105,6 +105,7 @@ def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew) -> st
     inputs: dict[Path, int] = {}
 
     def put(block: memoryview) -> None:
+        """Hash a block, write it, and give its memory back."""
         if crew.stop.is_set():
             raise OutputError(f"{out / file.name}: stopped, as another file failed.")
         digest.update(block)
@@ -137,6 +138,7 @@ def _in_order(
     done, failed = 0, False
 
     def work() -> None:
+        """Run jobs until there are none, or one has failed."""
         nonlocal failed
         try:
             while True:
@@ -154,6 +156,7 @@ def _in_order(
             raise
 
     def put_ready() -> None:
+        """Put the results whose turn it is, unless another thread is at it."""
         nonlocal done
         while done in ready and not failed and putting.acquire(blocking=False):
             try:
@@ -305,11 +308,13 @@ def _fold_jobs(
     whole = [(d, mixture.whole_gains_of(d)) for d in piece.deltas if isinstance(d, TensorDelta)]
     step = max(1, BLOCK_ELEMENTS // max(1, cols))
     for first, end, delta in spans:
-        terms = None if delta is None else _terms(source, delta, mixture)
+        fold = _Fold(
+            space, fd, piece, source, None if delta is None else _terms(source, delta, mixture), whole, first, cols
+        )
         row = 0
         while row < end - first:
             count = min(step, end - first - row, own - first - row if first + row < own else step)
-            yield partial(_fold_block, space, fd, piece, source, terms, whole, first, row, count, cols)
+            yield partial(fold.block, row, count)
             row += count
 
 
@@ -340,41 +345,49 @@ def _spans(
     return cols, [*spans, (at, rows, None)]
 
 
-def _fold_block(
-    space: Workspace,
-    fd: int,
-    piece: Piece,
-    source: Entry,
-    terms: Terms | None,
-    whole: Sequence[tuple[TensorDelta, torch.Tensor]],
-    first: int,
-    row: int,
-    count: int,
-    cols: int,
-) -> memoryview:
-    """Rows `first + row` and on of the base's tensor, which are rows `row` and on of the terms; `whole` with its gains [N]."""
-    import torch
+@dataclass(frozen=True)
+class _Fold:
+    """Rows of a tensor that are folded alike: those of the base from `first` on, of `cols` numbers each, in the file `fd`.
 
-    width = byte_length(source.dtype, (cols,))
-    at, data = (first + row) * width, None
-    if at < source.nbytes or piece.added is None:
-        data = _read(space, fd, source, at, count * width)
-        block = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).view(count, cols)
-    else:
-        block = piece.added.reshape(-1, cols)[(at - source.nbytes) // width :][:count]
-    if terms is None and not whole:
-        return _rounded(space, block, piece)
-    total = space.sum(count * cols).view(count, cols)
-    if terms is None:
-        total.copy_(block)
-    else:
-        left, right, factor = terms
-        if factor is not None and factor.shape[0] > 1:
-            factor = factor[row : row + count]
-        fold_rows(block, left[row : row + count], right, total, factor)
-    for delta, gains in whole:
-        fold_saved(block, delta, gains, total, first + row)
-    return _rounded(space, total, piece, data)
+    They are rows 0 and on of the terms; `whole` are the changes of the tensor as a whole, with their gains [N].
+    """
+
+    space: Workspace
+    fd: int
+    piece: Piece
+    source: Entry
+    terms: Terms | None
+    whole: Sequence[tuple[TensorDelta, torch.Tensor]]
+    first: int
+    cols: int
+
+    def block(self, row: int, count: int) -> memoryview:
+        """The bytes of `count` rows from `row` on, folded and rounded."""
+        block, data = self._base(row, count)
+        if self.terms is None and not self.whole:
+            return _rounded(self.space, block, self.piece)
+        total = self.space.sum(count * self.cols).view(count, self.cols)
+        if self.terms is None:
+            total.copy_(block)
+        else:
+            left, right, factor = self.terms
+            if factor is not None and factor.shape[0] > 1:
+                factor = factor[row : row + count]
+            fold_rows(block, left[row : row + count], right, total, factor)
+        for delta, gains in self.whole:
+            fold_saved(block, delta, gains, total, self.first + row)
+        return _rounded(self.space, total, self.piece, data)
+
+    def _base(self, row: int, count: int) -> tuple[torch.Tensor, memoryview | None]:
+        """The base's rows, and the memory that they were read into; of rows that are added behind the base's, none."""
+        import torch
+
+        width = byte_length(self.source.dtype, (self.cols,))
+        at = (self.first + row) * width
+        if at < self.source.nbytes or self.piece.added is None:
+            data = _read(self.space, self.fd, self.source, at, count * width)
+            return torch.frombuffer(data, dtype=torch_dtype(self.source.dtype)).view(count, self.cols), data
+        return self.piece.added.reshape(-1, self.cols)[(at - self.source.nbytes) // width :][:count], None
 
 
 def _rounded(space: Workspace, block: torch.Tensor, piece: Piece, spare: memoryview | None = None) -> memoryview:

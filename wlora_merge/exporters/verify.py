@@ -74,7 +74,7 @@ def _check_against_inputs(
         return
     kind = FORMATS[manifest.format]
     try:
-        mixture = _mixture(manifest, open_base(str(base_folder)), adapters, folder)
+        mixture = _recorded(manifest, open_base(str(base_folder)), adapters, folder)
     except UnsupportedError as error:
         checked.skipped["outputs"] = str(error)
         return
@@ -142,7 +142,7 @@ def _absent(manifest: Manifest, adapters: Mapping[str, Path]) -> list[str]:
     return [f"adapter {a.name!r}" for a in manifest.mixture.adapters if a.name not in adapters]
 
 
-def _mixture(manifest: Manifest, base: BaseModel, adapters: Mapping[str, Path], folder: Path) -> Mixture:
+def _recorded(manifest: Manifest, base: BaseModel, adapters: Mapping[str, Path], folder: Path) -> Mixture:
     """The mixture that the manifest records, with its inputs where they were found; its head is the export's own."""
     import torch
 

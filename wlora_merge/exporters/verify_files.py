@@ -41,18 +41,7 @@ def check_files(folder: Path, files: Mapping[str, FileRecord]) -> int:
     Raises:
         VerifyError: a file that is missing, is not in the manifest, has other bytes, or is a pickle.
     """
-    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()} - {
-        MANIFEST_FILE
-    }
-    found = {name for name in found if name.split("/")[0] not in OF_THE_HUB or name in files}
-    if missing := sorted(set(files) - found):
-        raise VerifyError(f"{folder / missing[0]}: is missing; the manifest lists it: export again.")
-    if foreign := sorted(found - set(files)):
-        raise VerifyError(
-            f"{folder / foreign[0]}: is not in the manifest: it was added after the export; take it away."
-        )
-    for name in files:
-        find_file(folder, name, VerifyError)
+    _check_names(folder, files)
     digests = sha256_files([folder / name for name in files], fresh=True)
     for name, row in files.items():
         if digests[folder / name] != row.sha256:
@@ -66,6 +55,22 @@ def check_files(folder: Path, files: Mapping[str, FileRecord]) -> int:
         if name.endswith(PICKLES):
             raise VerifyError(f"{folder / name}: is a pickle, which no export holds and which is never loaded.")
     return len(files)
+
+
+def _check_names(folder: Path, files: Collection[str]) -> None:
+    """Refuse a folder with other files than those, or with a link among them that leaves it."""
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()} - {
+        MANIFEST_FILE
+    }
+    found = {name for name in found if name.split("/")[0] not in OF_THE_HUB or name in files}
+    if missing := sorted(set(files) - found):
+        raise VerifyError(f"{folder / missing[0]}: is missing; the manifest lists it: export again.")
+    if foreign := sorted(found - set(files)):
+        raise VerifyError(
+            f"{folder / foreign[0]}: is not in the manifest: it was added after the export; take it away."
+        )
+    for name in files:
+        find_file(folder, name, VerifyError)
 
 
 def check_checkpoint(folder: Path, files: Collection[str], dtype: str | None) -> None:

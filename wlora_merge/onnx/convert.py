@@ -10,7 +10,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.tasks import get_task
 from ..errors import OutputError, UnsupportedError, VerifyError
@@ -26,6 +26,9 @@ from .seq2seq import DECODER, merge
 from .session import run_probe
 from .trace import trace
 from .validate import check_onnx
+
+if TYPE_CHECKING:
+    from .quantize import QuantizedReport
 
 __all__ = ["DEFAULT_OPSET", "OnnxReport", "check_onnx", "run_probe", "write_onnx"]
 
@@ -51,7 +54,7 @@ class OnnxReport:
     opset: int
     largest_difference: float
     sizes: dict[str, int]
-    quantized: dict[str, Any] | None = None
+    quantized: QuantizedReport | None = None
 
 
 def write_onnx(

@@ -6,6 +6,7 @@ difference from it, measured and reported, not judged.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from ..errors import UnsupportedError
 from ..models.loading import quiet
 from ..text import first_line
 from .graph import INLINE_LIMIT, MODEL, data_file, graph_file
-from .validate import differences
+from .validate import Differences, differences
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,16 @@ SUFFIXES = {"int8": "_int8", "int4": "_q4"}
 BLOCK = 32  # weights that share one scale in int4, as in transformers.js's q4
 
 
-def quantize_onnx(out: Path, model: torch.nn.Module, *, task: Task, kind: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class QuantizedReport:
+    """A quantized graph: its file in the export, the bytes of it and its data, and how far it is from the float graph."""
+
+    file: str
+    bytes: int
+    off: Differences
+
+
+def quantize_onnx(out: Path, model: torch.nn.Module, *, task: Task, kind: str) -> QuantizedReport:
     """Write `onnx/model_int8.onnx` or `onnx/model_q4.onnx` beside `onnx/model.onnx`, and measure its error.
 
     int8: `onnxruntime.quantization.quantize_dynamic`, weights in int8, one scale for each output channel, activations
@@ -38,8 +48,7 @@ def quantize_onnx(out: Path, model: torch.nn.Module, *, task: Task, kind: str) -
         kind: `int8` or `int4`.
 
     Returns:
-        `file`, `bytes`, `largest_difference` of an output from the float graph's, `relative` to the largest output, and
-        `same_choice`, the share (0 to 1) of positions whose largest score is the same.
+        The graph's file, its bytes, and how far its outputs are from the float graph's.
 
     Raises:
         UnsupportedError: the tools cannot.
@@ -57,7 +66,7 @@ def quantize_onnx(out: Path, model: torch.nn.Module, *, task: Task, kind: str) -
         ) from error
     off = differences(out, model, task=task, suffix=suffix)
     sizes = sum(p.stat().st_size for p in (target, folder / data_file(f"{MODEL}{suffix}")) if p.is_file())
-    return {"file": f"onnx/{target.name}", "bytes": sizes, **off}
+    return QuantizedReport(f"onnx/{target.name}", sizes, off)
 
 
 def refuse_quantize(task: Task, kind: str | None, dtype: str) -> None:

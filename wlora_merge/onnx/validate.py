@@ -7,6 +7,7 @@ was made, nor how it is run (`onnx_run`); the oracle is the PyTorch model with i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +81,23 @@ def compare_with(
     return largest
 
 
-def differences(onnx_folder: Path, model: torch.nn.Module, *, task: Task, suffix: str) -> dict[str, float]:
-    """How far the outputs of the graph `model{suffix}` are from those of `model`, on the inputs of the check.
+@dataclass(frozen=True)
+class Differences:
+    """How far outputs are from others.
 
-    Returns:
-        `largest_difference`; `relative` to the largest output; `same_choice`, the share of positions (of rows, where there
-        is one score vector for each) whose largest score is the same.
+    Attributes:
+        largest_difference: of an output, absolute.
+        relative: the same, relative to the largest output.
+        same_choice: the share (0 to 1) of positions whose largest score is the same; of rows, where each has one score vector.
     """
+
+    largest_difference: float
+    relative: float
+    same_choice: float
+
+
+def differences(onnx_folder: Path, model: torch.nn.Module, *, task: Task, suffix: str) -> Differences:
+    """How far the outputs of the graph `model{suffix}` are from those of `model`, on the inputs of the check."""
     import numpy as np
 
     exact, other = open_graphs(onnx_folder), open_graphs(onnx_folder, suffix)
@@ -104,7 +115,7 @@ def differences(onnx_folder: Path, model: torch.nn.Module, *, task: Task, suffix
             worst, largest = max(worst, float(np.abs(want - have).max())), max(largest, float(np.abs(want).max()))
             choice = want.argmax(-1) == have.argmax(-1)
             same, total = same + float(choice.sum()), total + choice.size
-    return {"largest_difference": worst, "relative": worst / max(largest, 1e-6), "same_choice": same / max(total, 1)}
+    return Differences(worst, worst / max(largest, 1e-6), same / max(total, 1))
 
 
 def _compare(
