@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from support.models import assert_verified, make_adapter, tiny_bert, tiny_llama
 
 from wlora_merge.errors import WloraMergeError
-from wlora_merge.exporters import stream
+from wlora_merge.exporters import dense_format, stream
 from wlora_merge.exporters.export import export
 from wlora_merge.io.safetensors_file import read_header
 from wlora_merge.mixture.attach import attach, read_mixture
@@ -130,8 +130,7 @@ def test_an_input_that_is_replaced_while_it_is_used_is_refused(
     folder = make_adapter(model, tmp_path / "a", 0, r=2, target_modules=["q_proj"])
     mixture, name = mix(tmp_path / "base", [folder]), "model" if which == "base" else "adapter_model"
     file = tmp_path / which / f"{name}.safetensors"
-    module = sys.modules["wlora_merge.exporters.export"]
-    real = module.plan
+    real = dense_format.plan
 
     def swapped(*args: Any, **options: Any) -> Any:
         planned = real(*args, **options)
@@ -139,7 +138,7 @@ def test_an_input_that_is_replaced_while_it_is_used_is_refused(
         os.replace(tmp_path / "new", file)
         return planned
 
-    monkeypatch.setattr(module, "plan", swapped)
+    monkeypatch.setattr(dense_format, "plan", swapped)
     with pytest.raises(WloraMergeError, match=f"{file}: changed meanwhile"):
         export(mixture, "dense", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -321,7 +320,7 @@ def test_a_base_truncated_while_it_is_read_is_one_clear_error(
         victim.write_bytes(victim.read_bytes()[:-100])
         return real(*args, **options)
 
-    monkeypatch.setattr(sys.modules["wlora_merge.exporters.export"], "write_files", truncate_first)
+    monkeypatch.setattr(dense_format, "write_files", truncate_first)
     with pytest.raises(WloraMergeError, match="changed"):
         export(mixture, "dense", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
