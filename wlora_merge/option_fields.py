@@ -206,12 +206,12 @@ def checked(
         if name not in known:
             raise error(f"{what} has no option {name!r}{nearest(name, known)}.")
         if value is not None:
-            values[name] = _plain(value)
+            values[name] = _in_python(value)
             check_value(known[name], values[name], called(known[name]), error)
     return record(**values)
 
 
-def _plain(value: Any) -> Any:
+def _in_python(value: Any) -> Any:
     """NumPy's and torch's values in Python's own types, and a path as text."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return fspath(value) if isinstance(value, PathLike) else value
