@@ -197,6 +197,16 @@ class FitRequest(AdapterOptions, FitOptions, FitInputs):
         return FitOptions(**{name: getattr(self, name) for name in _FIELDS})
 
 
+@dataclass(frozen=True, kw_only=True)
+class FitCall(FitRequest):
+    """What a fit may be asked by name on the command line and in Python: a request, and whether it goes on with a stopped one."""
+
+    # fmt: off
+    resume: bool = option(
+        False, Topic.TRAINED, help="Go on where a killed fit to the same --out stopped (OUT.fit-state).")
+    # fmt: on
+
+
 _FIELDS = {f.name: f for f in dataclasses.fields(FitOptions)}
 
 
@@ -211,13 +221,13 @@ def fit_options(given: Mapping[str, Any]) -> FitOptions:
     return chosen
 
 
-def fit_request(given: Mapping[str, Any]) -> FitRequest:
+def fit_request(given: Mapping[str, Any]) -> FitCall:
     """Inputs and options by name; None keeps the default.
 
     Raises:
         MixtureError: as `fit_options`; or options that the task, or a fit without evaluation data, does not have.
     """
-    request: FitRequest = checked(FitRequest, given, "fit", MixtureError)
+    request: FitCall = checked(FitCall, given, "fit", MixtureError)
     check_together(request)
     for f in _FIELDS.values():
         tasks = spec(f).tasks

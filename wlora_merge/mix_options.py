@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from .constants import NORMALIZE
 from .data.tasks import TASKS
-from .option_fields import Topic, option
+from .errors import MixtureError
+from .option_fields import Topic, checked, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +55,24 @@ class AdapterOptions:
 @dataclass(frozen=True, kw_only=True)
 class MixOptions(AdapterOptions, WeightOptions):
     """The `mix` section: a mixture without fitting."""
+
+
+def mix_options(given: Mapping[str, Any]) -> MixOptions:
+    """Options by name; None keeps the default. Whether the weights are one for each adapter is seen once those are read.
+
+    Raises:
+        MixtureError: an option that there is not, a value out of range, or options that exclude each other.
+    """
+    weights, normalize = given.get("weights"), given.get("normalize")
+    if weights is not None and normalize not in (None, "none"):
+        raise MixtureError(
+            f"normalize is {normalize!r}, but weights that are given are used as they are: leave it out."
+        )
+    if weights is None and normalize not in (None, *NORMALIZE[:2]):
+        raise MixtureError(f"normalize is {normalize!r}, expected {' or '.join(NORMALIZE[:2])}.")
+    apart = {"weights", "normalize"} if weights is not None else {"weights"}
+    rest = {name: value for name, value in given.items() if name not in apart}
+    options: MixOptions = checked(MixOptions, rest, "mix", MixtureError)
+    if not math.isfinite(options.delta_scale):
+        raise MixtureError(f"delta_scale is {options.delta_scale}, expected a finite number.")
+    return replace(options, weights=weights)

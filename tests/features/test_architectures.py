@@ -25,7 +25,7 @@ from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.mix import mix
 from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.models.base_model import open_base
-from wlora_merge.training.initial_logits import initial_logits, like_start
+from wlora_merge.training.initial_logits import find_start, like_start
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -115,8 +115,8 @@ def test_a_fit_starts_from_a_mixture_whose_files_call_the_modules_otherwise(gran
     mixture.save(tmp_path / "m")
     assert not set(mixture.groups) & set(model.wlora.groups)
     options = like_start(FitOptions(initial_logits=str(tmp_path / "m")))
-    start = initial_logits(options, ["a", "b"], open_base(tmp_path / "base"))
-    found = start(model.wlora.groups, granularity).softmax(-1)
+    start = find_start(options, ["a", "b"], open_base(tmp_path / "base"))
+    found = start.logits(model.wlora.groups, granularity).softmax(-1)
     assert torch.allclose(found, model.wlora_weights.softmax(-1), atol=1e-6)
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
-from ..errors import MixtureError, RecipeError, WloraMergeError
+from ..errors import RecipeError, WloraMergeError
 from ..export_options import ExportOptions, export_options
-from ..fit_options import FitRequest, fit_request
-from ..mix_options import MixOptions
-from ..option_fields import Topic, checked
+from ..fit_options import FitCall, fit_request
+from ..mix_options import MixOptions, mix_options
+from ..option_fields import Topic
 from ..text import human_bytes
 from .options import AS_JSON, COLUMNS, FORCE, INPUTS, MOVED, OUT, REPORT_HELP, Command, argument, fields_of, option
 from .terminal import fit_progress, human_time, say, show_table, work_progress
@@ -43,13 +43,7 @@ def _naming_state(out: str) -> Iterator[None]:
 
 @click.command(cls=Command, topic="Make a mixture", epilog=COLUMNS)
 @INPUTS
-@fields_of(FitRequest)
-@option(
-    "--resume",
-    topic=Topic.TRAINED,
-    is_flag=True,
-    help="Go on where a killed fit to the same --out stopped (OUT.fit-state).",
-)
+@fields_of(FitCall)
 @OUT
 @option("--report/--no-report", default=True, show_default=True, help=REPORT_HELP)
 @FORCE
@@ -65,7 +59,7 @@ def fit(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options
         raise click.UsageError("a fit needs --adapter twice or more; for one adapter, see wlora-merge mix.")
     with _wrong_usage():
         _check_weights(options["weights"], adapters)
-        fit_request(_those_of(FitRequest, options))
+        fit_request(_those_of(FitCall, options))
     from ..training.fit import fit as run
 
     with fit_progress() as progress, work_progress(), _naming_state(out):
@@ -92,7 +86,7 @@ def mix(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options
     wlora-merge mix --base BASE --adapter a=PATH --adapter b=PATH --weights 0.7,0.3 --out mixture
     """
     with _wrong_usage():
-        checked(MixOptions, _those_of(MixOptions, options), "mix", MixtureError)
+        mix_options(_those_of(MixOptions, options))
         _check_weights(options["weights"], adapters)
     from ..mixture.mix import mix as run
 

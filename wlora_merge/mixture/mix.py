@@ -12,11 +12,11 @@ from ..adapters.added_tokens import resized, resized_config, warn_of_end
 from ..adapters.modules_to_save import join_changes, stack_tensors
 from ..adapters.stacking import stack
 from ..adapters.targets import modules_of, tensors_of
-from ..constants import NORMALIZE
-from ..data.tasks import TASKS, get_task
-from ..errors import AdapterError, MixtureError, UnsupportedError
+from ..data.tasks import get_task
+from ..errors import AdapterError, UnsupportedError
+from ..mix_options import mix_options
 from ..models.base_model import BaseModel, open_base
-from ..text import first_line, nearest
+from ..text import first_line
 from .groups import make_groups, prefixes
 from .mixture import Mixture, adapter_ref, base_ref
 from .weights import mixture_weights, uniform
@@ -32,14 +32,8 @@ def mix(
     adapters: Iterable[str | Path | tuple[str, str | Path]],
     out: str | Path | None = None,
     *,
-    weights: Sequence[float] | None = None,
-    task: str | None = None,
-    normalize: str | None = None,
-    delta_scale: float = 1.0,
-    modules_to_save: str | None = None,
-    resize_vocab: str | None = None,
-    residual: str | None = None,
     force: bool = False,
+    **options: Any,
 ) -> Mixture:
     """Make a mixture with the same weights in every module; nothing is trained.
 
@@ -47,14 +41,9 @@ def mix(
         base: folder or hub id of the base model.
         adapters: one or more, as PATH_OR_ID, `NAME=PATH_OR_ID` or (name, PATH_OR_ID).
         out: folder to write the mixture to; None writes nothing.
-        weights: [N] mixture weights, used as they are (`normalize: none`); None means uniform composition.
-        task: what the exported model is for.
-        normalize: `all` or `present`, for uniform composition; with weights only `none`.
-        delta_scale: factor of the whole delta weight.
-        modules_to_save: what becomes of whole tensors that adapters carry: an adapter's name, `drop` or `mix`.
-        resize_vocab: name of the adapter whose added tokens, and whose tokenizer, the model gets.
-        residual: name of the adapter whose residual the base is.
         force: replace what is in `out`.
+        options: fields of `MixOptions`: `weights` [N], used as they are (`normalize: none`), else uniform composition; `task`,
+            `normalize`, `delta_scale`, `modules_to_save`, `resize_vocab` and `residual`.
 
     Returns:
         The mixture, its adapters checked against the base.
@@ -64,14 +53,14 @@ def mix(
     """
     import torch
 
-    _check_options(task, delta_scale)
-    opened, loaded = open_base(base), load_adapters(adapters, residual=residual)
-    opened = resized(opened, loaded, resize_vocab)
+    asked = mix_options(options)
+    opened, loaded = open_base(base), load_adapters(adapters, residual=asked.residual)
+    opened = resized(opened, loaded, asked.resize_vocab)
     warn_of_end(opened)
-    chosen = _normalize(normalize, weights)
-    row = uniform(len(loaded)) if weights is None else _checked(weights, len(loaded))
+    normalize = asked.normalize or ("all" if asked.weights is None else "none")
+    row = uniform(len(loaded)) if asked.weights is None else _checked(asked.weights, len(loaded))
     deltas = stack(loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type)
-    tensors, head = stack_tensors(loaded, modules_to_save, (), tensors_of(opened))
+    tensors, head = stack_tensors(loaded, asked.modules_to_save, (), tensors_of(opened))
     changed = join_changes(deltas, tensors, head, tensors_of(opened))
     if not changed:
         raise AdapterError(
@@ -80,47 +69,28 @@ def mix(
         )
     groups = make_groups([d.module for d in changed], "global")
     values = torch.tensor([row], dtype=torch.float32)
-    logits = torch.zeros_like(values) if weights is None else values
+    logits = torch.zeros_like(values) if asked.weights is None else values
     mixture = Mixture(
         base=base_ref(opened),
         adapters=[adapter_ref(a) for a in loaded],
         granularity="global",
-        normalize=chosen,
-        delta_scale=delta_scale,
+        normalize=normalize,
+        delta_scale=asked.delta_scale,
         groups=groups,
-        mixture_weights=mixture_weights(logits, chosen),
+        mixture_weights=mixture_weights(logits, normalize),
         wlora_weights=logits,
-        task=task,
+        task=asked.task,
         head=head,
         head_tensors=opened.stored_names(head),
-        modules_to_save=modules_to_save,
-        config=_config_of(head, opened, task) | resized_config(opened),
-        resize_vocab=resize_vocab,
+        modules_to_save=asked.modules_to_save,
+        config=_config_of(head, opened, asked.task) | resized_config(opened),
+        resize_vocab=asked.resize_vocab,
         prefixes=prefixes((d.module, d.name or d.module) for d in deltas),
-        data=_made_from(weights, residual),
+        data=_made_from(asked.weights, asked.residual),
     )
     if out is not None:
         mixture.save(out, force=force, inputs=[opened.folder, *(a.source.folder for a in loaded)])
     return mixture
-
-
-def _normalize(normalize: str | None, weights: Sequence[float] | None) -> str:
-    if weights is not None:
-        if normalize not in (None, "none"):
-            raise MixtureError(
-                f"normalize is {normalize!r}, but weights that are given are used as they are: leave it out."
-            )
-        return "none"
-    if normalize not in (None, *NORMALIZE[:2]):
-        raise MixtureError(f"normalize is {normalize!r}, expected all or present.")
-    return normalize or "all"
-
-
-def _check_options(task: str | None, delta_scale: float) -> None:
-    if task not in (None, *TASKS):
-        raise MixtureError(f"task is {task!r}, expected one of {', '.join(TASKS)}{nearest(str(task), TASKS)}.")
-    if not math.isfinite(delta_scale):
-        raise MixtureError(f"delta_scale is {delta_scale}, expected a finite number.")
 
 
 def _config_of(head: Mapping[str, torch.Tensor], base: BaseModel, task: str | None) -> dict[str, Any]:

@@ -126,34 +126,44 @@ def sample_inputs(
         raise UnsupportedError(
             f"{type(model).__name__} takes text and images at once; export one of its towers, or {DENSE_INSTEAD}"
         )
+    if main not in ("pixel_values", "input_ids"):
+        raise UnsupportedError(
+            f"{type(model).__name__} takes {main!r}, and the ONNX writer feeds only tokens and pixels; {DENSE_INSTEAD}"
+        )
     generator = torch.Generator().manual_seed(batch * 1000 + sequence)
     if main == "pixel_values":
         pixels = torch.randn(batch, *_image_shape(model.config), generator=generator)
         return {"pixel_values": pixels.to(next(model.parameters()).dtype)}
-    if main != "input_ids":
-        raise UnsupportedError(
-            f"{type(model).__name__} takes {main!r}, and the ONNX writer feeds only tokens and pixels; {DENSE_INSTEAD}"
-        )
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    pad = config.pad_token_id
-    pad = pad if pad is not None and 0 <= pad < config.vocab_size else None  # older Llamas say -1
-    ids = torch.randint(0, config.vocab_size, (batch, sequence), generator=generator)
-    if tokens is not None and max(tokens) < config.vocab_size:
-        ids = torch.tensor(list(tokens)).repeat(1 + ids.numel() // len(tokens))[: ids.numel()].view(ids.shape).clone()
-    if pad is not None:
-        ids = torch.where(ids == pad, (pad + 1) % config.vocab_size, ids)
+    ids, pad = _ids(config, (batch, sequence), tokens, generator)
     mask = torch.ones(batch, past + sequence, dtype=torch.int64)
     if padding:
         masked = slice(0, padding) if task.is_decoder else slice(past + sequence - padding, None)
         mask[0, masked] = 0
         if not past:
-            ids[0, masked] = pad if pad is not None else 0
+            ids[0, masked] = pad or 0
     inputs = {"input_ids": ids, "attention_mask": mask}
     if task.is_decoder and "position_ids" in takes:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
     if not task.generates and "token_type_ids" in takes and (getattr(config, "type_vocab_size", 0) or 0) > 1:
         inputs["token_type_ids"] = torch.randint(0, config.type_vocab_size, ids.shape, generator=generator)
     return inputs
+
+
+def _ids(
+    config: Any, shape: tuple[int, int], tokens: Sequence[int] | None, generator: torch.Generator
+) -> tuple[torch.Tensor, int | None]:
+    """Token ids of a shape, none of them the padding's, and the id of that; None where the model has none."""
+    import torch
+
+    pad = config.pad_token_id
+    pad = pad if pad is not None and 0 <= pad < config.vocab_size else None  # older Llamas say -1
+    ids = torch.randint(0, config.vocab_size, shape, generator=generator)
+    if tokens is not None and max(tokens) < config.vocab_size:
+        ids = torch.tensor(list(tokens)).repeat(1 + ids.numel() // len(tokens))[: ids.numel()].view(ids.shape).clone()
+    if pad is not None:
+        ids = torch.where(ids == pad, (pad + 1) % config.vocab_size, ids)
+    return ids, pad
 
 
 def _image_shape(config: Any) -> tuple[int, int, int]:

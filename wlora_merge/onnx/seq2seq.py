@@ -147,6 +147,7 @@ class _Decoder:
                 self.config = model.config
 
             def forward(self, **inputs: Any) -> dict[str, torch.Tensor]:
+                """One step of the decoder, with its caches as tensors."""
                 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
                 _tie(inputs)

@@ -133,6 +133,7 @@ def _flat(model: torch.nn.Module, outputs: tuple[str, ...]) -> torch.nn.Module:
             self.config = model.config
 
         def forward(self, **inputs: Any) -> dict[str, Any]:
+            """The model's outputs by name, with its cache as tensors."""
             _tie_axes(inputs)
             past = inputs.pop("past_key_values", None)
             if past is not None:

@@ -26,7 +26,7 @@ from ..data.task import Task
 from ..data.tasks import get_task
 from ..errors import DataError, MixtureError
 from ..exporters.report import write_report
-from ..fit_options import FitOptions, FitRequest, fit_request
+from ..fit_options import FitCall, FitOptions, fit_request
 from ..io.digests import sha256_file
 from ..io.hub import is_here
 from ..io.staging import refuse_out
@@ -56,7 +56,6 @@ def fit(
     out: str | Path | None = None,
     *,
     force: bool = False,
-    resume: bool = False,
     report: bool = False,
     progress: FitProgress | None = None,
     **options: Any,
@@ -70,10 +69,9 @@ def fit(
         task: its name, as on the command line.
         out: folder to write the mixture to; None writes nothing.
         force: replace what is in `out`.
-        resume: go on where a killed fit to the same `out` stopped (`OUT.fit-state`), to the same weights.
         report: also write report.html and its figures into `out`.
         progress: called with (candidate, step, steps, loss, mean mixture weights) after every step.
-        options: the other fields of `FitRequest`: what else is read (`eval_data`, `columns`, ...) and how to fit.
+        options: the other fields of `FitCall`: what else is read (`eval_data`, `columns`, ...) and how to fit.
 
     Returns:
         The mixture; `metrics["candidates"]` has the loss, the metric and its standard error of every candidate.
@@ -94,7 +92,7 @@ def fit(
     _refuse_unfit(given)
     shots, held = _examples(given)
     with team() as ranks, only_fit(out if ranks.leads else None):
-        state = _state(out if ranks.leads else None, given, shots, held, resume)
+        state = _state(out if ranks.leads else None, given, shots, held)
         state.table = ranks.share(state.table)  # what a killed fit has trained, no process trains again
         with _within_memory(), _seeded(chosen.seed):
             work = _prepare(given, shots, held, ranks, state, progress)
@@ -115,7 +113,7 @@ class _Given:
     """What a fit is given: the request, its options as the mixture to start from has them, base and adapters opened."""
 
     task: Task
-    request: FitRequest
+    request: FitCall
     options: FitOptions
     base: BaseModel
     adapters: list[Adapter]
@@ -277,7 +275,7 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetri
     return mixture
 
 
-def _state(out: str | Path | None, given: _Given, shots: Examples, held: Examples | None, resume: bool) -> FitState:
+def _state(out: str | Path | None, given: _Given, shots: Examples, held: Examples | None) -> FitState:
     """The state of this fit, with a fingerprint of all that decides its result."""
     from ..exporters.manifest import versions
     from .model import device_name
@@ -298,7 +296,7 @@ def _state(out: str | Path | None, given: _Given, shots: Examples, held: Example
         "versions": versions(("torch", "transformers")),
     }
     fingerprint = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
-    return FitState(state_file(out) if out is not None else None, fingerprint, resume=resume)
+    return FitState(state_file(out) if out is not None else None, fingerprint, resume=given.request.resume)
 
 
 def _config(learner: Learner, base: BaseModel) -> dict[str, Any]:
