@@ -99,6 +99,7 @@ class DenseFormat(Format):
     packages = ("torch",)
     library = "transformers"
     summary = "folded into the base model's weights"
+    keeps_tensors = True
 
     def plan(self, inputs: Inputs, asked: ExportOptions) -> Plan:
         """The base's files, or others of the size asked for."""

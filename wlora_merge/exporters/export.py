@@ -139,7 +139,13 @@ def _report(
     facts |= {f"version: {name}": version for name, version in versions(kind.packages).items()}
     title = f"A mixture of {len(inputs.adapters)} adapters on {base_name}, {kind.name} export"
     return write_report(
-        folder, inputs.mixture, inputs.deltas, title=title, kind=kind.name, base=inputs.base, facts=facts
+        folder,
+        inputs.mixture,
+        inputs.deltas,
+        title=title,
+        rank=measures.rank,
+        base=inputs.base if kind.keeps_tensors else None,
+        facts=facts,
     )
 
 

@@ -49,7 +49,7 @@ def write_report(
     deltas: Deltas,
     *,
     title: str,
-    kind: str | None = None,
+    rank: int | None = None,
     base: BaseModel | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> list[str]:
@@ -58,8 +58,8 @@ def write_report(
     Args:
         mixture, deltas: what is shown.
         title: what the page is about.
-        kind: `dense`, `lora` or `onnx` for an export's report, which measures what was written; None for a mixture's.
-        base: of a dense export: its base.
+        rank: of an export as one LoRA, the uniform r, which is drawn beside what other ranks would lose.
+        base: of an export that has the base's tensors under their names, the base; what changed in each is drawn.
         facts: rows for the provenance, name -> value.
 
     Returns:
@@ -71,7 +71,7 @@ def write_report(
         warnings.warn(MISSING, WloraMergeWarning, stacklevel=2)
         return []
     Meter("drawing the report")
-    drawn, rows = _drawings(folder, mixture, deltas, kind, base)
+    drawn, rows = _drawings(folder, mixture, deltas, rank, base)
     (folder / FIGURES).mkdir()
     for name, figure in drawn.items():
         (folder / FIGURES / f"{name}.png").write_bytes(png(figure))
@@ -103,7 +103,7 @@ def _template() -> Template:
 
 
 def _drawings(
-    folder: Path, mixture: Mixture, deltas: Deltas, kind: str | None, base: BaseModel | None
+    folder: Path, mixture: Mixture, deltas: Deltas, rank: int | None, base: BaseModel | None
 ) -> tuple[dict[str, Any], list[Change]]:
     from .report_figures import dots, heatmap, lines
 
@@ -116,13 +116,13 @@ def _drawings(
     if len(names) > 1 and any(isinstance(delta, ModuleDelta) for delta in deltas):
         drawn["similarity"] = heatmap(adapter_similarity(deltas).tolist(), names, names, "cosine", signed=True)
     rows: list[Change] = []
-    if kind == "lora":
+    if rank is not None:
         found = spectra(deltas, mixture)
         drawn["spectrum"] = lines(_spectrum_lines(found), "index", "singular value", log=True)
         errors = error_by_rank(found)
-        mark = ("this export", _rank(folder))
+        mark = ("this export", float(rank))
         drawn["error"] = lines({"error": (range(len(errors)), errors)}, "rank", "relative error", mark=mark)
-    if kind == "dense" and base is not None:
+    if base is not None:
         rows = sorted(changes(base, deltas, mixture, folder), key=lambda c: -c.relative_change)
         top = rows[:SHOWN_CHANGES]
         series = {
@@ -158,12 +158,6 @@ def _spectrum_lines(found: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 def _axes(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
     """[(x, y), ...] -> [x, ...], [y, ...]."""
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _rank(folder: Path) -> float:
-    import json
-
-    return float(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"])
 
 
 # ----------------------------------------------------------------------------------------------------- the page
