@@ -66,9 +66,10 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# What is made from the options: the schema of a recipe, and the reference page of the command line.
+# What is made from the options, the schema of a recipe and the reference page of the command line, and from the records of files.
 generate: $(VENV)/.ready
 	$(BIN)/python -m wlora_merge.cli.recipe_schema > wlora_merge/cli/schemas/recipe.schema.json
+	$(BIN)/python -m wlora_merge.cli.file_schemas
 	$(BIN)/python -m wlora_merge.cli.reference > docs/cli-reference.md
 
 clean:

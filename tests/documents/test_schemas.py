@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -12,20 +13,48 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from jsonschema import Draft202012Validator, ValidationError
-from support.paths import ROOT
+from support.paths import ROOT, VERSION_1
 from support.schemas import invoked, shipped, valid
 
+from wlora_merge.cli.file_schemas import file_schemas
 from wlora_merge.cli.main import main
 from wlora_merge.cli.recipe import read_recipe
 from wlora_merge.cli.recipe_schema import recipe_schema
 from wlora_merge.cli.reference import reference
 from wlora_merge.errors import RecipeError
+from wlora_merge.exporters.export import export
+from wlora_merge.exporters.formats import FORMATS
+from wlora_merge.mixture.mix import mix
 
 RECIPES = ROOT / "recipes"
 
 
 def test_the_shipped_recipe_schema_is_the_dataclasses_own() -> None:
     assert shipped("recipe.schema.json") == recipe_schema()
+
+
+def test_the_shipped_schemas_of_files_are_the_records_own() -> None:
+    for name, schema in file_schemas().items():
+        assert shipped(name) == schema, "run `make generate`"
+
+
+def test_the_files_of_a_mixture_and_of_every_export_are_as_their_schemas_say(
+    llama_zoo: Callable[..., Any], tmp_path: Path
+) -> None:
+    base, folders = llama_zoo()
+    mix(base, folders, tmp_path / "m", task="causal-lm")
+    made = {"mixture.json": [VERSION_1 / "mixture.json", tmp_path / "m" / "mixture.json"], "wlora_merge.json": []}
+    for kind in FORMATS:
+        export(tmp_path / "m", kind, tmp_path / kind)
+        made["wlora_merge.json"].append(tmp_path / kind / "wlora_merge.json")
+    for name, files in made.items():
+        schema = Draft202012Validator(shipped(f"{Path(name).stem}.schema.json"))
+        for file in files:
+            table = json.loads(file.read_text())
+            schema.validate(table)
+            assert not schema.is_valid(
+                {key: value for key, value in table.items() if key != "format_version"} | {"groups": 3, "files": 3}
+            )
 
 
 def test_the_reference_page_is_made_from_the_options() -> None:

@@ -78,7 +78,7 @@ def test_it_says_what_went_in(llama_zoo: Callable[..., Any], tmp_path: Path) -> 
     manifest = read_manifest(make(llama_zoo, tmp_path))
     weights = tmp_path / "base" / "model.safetensors"
     mixture = manifest.mixture
-    assert manifest.base_name == mixture.base_model.source == "base"
+    assert mixture.base_model.source == "base"
     assert mixture.base_model.sha256 == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
     assert [(a.name, a.source) for a in mixture.adapters] == [(f"a{i}", f"a{i}") for i in range(3)]
     assert mixture.weights["all"] == pytest.approx({"a0": 0.5, "a1": 0.3, "a2": 0.2})
@@ -191,7 +191,7 @@ def test_a_file_that_the_version_before_wrote_says_the_same(tmp_path: Path, kind
     assert told["adapters"] == old["adapters"]
     assert list(told["prefixes"].values()) == old["prefixes"] == ["", "bert."]
     assert list(told["head"]) == old["head"] == ["classifier.bias", "classifier.weight"]
-    assert (manifest.format, manifest.base_name) == (kind, "base")
+    assert (manifest.format, manifest.mixture.base_model.source) == (kind, "base")
     assert manifest.report.table() == old["report"]
     assert (manifest.options, manifest.probe, manifest.versions) == (old["options"], old["probe"], old["versions"])
     assert {name: file.model_dump() for name, file in manifest.files.items()} == old["files"]
@@ -201,10 +201,10 @@ def as_version_1(table: dict[str, Any]) -> dict[str, Any]:
     """A manifest in the form of format version 1, as the version before wrote it."""
     mixture = table["mixture"]
     old = {key: table[key] for key in ("format", "options", "report", "probe", "versions", "files")} | mixture
-    base = {key: value for key, value in mixture["base_model"].items() if key != "source"}
+    base = dict(mixture["base_model"])
     return old | {
         "format_version": 1,
-        "base_model": {"name": table["base_name"], **base},
+        "base_model": {"name": base.pop("source"), **base},
         "prefixes": list(mixture["prefixes"].values()),
         "head": sorted(mixture.get("head", {})),
     }

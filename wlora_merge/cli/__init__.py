@@ -12,5 +12,6 @@ recipe_schema    its JSON schema
 run              what a recipe says, done
 costs            what a recipe will cost
 inspect_tables   what inspect shows
-schemas/         JSON schemas of recipes and of --json outputs
+file_schemas     the JSON schemas of mixture.json and wlora_merge.json
+schemas/         JSON schemas of recipes, of mixture.json and wlora_merge.json, and of --json outputs
 """

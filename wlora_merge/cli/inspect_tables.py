@@ -150,7 +150,7 @@ def export_rows(manifest: Manifest) -> Rows:
     return [
         {"what": "format", "value": manifest.format},
         {"what": "task", "value": mixture.task or "not set"},
-        {"what": "base model", "value": manifest.base_name},
+        {"what": "base model", "value": mixture.base_model.source},
         {"what": "adapters", "value": " ".join(adapter.name for adapter in mixture.adapters)},
         {"what": "files", "value": str(len(manifest.files))},
         {"what": "bytes", "value": str(sum(file.bytes for file in manifest.files.values()))},

@@ -74,7 +74,6 @@ class Manifest(Record):
 
     format_version: int
     format: Annotated[str, one_of(FORMATS)]
-    base_name: str
     mixture: MixtureRecord
     options: Annotated[dict[str, Any], checked_by(_check_asked)]
     report: SerializeAsAny[Measures]
@@ -128,6 +127,7 @@ def build_manifest(
 
     Args:
         base, adapters: the inputs that were read; with --any-digest they need not be those of the mixture.
+        base_name: what to call the base, whatever its folder is called.
     """
     read = replace(
         mixture,
@@ -138,8 +138,7 @@ def build_manifest(
     return Manifest.model_construct(
         format_version=FORMAT_VERSION,
         format=kind,
-        base_name=base_name,
-        mixture=read.record(lambda ref: public_name(ref.source)),
+        mixture=read.record(lambda ref: public_name(ref.source) if ref.name else base_name),
         options=dict(options),
         report=report,
         probe=dict(probe),
@@ -228,6 +227,5 @@ def _of_version_1(table: Mapping[str, Any], file: Path) -> dict[str, Any]:
     }
     return {key: table[key] for key in Manifest.model_fields if key in table} | {
         "format_version": FORMAT_VERSION,
-        "base_name": base.name,
         "mixture": mixture,
     }

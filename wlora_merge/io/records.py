@@ -9,7 +9,17 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, ValidationError, WrapValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    ValidationError,
+    WrapValidator,
+)
+from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
 from ..errors import WloraMergeError
 from ..text import short
@@ -76,16 +86,32 @@ def _key(path: Iterable[str | int]) -> str:
 # ------------------------------------------------------------------------------------------------ kinds of values
 
 
-def one_of(values: Iterable[str]) -> Any:
-    """A text among some, for `Annotated[str, ...]`."""
-    known = tuple(values)
+class _OneOf:
+    """Checks a text against a list, and puts the list into the JSON schema."""
 
-    def check(value: str) -> str:
-        if value not in known:
-            raise ValueError(f"is {short(value)}, expected one of {', '.join(known)}")
+    def __init__(self, values: tuple[str, ...]) -> None:
+        self.values = values
+
+    def check(self, value: str) -> str:
+        """The value itself.
+
+        Raises:
+            ValueError: it is not in the list.
+        """
+        if value not in self.values:
+            raise ValueError(f"is {short(value)}, expected one of {', '.join(self.values)}")
         return value
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "enum": list(self.values)}
+
+
+def one_of(values: Iterable[str]) -> Any:
+    """A text among some, for `Annotated[str, ...]`."""
+    return _OneOf(tuple(values))
 
 
 def checked_by(check: Callable[[Any], object]) -> Any:
