@@ -39,11 +39,11 @@ def with_token_rows(adapter: Adapter, find: Callable[[str], Target]) -> Adapter:
                 raise UnsupportedError(
                     f"{adapter.where}: it has a LoRA and trained tokens of {module!r}, which cannot both be: leave it out."
                 )
-            modules[module] = _factors(adapter, module, rows, find(module))
+            modules[module] = _row_factors(adapter, module, rows, find(module))
     return replace(adapter, modules=modules)
 
 
-def _factors(adapter: Adapter, module: str, rows: TokenRows, target: Target) -> Factors:
+def _row_factors(adapter: Adapter, module: str, rows: TokenRows, target: Target) -> Factors:
     """lora_A @ lora_B of the rows' changes [k, dim] float64 and of ones that pick them [vocab, k] float32."""
     import torch
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..constants import NEW_FOLDER
 from ..export_options import ExportOptions
@@ -20,6 +20,11 @@ from ..mixture.inputs import find_inputs
 from ..mixture.mixture import Mixture
 from ..text import human_bytes
 from .recipe import Recipe, options_of
+
+if TYPE_CHECKING:
+    from ..data.examples import Examples
+    from ..mixture.inputs import Inputs
+
 
 Say = Callable[[str], None]
 
@@ -148,28 +153,36 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
     adapters = [(name, _path(source, where)) for name, source in recipe.adapters.items()]
     fitted = {"modules_to_save": "drop", "residual": recipe.fit.residual} if recipe.fit is not None else {}
     inputs = find_inputs(mix(base, adapters, **(fitted or _mix_options(recipe))))
-    examples = None
     rows = [{"what": "base", "path": base}, *({"what": f"adapter {n}", "path": p} for n, p in adapters)]
-    if recipe.fit is not None:
-        from ..data.examples import EVAL_SPLITS, read_examples
+    examples, read = (None, []) if recipe.fit is None else _read_data(recipe.fit, where)
+    _check_ranks(recipe, inputs)
+    rows += [*read, *({"what": f"export {e.folder}", "path": e.format} for e in recipe.exports)]
+    from .costs import predict
 
-        task, columns = recipe.fit.task, recipe.fit.columns
-        data = _path(recipe.fit.data, where)
-        examples = read_examples(data, task=task, columns=columns, split=recipe.fit.split)
-        rows.append({"what": f"data ({len(examples)} examples)", "path": data})
-        if recipe.fit.eval_data:
-            data = _path(recipe.fit.eval_data, where)
-            split = recipe.fit.eval_split
-            held = read_examples(data, task=task, columns=columns, split=split, default_splits=EVAL_SPLITS)
-            rows.append({"what": f"eval_data ({len(held)} examples)", "path": data})
+    return rows, predict(inputs, recipe.exports, recipe.fit, examples, recipe.report)
+
+
+def _read_data(fit: FitRequest, where: str | Path) -> tuple[Examples, list[dict[str, Any]]]:
+    """The shots, and a row for each file of data."""
+    from ..data.examples import EVAL_SPLITS, read_examples
+
+    data = _path(fit.data, where)
+    examples = read_examples(data, task=fit.task, columns=fit.columns, split=fit.split)
+    rows = [{"what": f"data ({len(examples)} examples)", "path": data}]
+    if fit.eval_data:
+        data = _path(fit.eval_data, where)
+        held = read_examples(data, task=fit.task, columns=fit.columns, split=fit.eval_split, default_splits=EVAL_SPLITS)
+        rows.append({"what": f"eval_data ({len(held)} examples)", "path": data})
+    return examples, rows
+
+
+def _check_ranks(recipe: Recipe, inputs: Inputs) -> None:
+    """Refuse a LoRA whose rank is known before the fit, and which its server would not load."""
     from ..adapters.deltas import ModuleDelta
     from ..exporters.serving import check_rank
-    from .costs import predict
 
     for entry in recipe.exports:
         if entry.format == "lora" and entry.energy is None and _keeps_all(recipe.fit):
             r = entry.rank or max((d.R for d in inputs.deltas if isinstance(d, ModuleDelta)), default=0)
             r += (recipe.fit.new_adapter or 0) if recipe.fit is not None and entry.rank is None else 0
             check_rank(r, server=entry.server, max_rank=entry.max_rank, exact=entry.rank is None)
-    rows += [{"what": f"export {e.folder}", "path": e.format} for e in recipe.exports]
-    return rows, predict(inputs, recipe.exports, recipe.fit, examples, recipe.report)

@@ -88,6 +88,7 @@ def work_progress() -> Iterator[None]:
         known: dict[str, Any] = {}
 
         def show(done: Done) -> None:
+            """Show what is being done, in place of what was done before it."""
             for other in [what for what in known if what != done.what]:
                 bars.remove_task(known.pop(other))
             if done.what not in known:

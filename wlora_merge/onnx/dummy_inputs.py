@@ -7,7 +7,7 @@ the tracing and the check both ask here, so that they cannot disagree.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,16 +120,8 @@ def sample_inputs(
     """
     import torch
 
-    main = getattr(model, "main_input_name", "input_ids")
-    takes = inspect.signature(model.forward).parameters
-    if task.is_body and {"input_ids", "pixel_values"} <= set(takes):
-        raise UnsupportedError(
-            f"{type(model).__name__} takes text and images at once; export one of its towers, or {DENSE_INSTEAD}"
-        )
-    if main not in ("pixel_values", "input_ids"):
-        raise UnsupportedError(
-            f"{type(model).__name__} takes {main!r}, and the ONNX writer feeds only tokens and pixels; {DENSE_INSTEAD}"
-        )
+    main, takes = getattr(model, "main_input_name", "input_ids"), inspect.signature(model.forward).parameters
+    _check_inputs(model, task, main, takes)
     generator = torch.Generator().manual_seed(batch * 1000 + sequence)
     if main == "pixel_values":
         pixels = torch.randn(batch, *_image_shape(model.config), generator=generator)
@@ -148,6 +140,18 @@ def sample_inputs(
     if not task.generates and "token_type_ids" in takes and (getattr(config, "type_vocab_size", 0) or 0) > 1:
         inputs["token_type_ids"] = torch.randint(0, config.type_vocab_size, ids.shape, generator=generator)
     return inputs
+
+
+def _check_inputs(model: torch.nn.Module, task: Task, main: str, takes: Collection[str]) -> None:
+    """Refuse a model that takes neither tokens nor pixels, or both at once."""
+    if task.is_body and {"input_ids", "pixel_values"} <= set(takes):
+        raise UnsupportedError(
+            f"{type(model).__name__} takes text and images at once; export one of its towers, or {DENSE_INSTEAD}"
+        )
+    if main not in ("pixel_values", "input_ids"):
+        raise UnsupportedError(
+            f"{type(model).__name__} takes {main!r}, and the ONNX writer feeds only tokens and pixels; {DENSE_INSTEAD}"
+        )
 
 
 def _ids(

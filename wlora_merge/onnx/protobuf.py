@@ -112,7 +112,7 @@ def _add(found: OnnxFile, view: memoryview, start: int, end: int, name: str | No
         return
     dtype, shape = FLOATS[tensor.dtype], tuple(tensor.shape)
     length = byte_length(dtype, shape)
-    file, first, last = _place(found.path, tensor, length)
+    file, first, last = _range_of(found.path, tensor, length)
     if math.prod(shape) < 1:
         return
     if last - first != length:
@@ -148,7 +148,7 @@ def _read_tensor(view: memoryview, start: int, end: int) -> _Tensor:
     return tensor
 
 
-def _place(path: Path, tensor: _Tensor, length: int) -> tuple[Path, int, int]:
+def _range_of(path: Path, tensor: _Tensor, length: int) -> tuple[Path, int, int]:
     """The file that holds a tensor's numbers, and their range of bytes in it."""
     if not tensor.outside:
         return path, *(tensor.where or (0, 0))
