@@ -270,6 +270,9 @@ def scaling_of(module: str, r: int, config: Mapping[str, Any], deadline: float |
     With `target_parameters` it is the module tree that tells which parameter factors belong to; until then it is NaN.
 
     Args:
+        module: dotted name of the module or parameter.
+        r: the rank.
+        config: the adapter's config.
         deadline: as for `pattern_value`.
 
     Raises:

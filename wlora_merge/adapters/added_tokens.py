@@ -32,6 +32,8 @@ def resized(base: BaseModel, adapters: Sequence[Adapter], name: str | None) -> B
     Which tensors grow is told by the model class itself, built without memory for both sizes of the vocabulary.
 
     Args:
+        base: the opened base model.
+        adapters: N adapters, in mixture order.
         name: of one of the adapters; None gives the base as it is.
 
     Raises:

@@ -45,7 +45,9 @@ def split_factors(adapter: Adapter, name: str, tree: ModuleTree) -> list[PartFac
     """The factors of every tensor of the files that holds rows of one target module; empty where the tree has none.
 
     Args:
+        adapter: the adapter.
         name: the target module as the adapter names it, with a `.base_layer` for each wrapper around PEFT's.
+        tree: the module tree of the base.
 
     Raises:
         AdapterError: the shapes do not fit, or the config's target_parameters do not explain the wrappers.

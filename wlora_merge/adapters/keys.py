@@ -91,6 +91,9 @@ def pattern_value(patterns: Mapping[str, V], module: str, default: V, deadline: 
     """The value of the first pattern that matches the end of `module`, else `default`.
 
     Args:
+        patterns: pattern -> value, as in a LoraConfig.
+        module: dotted name of the module.
+        default: the value where no pattern matches.
         deadline: of `time.monotonic()`, in seconds, for a whole file's matches; None gives this one `PATTERN_SECONDS`.
 
     Raises:

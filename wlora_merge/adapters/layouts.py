@@ -59,7 +59,8 @@ def layout_of(
     Args:
         module: dotted name, for messages.
         base: shape of the base tensor.
-        lora_A, lora_B: shapes in the adapter's file.
+        lora_A: shapes in the adapter's file.
+        lora_B: shapes in the adapter's file.
         embedding: the file calls them lora_embedding_A and lora_embedding_B.
         model_type: the base config's `model_type`.
         fan_in_fan_out: the adapter's config says that its layers were Conv1D (PEFT sets it so itself).
@@ -134,8 +135,10 @@ def row_norms(layout: Layout, base: torch.Tensor, lora_A: torch.Tensor, lora_B: 
     """||W + lora_B @ lora_A|| of each output row, [out] float64: what DoRA divides by. The sum is formed in blocks of rows.
 
     Args:
+        layout: the kind of layer.
         base: W in its own order, any floating dtype.
         lora_A: [r, in]; lora_B: [out, r], the scaling included.
+        lora_B: [out, r].
 
     Source: `peft.tuners.lora.dora.DoraLinearLayer.get_weight_norm`.
     """

@@ -26,6 +26,7 @@ def stack_tensors(
     effect, one that differs is a delta like any other, whatever the choice.
 
     Args:
+        adapters: N adapters, in mixture order.
         choice: an adapter's name takes that one's, `drop` leaves all out, `mix` mixes them as deltas against the base's; None
             refuses any that is not `replaced`.
         replaced: names of the parameters that a trained head replaces.
@@ -177,6 +178,8 @@ def join_changes(
     """All changes in one list; where a weight changes by a LoRA and as a whole, each knows the other's adapters.
 
     Args:
+        deltas: what the adapters change by factors.
+        tensors: what the adapters change as whole tensors.
         head: names of tensors that replace the base's.
         find: as for `stack_tensors`.
 

@@ -25,6 +25,7 @@ def with_token_rows(adapter: Adapter, find: Callable[[str], Target]) -> Adapter:
     Where the base ties the embedding, its twin changes in the same way, as PEFT has it.
 
     Args:
+        adapter: an adapter with trained rows of embeddings.
         find: the target of a module's name; it raises where there is none.
 
     Raises:

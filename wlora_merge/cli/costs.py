@@ -98,6 +98,11 @@ def _trainings(
     """Trainings of learned mixtures, trainings of a head alone (on activations computed once), passes over the examples to judge.
 
     Args:
+        options: the options of the fit.
+        fit: what the fit is asked.
+        examples: the shots.
+        labels: the labels, in the head's order.
+        names: of the adapters.
         head: whether the task brings a new one, without which candidates with fixed weights have nothing to train.
     """
     from ..training.candidates import fixed_candidates, judgements, learned_settings

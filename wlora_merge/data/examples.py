@@ -142,6 +142,7 @@ def read_examples(
         task: a task name.
         columns: {canonical column: column in the file}, where the names do not follow the conventions or are not clear.
         split: which split of a folder or hub data set; None: the first of `default_splits` that there is, or the only one.
+        default_splits: the splits to look for, in this order, where none is named.
 
     Raises:
         DataError: nothing to read, or a column or a value is missing or wrong; the message names the file and the line.

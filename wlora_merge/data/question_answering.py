@@ -90,6 +90,7 @@ def best_span(logits: Any, labels: Any = None) -> torch.Tensor:
 
     Args:
         logits: start and end logits, each [B, T].
+        labels: the labels, in the head's order.
 
     Returns:
         [B, 2] int64: first and last token.

@@ -34,6 +34,7 @@ def read_source(source: str | Path, *, split: str | None = None, default_splits:
     Args:
         source: a path, or a hub id with an optional configuration, `owner/name[:config]`.
         split: which split of a folder or hub data set; None: the first of `default_splits` that there is, or the only one.
+        default_splits: the splits to look for, in this order, where none is named.
 
     Raises:
         DataError: nothing is there, it cannot be read, or the split is missing or not clear.

@@ -58,7 +58,8 @@ def export(
         mixture: a mixture folder, or a Mixture.
         format: `dense` (safetensors), `lora` (one PEFT adapter) or `onnx`.
         out: the folder to write; it must not exist or be empty unless `force`.
-        base, adapters: inputs that have moved, the latter as NAME=PATH; their digests must match.
+        base: the base model, if it has moved; its digests must match.
+        adapters: adapters that have moved, as NAME=PATH; their digests must match.
         any_digest: accept inputs whose bytes differ from those that the mixture was made from.
         force: replace what is in `out`.
         report: also write report.html, and its figures into the model card.

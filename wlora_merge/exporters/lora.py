@@ -76,7 +76,10 @@ def write_lora(
     """Write the mixture as one PEFT adapter into the folder `out`.
 
     Args:
+        mixture: the mixture.
+        base: the opened base model.
         deltas: the stacked adapters.
+        out: the folder to write into.
         base_name: `base_model_name_or_path` of the config.
         rank: the uniform r; None means the smallest that is exact.
         energy: instead of a rank, the share of the delta weights' squared Frobenius norm, over all modules together, that

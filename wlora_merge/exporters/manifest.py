@@ -126,8 +126,14 @@ def build_manifest(
     """Everything but the table of output files, which `write_manifest` adds.
 
     Args:
-        base, adapters: the inputs that were read; with --any-digest they need not be those of the mixture.
+        mixture: the mixture.
+        base: the base that was read; with --any-digest it need not be the mixture's.
+        adapters: the adapters that were read; with --any-digest they need not be the mixture's.
+        kind: the format's name.
         base_name: what to call the base, whatever its folder is called.
+        options: the options of the export.
+        report: what the writer measured.
+        probe: the inputs to compare outputs on.
     """
     read = replace(
         mixture,

@@ -56,7 +56,9 @@ def write_report(
     """Write report.html and figures/*.png into a folder.
 
     Args:
-        mixture, deltas: what is shown.
+        folder: an export or mixture folder.
+        mixture: what is shown.
+        deltas: what its adapters change.
         title: what the page is about.
         rank: of an export as one LoRA, the uniform r, which is drawn beside what other ranks would lose.
         base: of an export that has the base's tensors under their names, the base; what changed in each is drawn.

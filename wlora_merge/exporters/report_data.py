@@ -89,6 +89,9 @@ def changes(
     """What a dense export changed and what rounding to its dtype lost, from evenly spread rows of each changed tensor.
 
     Args:
+        base: the opened base model.
+        deltas: what the adapters change.
+        mixture: the mixture.
         folder: the dense export. The exact sum is taken anew, in float64.
     """
     written: dict[str, Entry] = {}

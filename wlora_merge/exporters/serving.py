@@ -42,6 +42,7 @@ def check_rank(r: int, *, server: str | None, max_rank: int | None, exact: bool)
 
     Args:
         r: the uniform rank of the LoRA.
+        server: the server's name; None checks none.
         max_rank: what the server was started with (vLLM: `--max-lora-rank`); None: the highest that it can be.
         exact: whether r came from the adapters and not from the user.
 

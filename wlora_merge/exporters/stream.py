@@ -56,6 +56,9 @@ def write_files(
     """Stream the planned files into the folder `out`, with a few blocks for each in memory.
 
     Args:
+        files: what `plan` laid out.
+        out: the folder to write into.
+        mixture: the mixture.
         read_back: read what was written back from the disk at once, and compare.
 
     Returns:
@@ -208,6 +211,8 @@ def fold_into(piece: Piece, mixture: Mixture, space: Workspace, out: torch.Tenso
 
     Args:
         piece: what `plan` laid out.
+        mixture: the mixture.
+        space: memory for the blocks.
         out: [rows, cols] of the piece's dtype, any strides: the tensor as a matrix.
     """
     import torch
@@ -235,6 +240,8 @@ def differing(piece: Piece, mixture: Mixture, space: Workspace, stored: Entry) -
 
     Args:
         piece: what `plan` laid out.
+        mixture: the mixture.
+        space: memory for the blocks.
         stored: where it was written, in the piece's dtype and shape.
     """
     import torch

@@ -40,6 +40,8 @@ def load_model(
     that its config names.
 
     Args:
+        folder: a model folder.
+        task: what the model is for.
         head: names of tensors that the caller puts into the model, so that the folder may lack them.
         unused: whether a tensor may be one that the model has no place for.
         options: handed to `from_pretrained` (num_labels, id2label, ...).

@@ -39,8 +39,9 @@ def verify(
         folder: what `wlora-merge export` wrote.
         quick: digests and headers alone; nothing is loaded.
         pinned: the digest that it must have, `sha256:...`, as `export` printed it.
-        base, adapters: the export's inputs, the latter as NAME=PATH. Left out, they are looked for by their sha256 among
-            the files that this machine remembers; where they are not found, what needs them is skipped, and the result says so.
+        base: the base model. Left out, it is looked for by its sha256 among the files that this machine remembers; where it is
+            not found, what needs it is skipped, and the result says so.
+        adapters: the export's adapters, as NAME=PATH; left out, they are looked for in the same way.
 
     Returns:
         What was checked, what was skipped and why, and the largest difference of an output.

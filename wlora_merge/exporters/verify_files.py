@@ -33,6 +33,7 @@ def check_files(folder: Path, files: Mapping[str, FileRecord]) -> int:
     """Read every file again and compare its sha256; refuse pickles, and safetensors whose headers are broken.
 
     Args:
+        folder: the export folder.
         files: the manifest's: name -> sha256 and bytes.
 
     Returns:
@@ -77,6 +78,7 @@ def check_checkpoint(folder: Path, files: Collection[str], dtype: str | None) ->
     """Compare what the config and the index of a dense export say with what its headers say.
 
     Args:
+        folder: the export folder.
         files: the names of its files.
         dtype: that it was exported with; None: the base's own.
 

@@ -63,8 +63,11 @@ def tolerance_of_lora(dtypes: Collection[str], effect: float, lost: float, r: in
     """The same of a LoRA, whose rounding is as small as the effect is, whatever its dtype.
 
     Args:
+        dtypes: safetensors dtypes of the written tensors.
+        effect: how far the adapters move the outputs, relative to the largest.
         lost: the share of the delta weights' norm that its rank `r` lost, as its report says; of the effect, the outputs may lose
             `TRUNCATION` times as much.
+        r: the rank.
     """
     dtype, lost = _roundest(dtypes), min(lost, 1.0)
     if lost > 1e-6:

@@ -33,6 +33,7 @@ def check_untouched(folder: Path, planned: Sequence[OutputFile]) -> int:
     """Compare a dense export with what its writer would write: names, dtypes, shapes, and what no adapter changes byte for byte.
 
     Args:
+        folder: the export.
         planned: from `writers.dense.plan`.
 
     Returns:
@@ -66,7 +67,9 @@ def check_folded(folder: Path, planned: Sequence[OutputFile], mixture: Mixture) 
     outputs what an adapter does, but not in its weights.
 
     Args:
+        folder: the export.
         planned: from `writers.dense.plan`.
+        mixture: the mixture.
 
     Returns:
         The number of tensors compared.
@@ -96,6 +99,7 @@ def check_lora(folder: Path, told: Mapping[str, float], found: Inputs) -> float:
     """Compare the factors of a LoRA export with the mixture's own, module by module: ||Δ - lora_B @ lora_A|| / ||Δ||.
 
     Args:
+        folder: the export folder.
         told: module -> what its report says that it lost, relative to its delta weight.
         found: the mixture, its base and its adapters.
 

@@ -28,6 +28,7 @@ def fold_factor(delta: ModuleDelta, gains: torch.Tensor) -> torch.Tensor | None:
     """1 + Σ gains_n·row_scale_n, by which DoRA adapters multiply W: [rows, 1] or [1, cols] float64; None where none is.
 
     Args:
+        delta: the module's changes; what DoRA adds is its row_scale [N, out].
         gains: [N], delta_scale · mixture weight: a row scale has no scaling of its own.
     """
     if delta.row_scale is None:
@@ -47,6 +48,7 @@ def fold_rows(
     Args:
         block: [rows, cols] base weight, any floating dtype.
         left: [rows, R] float64, the gains included; right: [R, cols] float64.
+        right: [R, in] float64.
         work: [rows, cols] float64, overwritten and returned.
         factor: [rows, 1] or [1, cols] float64, or None for 1.
     """
@@ -63,8 +65,10 @@ def fold_saved(
 
     Args:
         block: [rows, cols] of the base's tensor from row `first` on, any floating dtype.
+        delta: the tensor's changes.
         gains: [N], as for `fold_factor`.
         total: [rows, cols] float64, changed and returned.
+        first: number of the block's first row.
     """
     rows, cols = block.shape
     for n, saved in delta.saved.items():

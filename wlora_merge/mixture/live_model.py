@@ -166,6 +166,7 @@ def refuse_uncalled(model: nn.Module, forward: Callable[[], Any]) -> None:
     there would do nothing, and an export would.
 
     Args:
+        model: the PyTorch model.
         forward: runs the model once.
 
     Raises:

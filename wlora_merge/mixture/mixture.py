@@ -87,6 +87,7 @@ class Mixture:
         """A module's name in the model that loads the base: with the prefix that it adds or drops, or as the adapters have it.
 
         Args:
+            delta: the module's changes.
             body_prefix: what the base's files put before the names of its body (`model.`), which a bare model does not have.
         """
         if delta.module in OUTPUT_EMBEDDINGS:
@@ -159,6 +160,7 @@ class Mixture:
 
         Args:
             folder: it must not exist or be empty, unless `force`.
+            force: replace what is in the folder.
             inputs: folders that it must not lie in or hold.
             beside: called with the folder before it is put in place, to write more into it.
 
@@ -250,6 +252,7 @@ class Mixture:
         """A mixture from what its two files hold.
 
         Args:
+            record: the record.
             tensors: the weights, and each tensor of the head as `head.<name>`.
             folder: what relative sources are relative to.
             file: where the tensors stand, for messages.

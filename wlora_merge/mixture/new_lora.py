@@ -74,6 +74,8 @@ def place_new(model: nn.Module, r: int, seed: int) -> list[nn.Parameter]:
     """Put a new adapter of rank r on an attached model, in the place of one that is there; 0 leaves none.
 
     Args:
+        model: the PyTorch model.
+        r: the rank; 0 takes the new adapter away.
         seed: of lora_A; the same seed gives the same start on every process.
 
     Returns:

@@ -27,6 +27,7 @@ def with_whole_tensors(
     """The adapters with their whole tensors among their modules, as factors of scaling 1, and among their biases.
 
     Args:
+        adapters: N adapters, in mixture order.
         tensors: what `stack_tensors` found on the live model, by its own names.
         layers: the model's modules by name.
         find: the model's tensors.

@@ -164,6 +164,7 @@ def open_base(path_or_id: str | Path, error: type[WloraMergeError] = BaseModelEr
     """Open a base model: config, index and headers.
 
     Args:
+        path_or_id: a folder, or a hub id.
         error: raised for a config that describes a far larger model than its files hold.
 
     Raises:

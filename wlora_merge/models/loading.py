@@ -62,7 +62,9 @@ def class_for(
     class that the config names.
 
     Args:
+        folder: a model folder.
         auto: one of transformers' auto classes; None takes the class that the config names, else AutoModel.
+        error: to raise.
         or_named: take the class that the config names where `auto` does not know the model; otherwise it is None then.
 
     Raises:
@@ -97,6 +99,7 @@ def load(
 
     Args:
         cls: the class, from `class_for`.
+        folder: a model folder.
         dtype: of its weights.
         error: raised where the folder is at fault.
         complete: refuse a folder whose tensors are not just the model's; a pooler that a bare model lacks is left out. Otherwise
@@ -162,6 +165,8 @@ def bounded(folder: Path, error: type[WloraMergeError] = BaseModelError, *, pack
     the files' bytes. Tensors: four times those of the files, and 10,000.
 
     Args:
+        folder: a model folder.
+        error: to raise.
         packed: the files hold quantized weights, several to a byte.
 
     Raises:

@@ -195,6 +195,7 @@ def empty_model(folder: Path, make: Callable[[Any], Any] | None = None, **change
     """The model that a folder's config describes, without memory (on torch's meta device).
 
     Args:
+        folder: a model folder.
         make: config -> model; None: the class that the config names, else AutoModel's.
         changes: config keys to change.
 

@@ -115,6 +115,9 @@ class Matcher:
         """(tile, height, width, whether tiles follow below it) of the tensors that may stand at a place.
 
         Args:
+            stored: the weight in the graph.
+            row: the first row of the place.
+            col: the first column of the place.
             down: whether tiles stand below each other; None: not known yet.
         """
         rows, cols = as_matrix(stored.shape)

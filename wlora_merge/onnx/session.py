@@ -177,6 +177,7 @@ def run(sessions: Mapping[str, Any], inputs: dict[str, np.ndarray], past: int = 
         sessions: what `open_graphs` gave.
         inputs: of an encoder-decoder `input_ids` and `attention_mask` [batch, source], `decoder_input_ids` [batch, sequence]
             (`past` counts those); else all that the graph takes but the cache.
+        past: how many of the tokens come from the cache.
     """
     if DECODER in sessions:
         feed = _encoded(sessions, inputs)
@@ -198,6 +199,7 @@ def next_scores(
     """The scores of the next token, first after the prompt, then after each token that is sent.
 
     Args:
+        sessions: ONNX Runtime sessions by the graph's name.
         inputs: the prompt, of one row; of an encoder-decoder what its encoder reads.
         start: an encoder-decoder's first token.
     """

@@ -64,6 +64,9 @@ def compare_with(
     The tokens are those of a few English sentences where the folder has a tokenizer, else random.
 
     Args:
+        onnx_folder: the root of an ONNX export.
+        model: the PyTorch model.
+        task: what the model is for.
         halved: gives the same model in float16, asked where the graph is: what float16 costs PyTorch, the graph may cost too.
     """
     import torch
@@ -129,6 +132,11 @@ def _compare(
     """The largest difference of an output for one shape; the past is first computed by the graph itself.
 
     Args:
+        sessions: ONNX Runtime sessions by the graph's name.
+        model: the PyTorch model.
+        half: the same model in float16; None where the graph has none.
+        task: what the model is for.
+        tokens: ids for the inputs; None for random ones.
         shape: batch, sequence, past and padding.
 
     What float16 costs depends on the model: `half`, PyTorch's own, widens what is allowed to twice its difference.

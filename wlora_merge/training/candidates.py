@@ -121,6 +121,7 @@ def learned_settings(options: FitOptions, *, head: bool, enough: bool) -> list[C
     examples are enough for one (recipes/bench_fit/README.md says what was measured).
 
     Args:
+        options: the options of the fit.
         head: whether a new head is trained.
         enough: whether the examples are enough for a new adapter (`folds.enough`).
     """

@@ -20,6 +20,7 @@ def minimize(
         start: [D], evaluated first; D of 2 or more.
         sigma: standard deviation of the first generation.
         evaluations: of `loss`, in all.
+        seed: decides every draw.
     """
     from cmaes import CMA
 

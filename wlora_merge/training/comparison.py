@@ -98,9 +98,11 @@ def compare(learner: Learner, candidates: Sequence[Candidate], judging: Judging)
     """Train each candidate on each part and judge it on what that part holds out.
 
     Args:
+        learner: the model on which the candidates are placed.
         candidates: the settings of the learned method among them, the default first. One stands for all: each takes the place of
             those before it only where it is ahead in the metric, with a head by more than `OVERRULES` standard errors of the
             difference.
+        judging: how they are compared.
     """
     result, alone = Comparison(), len(judging.parts) == 1
     several = sum(c.learned for c in candidates) > 1
@@ -145,6 +147,9 @@ def _one(learner: Learner, candidate: Candidate, split: Split, *, keep: bool) ->
     """One training and what it gave when it was judged; taken from the fit's state where it has been done.
 
     Args:
+        learner: the model on which the candidates are placed.
+        candidate: the candidate.
+        split: the training that is asked for.
         keep: what was trained too, not the judgements alone.
     """
     run, evaluations = learner.run, None

@@ -22,6 +22,8 @@ def fold_indices(classes: Sequence[Sequence[str]], twins: Sequence[int], folds: 
     Args:
         classes: those of each example.
         twins: for each example the first that is equal to it; they are held out together.
+        folds: how many parts at most.
+        seed: decides every draw.
 
     Returns:
         up to `folds` parts; none where fewer than two examples can be held out, or fewer than `FEWEST` are different.

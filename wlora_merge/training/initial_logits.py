@@ -66,7 +66,9 @@ def find_start(options: FitOptions, names: list[str], base: BaseModel) -> Start:
     """Where the options say that a fit starts.
 
     Args:
+        options: the options of the fit.
         names: of the adapters.
+        base: the opened base model.
     """
     return Start(_logits(options, names, base), _scale(options))
 
