@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import wlora_merge
+from wlora_merge.mixture.attachment import attachment_of
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, TOKENS = 16, 128
@@ -99,12 +100,15 @@ class Folded(torch.autograd.Function):
 
 def fold_once_a_step(model: nn.Module) -> None:
     """Make the target modules of an attached model, linear layers without bias, fold before they multiply."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear) and hasattr(layer, "wlora"):
-            layer.wlora_hook.remove()
-            layer.forward = lambda x, layer=layer, lora=layer.wlora: Folded.apply(
-                x, lora.gains().to(x.dtype), layer.weight, lora.lora_A, lora.lora_B
-            )
+    attachment = attachment_of(model)
+    stacked = {
+        layer: attachment.stacked(name) for name, layer in attachment.layers.items() if isinstance(layer, nn.Linear)
+    }
+    attachment.remove()
+    for layer, lora in stacked.items():
+        layer.forward = lambda x, layer=layer, lora=lora: Folded.apply(
+            x, lora.gains().to(x.dtype), layer.weight, lora.lora_A, lora.lora_B
+        )
 
 
 def separate_paths(model: nn.Module, adapters: list[Path]) -> tuple[nn.Module, Callable[[], None]]:

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from wlora_merge.errors import AdapterError, UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
-from wlora_merge.mixture.attach import attach, read_mixture
+from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.mix import mix
+from wlora_merge.mixture.mixture import Mixture
 
 IDS = torch.tensor([[5, 17, 3, 40, 41, 2], [9, 9, 60, 1, 7, 33]])
 INDICES: list[Any] = [[3, 9], {"embed_tokens": [9, 60, 5]}, {"lm_head": [7]}]
@@ -73,7 +74,7 @@ def test_the_attached_forward_with_token_rows_is_the_dense_exports_and_the_loras
     torch.manual_seed(3)
     model.wlora_weights.data.normal_()
     expected = model.eval()(IDS).logits
-    mixture = read_mixture(model, folder)
+    mixture = Mixture.from_model(model, folder)
     export(mixture, "dense", tmp_path / "out")
     assert torch.allclose(load(tmp_path / "out")(IDS).logits, expected, atol=5e-6)
     assert not torch.allclose(base(IDS).logits, expected, atol=1e-3)

@@ -21,9 +21,10 @@ from wlora_merge.errors import WloraMergeError
 from wlora_merge.exporters import dense_format, stream
 from wlora_merge.exporters.export import export
 from wlora_merge.io.safetensors_file import read_header
-from wlora_merge.mixture.attach import attach, read_mixture
+from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.inputs import find_inputs
 from wlora_merge.mixture.mix import mix
+from wlora_merge.mixture.mixture import Mixture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -334,7 +335,7 @@ def test_an_export_with_a_new_head_imports_neither_transformers_nor_peft(tmp_pat
     model = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3).eval()
     folder = make_adapter(model, tmp_path / "a", 1, r=2, target_modules=["query"], modules_to_save=["classifier"])
     attach(model, [folder], head=["classifier"])
-    mixture = read_mixture(model, tmp_path / "base")
+    mixture = Mixture.from_model(model, tmp_path / "base")
     assert mixture.head_tensors == {"classifier.weight": None, "classifier.bias": None}
     mixture.config = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}
     mixture.save(tmp_path / "m")
@@ -360,7 +361,7 @@ def test_a_head_that_the_files_call_otherwise_takes_its_place(tmp_path: Path) ->
     save_file({f"model.{k}": v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
     folder = make_adapter(model, tmp_path / "a", 1, r=2, target_modules=["query"])
     attach(model, [folder], head=["classifier"])
-    mixture = read_mixture(model, tmp_path / "base")
+    mixture = Mixture.from_model(model, tmp_path / "base")
     assert mixture.head_tensors["classifier.weight"] == "model.classifier.weight"
     export(mixture, "dense", tmp_path / "out")
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(load_file(file))

@@ -18,9 +18,10 @@ from wlora_merge.adapters.adapter import load_adapter
 from wlora_merge.errors import AdapterError, UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
-from wlora_merge.mixture.attach import attach, read_mixture
+from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.inputs import find_inputs
 from wlora_merge.mixture.mix import mix
+from wlora_merge.mixture.mixture import Mixture
 
 IDS = torch.tensor([[5, 17, 3, 40, 41, 2], [9, 9, 60, 1, 7, 33]])
 WEIGHTS = [0.5, -0.25, 1.5]
@@ -105,7 +106,7 @@ def test_the_attached_forward_with_biases_is_the_dense_exports(
     torch.manual_seed(3)
     model.wlora_weights.data.normal_()
     expected = model.eval()(IDS).last_hidden_state
-    export(read_mixture(model, folder), "dense", tmp_path / "out")
+    export(Mixture.from_model(model, folder), "dense", tmp_path / "out")
     dense = AutoModel.from_pretrained(tmp_path / "out").eval()
     assert torch.allclose(dense(IDS).last_hidden_state, expected, atol=5e-6)
     assert not torch.allclose(base(IDS).last_hidden_state, expected, atol=1e-2)

@@ -24,8 +24,9 @@ from transformers import (
 
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.exporters.export import export
-from wlora_merge.mixture.attach import attach, read_mixture
+from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.mix import mix
+from wlora_merge.mixture.mixture import Mixture
 
 WEIGHTS = [0.5, -0.25, 1.5]
 SIZES: dict[str, Any] = {
@@ -109,7 +110,7 @@ def test_the_attached_forward_of_convolutions_is_the_dense_exports(kind: str, no
     torch.manual_seed(3)
     model.wlora_weights.data.normal_()
     expected = output_of(model.eval(), kind)
-    export(read_mixture(model, folder), "dense", tmp_path / "out")
+    export(Mixture.from_model(model, folder), "dense", tmp_path / "out")
     dense = type(base).from_pretrained(tmp_path / "out").eval()
     assert torch.allclose(output_of(dense, kind), expected, rtol=1e-4, atol=2e-5)
     assert not torch.allclose(output_of(base, kind), expected, atol=1e-3)

@@ -23,10 +23,11 @@ from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHead
 from wlora_merge.errors import AdapterError, UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
-from wlora_merge.mixture.attach import attach, read_mixture
+from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.fold import fold_factor, fold_factors
 from wlora_merge.mixture.inputs import find_inputs
 from wlora_merge.mixture.mix import mix
+from wlora_merge.mixture.mixture import Mixture
 
 IDS = torch.tensor([[5, 17, 3, 40, 41, 2], [9, 9, 60, 1, 7, 33]])
 WEIGHTS = [0.5, -0.25, 1.5]
@@ -114,7 +115,7 @@ def test_the_attached_forward_with_doras_is_the_dense_exports(kind: str, normali
     torch.manual_seed(3)
     model.wlora_weights.data.normal_()
     expected = output_of(model.eval())
-    export(read_mixture(model, folder), "dense", tmp_path / "out")
+    export(Mixture.from_model(model, folder), "dense", tmp_path / "out")
     dense = auto(kind).from_pretrained(tmp_path / "out").eval()
     assert torch.allclose(output_of(dense), expected, atol=5e-6)
     assert not torch.allclose(output_of(base), expected, atol=1e-3)

@@ -24,7 +24,8 @@ from transformers import (
 
 from wlora_merge.errors import MixtureError, WloraMergeError, WloraMergeWarning
 from wlora_merge.exporters.export import export
-from wlora_merge.mixture.attach import attach, detach, read_mixture, regroup
+from wlora_merge.mixture.attach import attach, detach, regroup
+from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.mixture.stacked_lora import StackedLora
 
 
@@ -55,7 +56,7 @@ def test_forward_equals_the_dense_export_and_the_lora_loaded_by_peft(
     model, base = attached(llama_zoo, normalize=normalize, granularity="layer", delta_scale=1.3)
     randomized(model).eval()
     expected = model(IDS).logits.detach()
-    mixture = read_mixture(model)
+    mixture = Mixture.from_model(model)
     export(mixture, "dense", tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
     assert torch.allclose(dense(IDS).logits, expected, atol=2e-6)
@@ -75,7 +76,7 @@ def test_gpt2_conv1d_and_embedding_equal_their_exports(tmp_path: Path) -> None:
         for i, t in enumerate(targets)
     ]
     model = randomized(attach(copy.deepcopy(base), folders)).eval()
-    mixture = read_mixture(model, tmp_path / "base")
+    mixture = Mixture.from_model(model, tmp_path / "base")
     export(mixture, "dense", tmp_path / "dense")
     export(mixture, "lora", tmp_path / "lora")
     expected = model(IDS).logits
@@ -97,7 +98,7 @@ def test_an_embedding_lora_equals_its_exports(tmp_path: Path) -> None:
         tensors["base_model.model.model.embed_tokens.lora_embedding_B"] = torch.randn(32, 3)
         save_file(tensors, folder / "adapter_model.safetensors")
     model = randomized(attach(copy.deepcopy(base), folders)).eval()
-    mixture = read_mixture(model, tmp_path / "base")
+    mixture = Mixture.from_model(model, tmp_path / "base")
     expected = model(IDS).logits
     export(mixture, "dense", tmp_path / "dense")
     assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(IDS).logits, expected, atol=2e-5)
@@ -120,7 +121,7 @@ def test_the_lora_of_an_embedding_that_scales_its_output_equals_its_export(tmp_p
     model = attach(copy.deepcopy(base), folders).eval()
     expected = model(IDS).logits
     assert not torch.allclose(base(IDS).logits, expected, atol=1e-3)
-    export(read_mixture(model, tmp_path / "base"), "dense", tmp_path / "dense")
+    export(Mixture.from_model(model, tmp_path / "base"), "dense", tmp_path / "dense")
     assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(IDS).logits, expected, atol=5e-6)
 
 
@@ -133,7 +134,7 @@ def test_a_base_without_the_model_prefix_keeps_its_own_names(tmp_path: Path) -> 
     ]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     randomized(attach(model, folders, head=["classifier"])).eval()
-    mixture = read_mixture(model)
+    mixture = Mixture.from_model(model)
     mixture.task = "text-classification"
     mixture.config = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}
     assert mixture.prefixes == ("", "bert.")
@@ -164,7 +165,7 @@ def test_trainer_fits_an_attached_model_and_the_mixture_comes_off_it(
     Trainer(model=model, args=arguments, train_dataset=rows).train()
     assert bool(model.wlora_weights.any())
     assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in frozen.items())
-    mixture = read_mixture(model)
+    mixture = Mixture.from_model(model)
     assert (mixture.task, mixture.data) == ("causal-lm", {"method": "training loop"})
     mixture.save(tmp_path / "mixture")
     export(tmp_path / "mixture", "dense", tmp_path / "dense")
@@ -197,7 +198,7 @@ def test_trainer_fits_an_attached_model_that_is_quantized(
     Trainer(model=model, args=arguments, train_dataset=rows).train()
     assert bool(model.wlora_weights.any())
     assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
-    assert len(read_mixture(model).adapters) == len(folders)
+    assert len(Mixture.from_model(model).adapters) == len(folders)
     detach(model)
     with pytest.raises(ValueError, match="purely quantized"):
         Trainer(model=model, args=arguments, train_dataset=rows)
@@ -218,7 +219,7 @@ def test_attaching_twice_or_no_adapter_is_refused(llama_zoo: Callable[..., Any])
     with pytest.raises(WloraMergeError, match="an adapter or more"):
         attach(AutoModelForCausalLM.from_pretrained(base), folders[:0])
     with pytest.raises(MixtureError, match="no adapters attached"):
-        read_mixture(AutoModelForCausalLM.from_pretrained(base))
+        Mixture.from_model(AutoModelForCausalLM.from_pretrained(base))
 
 
 def test_every_linear_is_a_target_of_the_second_adapter(llama_zoo: Callable[..., Any]) -> None:
@@ -233,7 +234,7 @@ def test_a_learned_delta_scale_and_a_temperature_are_in_the_export(
     randomized(model).eval()
     model.wlora_delta_scale.data.fill_(1.7)
     expected = model(IDS).logits
-    mixture = read_mixture(model)
+    mixture = Mixture.from_model(model)
     assert mixture.delta_scale == pytest.approx(1.7)
     assert torch.allclose(mixture.mixture_weights, (mixture.wlora_weights.double() / 2).softmax(-1).float())
     export(mixture, "dense", tmp_path / "dense")
@@ -248,7 +249,7 @@ def test_regrouping_starts_other_groups_at_uniform_composition(llama_zoo: Callab
         parameter = regroup(randomized(model), granularity, normalize)
         assert parameter is model.wlora_weights
         assert torch.allclose(model(IDS).logits, uniform_logits, atol=1e-6)
-        assert read_mixture(model).granularity == granularity
+        assert Mixture.from_model(model).granularity == granularity
 
 
 def test_an_attach_that_is_stopped_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,16 +279,16 @@ def test_a_mixture_that_would_not_be_what_the_model_computes_is_refused(tmp_path
     model = attached_llama(tmp_path)
     model.lm_head.weight.requires_grad_(True)
     with pytest.raises(MixtureError, match=r"'lm_head.weight' is trained, and belongs to no head"):
-        read_mixture(model, tmp_path / "base")
+        Mixture.from_model(model, tmp_path / "base")
     model.lm_head.weight.requires_grad_(False)
     with torch.no_grad():
         model.wlora_weights[0, 0] = float("nan")
     with pytest.raises(MixtureError, match="hold a NaN"):
-        read_mixture(model, tmp_path / "base")
+        Mixture.from_model(model, tmp_path / "base")
     state = {"wlora_weights": torch.nn.Parameter(torch.ones_like(model.wlora_weights))}
     model.load_state_dict(state, strict=False, assign=True)
     with pytest.raises(MixtureError, match="without assign=True"):
-        read_mixture(model, tmp_path / "base")
+        Mixture.from_model(model, tmp_path / "base")
     with pytest.raises(MixtureError, match="expected one of all, present, none"):
         regroup(model, "layer", "al")
     with pytest.raises(MixtureError, match="delta_scale is nan"):
@@ -301,7 +302,7 @@ def test_a_compiled_model_is_refused_by_attach_and_read_afterwards(tmp_path: Pat
         attach(compiled, [tmp_path / "a0"])
     randomized(model)
     assert torch.allclose(compiled(IDS).logits, model(IDS).logits)
-    assert "lm_head.weight" in read_mixture(compiled, tmp_path / "base").head
+    assert "lm_head.weight" in Mixture.from_model(compiled, tmp_path / "base").head
     assert detach(compiled) is compiled
     assert not hasattr(model, "wlora_weights")
 

@@ -20,7 +20,8 @@ from wlora_merge.errors import MixtureError, UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
 from wlora_merge.fit_options import fit_options
-from wlora_merge.mixture.attach import PARAMETER, attach, detach
+from wlora_merge.mixture.attach import attach, detach
+from wlora_merge.mixture.attachment import PARAMETER
 from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.mixture.new_lora import new_files, place_new
 from wlora_merge.training.fit import fit

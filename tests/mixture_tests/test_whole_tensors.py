@@ -29,7 +29,7 @@ from wlora_merge.cli.main import main
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
-from wlora_merge.mixture.attach import attach, read_mixture
+from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.inputs import find_inputs
 from wlora_merge.mixture.mixture import Mixture
 
@@ -132,7 +132,7 @@ def test_the_attached_forward_with_whole_tensors_is_the_dense_exports(
     torch.manual_seed(3)
     model.wlora_weights.data = model.wlora_weights.data + torch.randn(model.wlora_weights.shape)
     expected = model.eval()(**inputs(name)).logits
-    mixture = read_mixture(model, folder)
+    mixture = Mixture.from_model(model, folder)
     assert mixture.modules_to_save == "mix"
     mixture.save(tmp_path / "m")
     export(tmp_path / "m", "dense", tmp_path / "out")
@@ -151,7 +151,7 @@ def test_an_export_of_mixed_heads_that_a_fit_trained_is_verified(normalize: str,
     model = attach(copy.deepcopy(base), folders, modules_to_save="mix", normalize=normalize)
     torch.manual_seed(3)
     model.wlora_weights.data = model.wlora_weights.data + torch.randn(model.wlora_weights.shape)
-    read_mixture(model, folder).save(tmp_path / "m")
+    Mixture.from_model(model, folder).save(tmp_path / "m")
     assert Mixture.load(tmp_path / "m").task == "text-classification"
     export(tmp_path / "m", "dense", tmp_path / "out")
     checked = verify(tmp_path / "out", base=folder, adapters=[f"{f.name}={f}" for f in folders])

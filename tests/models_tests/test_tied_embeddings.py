@@ -28,8 +28,9 @@ from transformers import (
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
-from wlora_merge.mixture.attach import attach, read_mixture
+from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.mix import mix
+from wlora_merge.mixture.mixture import Mixture
 
 IDS = torch.tensor([[5, 17, 3, 40, 41, 2], [9, 9, 60, 1, 7, 33]])
 
@@ -95,7 +96,7 @@ def test_the_attached_forward_of_a_tied_model_is_the_dense_exports(side: str, tm
     torch.manual_seed(3)
     model.wlora_weights.data.normal_()
     expected = model.eval()(IDS).logits
-    export(read_mixture(model, folder), "dense", tmp_path / "out")
+    export(Mixture.from_model(model, folder), "dense", tmp_path / "out")
     assert torch.allclose(load(tmp_path / "out", side)(IDS).logits, expected, atol=5e-6)
     assert not torch.allclose(base(IDS).logits, expected, atol=1e-3)
 
@@ -161,7 +162,7 @@ def test_a_tied_embedding_that_an_adapter_carries_whole_is_untied_too(saved: lis
     attached = attach(copy.deepcopy(base), folders, modules_to_save="a0", normalize="none")
     attached.wlora_weights.data = torch.tensor([[1.0, 0.0]]).repeat(len(attached.wlora_weights), 1)
     assert torch.allclose(attached.eval()(IDS).logits, expected, atol=5e-6)
-    export(read_mixture(attached, tmp_path / "base"), "dense", tmp_path / "fitted")
+    export(Mixture.from_model(attached, tmp_path / "base"), "dense", tmp_path / "fitted")
     assert torch.allclose(load(tmp_path / "fitted", "")(IDS).logits, expected, atol=5e-6)
     for out in ("out", "mixed"):
         verify(tmp_path / out, base=tmp_path / "base", adapters=[f"{f.name}={f}" for f in folders])
@@ -203,7 +204,7 @@ def test_a_tied_embedding_taken_whole_is_untied_where_the_files_call_it_otherwis
     tensors = load_file(adapter)
     save_file({k: v if "lora_" in k else v + 0.1 * torch.randn_like(v) for k, v in tensors.items()}, adapter)
     model = attach(AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval(), folders, modules_to_save="a0")
-    mixture = read_mixture(model, tmp_path / "base")
+    mixture = Mixture.from_model(model, tmp_path / "base")
     assert mixture.head_tensors == {"transformer.wte.weight": "wte.weight"}
     export(mixture, "dense", tmp_path / "out")
     assert torch.allclose(load(tmp_path / "out", "")(IDS).logits, model(IDS).logits, atol=5e-6)
@@ -227,7 +228,7 @@ def test_a_tied_embedding_that_a_loop_trains_as_a_head_changes_both_sides_of_the
     assert sum(p.requires_grad for p in model.parameters()) == 2
     model(IDS).logits.square().sum().backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
-    export(read_mixture(model, tmp_path / "base"), "dense", tmp_path / "out")
+    export(Mixture.from_model(model, tmp_path / "base"), "dense", tmp_path / "out")
     got = load(tmp_path / "out", "")(IDS).logits
     assert torch.allclose(got, model(IDS).logits, atol=5e-6)
     assert not torch.allclose(got, base(IDS).logits, atol=1e-3)

@@ -14,7 +14,7 @@ from support.fits import zoo as zoo
 from support.shots import others
 
 from wlora_merge.errors import MixtureError
-from wlora_merge.mixture.attach import attachment_of
+from wlora_merge.mixture.attachment import attachment_of
 from wlora_merge.training.cma_es import minimize
 from wlora_merge.training.learner import Learner
 from wlora_merge.training.resume import FitState

@@ -16,7 +16,7 @@ from support.scripted import Halfway, Scripted, Stopping, contender
 from support.shots import WORDS, save_tokenizer
 
 from wlora_merge.exporters.export import export
-from wlora_merge.mixture.attach import attachment_of
+from wlora_merge.mixture.attachment import attachment_of
 from wlora_merge.training.candidates import LEARNED, UNIFORM, Candidate
 from wlora_merge.training.comparison import Judging, compare
 from wlora_merge.training.learner import Learner

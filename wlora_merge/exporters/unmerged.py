@@ -81,11 +81,11 @@ def attach_mixture(
     import torch
 
     from ..adapters.targets import tensors_of
-    from ..mixture.attach import PARAMETER, attach, attachment_of
+    from ..mixture.attach import attach
+    from ..mixture.attachment import attachment_of
     from ..mixture.fold import fold_saved
     from ..mixture.groups import rows_of
     from ..mixture.live_model import live_tensors, set_parameter
-    from ..mixture.stacked_lora import StackedLora
 
     with torch.no_grad():
         _resize(model, base)
@@ -96,14 +96,14 @@ def attach_mixture(
         weights = mixture.mixture_weights
         logits = weights if mixture.normalize == "none" else weights.log()
         row = rows_of(mixture.groups)
-        parameter = model.get_parameter(PARAMETER)
-        for g, modules in enumerate(attachment_of(model).groups.values()):
+        attachment = attachment_of(model)
+        for g, modules in enumerate(attachment.groups.values()):
             module = base.find_module(modules[0])
             if module is None:
                 raise VerifyError(f"{base.folder}: has no tensor for target module {modules[0]!r}.")
             if module not in row:
                 raise VerifyError(f"target module {module!r} belongs to no group of the manifest: export again.")
-            parameter[g] = logits[row[module]]
+            attachment.weights[g] = logits[row[module]]
         for name, tensor in mixture.head.items():
             with library_errors(f"tensor {name!r} of the trained head does not fit the base", VerifyError):
                 set_parameter(model, name, tensor)
@@ -117,9 +117,10 @@ def attach_mixture(
             block = weight.reshape(*(matrix_shape(own.shape) if own.shape else (1, 1)))
             total = fold_saved(block, delta, mixture.whole_gains_of(delta), block.double())
             set_parameter(model, live.module, total.reshape(own.shape))
-            lora = getattr(model.get_submodule(live.module.rpartition(".")[0]), "wlora", None)
-            if isinstance(lora, StackedLora):
-                lora.present = delta.present  # a LoRA of the same module knows its own adapters alone
+            if (module := live.module.rpartition(".")[0]) in attachment.layers:
+                attachment.stacked(
+                    module
+                ).present = delta.present  # a LoRA of the same module knows its own adapters alone
     return model
 
 

@@ -98,6 +98,7 @@ def _unmerged(manifest: Manifest, found: Inputs) -> nn.Module:
     Raises:
         UnsupportedError: the adapters cannot be attached, or would do nothing there.
     """
+    from ..mixture.attachment import attachment_of
     from ..mixture.live_model import refuse_uncalled
 
     mixture = found.mixture
@@ -109,7 +110,7 @@ def _unmerged(manifest: Manifest, found: Inputs) -> nn.Module:
         **head_options(mixture.config),
     )
     attach_mixture(model, mixture, found.adapters, found.base, found.tensors)
-    refuse_uncalled(model, lambda: outputs_of(model, manifest.probe))
+    refuse_uncalled(model, attachment_of(model).layers, lambda: outputs_of(model, manifest.probe))
     return model
 
 

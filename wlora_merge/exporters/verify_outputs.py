@@ -92,10 +92,10 @@ def stored_dtypes(folder: Path) -> set[str]:
 
 def expected_outputs(model: nn.Module, probe: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], float]:
     """Outputs of the unmerged mixture, which loses its adapters, and how much they change them, relative to the largest."""
-    from ..mixture.attach import set_delta_scale
+    from ..mixture.attachment import attachment_of
 
     expected = outputs_of(model, probe)
-    set_delta_scale(model, 0.0)
+    attachment_of(model).delta_scale = 0.0  # gives the base model
     without = outputs_of(model, probe)
     return expected, max(difference_of(without[name], tensor) for name, tensor in expected.items())
 

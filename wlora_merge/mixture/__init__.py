@@ -13,6 +13,7 @@ fold            the sum, and its low-rank forms: fold_*
 mix             a mixture without fitting: mix
 compatibility   can these adapters be mixed on this base?
 attach          adapters on a model in memory: attach, detach
+attachment      Attachment: what was attached, the owner of layers and hooks
 stacked_lora    StackedLora: the module that a fit trains through
 new_lora        NewLora: the LoRA that a fit trains from zero, and its PEFT files
 live_model      which module or tensor of a model in memory a name means

@@ -2,19 +2,17 @@
 
 Nothing of the model is replaced. Each target module gets a child `wlora` that holds the stacked factors as buffers, and a
 forward hook that adds its output; the model gets one parameter, `wlora_weights` [G, N], and everything else is frozen. So
-names, state dict and saving stay the model's own, and `detach` leaves no trace.
-
-This room knows modules and tensors, no paths but those that a Mixture names.
+names, state dict and saving stay the model's own, and `detach` leaves no trace. What was put where is in `model.wlora`, the
+`Attachment`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,21 +20,23 @@ from torch import nn
 from ..adapters.adapter import Adapter, load_adapters
 from ..adapters.modules_to_save import join_changes, stack_tensors
 from ..adapters.stacking import stack
-from ..constants import NORMALIZE
 from ..errors import AdapterError, MixtureError, UnsupportedError, WloraMergeWarning
-from .groups import make_groups, prefixes
+from .attachment import (
+    PARAMETER,
+    SCALE_PARAMETER,
+    Attachment,
+    attachment_of,
+    check_normalize,
+    uniform_weights,
+    whole_model,
+)
+from .groups import make_groups
 from .live_model import check_bias, live_modules, live_tensors, set_parameter
-from .mixture import TRAINING_LOOP, Mixture, adapter_ref, base_ref
-from .stacked_lora import Attachment, StackedLora, add_delta
-from .weights import mixture_weights, uniform_start
 from .whole_tensors import with_whole_tensors
 
 if TYPE_CHECKING:
     from ..adapters.deltas import ModuleDelta, TensorDelta
-    from ..models.base_model import BaseModel
 
-PARAMETER = "wlora_weights"
-SCALE_PARAMETER = "wlora_delta_scale"
 LEARNED = "learned"
 
 
@@ -85,25 +85,23 @@ def attach(
     groups = make_groups([d.module for d in deltas], granularity)
     device = next(model.parameters()).device
     model.requires_grad_(False)
-    model.register_parameter(PARAMETER, _start(len(groups), len(loaded), normalize, device))
+    weights = uniform_weights(len(groups), len(loaded), normalize, device)
+    model.register_parameter(PARAMETER, weights)
     if isinstance(delta_scale, str):
         model.register_parameter(SCALE_PARAMETER, nn.Parameter(torch.ones((), device=device)))
     scale = delta_scale if isinstance(delta_scale, float | int) else model.get_parameter(SCALE_PARAMETER)
     for name in trained:
         model.get_parameter(name).requires_grad_(True)
-    weights = model.get_parameter(PARAMETER)
     attachment = Attachment(
         loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken, modules_to_save
     )
+    model.wlora = attachment  # type: ignore[assignment]
     try:
         for delta in deltas:
-            layer = model.get_submodule(delta.module)
-            layer.add_module("wlora", StackedLora(delta, layer, attachment))
-            layer.wlora_hook = layer.register_forward_hook(add_delta, with_kwargs=True)  # type: ignore[assignment]
+            attachment.hang(delta, model.get_submodule(delta.module))
     except BaseException:  # out of memory, Ctrl-C: a second attempt must not add to half of a first
         detach(model)
         raise
-    model.wlora = attachment  # type: ignore[assignment]
     if getattr(model, "is_quantized", False):
         model.is_quantized = False  # type: ignore[assignment]  # else Trainer refuses it: it knows PEFT's adapters alone
     return model
@@ -111,7 +109,7 @@ def attach(
 
 def _check_model(model: nn.Module) -> None:
     """Refuse a model to which nothing can be attached."""
-    if _whole(model) is not model:
+    if whole_model(model) is not model:
         raise MixtureError(
             "the model is compiled, and would not see what is attached: attach first, then call torch.compile."
         )
@@ -127,7 +125,7 @@ def _check_model(model: nn.Module) -> None:
 def _check_options(adapters: Sequence[Adapter], normalize: str, delta_scale: float | str, temperature: float) -> None:
     if not adapters:
         raise AdapterError("a mixture needs an adapter or more, got none.")
-    _check_normalize(normalize)
+    check_normalize(normalize)
     if delta_scale != LEARNED and (isinstance(delta_scale, str) or not math.isfinite(delta_scale)):
         raise MixtureError(f"delta_scale is {delta_scale!r}, expected a number or {LEARNED}.")
     if not temperature > 0:
@@ -171,74 +169,28 @@ def _changes(
     return deltas, _take(model, saved, modules_to_save)
 
 
-def _whole(model: nn.Module) -> nn.Module:
-    """The model that torch.compile has wrapped, or itself."""
-    whole = getattr(model, "_orig_mod", model)
-    return whole if isinstance(whole, nn.Module) else model
-
-
-def _check_normalize(normalize: str) -> None:
-    if normalize not in NORMALIZE:
-        raise MixtureError(f"normalize is {normalize!r}, expected one of {', '.join(NORMALIZE)}.")
-
-
-def _start(groups: int, n: int, normalize: str, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.tensor([uniform_start(n, normalize)] * groups, dtype=torch.float32, device=device))
-
-
-def set_delta_scale(model: nn.Module, delta_scale: float | nn.Parameter) -> None:
-    """Set the factor of the whole delta weight in every attached module; 0 gives the base model."""
-    attachment_of(model).delta_scale = delta_scale
-
-
 def regroup(model: nn.Module, granularity: str, normalize: str) -> nn.Parameter:
     """Give an attached model a new `wlora_weights` for other groups or another normalization, at uniform composition.
 
     Raises:
         MixtureError: an unknown granularity or normalize.
     """
-    attachment = attachment_of(model)
-    _check_normalize(normalize)
-    modules = [m for group in attachment.groups.values() for m in group]
-    attachment.granularity, attachment.normalize = granularity, normalize
-    attachment.groups = make_groups(modules, granularity)
-    attachment.__post_init__()
-    n, device = len(attachment.adapters), attachment.weights.device
-    attachment.weights = _start(len(attachment.groups), n, normalize, device)
-    model.register_parameter(PARAMETER, attachment.weights)
-    return attachment.weights
+    weights = attachment_of(model).regroup(granularity, normalize)
+    model.register_parameter(PARAMETER, weights)
+    return weights
 
 
 def detach(model: nn.Module) -> nn.Module:
     """Undo `attach`: the base model as it was, but frozen; a trained head stays, and so do tensors taken from an adapter."""
-    wrapped, model = model, _whole(model)
-    for layer in list(model.modules()):
-        if isinstance(getattr(layer, "wlora", None), StackedLora):
-            if hasattr(layer, "wlora_hook"):
-                layer.wlora_hook.remove()  # type: ignore[operator, union-attr]
-                del layer.wlora_hook
-            del layer.wlora
-        if hasattr(layer, "wlora_new"):
-            layer.wlora_new_hook.remove()  # type: ignore[operator, union-attr]
-            del layer.wlora_new_hook, layer.wlora_new
+    wrapped, model = model, whole_model(model)
+    if isinstance(attachment := getattr(model, "wlora", None), Attachment):
+        attachment.remove()
     for name in ("wlora", PARAMETER, SCALE_PARAMETER):
         if hasattr(model, name):
             delattr(model, name)
     if getattr(model, "hf_quantizer", None) is not None:
         model.is_quantized = True  # type: ignore[assignment]
     return wrapped
-
-
-def attachment_of(model: nn.Module) -> Attachment:
-    """What `attach` has done to this model.
-
-    Raises:
-        MixtureError: it has no adapters attached.
-    """
-    attachment = getattr(_whole(model), "wlora", None)
-    if not isinstance(attachment, Attachment):
-        raise MixtureError("the model has no adapters attached: call wlora_merge.attach(model, adapters) first.")
-    return attachment
 
 
 def _head_parameters(model: nn.Module, head: Sequence[str]) -> list[str]:
@@ -275,92 +227,3 @@ def _take(model: nn.Module, saved: Mapping[str, torch.Tensor], choice: str | Non
             raise AdapterError(f"adapter {choice!r}: tensor {name!r} is {list(tensor.shape)}, the model {got}.")
         set_parameter(model, name, tensor)
     return sorted(saved)
-
-
-def read_mixture(model: nn.Module, base: str | Path | BaseModel | None = None) -> Mixture:
-    """The Mixture of a model that `attach` has changed and a loop has trained.
-
-    Args:
-        model: the model (unwrap DistributedDataParallel first).
-        base: the folder or hub id that the model was loaded from; None takes `model.config._name_or_path`.
-
-    Returns:
-        A mixture whose modules have the base files' names; the trained head, if any, under its parameter names; the task
-        that the model's class tells, where it tells one.
-
-    Raises:
-        MixtureError: the model has no adapters attached, or its base is not known.
-    """
-    from ..data.tasks import task_of
-    from ..models.base_model import BaseModel, open_base
-
-    model = _whole(model)
-    attachment = attachment_of(model)
-    source = base or getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not source:
-        raise MixtureError(
-            "the model does not say which base it was loaded from: call Mixture.from_model(model, base=PATH)."
-        )
-    opened = source if isinstance(source, BaseModel) else open_base(source)
-    _check_trained(model, attachment)
-    names = {m: _base_name(opened, m) for modules in attachment.groups.values() for m in modules}
-    groups = make_groups(names.values(), attachment.granularity)
-    row = {names[m]: g for g, modules in enumerate(attachment.groups.values()) for m in modules}
-    logits = model.get_parameter(PARAMETER).detach().float().cpu()[[row[modules[0]] for modules in groups.values()]]
-    scale = attachment.delta_scale
-    every = dict(model.named_parameters(remove_duplicate=False))
-    trained = {id(every[name]) for name in attachment.head}  # a tied parameter has two names, and both sides changed
-    named = [name for name, parameter in every.items() if id(parameter) in trained or name in attachment.taken]
-    head = {name: every[name].detach().cpu().clone() for name in sorted(named)}  # as a file has them
-    return Mixture(
-        base=base_ref(opened),
-        adapters=[adapter_ref(a) for a in attachment.adapters],
-        granularity=attachment.granularity,
-        normalize=attachment.normalize,
-        delta_scale=float(scale.detach() if isinstance(scale, torch.Tensor) else scale),
-        groups=groups,
-        mixture_weights=mixture_weights(logits, attachment.normalize, attachment.temperature),
-        wlora_weights=logits,
-        task=task_of(model),
-        config=_config_of(model, opened) if head else {},
-        modules_to_save=attachment.modules_to_save,
-        data={"method": TRAINING_LOOP},
-        prefixes=prefixes((in_file, live) for live, in_file in names.items()),
-        head=head,
-        head_tensors=opened.stored_names(head),
-    )
-
-
-def _check_trained(model: nn.Module, attachment: Attachment) -> None:
-    """Refuse a model whose mixture would not be what it computes."""
-    if model.get_parameter(PARAMETER) is not attachment.weights:
-        raise MixtureError(
-            f"the model's {PARAMETER} is not the one that its layers use any more: load a state dict without assign=True."
-        )
-    if bool(attachment.weights.isnan().any()):
-        raise MixtureError(f"the model's {PARAMETER} hold a NaN: the training diverged; use a smaller learning rate.")
-    known = {id(model.get_parameter(name)) for name in (PARAMETER, *attachment.head)}  # a tied one has two names
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in known and name != SCALE_PARAMETER and ".wlora" not in name:
-            raise MixtureError(
-                f"parameter {name!r} is trained, and belongs to no head, so no export would have it: name it in "
-                "attach(head=[...]), or freeze it."
-            )
-
-
-def _config_of(model: nn.Module, base: BaseModel) -> dict[str, Any]:
-    """The config keys in which a model with a head of its own differs from its base, as JSON has them."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return {}
-    now = json.loads(config.to_json_string(use_diff=False))
-    keys = ("id2label", "label2id", "problem_type", "pad_token_id")
-    changed = {key: now[key] for key in keys if now.get(key) is not None and now[key] != base.config.get(key)}
-    return {"architectures": [type(model).__name__], **changed}
-
-
-def _base_name(base: BaseModel, module: str) -> str:
-    name = base.find_module(module)
-    if name is None:
-        raise MixtureError(f"{base.folder}: has no tensor for target module {module!r}: is this the model's base?")
-    return name

@@ -5,7 +5,7 @@ Which layers a fit cannot train through is said here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ def live_modules(model: nn.Module) -> Find:
     tied = _tied_embeddings(model) if _is_encoder_decoder(model) else []
 
     def find(name: str) -> Target | None:
+        """The module of that name, with or without the model prefix, or as transformers renames it; None where there is none."""
         found = names.find(name) or names.find(_renamed(model, name))
         if found is None and ".experts." in name:
             raise UnsupportedError(
@@ -71,6 +72,7 @@ def live_tensors(model: nn.Module) -> Find:
     tied = [layer.weight for layer in _tied_embeddings(model)] if _is_encoder_decoder(model) else []
 
     def find(name: str) -> Target | None:
+        """The parameter of that name, with or without the model prefix; None where there is none."""
         found = names.find(name)
         if found is None:
             return None
@@ -161,18 +163,18 @@ def check_bias(name: str, layer: nn.Module) -> None:
         )
 
 
-def refuse_uncalled(model: nn.Module, forward: Callable[[], Any]) -> None:
+def refuse_uncalled(model: nn.Module, layers: Mapping[str, nn.Module], forward: Callable[[], Any]) -> None:
     """Refuse a model that multiplies with a target module's weight without calling the module (Mamba's dt_proj): what is attached
     there would do nothing, and an export would.
 
     Args:
         model: the PyTorch model.
+        layers: the target modules by name.
         forward: runs the model once.
 
     Raises:
         UnsupportedError: with the module's name.
     """
-    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "wlora_hook")}
     called: set[str] = set()
     hooks = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
     try:

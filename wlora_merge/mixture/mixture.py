@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 TRAINING_LOOP = "training loop"
 """`data["method"]` of a mixture that was read off a model which somebody's own loop has trained."""
 
+NOT_ATTACHED = "the model has no adapters attached: call wlora_merge.attach(model, adapters) first."
+
 
 @dataclass(frozen=True)
 class InputRef:
@@ -141,10 +143,24 @@ class Mixture:
 
     @classmethod
     def from_model(cls, model: torch.nn.Module, base: str | Path | BaseModel | None = None) -> Mixture:
-        """Read the mixture off a model that `attach` has changed; see `wlora_merge.mixture.attach.read_mixture`."""
-        from .attach import read_mixture
+        """The mixture of a model that `attach` has changed and a loop has trained.
 
-        return read_mixture(model, base)
+        Args:
+            model: the model (unwrap DistributedDataParallel first).
+            base: the folder or hub id that the model was loaded from; None takes `model.config._name_or_path`.
+
+        Returns:
+            A mixture whose modules have the base files' names; the trained head, if any, under its parameter names; the task
+            that the model's class tells, where it tells one.
+
+        Raises:
+            MixtureError: the model has no adapters attached, or its base is not known.
+        """
+        attachment: Any = getattr(model, "wlora", None)
+        if not hasattr(attachment, "to_mixture"):
+            raise MixtureError(NOT_ATTACHED)
+        mixture: Mixture = attachment.to_mixture(model, base)
+        return mixture
 
     # -------------------------------------------------------------------------------------------------- files
 

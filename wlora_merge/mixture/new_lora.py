@@ -25,8 +25,9 @@ from ..adapters.keys import PEFT_PREFIX
 from ..adapters.layouts import Layout
 from ..constants import NEW_ADAPTER, NEW_FOLDER
 from ..errors import UnsupportedError
+from .attachment import Attachment, attachment_of
 from .mixture import InputRef, Mixture
-from .stacked_lora import Attachment, StackedLora
+from .stacked_lora import StackedLora
 
 ALPHA_OVER_R = 2.0
 """lora_alpha / r: the scaling of the new adapter."""
@@ -53,21 +54,20 @@ class NewLora(nn.Module):
         return F.linear(F.linear(x, self.lora_A) * (attachment.delta_scale * ALPHA_OVER_R), self.lora_B)
 
 
-def _add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+def add_new_delta(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+) -> torch.Tensor:
     """The forward hook of a target module, after the mixture's own."""
     x = args[0] if args else next(iter(kwargs.values()))
     change: torch.Tensor = layer.wlora_new(x, layer.wlora.attachment)  # type: ignore[operator, union-attr]
     return output + change.to(output.dtype)
 
 
-def new_targets(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers that the given adapters change through factors, by name: a new adapter has the same."""
-    found = {}
-    for name, layer in model.named_modules():
-        lora = getattr(layer, "wlora", None)
-        if name and isinstance(lora, StackedLora) and lora.lora_A is not None and lora.layout in LAYOUTS:
-            found[name] = layer
-    return found
+def new_targets(model: nn.Module) -> list[str]:
+    """Names of the linear layers that the given adapters change through factors: a new adapter has the same."""
+    attachment = attachment_of(model)
+    stacked = {name: attachment.stacked(name) for name in attachment.layers}
+    return [name for name, lora in stacked.items() if lora.lora_A is not None and lora.layout in LAYOUTS]
 
 
 def place_new(model: nn.Module, r: int, seed: int) -> list[nn.Parameter]:
@@ -84,42 +84,32 @@ def place_new(model: nn.Module, r: int, seed: int) -> list[nn.Parameter]:
     Raises:
         UnsupportedError: the given adapters change no linear layer.
     """
-    targets = new_targets(model)
-    for layer in targets.values():
-        if hasattr(layer, "wlora_new"):
-            layer.wlora_new_hook.remove()  # type: ignore[operator, union-attr]
-            del layer.wlora_new, layer.wlora_new_hook
+    attachment = attachment_of(model)
+    attachment.remove_new()
     if not r:
         return []
+    targets = new_targets(model)
     if not targets:
         raise UnsupportedError(
             "a new adapter is trained on the linear layers that the given adapters change, and they change none: leave "
             "--new-adapter out."
         )
     generator = torch.Generator().manual_seed(seed)
-    for layer in targets.values():
-        lora = NewLora(layer.wlora, r, generator)  # type: ignore[arg-type]
-        layer.add_module("wlora_new", lora)
-        layer.wlora_new_hook = layer.register_forward_hook(_add, with_kwargs=True)  # type: ignore[assignment]
+    for name in targets:
+        attachment.hang_new(name, NewLora(attachment.stacked(name), r, generator))
     return new_parameters(model)
-
-
-def _placed(model: nn.Module) -> dict[str, NewLora]:
-    """The new adapter's factors by module; empty where there is none."""
-    found = {name: getattr(layer, "wlora_new", None) for name, layer in new_targets(model).items()}
-    return {name: lora for name, lora in found.items() if isinstance(lora, NewLora)}
 
 
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:
     """lora_A and lora_B of each module in turn, of the model's new adapter; none where it has none."""
-    return [factor for lora in _placed(model).values() for factor in lora.parameters()]
+    return [factor for lora in attachment_of(model).new.values() for factor in lora.parameters()]
 
 
 def new_files(model: nn.Module, base_name: str) -> dict[str, bytes]:
     """The model's new adapter as the two files that PEFT's `save_pretrained` writes; empty where it has none."""
     from safetensors.torch import save
 
-    placed = _placed(model)
+    placed = attachment_of(model).new
     if not placed:
         return {}
     tensors = {

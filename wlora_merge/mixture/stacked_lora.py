@@ -9,48 +9,24 @@ WLoRA code loses its normalization term.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..adapters.adapter import Adapter
 from ..adapters.deltas import ModuleDelta
 from ..adapters.layouts import Layout
-from .groups import rows_of
 from .live_model import CHANNELS, CONVOLUTIONS, FLOATS
-from .weights import at_module, gains, mixture_weights
+from .weights import gains
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
 
 EXACT = ("scaling", "row_scale", "bias")
 """Buffers of a StackedLora that are float32 whatever the model's dtype."""
 CONVOLVE: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-@dataclass
-class Attachment:
-    """What `attach` has done to a model, kept on it as `model.wlora`; every attached module reads its weights here."""
-
-    adapters: list[Adapter]
-    granularity: str
-    normalize: str
-    temperature: float
-    delta_scale: float | nn.Parameter
-    weights: nn.Parameter
-    groups: dict[str, list[str]]
-    head: list[str]
-    taken: list[str] = field(default_factory=list)
-    modules_to_save: str | None = None
-
-    def __post_init__(self) -> None:
-        self.row = rows_of(self.groups)
-
-    def weights_of(self, module: str, present: torch.Tensor) -> torch.Tensor:
-        """Mixture weights [N] of one target module, on its device (that of `present`), differentiable in `wlora_weights`."""
-        weights = mixture_weights(self.weights[self.row[module]], self.normalize, self.temperature)
-        return at_module(weights.to(present.device), present, self.normalize)
 
 
 class StackedLora(nn.Module):
@@ -139,7 +115,7 @@ class StackedLora(nn.Module):
 
     def product(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         """((x @ lora_A.T) * gains) @ lora_B.T"""
-        if self.layout is Layout.CONV:
+        if isinstance(layer, CONVOLUTIONS):
             return self.convolved(x, layer)
         if self.layout is Layout.EMBEDDING:
             hidden = F.embedding(x, self.lora_A.T)
@@ -149,11 +125,10 @@ class StackedLora(nn.Module):
             )
         return F.linear(hidden * self.gains().to(hidden.dtype), self.lora_B)
 
-    def convolved(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    def convolved(self, x: torch.Tensor, layer: nn.modules.conv._ConvNd) -> torch.Tensor:
         """The product where the layer is a convolution: lora_A with the layer's kernel, stride and padding, lora_B with 1x1."""
-        assert isinstance(layer, CONVOLUTIONS)
-        convolve, ones = CONVOLVE[len(layer.kernel_size)], [1] * len(layer.kernel_size)
         lora_A = self.lora_A.view(-1, *layer.weight.shape[1:])
+        convolve, ones = CONVOLVE[lora_A.dim() - 2], [1] * (lora_A.dim() - 2)
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(lora_A.dtype)
         hidden = convolve(x, lora_A, None, layer.stride, layer.padding)
         return convolve(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..mixture.attach import attachment_of
+from ..mixture.attachment import attachment_of
 from .candidates import SEARCH, SEARCH_EVALUATIONS, UNIFORM, Candidate, Contender, setting_name, steps_of
 from .cma_es import minimize
 from .learner import Learner
@@ -209,7 +209,7 @@ def prune(learner: Learner) -> int:
     used, kept = torch.zeros_like(logits, dtype=torch.bool), torch.zeros_like(logits, dtype=torch.bool)
     for group, modules in enumerate(attachment.groups.values()):
         for module in modules:
-            present = learner.model.get_buffer(f"{module}.wlora.present")
+            present = attachment.stacked(module).present
             size = attachment.weights_of(module, present).detach().abs().to(logits.device)
             used[group] |= size > 0
             kept[group] |= (size >= learner.run.options.prune_below) | (size == size.max())

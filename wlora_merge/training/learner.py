@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ..errors import MixtureError
-from ..mixture.attach import SCALE_PARAMETER, attachment_of, regroup, set_delta_scale
+from ..mixture.attach import regroup
+from ..mixture.attachment import SCALE_PARAMETER, attachment_of
 from ..mixture.live_model import refuse_uncalled
 from ..mixture.new_lora import place_new
 from ..mixture.weights import mixture_weights, uniform_start
@@ -78,7 +79,7 @@ class Learner:
         """Run the model once, to refuse what would not train."""
         try:
             with torch.no_grad(), self._autocast():
-                refuse_uncalled(self.model, lambda: self.model(**self._inputs([0])))
+                refuse_uncalled(self.model, attachment_of(self.model).layers, lambda: self.model(**self._inputs([0])))
         except ValueError as error:
             raise MixtureError(
                 f"{type(self.model).__name__} does not take the examples as they are encoded ({first_line(error)}): look at the "
@@ -136,12 +137,12 @@ class Learner:
     def _place_scale(self, candidate: Candidate) -> list[nn.Parameter]:
         if candidate.scale is not None or not isinstance(self.run.options.delta_scale, str):
             fixed = self.run.options.delta_scale if candidate.scale is None else candidate.scale
-            set_delta_scale(self.model, 1.0 if fixed is None else float(fixed))
+            attachment_of(self.model).delta_scale = 1.0 if fixed is None else float(fixed)
             return []
         scale = self.model.get_parameter(SCALE_PARAMETER)
         scale.data.fill_(self.begin.scale if candidate.learned else 1.0)
         scale.requires_grad_(candidate.learned)
-        set_delta_scale(self.model, scale)
+        attachment_of(self.model).delta_scale = scale
         return [scale] if candidate.learned else []
 
     def weights(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..fit_options import FitOptions
-from ..mixture.attach import attachment_of
+from ..mixture.attachment import attachment_of
 from ..mixture.new_lora import new_parameters
 from ..mixture.weights import mixture_weights
 from .candidates import Candidate
