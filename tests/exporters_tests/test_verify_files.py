@@ -15,7 +15,7 @@ from support.models import make_adapter, tiny_llama
 
 from wlora_merge.errors import VerifyError, WloraMergeError
 from wlora_merge.exporters.export import export
-from wlora_merge.exporters.unmerged import load_model
+from wlora_merge.exporters.unmerged import load_checked
 from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mix import mix
 
@@ -97,7 +97,7 @@ def test_no_code_that_comes_with_a_model_is_run(made: Any, tmp_path: Path) -> No
     auto = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForCausalLM": "evil.Model"}
     change_json(folder, "config.json", auto_map=auto, model_type="evil")
     with pytest.raises(WloraMergeError, match="cannot load it"):
-        load_model(folder, "causal-lm")
+        load_checked(folder, "causal-lm")
     with pytest.raises(WloraMergeError):
         export(mix(folder, [f"a={tmp_path / 'a'}"], task="causal-lm"), "onnx", tmp_path / "onnx")
     assert not (tmp_path / "pwned").exists()

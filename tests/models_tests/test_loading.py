@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from support.models import make_adapter, tiny_bert, tiny_llama
 from support.shots import save_tokenizer
 
+from wlora_merge.cli.main import main
 from wlora_merge.data.tasks import get_task
 from wlora_merge.errors import BaseModelError, UnsupportedError, VerifyError, WloraMergeError
-from wlora_merge.exporters.unmerged import load_model as load_unmerged
+from wlora_merge.exporters.unmerged import load_checked
 from wlora_merge.models.loading import LoadingReport, bounded, class_for, library_errors, load, quiet
 from wlora_merge.models.module_tree import empty_model
-from wlora_merge.onnx.dummy_inputs import load_model as load_for_onnx
+from wlora_merge.onnx.dummy_inputs import load_model
 from wlora_merge.training.fit import fit
 
 FAR_LARGER = ({"intermediate_size": 4_000_000}, {"num_hidden_layers": 3000}, {"max_position_embeddings": 10**9})
@@ -63,14 +65,40 @@ def test_a_config_of_a_far_larger_model_gets_its_sentence_wherever_the_model_is_
     with pytest.raises(BaseModelError, match=f"config.json: describes a model of .*{NOT_ITS_CONFIG}"):
         fit_on(bert)
     with pytest.raises(VerifyError, match=NOT_ITS_CONFIG):
-        load_unmerged(bert, "feature-extraction")
+        load_checked(bert, "feature-extraction")
     with pytest.raises(BaseModelError, match=NOT_ITS_CONFIG):
-        load_for_onnx(bert, get_task("feature-extraction"), torch.float32)
+        load_model(bert, get_task("feature-extraction"), torch.float32)
     with pytest.raises(BaseModelError, match=NOT_ITS_CONFIG):
         empty_model(bert)
     change(bert, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(BaseModelError, match=NOT_ITS_CONFIG):  # packed weights are more numbers, but not that many
         empty_model(bert)
+
+
+@pytest.mark.parametrize("keys", [{"intermediate_size": 4_000_000}, {"num_hidden_layers": 3000}, {"num_labels": 10**9}])
+def test_every_command_that_opens_such_a_base_says_so(keys: dict[str, Any], bert: Path) -> None:
+    root = bert.parent
+    adapters = [part for i in range(2) for part in ("--adapter", f"a{i}={root / f'a{i}'}")]
+    recipe = {"base": "base", "adapters": {"a0": "a0", "a1": "a1"}, "mix": {}, "exports": [{"format": "dense"}]}
+    (root / "recipe.yaml").write_text(json.dumps(recipe))
+    made = (
+        ["mix", "--base", bert, *adapters, "--out", root / "m"],
+        ["export", root / "m", "--format", "dense", "--out", root / "d"],
+    )
+    for line in made:
+        assert CliRunner().invoke(main, list(map(str, line))).exit_code == 0
+    change(bert, **keys)
+    data = ["--data", root / "shots.csv", "--task", "text-classification"]
+    for line in (
+        ["mix", "--base", bert, *adapters, "--out", root / "x"],
+        ["fit", "--base", bert, *adapters, *data, "--out", root / "x"],
+        *(["export", root / "m", "--format", kind, "--out", root / "x"] for kind in ("dense", "lora", "onnx")),
+        ["verify", root / "d", "--base", bert, *adapters],
+        ["run", root / "recipe.yaml", "--out", root / "x"],
+    ):
+        result = CliRunner().invoke(main, list(map(str, line)))
+        assert (result.exit_code, NOT_ITS_CONFIG in result.output) == (1, True), result.output
+        assert not (root / "x").exists()
 
 
 def test_the_bound_holds_for_what_is_built_in_memory_too(bert: Path) -> None:
@@ -177,4 +205,4 @@ def test_the_libraries_are_quiet_for_a_while_alone(capfd: pytest.CaptureFixture[
 def test_a_model_that_transformers_has_not_for_a_task_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match="model of type 'llama' has no AutoModelForImageClassification"):
-        load_for_onnx(tmp_path, get_task("image-classification"), torch.float32)
+        load_model(tmp_path, get_task("image-classification"), torch.float32)

@@ -231,7 +231,7 @@ def test_an_output_folder_that_is_taken_is_refused_before_anything_is_loaded(
     bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, folders, shots = bert_zoo
-    monkeypatch.setattr("wlora_merge.training.model.load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("wlora_merge.training.model.attached_model", lambda *args: pytest.fail("the model was loaded"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(OutputError, match="is not empty"):
@@ -344,7 +344,7 @@ def test_label_names_are_what_a_row_of_each_name_would_be_but_never_held_out(
     )
     assert mixture.data["fit"]["label_names"] is True
     (tmp_path / "shots.csv").write_text("text,label\nw1,0\nw2,1\n")
-    monkeypatch.setattr("wlora_merge.training.model.load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("wlora_merge.training.model.attached_model", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(DataError, match="the label '0' says nothing in words"):
         fit(base, folders, tmp_path / "shots.csv", "text-classification", label_names=True)
 

@@ -22,7 +22,7 @@ from wlora_merge.fit_options import fit_options
 from wlora_merge.mixture.mix import mix
 from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.training.fit import fit
-from wlora_merge.training.model import _own_labels, load_model, max_tokens
+from wlora_merge.training.model import _own_labels, attached_model, max_tokens
 
 TEXTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(0, 40, 5)]
 
@@ -366,4 +366,4 @@ def test_8bit_weights_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     given: Any = [None] * 5
     with pytest.raises(UnsupportedError, match="use --quantize 4bit, or processes without FSDP"):
-        load_model(*given, fit_options({"quantize": "8bit"}), None, SimpleNamespace(size=2))  # type: ignore[arg-type]
+        attached_model(*given, fit_options({"quantize": "8bit"}), None, SimpleNamespace(size=2))  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from .format import Format, Measures, Plan, Written
 from .head import read_stored_head
 from .probe import outputs_of
 from .stream import write_files
-from .unmerged import load_model, unused_by
+from .unmerged import load_checked, unused_by
 from .verify_files import check_checkpoint
 from .verify_outputs import Tolerance, stored_dtypes, tolerance_of
 from .verify_weights import check_folded, check_untouched
@@ -145,4 +145,4 @@ class DenseFormat(Format):
         return tolerance_of(stored_dtypes(folder), effect)
 
     def _load(self, folder: Path, manifest: Manifest) -> nn.Module:
-        return load_model(folder, manifest.mixture.task, unused=unused_by(manifest.mixture))
+        return load_checked(folder, manifest.mixture.task, unused=unused_by(manifest.mixture))

@@ -21,7 +21,7 @@ from .head import read_stored_head
 from .lora import write_lora
 from .probe import outputs_of
 from .serving import check_rank, check_server
-from .unmerged import head_options, load_model, unused_by
+from .unmerged import head_options, load_checked, unused_by
 from .verify_files import check_adapter
 from .verify_outputs import Tolerance, stored_dtypes, tolerance_of_lora
 from .verify_weights import check_lora
@@ -151,7 +151,7 @@ class LoraFormat(Format):
         from peft import PeftModel
 
         mixture = manifest.mixture
-        model = load_model(
+        model = load_checked(
             base.folder,
             mixture.task,
             head=mixture.head,

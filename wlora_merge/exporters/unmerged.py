@@ -26,7 +26,7 @@ HEAD_KEYS = ("id2label", "label2id", "problem_type", "pad_token_id")
 """Keys of a mixture's config that make its head."""
 
 
-def load_model(
+def load_checked(
     folder: Path,
     task: str | None,
     *,

@@ -17,7 +17,7 @@ from ..text import nearest
 from .formats import FORMATS
 from .manifest import Manifest, digest, read_manifest
 from .probe import outputs_of
-from .unmerged import attach_mixture, head_options, load_model, unused_by
+from .unmerged import attach_mixture, head_options, load_checked, unused_by
 from .verify_files import check_files
 from .verify_outputs import Checked
 
@@ -102,7 +102,7 @@ def _unmerged(manifest: Manifest, found: Inputs) -> nn.Module:
     from ..mixture.live_model import refuse_uncalled
 
     mixture = found.mixture
-    model = load_model(
+    model = load_checked(
         found.base.folder,
         mixture.task,
         head=mixture.head,

@@ -203,13 +203,13 @@ def _prepare(
 
     from .cross_validation import enough, fold_indices
     from .learner import Learner
-    from .model import load_model, max_tokens
+    from .model import attached_model, max_tokens
 
     task, base, options = given.task, given.base, given.options
     clock = Clock(time.monotonic(), options.max_minutes)
     processor, labels = task.load_processor(base.folder), task.labels(shots, problem_type=options.problem_type)
     trained = shots.with_label_names(labels) if options.label_names else shots  # refuses before the model is loaded
-    model, head, labels = load_model(
+    model, head, labels = attached_model(
         base, given.adapters, task, labels, processor, options, given.request.modules_to_save, ranks
     )
     if not head and options.head_learning_rate != FitOptions.head_learning_rate:

@@ -25,7 +25,7 @@ POSITIONS = ("position_embeddings", "position_embedding", "wpe", "embed_position
 """How models call their table of learned positions."""
 
 
-def load_model(
+def attached_model(
     base: BaseModel,
     adapters: list[Adapter],
     task: Task,
