@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from ..adapters.adapter import Adapter, load_adapters
 from ..adapters.modules_to_save import join_changes, stack_tensors
 from ..adapters.stacking import stack
 from ..errors import AdapterError, MixtureError, UnsupportedError, WloraMergeWarning
+from ..mix_options import AdapterOptions
+from ..option_fields import checked
 from .attachment import (
     PARAMETER,
     SCALE_PARAMETER,
@@ -49,8 +51,7 @@ def attach(
     delta_scale: float | str = 1.0,
     temperature: float = 1.0,
     head: Sequence[str] = (),
-    modules_to_save: str | None = None,
-    residual: str | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Attach adapters to a model, in place: only `wlora_weights`, and the head if asked, require gradients afterwards.
 
@@ -65,9 +66,9 @@ def attach(
         delta_scale: factor of the whole delta weight; `learned` makes it a parameter too, `wlora_delta_scale`, from 1.
         temperature: of the softmax, v̂ = softmax(v / temperature); without effect on free weights.
         head: names of modules or parameters to train along (`classifier`).
-        modules_to_save: what becomes of whole tensors that the adapters carry: a name, `drop`, `mix`, or None to refuse those
-            that the head does not replace.
-        residual: name of the adapter whose residual the base is (PiSSA and its kind).
+        options: fields of `AdapterOptions`: `modules_to_save`, what becomes of whole tensors that the adapters carry (a name,
+            `drop`, `mix`, or None to refuse those that the head does not replace), and `residual`, the adapter whose residual the
+            base is (PiSSA and its kind).
 
     Returns:
         The model itself.
@@ -75,13 +76,14 @@ def attach(
     Raises:
         AdapterError, UnsupportedError: an adapter that does not fit the model, or a feature that is not supported.
     """
+    asked: AdapterOptions = checked(AdapterOptions, options, "attach", MixtureError)
     given = list(adapters)
-    read = iter(load_adapters([a for a in given if not isinstance(a, Adapter)], residual=residual))
+    read = iter(load_adapters([a for a in given if not isinstance(a, Adapter)], residual=asked.residual))
     loaded = [a if isinstance(a, Adapter) else next(read) for a in given]
     _check_model(model)
     _check_options(loaded, normalize, delta_scale, temperature)
     trained = _head_parameters(model, head)
-    deltas, taken = _changes(model, loaded, trained, modules_to_save)
+    deltas, taken = _changes(model, loaded, trained, asked.modules_to_save)
     groups = make_groups([d.module for d in deltas], granularity)
     device = next(model.parameters()).device
     model.requires_grad_(False)
@@ -93,7 +95,7 @@ def attach(
     for name in trained:
         model.get_parameter(name).requires_grad_(True)
     attachment = Attachment(
-        loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken, modules_to_save
+        loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken, asked.modules_to_save
     )
     model.wlora = attachment  # type: ignore[assignment]
     try:

@@ -78,7 +78,7 @@ def run_probe(onnx_folder: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str
         }
         takes |= {"attention_mask"} if ENCODER in sessions else set()
         feed |= {name: value for name, value in filled.items() if name in takes - set(feed)}
-    outputs = run(sessions, feed)
+    outputs = run_graphs(sessions, feed)
     return {
         name: torch.from_numpy(value.astype(np.float32))
         for name, value in outputs.items()
@@ -170,7 +170,7 @@ def _move_outside(graph: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------- running
 
 
-def run(sessions: Mapping[str, Any], inputs: dict[str, np.ndarray], past: int = 0) -> dict[str, np.ndarray]:
+def run_graphs(sessions: Mapping[str, Any], inputs: dict[str, np.ndarray], past: int = 0) -> dict[str, np.ndarray]:
     """The outputs for the tokens after the first `past`, which the graph is given first where there are any.
 
     Args:

@@ -16,7 +16,7 @@ from ..data.tasks import get_task
 from ..errors import VerifyError
 from ..models.loading import quiet
 from .dummy_inputs import load_model, sample_inputs, sentence_tokens
-from .session import dtype_of, main_session, next_scores, open_graphs, output_names, run
+from .session import dtype_of, main_session, next_scores, open_graphs, output_names, run_graphs
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,7 @@ def differences(onnx_folder: Path, model: torch.nn.Module, *, task: Task, suffix
         batch, sequence, past, _ = _within(model, shape)
         inputs = sample_inputs(model, task, batch, past + sequence, tokens=tokens)
         feed = {name: value.numpy() for name, value in inputs.items()}
-        expected, got = run(exact, feed, past), run(other, feed, past)
+        expected, got = run_graphs(exact, feed, past), run_graphs(other, feed, past)
         for name in output_names(main_session(exact)):
             want, have = expected[name].astype(np.float32), got[name].astype(np.float32)
             worst, largest = max(worst, float(np.abs(want - have).max())), max(largest, float(np.abs(want).max()))
@@ -149,7 +149,7 @@ def _compare(
         inputs["decoder_input_ids"] = inputs["input_ids"].flip(0)
     expected = model(**inputs)
     same = half(**_halved(inputs)) if half is not None else expected
-    given = run(sessions, {name: value.numpy() for name, value in inputs.items()}, past)
+    given = run_graphs(sessions, {name: value.numpy() for name, value in inputs.items()}, past)
     worst = 0.0
     for name in output_names(session):
         if name not in expected:
