@@ -86,7 +86,7 @@ def plan_refold(onnx_base: Path, base: BaseModel, pieces: Iterable[Piece], mixtu
     for graph in graphs:
         known, unknown = matcher.match(graph, set(changed))
         _refuse_strange(graph, unknown, matcher)
-        places |= _place(graph, known, set(changed), refold.weights)
+        places |= _place_weights(graph, known, set(changed), refold.weights)
     if lost := [name for name in changed if name not in places]:
         raise BaseModelError(_missing(onnx_base, lost[0], base.entries[lost[0]], graphs))
     written = set[Path]()
@@ -132,7 +132,7 @@ def _names_of(graphs: Sequence[OnnxFile], onnx_base: Path) -> dict[Path, str]:
     return names
 
 
-def _place(
+def _place_weights(
     graph: OnnxFile,
     found: Iterable[tuple[Entry, list[Tile]]],
     changed: set[str],
