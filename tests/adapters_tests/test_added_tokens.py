@@ -214,7 +214,7 @@ def test_a_mixture_remembers_whose_tokens_it_has(tmp_path: Path) -> None:
     assert Mixture.load(tmp_path / "m").resize_vocab == "a0"
     file = tmp_path / "m" / "mixture.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"resize_vocab": 3}))
-    with pytest.raises(MixtureError, match="resize_vocab is a int"):
+    with pytest.raises(MixtureError, match="resize_vocab is 3, expected text"):
         Mixture.load(tmp_path / "m")
 
 

@@ -6,6 +6,7 @@ Libraries that take seconds to import are imported when a command runs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -354,8 +355,12 @@ def _those_of(cls: type[Any], options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_weights(weights: list[float] | None, adapters: tuple[str, ...]) -> None:
-    if weights is not None and len(weights) != len(adapters):
-        given = ",".join(f"{weight:.12g}" for weight in weights)
+    if weights is None:
+        return
+    given = ",".join(f"{weight:.12g}" for weight in weights)
+    if not all(map(math.isfinite, weights)):
+        raise click.UsageError(f"--weights '{given}': expected finite numbers.")
+    if len(weights) != len(adapters):
         raise click.UsageError(
             f"--weights '{given}': has {len(weights)} numbers, expected one for each of {len(adapters)} adapters."
         )
