@@ -51,10 +51,10 @@ def read_record(kind: type[R], table: Mapping[str, Any], file: Path, error: type
     """The record that a table is.
 
     Args:
-        kind: the format's name.
+        kind: of record.
         table: the contents of `file`.
-        file: the file, for messages.
-        error: to raise.
+        file: where the table stands, for the message.
+        error: its kind.
         advice: what to do where it is none, as `make the mixture again`.
 
     Raises:
