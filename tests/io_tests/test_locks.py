@@ -29,7 +29,7 @@ def test_of_two_runs_one_wins_and_the_other_says_so(tmp_path: Path) -> None:
 def test_many_runs_at_once_never_share_the_lock(tmp_path: Path) -> None:
     code = """
     wins, stop = 0, time.monotonic() + 1
-    while time.monotonic() < stop:
+    while time.monotonic() < stop + (0 if wins else 15):  # a busy machine may give a process no turn in a second
         try:
             with staged(out, force=True) as staging:
                 os.mkdir(sys.argv[2])
