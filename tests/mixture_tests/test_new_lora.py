@@ -11,7 +11,15 @@ import torch
 from safetensors.torch import load_file
 from support.fits import Zoo, fitted
 from support.fits import zoo as zoo
-from support.models import assert_equal_but_for_rounding, make_adapter, peft_changes, peft_sum, tiny_bert
+from support.models import (
+    EVERY_LINEAR,
+    assert_equal_but_for_rounding,
+    make_adapter,
+    peft_changes,
+    peft_sum,
+    tiny_bert,
+    tiny_llama,
+)
 from support.shots import save_tokenizer
 
 from wlora_merge.adapters.adapter import load_adapter
@@ -23,7 +31,7 @@ from wlora_merge.fit_options import fit_options
 from wlora_merge.mixture.attach import attach, detach
 from wlora_merge.mixture.attachment import PARAMETER
 from wlora_merge.mixture.mixture import Mixture
-from wlora_merge.mixture.new_lora import new_files, place_new
+from wlora_merge.mixture.new_lora import new_files, new_targets, place_new
 from wlora_merge.training.fit import fit
 
 
@@ -252,3 +260,14 @@ def test_one_shot_of_each_class_is_enough_where_the_base_knows_the_classes_and_f
     }  # fmt: skip
     assert mixture.metrics["note"].startswith("Not estimated: nothing was held out.")
     assert mixture.mixture_weights[:, :2].sum(1).tolist() == pytest.approx([1.0] * len(mixture.groups))
+
+
+def test_a_seed_draws_the_new_adapter_in_the_order_of_the_models_modules(tmp_path: Path) -> None:
+    """In another order the same seed would give another fit: q_proj stands before k_proj in a Llama."""
+    model = tiny_llama()
+    attach(model, [make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=EVERY_LINEAR) for i in range(2)])
+    order = [name for name, _ in model.named_modules() if name.endswith("_proj")]
+    assert new_targets(model) == order
+    lora_A = place_new(model, 2, seed=0)[0]
+    assert lora_A is dict(model.wlora.new)[order[0]].lora_A
+    assert order[0].endswith("q_proj")

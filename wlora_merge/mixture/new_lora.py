@@ -64,9 +64,13 @@ def add_new_delta(
 
 
 def new_targets(model: nn.Module) -> list[str]:
-    """Names of the linear layers that the given adapters change through factors: a new adapter has the same."""
+    """Names of the linear layers that the given adapters change through factors: a new adapter has the same.
+
+    They stand in the model's own order, in which a seed draws them.
+    """
     attachment = attachment_of(model)
-    stacked = {name: attachment.stacked(name) for name in attachment.layers}
+    named = [name for name, _ in model.named_modules() if name in attachment.layers]
+    stacked = {name: attachment.stacked(name) for name in named}
     return [name for name, lora in stacked.items() if lora.lora_A is not None and lora.layout in LAYOUTS]
 
 
