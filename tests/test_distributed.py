@@ -56,15 +56,15 @@ def test_two_ranks_write_the_bytes_of_one(mixture: Path, tmp_path: Path) -> None
 
 DIES = """
 import os, signal, sys
+import wlora_merge.io.direct_write as direct
 from wlora_merge.cli.main import main
-from wlora_merge.io.tensors import Workspace
 if os.environ["RANK"] == "{rank}":
-    real, count = Workspace.give_back, [0]
-    def give_back(self, block):  # after a block is written
+    real, count = direct._write_all, [0]
+    def write(fd, block):
         count[0] += 1
         if count[0] == 2: os.kill(os.getpid(), signal.{signal})
-        real(self, block)
-    Workspace.give_back = give_back
+        real(fd, block)
+    direct._write_all = write
 sys.argv[1:] = {command!r}
 main()
 """

@@ -7,14 +7,12 @@ few weights at a time.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from ..errors import BaseModelError, OutputError, UnsupportedError, VerifyError, WloraMergeError
-from ..io.digests import sha256_files
+from ..errors import BaseModelError, UnsupportedError, VerifyError, WloraMergeError
 from ..io.hub import is_here
 from ..io.safetensors_file import Entry, torch_dtype
 from ..mixture.mixture import Mixture
@@ -172,25 +170,12 @@ def write_refold(refold: Refold, out: Path, mixture: Mixture) -> dict[str, str]:
         OutputError: the disk is full or refuses, or gives back other bytes than it was given.
         VerifyError: the new graph's weights do not lie where the base's do.
     """
-    written = write_files(refold.files, out, mixture)
-    _read_back(out, written)
+    written = write_files(refold.files, out, mixture, read_back=True)
     for graph in refold.graphs:
         new = read_onnx(out / refold.names[graph.path])
         if [replace(e, file=out / refold.names.get(e.file, e.file.name)) for e in graph.tensors] != new.tensors:
             raise VerifyError(f"{new.path}: its weights do not lie where those of {graph.path} do: report this.")
     return written
-
-
-def _read_back(out: Path, written: Mapping[str, str]) -> None:
-    """Compare what the disk gives back, past the page cache, with the digests of what was written."""
-    for name in written:
-        with open(out / name, "rb") as stream:
-            os.fsync(stream.fileno())
-            if hasattr(os, "posix_fadvise"):  # not on macOS
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    for path, digest in sha256_files([out / name for name in written], fresh=True).items():
-        if digest != written[path.name]:
-            raise OutputError(f"{path}: cannot be written (the disk gives back other bytes than it was given).")
 
 
 def _refuse_strange(graph: OnnxFile, unknown: Sequence[Entry], matcher: Matcher) -> None:
