@@ -34,7 +34,7 @@ def check_untouched(folder: Path, planned: Sequence[OutputFile]) -> int:
 
     Args:
         folder: the export.
-        planned: from `writers.dense.plan`.
+        planned: from `dense.plan`.
 
     Returns:
         The number of tensors compared by their bytes.
@@ -68,7 +68,7 @@ def check_folded(folder: Path, planned: Sequence[OutputFile], mixture: Mixture) 
 
     Args:
         folder: the export.
-        planned: from `writers.dense.plan`.
+        planned: from `dense.plan`.
         mixture: the mixture.
 
     Returns:

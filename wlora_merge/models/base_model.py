@@ -39,7 +39,7 @@ class BaseModel:
     """An opened base: `headers` by file name in the index's order, `entries` by tensor name.
 
     Where its vocabulary is made larger, `added` holds the rows [k, ...] that stand behind a tensor's own, by the tensor's name,
-    and `tokenizer` the files (name -> path) that take the place of its tokenizer's; see `vocabulary.py`. `known` has a model's
+    and `tokenizer` the files (name -> path) that take the place of its tokenizer's; see `added_tokens`. `known` has a model's
     names of tensors that a mixture has recorded -> their names in the files, None for those that are not there.
     """
 

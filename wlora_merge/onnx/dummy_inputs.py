@@ -41,7 +41,7 @@ def outputs_of(model: torch.nn.Module, task: Task) -> tuple[str, ...]:
 def load_model(dense: Path, task: Task, dtype: torch.dtype, attention: str | None = None) -> torch.nn.Module:
     """The model in the folder `dense` under its task's transformers class, on the CPU, ready for inference.
 
-    For features of a sentence-transformers folder with the modules that pool (see `onnx_pooling`).
+    For features of a sentence-transformers folder with the modules that pool (see `pooling`).
 
     Args:
         dense: an ordinary Hugging Face model folder.

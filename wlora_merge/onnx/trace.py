@@ -29,7 +29,7 @@ BATCH, SEQUENCE, PAST = 2, 5, 7
 def trace(model: torch.nn.Module, task: Task, opset: int) -> dict[str, onnx_ir.Model]:
     """The graphs of `model` by name, unoptimized, their inputs and outputs under their conventional names.
 
-    One, `model`, for all but an encoder-decoder (see `onnx_seq2seq`).
+    One, `model`, for all but an encoder-decoder (see `seq2seq`).
 
     Args:
         model: what `load_model` gave, with eager attention (half the nodes of a decomposed scaled-dot-product).

@@ -123,7 +123,7 @@ def learned_settings(options: FitOptions, *, head: bool, enough: bool) -> list[C
     Args:
         options: the options of the fit.
         head: whether a new head is trained.
-        enough: whether the examples are enough for a new adapter (`folds.enough`).
+        enough: whether the examples are enough for a new adapter (`cross_validation.enough`).
     """
     if options.method not in (Kind.LEARNED.value, AUTO):
         return []
