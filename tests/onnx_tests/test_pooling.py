@@ -17,8 +17,9 @@ from support.onnx_models import BERT, CLIP_TEXT, CLIP_VISION, VOCABULARY, make_d
 from wlora_merge.errors import BaseModelError, UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.mixture.mix import mix
+from wlora_merge.models.pooling import pool_tokens
 from wlora_merge.onnx.convert import write_onnx
-from wlora_merge.onnx.pooling import SWITCHES, add_pooling, pool_tokens
+from wlora_merge.onnx.pooling import SWITCHES, add_pooling
 
 ort = pytest.importorskip("onnxruntime")
 Array = np.ndarray[Any, Any]

@@ -62,8 +62,9 @@ class Mixture:
 
     `mixture_weights` [G, N] float32 are what an export reads; `wlora_weights` [G, N] the logits (free weights with
     `normalize: none`), kept to continue a fit; row g belongs to the g-th group of `groups`. `head_tensors` says which tensor of
-    the base's files each tensor of the head replaces; None where it is new. `new_files` are the files of an adapter that the fit
-    trained and that no folder holds yet; its source is `NEW_FOLDER` alone.
+    the base's files each tensor of the head replaces; None where it is new. `pooling` says what the head sees in place of the
+    first token (`models.pooling.add_pooling_layer`); None: what its class reads. `new_files` are the files of an adapter that
+    the fit trained and that no folder holds yet; its source is `NEW_FOLDER` alone.
     """
 
     base: InputRef
@@ -81,6 +82,7 @@ class Mixture:
     head_tensors: dict[str, str | None] = field(default_factory=dict)
     modules_to_save: str | None = None
     resize_vocab: str | None = None
+    pooling: str | None = None
     data: MadeFrom = field(default_factory=dict)  # type: ignore[assignment]
     prefixes: tuple[str, str] = ("", "")
     new_files: dict[str, bytes] = field(default_factory=dict)
@@ -244,6 +246,7 @@ class Mixture:
             metrics=self.metrics,
             modules_to_save=self.modules_to_save,
             resize_vocab=self.resize_vocab,
+            pooling=self.pooling,
             prefixes=Prefixes.model_construct(in_file=self.prefixes[0], in_model=self.prefixes[1]),
             data=self.data,
             head=self.head_tensors,
@@ -293,6 +296,7 @@ class Mixture:
             head_tensors=record.head,
             modules_to_save=record.modules_to_save,
             resize_vocab=record.resize_vocab,
+            pooling=record.pooling,
             data=record.data,
             prefixes=(record.prefixes.in_file, record.prefixes.in_model),
         )

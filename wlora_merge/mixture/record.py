@@ -15,6 +15,7 @@ from ..constants import GRANULARITIES, NORMALIZE
 from ..data.tasks import TASKS
 from ..errors import AdapterError
 from ..io.records import AS_WRITTEN, UNCHANGED, Record, checked_by, one_of
+from ..models.pooling import LAYER_POOLINGS
 from ..text import short
 
 FORMAT_VERSION: Literal[1] = 1
@@ -174,6 +175,7 @@ class MixtureRecord(Record):
     metrics: Annotated[FitMetrics, AS_WRITTEN, UNCHANGED] = Field(default_factory=FitMetrics)
     modules_to_save: str | None = None
     resize_vocab: str | None = None
+    pooling: Annotated[str, one_of(LAYER_POOLINGS)] | None = None
     prefixes: Prefixes
     data: Annotated[MadeFrom, AS_WRITTEN, UNCHANGED] = Field(default_factory=MadeFrom)
     head: dict[str, str | None] = Field(default_factory=dict)
@@ -195,7 +197,7 @@ class MixtureRecord(Record):
     def table(self) -> dict[str, Any]:
         """What a file holds of it: every key, but those that few mixtures have."""
         table = self.model_dump(warnings=False)
-        return {key: value for key, value in table.items() if value or key not in ("resize_vocab", "head")}
+        return {key: value for key, value in table.items() if value or key not in ("resize_vocab", "pooling", "head")}
 
 
 def _first_twice(names: list[str]) -> str | None:

@@ -8,5 +8,6 @@ names             names of one spelling among those of another: NameResolver
 module_tree       what transformers renames and fuses on loading: ModuleTree, empty_model
 quantization      which format a base is quantized in
 tied_embeddings   what a model uses under two names
+pooling           how token vectors become the one that a head sees: pool_tokens, add_pooling_layer
 loading           models as transformers loads them, and its messages kept away
 """

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import BaseModelError, UnsupportedError
 from ..io.safetensors_file import read_header, read_tensor
 from ..io.untrusted import find_file, read_bytes, read_json
+from ..models.pooling import pool_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -70,39 +71,6 @@ def add_pooling(model: torch.nn.Module, folder: Path) -> None:
 def pools(model: torch.nn.Module) -> bool:
     """Whether `add_pooling` has given the model its outputs."""
     return hasattr(model, HEAD)
-
-
-def pool_tokens(tokens: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:
-    """One vector for each row of token embeddings, in float32 throughout: float16 sums of long rows would overflow.
-
-    mean: Σ m_t·x_t / max(Σ m_t, 1); mean_sqrt_len_tokens: over its square root; weightedmean: with weights m_t·t, t from 1;
-    max over the tokens with m_t = 1; cls and lasttoken: the first and the last of them. A row without any gives 0 (max: -inf;
-    cls: its first position, whatever the mask).
-
-    Args:
-        tokens: [batch, sequence, hidden].
-        mask: [batch, sequence], 1 or 0, padded on either side.
-        mode: one of `SWITCHES`' values.
-
-    Returns:
-        [batch, hidden] of the tokens' dtype.
-    """
-    import torch
-
-    values, kept = tokens.float(), mask.unsqueeze(-1).float()
-    length = mask.shape[1]
-    if mode in ("cls", "lasttoken"):
-        first = mask.to(torch.int32).argmax(1)
-        last = length - 1 - mask.flip(1).to(torch.int32).argmax(1)
-        index = (first if mode == "cls" else last).view(-1, 1, 1).expand(-1, 1, tokens.shape[-1])
-        result = (values if mode == "cls" else values * kept).gather(1, index).squeeze(1)
-    elif mode == "max":
-        result = values.masked_fill(kept == 0, float("-inf")).amax(1)
-    else:
-        weights = kept * torch.arange(1, length + 1).view(1, -1, 1) if mode == "weightedmean" else kept
-        total = weights.sum(1).clamp(min=1)
-        result = (values * weights).sum(1) / (total.sqrt() if mode == "mean_sqrt_len_tokens" else total)
-    return result.to(tokens.dtype)
 
 
 def _steps(folder: Path) -> list[torch.nn.Module | None]:
