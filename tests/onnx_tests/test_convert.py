@@ -16,6 +16,7 @@ import transformers
 from support.onnx_models import LLAMA, MODELS, VOCABULARY, Exported, make_dense
 
 from wlora_merge.errors import BaseModelError, OutputError, UnsupportedError, VerifyError, WloraMergeError
+from wlora_merge.onnx import convert
 from wlora_merge.onnx import trace as onnx_trace
 from wlora_merge.onnx.convert import check_onnx, run_probe, write_onnx
 from wlora_merge.progress import listening
@@ -163,10 +164,11 @@ def test_two_exports_have_equal_bytes_that_name_no_local_path(
 
 
 def test_large_weights_lie_in_one_data_file_that_the_graph_names(
-    exported: Callable[[str], Exported], tmp_path: Path
+    exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = exported("bert")
-    report = write_onnx(made.dense, tmp_path, task=made.task, inline_limit=1000)
+    monkeypatch.setattr(convert, "INLINE_LIMIT", 1000)
+    report = write_onnx(made.dense, tmp_path, task=made.task)
     assert set(report.sizes) == {"model.onnx", "model.onnx_data"}
     assert report.sizes["model.onnx_data"] > 10 * 32 * 64
     tensors = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph.initializer

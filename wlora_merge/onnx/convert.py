@@ -66,7 +66,7 @@ def write_onnx(
     opset: int | None = None,
     ort_fusions: str | None = None,
     quantize: str | None = None,
-    inline_limit: int = INLINE_LIMIT,
+    pooling: str | None = None,
 ) -> OnnxReport:
     """Export the model in the folder `dense` to `out/onnx/model.onnx`, and check it against PyTorch.
 
@@ -82,7 +82,7 @@ def write_onnx(
         opset: of the graph; `DEFAULT_OPSET` when None.
         ort_fusions: `cpu`, `cuda`, `webgpu` or `dml`: use ONNX Runtime's own operators for that provider; None keeps to ONNX.
         quantize: `int8` or `int4`: a quantized graph beside the float one.
-        inline_limit: bytes of weights up to which they stay inside `model.onnx`.
+        pooling: what the head sees in place of the first token, as `models.pooling` names it; None: what the class reads.
 
     Returns:
         The graph's interface, sizes, and its largest difference from PyTorch.
@@ -103,7 +103,7 @@ def write_onnx(
 
     Meter("loading the model")
     kind = get_task(task)
-    model = load_model(dense, kind, getattr(torch, dtype), attention="eager")
+    model = load_model(dense, kind, getattr(torch, dtype), attention="eager", pooling=pooling)
     Meter("tracing")
     graphs = trace(model, kind, opset or DEFAULT_OPSET)
     del model
@@ -121,7 +121,7 @@ def write_onnx(
     Meter("writing")
     folder.mkdir()
     for name, graph in graphs.items():
-        save(graph, folder, name, inline_limit)
+        save(graph, folder, name, INLINE_LIMIT)
     copy_side_files(dense, out, dtype)
     names = (
         tuple(dict.fromkeys(str(value.name) for graph in graphs.values() for value in graph.graph.inputs)),
@@ -130,7 +130,7 @@ def write_onnx(
     del graphs, graph
     Meter("checking against PyTorch")
     try:
-        difference = check_onnx(out, dense, task=task)
+        difference = check_onnx(out, dense, task=task, pooling=pooling)
     except VerifyError as e:
         if ort_fusions is None:
             raise
@@ -142,7 +142,8 @@ def write_onnx(
         from .quantize import quantize_onnx
 
         Meter("quantizing")
-        quantized = quantize_onnx(out, load_model(dense, kind, torch.float32), task=kind, kind=quantize)
+        model = load_model(dense, kind, torch.float32, pooling=pooling)
+        quantized = quantize_onnx(out, model, task=kind, kind=quantize)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return OnnxReport(*names, opset=got, largest_difference=difference, sizes=sizes, quantized=quantized)
 

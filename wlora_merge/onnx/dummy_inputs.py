@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.task import Task
 from ..errors import UnsupportedError
 from ..models.loading import PROJECTED, class_for, load, quiet
+from ..models.pooling import add_pooling_layer
 from .pooling import OUTPUTS as POOLED
 from .pooling import add_pooling, pools
 
@@ -38,7 +39,9 @@ def outputs_of(model: torch.nn.Module, task: Task) -> tuple[str, ...]:
     return task.outputs
 
 
-def load_model(dense: Path, task: Task, dtype: torch.dtype, attention: str | None = None) -> torch.nn.Module:
+def load_model(
+    dense: Path, task: Task, dtype: torch.dtype, attention: str | None = None, pooling: str | None = None
+) -> torch.nn.Module:
     """The model in the folder `dense` under its task's transformers class, on the CPU, ready for inference.
 
     For features of a sentence-transformers folder with the modules that pool (see `pooling`).
@@ -48,6 +51,7 @@ def load_model(dense: Path, task: Task, dtype: torch.dtype, attention: str | Non
         task: what the model is for.
         dtype: what the weights are cast to.
         attention: transformers' `attn_implementation`; None is the model's default.
+        pooling: what its head sees in place of the first token (see `models.pooling`); None: what its class reads.
 
     Raises:
         BaseModelError: the folder cannot be loaded, or lacks tensors that the task's model needs.
@@ -64,6 +68,8 @@ def load_model(dense: Path, task: Task, dtype: torch.dtype, attention: str | Non
     model, _ = load(cls, dense, dtype, unused=lambda _: True, **extra)
     if task.is_body:
         add_pooling(model, dense)
+    if pooling is not None:
+        add_pooling_layer(model, pooling)
     return model  # type: ignore[no-any-return]
 
 

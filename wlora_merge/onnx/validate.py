@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ ONE_A_ROW = ("pooler_output", "sentence_embedding", "text_embeds", "image_embeds
 GENERATED = 16
 
 
-def check_onnx(onnx_folder: Path, dense: Path, *, task: str) -> float:
+def check_onnx(onnx_folder: Path, dense: Path, *, task: str, pooling: str | None = None) -> float:
     """Run the graph of `onnx_folder` and the PyTorch model of `dense` on the same inputs and compare all that they give.
 
     `onnx.checker`, no missing or left-over data file, each output in float32 at several batch sizes, sequence lengths
@@ -41,6 +42,7 @@ def check_onnx(onnx_folder: Path, dense: Path, *, task: str) -> float:
         onnx_folder: the root of an ONNX export (`onnx/model.onnx` below it).
         dense: the model folder that it was exported from.
         task: the name of their task.
+        pooling: what the head sees in place of the first token; None: what its class reads.
 
     Returns:
         The largest absolute difference of any output from PyTorch's in float32.
@@ -52,8 +54,8 @@ def check_onnx(onnx_folder: Path, dense: Path, *, task: str) -> float:
     import torch
 
     kind = get_task(task)
-    model = load_model(dense, kind, torch.float32)
-    return compare_with(onnx_folder, model, task=kind, halved=lambda: load_model(dense, kind, torch.float16))
+    model, half = (partial(load_model, dense, kind, dtype, pooling=pooling) for dtype in (torch.float32, torch.float16))
+    return compare_with(onnx_folder, model(), task=kind, halved=half)
 
 
 def compare_with(
