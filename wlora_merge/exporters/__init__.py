@@ -9,6 +9,7 @@ dense_format     safetensors, planned, written, described and verified
 lora_format      one PEFT adapter
 onnx_format      graphs, traced or refolded, or a folder of genai
 dense            which tensors go into which files: plan
+pooling_layer    mean pooling as one more layer of a dense export
 stream           the bytes of those files: write_files
 carried          what the base has beside its weights
 lora             the factors and the files of one PEFT adapter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import BaseModelError
 from ..io.safetensors_file import Entry
@@ -15,13 +16,27 @@ from .dense import OutputFile, changed_config, index_bytes, with_dtype
 
 
 def write_beside(
-    inputs: Inputs, files: Sequence[OutputFile], out: Path, dtype: str | None, split: Mapping[str, Entry]
+    inputs: Inputs,
+    files: Sequence[OutputFile],
+    out: Path,
+    dtype: str | None,
+    split: Mapping[str, Entry],
+    config: Mapping[str, Any],
 ) -> None:
-    """Write what a dense folder has beside its weights: index, config, and every file that the base carries."""
+    """Write what a dense folder has beside its weights: index, every file that the base carries, and its config.
+
+    Args:
+        inputs: the mixture and its base.
+        files: the weight files.
+        out: the folder.
+        dtype: that the weights are cast to; None: the base's own.
+        split: tensors that are no longer tied.
+        config: keys that change beside the mixture's own.
+    """
     index = index_bytes(inputs.base, files)
     if index is not None:
         (out / INDEX).write_bytes(index)
-    changes = dict(inputs.mixture.config)
+    changes = dict(inputs.mixture.config) | dict(config)
     if split:
         changes |= untied_config(inputs.base.config | changes)
     if dtype is not None:

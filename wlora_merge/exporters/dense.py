@@ -84,6 +84,7 @@ def plan(
     untied: Mapping[str, Entry] | None = None,
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
+    added: Sequence[Piece] = (),
 ) -> list[OutputFile]:
     """Lay out the output files before a byte is written.
 
@@ -94,6 +95,7 @@ def plan(
         untied: tensor name -> the base's tensor that it was tied to and no longer is; it stands behind the last tensor.
         dtype: safetensors name (`F32`, `BF16`, `F16`) that floating tensors are cast to; None keeps each its own.
         max_shard_bytes: lay the tensors out anew in files of at most this size; None keeps the base's files.
+        added: tensors that neither the base nor the head has; they stand last.
     """
     changed: dict[str, tuple[ModuleDelta | TensorDelta, ...]] = {}
     for delta in deltas:
@@ -111,6 +113,7 @@ def plan(
         for name, entry in (untied or {}).items()
         if name not in new
     ]
+    extra += added
     planned = {piece.name for file in files for piece in file.pieces} | {piece.name for piece in extra}
     if lost := sorted(set(changed) - planned):
         raise BaseModelError(

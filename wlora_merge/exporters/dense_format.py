@@ -9,20 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from ..constants import DTYPES
 from ..distributed import Team
+from ..errors import VerifyError
 from ..export_options import ExportOptions
 from ..io.safetensors_file import Entry
 from ..mixture.inputs import Inputs
-from ..models.base_model import BaseModel, refuse_quantized
+from ..models.base_model import BaseModel, open_base, refuse_quantized
 from .carried import carried_bytes, write_beside
 from .dense import OutputFile, folder_bytes, plan
 from .format import Format, Measures, Plan, Written
 from .head import read_stored_head
+from .pooling_layer import PoolingLayer, last_layer, pooling_layer, refuse_coarse_shift
 from .probe import outputs_of
 from .stream import write_files
 from .unmerged import load_checked, unused_by
 from .verify_files import check_checkpoint
 from .verify_outputs import Tolerance, stored_dtypes, tolerance_of
-from .verify_weights import check_folded, check_untouched
+from .verify_weights import check_added, check_folded, check_untouched
 
 if TYPE_CHECKING:
     import torch
@@ -39,17 +41,19 @@ class DenseMeasures(Measures):
 
 @dataclass
 class DensePlan(Plan):
-    """The files, their dtype as `--dtype` names it (None: the base's own), and which tied tensors they have apart."""
+    """The files, their dtype as `--dtype` names it (None: the base's own), which tied tensors they have apart, and their layer that
+    pools, if they have one."""
 
     inputs: Inputs
     files: list[OutputFile]
     dtype: str | None
     untied: Mapping[str, Entry]
+    layer: PoolingLayer | None = None
 
     def __post_init__(self) -> None:
         """Sum up the bytes, and say what is special."""
         self.nbytes = folder_bytes(self.files) + carried_bytes(self.inputs.base)
-        self.note = untied_note(self.untied)
+        self.note = " ".join(filter(None, (untied_note(self.untied), self.layer.note if self.layer else "")))
 
     def write_shared(self, out: Path, ranks: Team) -> Mapping[str, str]:
         """Write the weight files; with several ranks each takes every n-th of them."""
@@ -59,12 +63,21 @@ class DensePlan(Plan):
 
     def write(self, out: Path) -> Written:
         """Write index, config, and every file that the base carries."""
-        write_beside(self.inputs, self.files, out, self.dtype, self.untied)
+        config = self.layer.config if self.layer else {}
+        write_beside(self.inputs, self.files, out, self.dtype, self.untied, config)
         return Written(DenseMeasures(untied=sorted(self.untied) or None))
 
 
-def plan_dense(inputs: Inputs, dtype: str | None, max_shard_bytes: int | None = None) -> DensePlan:
+def plan_dense(
+    inputs: Inputs, dtype: str | None, max_shard_bytes: int | None = None, layer: PoolingLayer | None = None
+) -> DensePlan:
     """Lay out the files of a dense folder; see `dense.plan`.
+
+    Args:
+        inputs: the mixture, its base and its adapters.
+        dtype: as `--dtype` names it; None: the base's own.
+        max_shard_bytes: of a file; None keeps the base's files.
+        layer: the layer that pools; None: the model has the base's layers alone.
 
     Raises:
         UnsupportedError: the base is quantized.
@@ -77,8 +90,23 @@ def plan_dense(inputs: Inputs, dtype: str | None, max_shard_bytes: int | None = 
         untied=inputs.untied,
         dtype=None if dtype is None else DTYPES[dtype],
         max_shard_bytes=max_shard_bytes,
+        added=layer.pieces if layer else (),
     )
-    return DensePlan(inputs, files, dtype, inputs.untied)
+    return DensePlan(inputs, files, dtype, inputs.untied, layer)
+
+
+def plan_pooled(inputs: Inputs, dtype: str | None, max_shard_bytes: int | None = None) -> DensePlan:
+    """Lay out the files of a dense folder that computes the mixture by itself: with one more layer, where its head sees the mean.
+
+    Raises:
+        UnsupportedError: the base is quantized, no layer of its architecture pools so, or bfloat16 is too coarse for the head.
+    """
+    refuse_quantized(inputs.base)
+    mixture, layer = inputs.mixture, None
+    if mixture.pooling is not None:
+        layer = pooling_layer(inputs.base, mixture.pooling, None if dtype is None else DTYPES[dtype])
+        refuse_coarse_shift(mixture.head, layer.pieces, inputs.base)
+    return plan_dense(inputs, dtype, max_shard_bytes, layer)
 
 
 def untied_note(split: Mapping[str, Entry]) -> str:
@@ -103,7 +131,7 @@ class DenseFormat(Format):
 
     def plan(self, inputs: Inputs, asked: ExportOptions) -> Plan:
         """The base's files, or others of the size asked for."""
-        return plan_dense(inputs, asked.dtype, asked.max_shard_bytes)
+        return plan_pooled(inputs, asked.dtype, asked.max_shard_bytes)
 
     def measures_of(self, table: Mapping[str, Any]) -> type[Measures]:
         """Of one kind."""
@@ -116,6 +144,8 @@ class DenseFormat(Format):
     def check_structure(self, folder: Path, manifest: Manifest) -> None:
         """Config, index and headers of a checkpoint."""
         check_checkpoint(folder, manifest.files, manifest.dtype)
+        if manifest.mixture.pooling is not None:
+            last_layer(open_base(folder, VerifyError), VerifyError)
 
     def check_loads(self, folder: Path, manifest: Manifest) -> list[str]:
         """The model's tensors are the folder's, each."""
@@ -128,12 +158,18 @@ class DenseFormat(Format):
 
     def check_weights(self, folder: Path, manifest: Manifest, found: Inputs) -> list[str]:
         """What no adapter changes byte for byte, the rest folded again."""
-        files = plan_dense(found, manifest.dtype).files
-        untouched = check_untouched(folder, files)
-        folded = check_folded(folder, files, found.mixture)
+        planned = plan_pooled(found, manifest.dtype)
+        untouched = check_untouched(folder, planned.files)
+        folded = check_folded(folder, planned.files, found.mixture)
+        added = planned.layer.pieces if planned.layer else ()
+        check_added(folder, added)
+        pools = (
+            [f"{len(added)} tensors are those of a layer that averages the tokens, number for number"] if added else []
+        )
         return [
             f"{untouched} tensors that no adapter changes are the base's, byte for byte",
             f"{folded} tensors that adapters change or --dtype rounds are the mixture's, folded again, but for a last bit",
+            *pools,
         ]
 
     def outputs(self, folder: Path, manifest: Manifest, base: BaseModel) -> dict[str, torch.Tensor]:
@@ -142,7 +178,7 @@ class DenseFormat(Format):
 
     def tolerance(self, folder: Path, manifest: Manifest, effect: float) -> Tolerance:
         """Rounding to the dtype of its weights."""
-        return tolerance_of(stored_dtypes(folder), effect)
+        return tolerance_of(stored_dtypes(folder), effect, pooled=manifest.mixture.pooling is not None)
 
     def _load(self, folder: Path, manifest: Manifest) -> nn.Module:
         return load_checked(folder, manifest.mixture.task, unused=unused_by(manifest.mixture))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.deltas import ModuleDelta
-from ..errors import VerifyError
+from ..errors import UnsupportedError, VerifyError
 from ..export_options import ExportOptions
 from ..io.records import Record
 from ..io.tensors import matrix_shape
@@ -19,6 +19,7 @@ from .carried import carried_bytes, copy_carried
 from .format import Format, Measures, Plan, Written, measured, refuse_added
 from .head import read_stored_head
 from .lora import write_lora
+from .pooling_layer import VECTORS
 from .probe import outputs_of
 from .serving import check_rank, check_server
 from .unmerged import head_options, load_checked, unused_by
@@ -122,6 +123,11 @@ class LoraFormat(Format):
         if asked.server is not None:
             check_server(asked.server, inputs.mixture, inputs.deltas)
         refuse_added(inputs, "no LoRA over that base can express", "dense")
+        if inputs.mixture.pooling is not None:
+            raise UnsupportedError(
+                f"{inputs.base.folder}: the mixture's head sees {VECTORS[inputs.mixture.pooling]}, which no LoRA adds to a base: "
+                "export with --format dense or --format onnx."
+            )
         return LoraPlan(inputs, asked)
 
     def measures_of(self, table: Mapping[str, Any]) -> type[Measures]:

@@ -23,6 +23,7 @@ from .dense import changed_config, folder_bytes, with_dtype
 from .dense_format import DensePlan, plan_dense, untied_note
 from .format import Format, Measures, Plan, Written, refuse_added
 from .head import locate_head, read_graph_head
+from .pooling_layer import VECTORS
 from .probe import probe_tensors
 from .verify_outputs import Checked, Tolerance, tolerance_of
 
@@ -130,7 +131,10 @@ class TracedPlan(Plan):
 
     def __post_init__(self) -> None:
         """A graph is as large as the folder that it is traced from."""
-        self.nbytes, self.note = self.dense.nbytes + folder_bytes(self.dense.files), self.dense.note
+        self.nbytes = self.dense.nbytes + folder_bytes(self.dense.files)
+        pooling = self.dense.inputs.mixture.pooling
+        pooled = "" if pooling is None else f"The graph gives its head {VECTORS[pooling]}, normalized to one length."
+        self.note = " ".join(filter(None, (self.dense.note, pooled)))
 
     def write(self, out: Path) -> Written:
         """Write the dense folder, trace it or let genai build it, and take it away."""
@@ -162,6 +166,7 @@ class TracedPlan(Plan):
             opset=asked.opset,
             ort_fusions=asked.ort_fusions,
             quantize=asked.quantize,
+            pooling=mixture.pooling,
         )
         shutil.rmtree(dense)
         return Written(
@@ -227,6 +232,11 @@ class OnnxFormat(Format):
             return TracedPlan(plan_dense(inputs, asked.dtype or "float32"), asked)
         from .onnx_refold import plan_refold
 
+        if inputs.mixture.pooling is not None:
+            raise UnsupportedError(
+                f"--onnx-base {asked.onnx_base}: the mixture's head sees {VECTORS[inputs.mixture.pooling]}, which a graph of the "
+                "base does not give: leave --onnx-base out."
+            )
         refuse_added(inputs, "the graph of the base has no room for", "onnx and without --onnx-base")
         if inputs.untied:
             raise UnsupportedError(
@@ -270,7 +280,8 @@ class OnnxFormat(Format):
         """Rounding to the dtype of its weights."""
         report = manifest.report
         names = report.dtypes if isinstance(report, RefoldMeasures) else [manifest.dtype or "float32"]
-        return tolerance_of({DTYPES[name] for name in names if name in DTYPES}, effect)
+        dtypes = {DTYPES[name] for name in names if name in DTYPES}
+        return tolerance_of(dtypes, effect, pooled=manifest.mixture.pooling is not None)
 
     def check_outputs(
         self, folder: Path, manifest: Manifest, model: nn.Module, base: BaseModel, checked: Checked

@@ -77,7 +77,7 @@ def head_options(config: Mapping[str, Any]) -> dict[str, Any]:
 def attach_mixture(
     model: nn.Module, mixture: Mixture, adapters: list[Adapter], base: BaseModel, tensors: Iterable[TensorDelta] = ()
 ) -> nn.Module:
-    """The unmerged mixture: adapters attached with the mixture's own weights, its head and mixed whole tensors put in place."""
+    """The unmerged mixture: adapters attached with the mixture's own weights, its head, mixed whole tensors and pooling in place."""
     import torch
 
     from ..adapters.targets import tensors_of
@@ -86,6 +86,7 @@ def attach_mixture(
     from ..mixture.fold import fold_saved
     from ..mixture.groups import rows_of
     from ..mixture.live_model import live_tensors, set_parameter
+    from ..models.pooling import add_pooling_layer
 
     with torch.no_grad():
         _resize(model, base)
@@ -121,6 +122,8 @@ def attach_mixture(
                 attachment.stacked(
                     module
                 ).present = delta.present  # a LoRA of the same module knows its own adapters alone
+    if mixture.pooling is not None:
+        add_pooling_layer(model, mixture.pooling)
     return model
 
 

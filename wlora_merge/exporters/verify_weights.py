@@ -12,7 +12,7 @@ from ..adapters.deltas import ModuleDelta
 from ..adapters.stacking import stack
 from ..adapters.targets import modules_of, tensors_of
 from ..errors import VerifyError, WloraMergeError
-from ..io.safetensors_file import Entry, read_header
+from ..io.safetensors_file import Entry, read_header, read_tensor, torch_dtype
 from ..models.base_model import BaseModel, open_base
 from ..progress import Meter
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..mixture.inputs import Inputs
     from ..mixture.mixture import Mixture
-    from .dense import OutputFile
+    from .dense import OutputFile, Piece
 
 LORA_ROUNDING = {"F32": 1e-3, "BF16": 3e-2, "F16": 3e-2}
 """What rounding its factors may cost a module of a LoRA, relative to its delta weight; small numbers of F16 have few bits."""
@@ -93,6 +93,23 @@ def check_folded(folder: Path, planned: Sequence[OutputFile], mixture: Mixture) 
             )
         meter.add(piece.nbytes, 1)
     return len(pieces)
+
+
+def check_added(folder: Path, pieces: Sequence[Piece]) -> None:
+    """Compare tensors that neither the base nor the head has with what they must hold.
+
+    Raises:
+        VerifyError: another number.
+    """
+    import torch
+
+    found = open_base(folder).entries
+    for piece in pieces:
+        got = found[piece.name]
+        if piece.tensor is not None and not torch.equal(read_tensor(got), piece.tensor.to(torch_dtype(piece.dtype))):
+            raise VerifyError(
+                f"{got.file}: tensor {piece.name!r} is not that of the layer that pools the tokens: export again."
+            )
 
 
 def check_lora(folder: Path, told: Mapping[str, float], found: Inputs) -> float:
