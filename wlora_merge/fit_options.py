@@ -27,6 +27,7 @@ from .option_fields import (
     spec,
 )
 
+POOLINGS = ("auto", "model", "mean", "cls", "last")
 METHODS = ("learned", "uniform", "best-single", "fixed", "search", "auto")
 LEARNED = ("learned", "auto")
 """The methods that learn weights by gradients."""
@@ -123,6 +124,17 @@ class FitOptions:
         "head is trained on one shot per class, else 1.",
         detail="As in WiSE-FT (https://arxiv.org/abs/2109.01903); uniform composition has its own trained head. It is always 1 from "
         "initial logits.")
+    pooling: str = option(
+        "auto", Topic.MIXED, choices=POOLINGS, tasks=_tasks("classifies_examples"),
+        help="What a new head sees of a text: the mean of its tokens, the first (cls), the last, or what the model's class reads "
+        "(model). Default: what modules.json says, else what tells the shots apart best.",
+        detail="Decoders and image models: model. A mean is one more layer in a dense export of BERT, RoBERTa, ELECTRA and "
+        "DistilBERT; for other models it is exported to ONNX.")
+    l2: float | None = option(
+        None, Topic.MIXED, bounds=ABOVE_0,
+        help="How strongly a new head is held to zero, on features of norm 1: 1/C of scikit-learn. Default: 0.1, unless the folds "
+        "prefer 0.01 or 1.",
+        detail="A new head that is one linear layer is solved to its optimum, on features that are computed once.")
     prune_below: float = option(
         0.0, Topic.MIXED, bounds=AT_LEAST_0,
         help="Set weights under this to zero after the fit: 0 to 1, of free weights any size.",
@@ -132,7 +144,7 @@ class FitOptions:
         3, Topic.JUDGED, bounds=AT_LEAST_0, help="Parts of the shots, each held out once; 0: none.",
         detail="A class with one shot is never held out, nor are fewer than four different examples.")
     settings: int = option(
-        2, Topic.JUDGED, bounds=COUNT, of=LEARNED,
+        1, Topic.JUDGED, bounds=COUNT, of=LEARNED,
         help="Learned settings that the folds compare at most; each costs --folds trainings.",
         detail="In this order: the default; without a new adapter (where it has none: with one); the other normalize; the other "
         "granularity; with a pull; then two of these at once. A setting is taken instead of those before it where it is ahead, with "
@@ -154,10 +166,14 @@ class FitOptions:
     learning_rate: float | None = option(
         None, Topic.TRAINED, bounds=ABOVE_0, of=LEARNED,
         help="Of the logits, and of a learned --delta-scale (AdamW). Default: 0.05, with free weights 0.02.")
-    head_learning_rate: float = option(0.01, Topic.TRAINED, bounds=ABOVE_0, help="Of a new head (AdamW).")
-    new_adapter_learning_rate: float = option(
-        1e-3, Topic.TRAINED, bounds=ABOVE_0, of=LEARNED, help="Of a new adapter (AdamW).")
-    batch_size: int = option(8, Topic.TRAINED, bounds=COUNT, help="Examples in a batch, over all processes.")
+    head_learning_rate: float = option(
+        0.01, Topic.TRAINED, bounds=ABOVE_0, help="Of a new head that is trained, not solved (AdamW).")
+    new_adapter_learning_rate: float | None = option(
+        None, Topic.TRAINED, bounds=ABOVE_0, of=LEARNED,
+        help="Of a new adapter (AdamW). Default: 0.002 under a solved head that classifies examples, else 0.001.")
+    batch_size: int | None = option(
+        None, Topic.TRAINED, bounds=COUNT,
+        help="Examples in a batch, over all processes. Default: 48 where a new head classifies examples, else 8.")
     gradient_accumulation_steps: int = option(1, Topic.TRAINED, bounds=COUNT, help="Batches in an optimizer step.")
     max_length: int | None = option(
         None, Topic.TRAINED, bounds=COUNT,

@@ -1,5 +1,7 @@
-"""What is compared. Every method trains a new head, where the task has one, in the same way: the same initial values, AdamW
-with the same learning rate, the same number of steps and batch size.
+"""What is compared: what a user tries first, and what `wlora-merge fit` gives.
+
+Full fine-tuning and the LoRA train a new head, where the task has one, in the same way: the same initial values, AdamW with the same
+learning rate, the same number of steps and batch size.
 """
 
 from __future__ import annotations
@@ -12,15 +14,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from jobs import Job, Row, get_job
 
 import wlora_merge
 from wlora_merge.data.labels import words_of
-from wlora_merge.fit_options import FitOptions
-from wlora_merge.training.candidates import steps_of
 
 BATCH, HEAD_RATE, MAX_LENGTH = 8, 0.01, 256
 
@@ -84,7 +86,67 @@ def _lora(job: Job, shots: list[Row], seed: int) -> Trained:
     return _train(job, get_peft_model(model, config), shots, seed, rate=1e-3)
 
 
+def _embedded(scale: float) -> Method:
+    """scikit-learn's logistic regression on the mean-pooled embedding of unit norm: what is tried first.
+
+    Args:
+        scale: how much of the adapters' uniform composition is in the model that embeds; 0: the base alone.
+    """
+
+    def run(job: Job, shots: list[Row], seed: int) -> Trained:
+        from sklearn.linear_model import LogisticRegression
+        from transformers import AutoModel
+
+        tokenizer = _tokenizer(job)
+        model = AutoModel.from_pretrained(job.base, dtype=torch.float32).eval()
+        if scale:
+            wlora_merge.attach(
+                model, list(job.adapters.items()), normalize="none", delta_scale=scale, modules_to_save="drop"
+            )
+        rows = shots + [(words_of(label), label) for label in job.labels] * job.label_names
+        texts, labels = [text for text, _ in rows], [job.labels.index(label) for _, label in rows]
+        head = LogisticRegression(C=10.0, max_iter=5000).fit(_embed(model, tokenizer, texts), labels)
+
+        class Whole(torch.nn.Module):
+            config = _named(job)
+
+            def forward(self, **inputs: torch.Tensor) -> Any:
+                scores = head.decision_function(_mean(model, inputs))
+                scores = scores if scores.ndim > 1 else np.stack([-scores, scores], axis=1)
+                return SimpleNamespace(logits=torch.from_numpy(scores))
+
+        return Trained(Whole(), head.coef_.size + head.intercept_.size)
+
+    return run
+
+
+def _named(job: Job) -> Any:
+    return SimpleNamespace(id2label=dict(enumerate(job.labels)))
+
+
+@torch.no_grad()
+def _mean(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    """Mean-pooled embeddings of unit norm [B, d], float64."""
+    inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    tokens, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
+    return torch.nn.functional.normalize((tokens * mask).sum(1) / mask.sum(1)).double().numpy()
+
+
+def _embed(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
+    parts = [
+        dict(
+            tokenizer(
+                list(texts[i : i + 32]), return_tensors="pt", padding=True, truncation=True, max_length=MAX_LENGTH
+            )
+        )
+        for i in range(0, len(texts), 32)
+    ]
+    return np.concatenate([_mean(model, part) for part in parts])
+
+
 METHODS: dict[str, Method] = {
+    "logistic regression on the base's embedding": _embedded(0.0),
+    "the same on uniform composition's": _embedded(1.0),
     "base with a new head": _fitted(method="fixed", weights=lambda n: [0.0] * n, folds=0),
     "full fine-tuning": _finetuned,
     "LoRA from scratch": _lora,
@@ -135,7 +197,7 @@ def _train(job: Job, model: Any, shots: list[Row], seed: int, *, rate: float) ->
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0, fused=True)
     drawn, order = random.Random(seed), []
     model.train()
-    for _ in range(steps_of(FitOptions(), len(shots), head=_has_head(job))):  # the fit's own default
+    for _ in range(_steps(job, len(shots))):
         if not order:
             order = drawn.sample(shots, len(shots))
         rows, order = order[:BATCH], order[BATCH:]
@@ -143,6 +205,11 @@ def _train(job: Job, model: Any, shots: list[Row], seed: int, *, rate: float) ->
         optimizer.step()
         optimizer.zero_grad()
     return Trained(model, sum(p.numel() for _, p in named))
+
+
+def _steps(job: Job, shots: int) -> int:
+    """100 steps where a head is trained, else 20 epochs, but 40 to 100 steps."""
+    return 100 if _has_head(job) else min(100, max(40, round(20 * -(-shots // BATCH))))
 
 
 def _tokenizer(job: Job) -> Any:

@@ -131,7 +131,7 @@ def test_null_is_what_leaving_a_key_out_is(recipe: Path) -> None:
     )
     job = read_recipe(recipe)
     assert job.fit is not None
-    assert (job.fit.batch_size, job.fit.seed, job.fit.method) == (8, 0, "learned")
+    assert (job.fit.batch_size, job.fit.seed, job.fit.method) == (None, 0, "learned")
     recipe.write_text(text[: text.index("mix:")] + "fit: {data: null, task: causal-lm}\n")
     with pytest.raises(RecipeError, match="data is None, expected str"):
         read_recipe(recipe)

@@ -64,7 +64,9 @@ def test_the_dense_export_is_the_sum_of_pefts_merges_the_new_adapters_among_them
     weights = mixture.mixture_weights
     assert torch.equal(weights[:, 3], torch.ones(len(weights)))
     if normalize == "all":
-        assert torch.allclose(weights[:, :3].sum(1), torch.ones(len(weights)))
+        given = weights[:, :3].sum(1)[weights[:, :3].any(1)]  # the new adapter alone changes the other modules
+        assert len(given) == 4
+        assert torch.allclose(given, torch.ones(4))
     model, new = classifier(zoo), tmp_path / "m" / NEW_FOLDER
     assert any(change.abs().max() > 1e-4 for change in peft_changes(model, new).values())
     export(tmp_path / "m", "dense", tmp_path / "dense")
@@ -135,7 +137,8 @@ def test_half_way_the_new_adapters_change_is_half_of_what_was_trained_and_all_el
         for s in (1.0, 0.5)
     )
     assert all(torch.allclose(half[name], whole[name] / 2, rtol=1e-9, atol=1e-12) for name in whole)
-    assert all(torch.equal(of_half[name], of_whole[name]) for name in of_whole)
+    same = [name for name in of_whole if not name.startswith("head.")]  # which is solved on what it sees
+    assert all(torch.equal(of_half[name], of_whole[name]) for name in same)
 
 
 def test_a_mixture_folder_keeps_its_new_adapter_wherever_it_is_moved(zoo: Zoo, tmp_path: Path) -> None:
@@ -231,7 +234,8 @@ def test_a_new_adapter_needs_learned_weights_that_can_be_made_free_ones(options:
 
 def test_the_folds_compare_a_new_adapter_and_the_note_says_that_it_was_kept(zoo: Zoo) -> None:
     mixture = fitted(zoo, new_adapter=4, settings=1)
-    assert list(mixture.metrics["settings"]) == ["module, normalize none, pull 0, new adapter of rank 4"]
+    (setting,) = mixture.metrics["settings"]
+    assert setting.startswith("module, normalize none, pull 0, new adapter of rank 4")
     assert mixture.metrics["chosen"]["new_adapter"] == 4
     assert "With a new adapter of rank 4" in mixture.metrics["note"]
     without = fitted(zoo, new_adapter=0, settings=1)

@@ -19,7 +19,7 @@ from wlora_merge.exporters.export import export
 from wlora_merge.mixture.mix import mix
 from wlora_merge.models.pooling import pool_tokens
 from wlora_merge.onnx.convert import write_onnx
-from wlora_merge.onnx.pooling import SWITCHES, add_pooling
+from wlora_merge.onnx.pooling import SWITCHES, add_pooling, own_pooling
 
 ort = pytest.importorskip("onnxruntime")
 Array = np.ndarray[Any, Any]
@@ -224,3 +224,25 @@ def test_a_tower_with_a_projection_gives_its_embedding(tmp_path: Path, tower: st
     np.testing.assert_allclose(got[1], expected.last_hidden_state.numpy(), atol=2e-5)
     for way in ("out", "dense"):
         assert_verified(tmp_path / way, **inputs_of(tmp_path / "mixture"))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+        ({"pooling_mode_max_tokens": True}, None),
+        ({"pooling_mode": ["mean", "max"]}, None),
+    ],
+)
+def test_a_fit_pools_as_a_sentence_transformers_folder_does(
+    config: dict[str, object], expected: str | None, tmp_path: Path
+) -> None:
+    assert own_pooling(tmp_path) is None
+    kinds = ("Transformer", "Pooling")
+    rows = [{"type": f"sentence_transformers.models.{kind}", "path": f"{n}_{kind}" * n} for n, kind in enumerate(kinds)]
+    (tmp_path / "modules.json").write_text(json.dumps(rows))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    assert own_pooling(tmp_path) == expected

@@ -35,9 +35,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
 
 def fitted(zoo: Zoo, out: Path | None = None, **options: Any) -> Mixture:
-    """Of the given adapters alone, unless `new_adapter` says otherwise."""
+    """Of the given adapters alone, unless `new_adapter` says otherwise; its head sees the first token, which each format can have."""
     base, folders, shots = zoo
-    small = {"max_steps": 4, "folds": 2, "new_adapter": 0}
+    small = {"max_steps": 4, "folds": 2, "new_adapter": 0, "pooling": "cls"}
     return fit(base, folders, shots, "text-classification", out, **(small | options))
 
 

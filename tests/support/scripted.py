@@ -14,7 +14,7 @@ from wlora_merge.data.metrics import classification_metric
 from wlora_merge.data.tasks import get_task
 from wlora_merge.distributed import Team
 from wlora_merge.fit_options import fit_options
-from wlora_merge.training.candidates import LEARNED, Candidate, Contender, Kind, single
+from wlora_merge.training.candidates import LEARNED, Candidate, Contender, Kind, Situation, single
 from wlora_merge.training.loop import Trained
 from wlora_merge.training.resume import FitState
 from wlora_merge.training.run import Clock, Run, Split
@@ -26,6 +26,7 @@ class Scripted:
 
     metric = classification_metric(LabelSet(("a", "b"), SINGLE))
     head: ClassVar = ["classifier"]
+    situation = Situation(head=True, enough=True)
 
     def __init__(self, right: dict[str, list[int]]) -> None:
         self.right = right

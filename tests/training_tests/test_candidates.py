@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from support.fits import zoo as zoo
 
 from wlora_merge.exporters.export import export
 from wlora_merge.fit_options import FitOptions, fit_options
-from wlora_merge.training.candidates import Candidate, learned_settings, steps_of
+from wlora_merge.training.candidates import Candidate, Situation, learned_settings, steps_of
 
 # ---------------------------------------------------------------------------------------------------- the methods
 
@@ -61,16 +62,21 @@ def test_search_finds_global_weights_and_auto_keeps_what_is_best_on_the_folds(zo
     assert auto.metrics["kept"] == best
 
 
+BARE, HEAD, SOLVED = Situation(False, True), Situation(True, True), Situation(True, True, solved=True, left_out=True)
+TAGS = Situation(True, True, solved=True)
+
+
 @pytest.mark.parametrize(
-    ("shots", "given", "head", "steps"),
+    ("shots", "given", "now", "steps"),
     [
-        (8, {}, False, 40), (24, {}, False, 60), (36, {}, False, 100), (500, {}, False, 100), (500, {}, True, 100),
-        (8, {}, True, 100), (80, {"batch_size": 32}, False, 60), (80, {"gradient_accumulation_steps": 4}, False, 50),
-        (80, {"epochs": 1}, False, 10), (8, {"max_steps": 7}, False, 7),
+        (8, {}, BARE, 40), (24, {}, BARE, 60), (36, {}, BARE, 100), (500, {}, BARE, 100), (500, {}, HEAD, 100),
+        (8, {}, HEAD, 100), (500, {}, SOLVED, 15), (8, {}, TAGS, 40), (80, {"batch_size": 32}, BARE, 60),
+        (80, {"gradient_accumulation_steps": 4}, BARE, 50), (80, {"epochs": 1}, BARE, 10), (80, {"epochs": 2}, SOLVED, 8),
+        (8, {"max_steps": 7}, BARE, 7), (8, {"max_steps": 7}, SOLVED, 7),
     ],
 )  # fmt: skip
-def test_how_long_a_training_is(shots: int, given: dict[str, Any], head: bool, steps: int) -> None:
-    assert steps_of(FitOptions(**given), shots, head=head) == steps
+def test_how_long_a_training_is(shots: int, given: dict[str, Any], now: Situation, steps: int) -> None:
+    assert steps_of(FitOptions(**given), shots, now) == steps
 
 
 def test_a_strong_pull_keeps_the_weights_near_uniform(zoo: Zoo) -> None:
@@ -83,7 +89,8 @@ def test_a_strong_pull_keeps_the_weights_near_uniform(zoo: Zoo) -> None:
 
 def test_what_the_settings_are_follows_from_the_head_and_the_shots() -> None:
     def found(head: bool, enough: bool, **options: Any) -> list[Candidate]:
-        return learned_settings(fit_options(options), head=head, enough=enough)
+        several = {} if options.get("method") == "uniform" else {"settings": 2}
+        return learned_settings(fit_options(several | options), Situation(head, enough))
 
     def settings(head: bool, enough: bool, **options: Any) -> list[tuple[str, int, float]]:
         return [(s.normalize, s.new_adapter, s.interpolation) for s in found(head, enough, **options)]
@@ -92,6 +99,7 @@ def test_what_the_settings_are_follows_from_the_head_and_the_shots() -> None:
         return [s.new_interpolations for s in found(head, enough, **options)]
 
     assert settings(True, True) == [("none", 8, 1.0), ("none", 0, 1.0)]
+    assert settings(True, True, settings=1) == settings(True, True)[:1]
     assert settings(True, False) == [("none", 0, 0.5), ("none", 8, 0.5)]
     assert settings(False, True) == [("all", 8, 1.0), ("all", 0, 1.0)]
     assert settings(False, False) == [("all", 0, 1.0), ("all", 8, 1.0)]
@@ -108,6 +116,32 @@ def test_what_the_settings_are_follows_from_the_head_and_the_shots() -> None:
 
 
 @pytest.mark.parametrize(
+    ("near", "options", "expected"),
+    [
+        (0.6, {}, (8, False, True)),
+        (0.9, {}, (0, False, False)),
+        (0.9, {"new_adapter": 4}, (4, False, True)),
+        (0.9, {"max_steps": 3}, (0, True, True)),
+        (0.9, {"normalize": "all"}, (0, True, True)),
+        (0.6, {"granularity": "layer"}, (8, True, True)),
+        (0.6, {"pull": 0.1, "new_adapter": 0}, (0, True, True)),
+        (0.6, {"new_adapter": 0}, (0, False, False)),
+    ],
+)
+def test_under_a_solved_head_a_training_has_to_earn_its_place(
+    near: float, options: dict[str, Any], expected: tuple[int, bool, bool]
+) -> None:
+    now = Situation(True, True, solved=True, left_out=True, near=near)
+    (found,) = learned_settings(fit_options(options), now)
+    assert (found.new_adapter, found.trains_weights, found.trained) == expected
+    may = (1.0, 0.5) if options.get("new_adapter") else (1.0, 0.5, 0.0)  # one that is asked for stays
+    assert found.new_interpolations == (may if found.new_adapter else (1.0,))
+    assert found.interpolation == 1.0
+    idle = replace(found, new_interpolations=(0.0,)).without_idle_adapter()
+    assert (idle.new_adapter, idle.new_interpolation) == (0, 1.0)
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {},
@@ -116,24 +150,31 @@ def test_what_the_settings_are_follows_from_the_head_and_the_shots() -> None:
         {"folds": 2, "settings": 1},
     ],
 )
-def test_an_interpolation_lies_between_uniform_composition_with_its_own_head_and_what_was_learned(
+def test_an_interpolation_lies_between_uniform_composition_and_what_was_learned(
     zoo: Zoo, options: dict[str, Any]
 ) -> None:
     learned, part = (
-        fitted(zoo, **({"folds": 0, "learning_rate": 0.2, "max_steps": 12} | options | {"interpolation": share}))
+        fitted(
+            zoo,
+            **(
+                {"folds": 0, "learning_rate": 0.2, "max_steps": 12, "delta_scale": 1}
+                | options
+                | {"interpolation": share}
+            ),
+        )
         for share in (1, 0.25)
     )
-    even = fitted(zoo, method="uniform", folds=0, max_steps=12)
     assert (part.metrics["kept"], part.adapter_names) == ("learned", learned.adapter_names)
     start = 1 / 3 if part.normalize == "none" else 0.0
-    expected = 0.75 * start + 0.25 * learned.wlora_weights[:, :3].double()
-    assert torch.allclose(part.wlora_weights[:, :3].double(), expected, rtol=0, atol=1e-6)
-    assert float((part.wlora_weights[:, :3] - start).abs().max()) > 1e-2
+    changed = learned.mixture_weights[:, :3].any(1)  # a new adapter alone changes the other modules
+    assert int(changed.sum()) == 4
+    expected = 0.75 * start + 0.25 * learned.wlora_weights[changed, :3].double()
+    assert torch.allclose(part.wlora_weights[changed, :3].double(), expected, rtol=0, atol=1e-6)
+    assert float((part.wlora_weights[changed, :3] - start).abs().max()) > 1e-2
     assert part.delta_scale == pytest.approx(0.75 + 0.25 * learned.delta_scale, abs=1e-6)
-    for name, tensor in part.head.items():
-        expected = 0.75 * even.head[name].double() + 0.25 * learned.head[name].double()
-        assert torch.allclose(tensor.double(), expected, rtol=0, atol=1e-6)
-        assert not torch.allclose(even.head[name], learned.head[name], rtol=0, atol=1e-3)
+    assert all(
+        not torch.equal(part.head[name], learned.head[name]) for name in part.head if "classifier" in name
+    )  # solved again
     if part.new_files:
         (file,) = (name for name in part.new_files if name.endswith(".safetensors"))
         part_factors, learned_factors = (load(m.new_files[file]) for m in (part, learned))

@@ -17,10 +17,9 @@ from support.shots import WORDS, save_tokenizer
 
 from wlora_merge.exporters.export import export
 from wlora_merge.mixture.attachment import attachment_of
-from wlora_merge.training.candidates import LEARNED, UNIFORM, Candidate
+from wlora_merge.training.candidates import LEARNED, UNIFORM, Candidate, Situation
 from wlora_merge.training.comparison import Judging, compare
 from wlora_merge.training.learner import Learner
-from wlora_merge.training.loop import Trained
 from wlora_merge.training.scoring import Judged
 
 
@@ -47,34 +46,18 @@ def test_the_numbers_of_the_kept_candidate_are_those_of_its_export_on_the_evalua
     assert found["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 
 
-def test_every_candidate_starts_from_the_same_head(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    starts: list[dict[str, torch.Tensor]] = []
-    train = Learner.train
-
-    def seen(self: Learner, candidate: Candidate, *args: Any, **options: Any) -> Trained:
-        self.place(candidate)
-        starts.append({name: self.model.get_parameter(name).detach().clone() for name in self.start})
-        return train(self, candidate, *args, **options)
-
-    monkeypatch.setattr(Learner, "train", seen)
-    fitted(zoo)
-    assert len(starts) > 3
-    assert set(starts[0]) == {"classifier.weight", "classifier.bias"}
-    assert all(torch.equal(start[name], starts[0][name]) for start in starts for name in starts[0])
-
-
 def test_a_setting_is_kept_only_where_it_is_ahead_of_the_default_by_more_than_two_standard_errors(zoo: Zoo) -> None:
-    mixture = fitted(zoo, max_steps=None, settings=3, new_adapter=None)
+    mixture = fitted(zoo, max_steps=3, settings=3, new_adapter=4)
     settings = mixture.metrics["settings"]
-    assert list(settings) == [
-        "module, normalize none, pull 0, new adapter of rank 8",
-        "module, normalize none, pull 0",
-        "module, normalize all, pull 0, new adapter of rank 8",
+    assert [name.removesuffix(" at 0.5") for name in settings] == [
+        "module, normalize none, pull 0, new adapter of rank 4",
+        "module, normalize all, pull 0, new adapter of rank 4",
+        "global, normalize none, pull 0, new adapter of rank 4",
     ]
     kept = mixture.metrics["chosen"]
-    new = ", new adapter of rank 8" if kept["new_adapter"] else ""
-    name = f"{kept['granularity']}, normalize {kept['normalize']}, pull {kept['pull']:g}{new}"
-    assert kept["steps"] == settings[name]["steps"] == 100  # a head that is stopped early is not finished
+    name = f"{kept['granularity']}, normalize {kept['normalize']}, pull {kept['pull']:g}, new adapter of rank 4"
+    (row,) = (row for called, row in settings.items() if called.startswith(name))
+    assert kept["steps"] == row["steps"] == 3
     assert mixture.granularity == kept["granularity"]
 
 
@@ -136,6 +119,17 @@ def test_how_far_a_new_adapter_goes_is_what_the_metric_says_and_for_how_long_wha
     ((name, row),) = found.settings.items()
     assert row["steps"] == kept[0]
     assert name.endswith("new adapter of rank 8 at 0.5" if kept[1] == 0.5 else "new adapter of rank 8")
+
+
+def test_under_a_solved_head_the_loss_says_how_far_a_new_adapter_goes_and_none_of_it_leaves_it_out() -> None:
+    points = {(4, 1.0): ([1, 1, 1, 1], 0.6), (4, 0.5): ([1, 1, 1, 0], 0.5), (4, 0.0): ([1, 1, 0, 0], 0.4)}
+    learner = Halfway(points)
+    learner.situation = Situation(head=True, enough=True, solved=True, left_out=True)  # type: ignore[misc]
+    setting = Candidate(LEARNED, None, new_adapter=8, new_interpolations=(1.0, 0.5, 0.0))
+    found = compare(learner, [setting], Judging([(range(4), range(4))], 4, (1.0,)))  # type: ignore[arg-type]
+    assert found.learned is not None
+    assert (found.learned.new_adapter, found.learned.new_interpolation) == (0, 1.0)
+    assert found.scores[LEARNED].loss == 0.4
 
 
 def test_each_candidate_is_trained_for_its_own_number_of_steps() -> None:

@@ -7,37 +7,93 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load
+from sklearn.linear_model import LogisticRegression
 from support.fits import Zoo, fitted
 from support.fits import zoo as zoo
 from support.language_models import fitted_lm
 from support.language_models import llamas as llamas
-from support.models import make_adapter
+from support.models import make_adapter, tiny_bert
 from support.processes import free_port, launch
 from support.shots import WORDS, others, save_tokenizer
 
 import wlora_merge
 import wlora_merge.training.learner as training
 from wlora_merge.constants import NEW_FOLDER
+from wlora_merge.data.examples import read_examples
+from wlora_merge.data.tasks import get_task
 from wlora_merge.errors import MixtureError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mixture import Mixture
 
 
-def test_a_head_trained_on_activations_computed_once_is_the_one_trained_through_the_model(
-    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fast = fitted(zoo, method="uniform", max_steps=12)
-    monkeypatch.setattr(training.Learner, "features", lambda self, candidate: None)
-    slow = fitted(zoo, method="uniform", max_steps=12)
-    for name in fast.head:
-        assert torch.allclose(fast.head[name], slow.head[name], atol=1e-6)
-    for name, row in fast.metrics["candidates"].items():
-        assert row == pytest.approx(slow.metrics["candidates"][name], abs=1e-5)
+@pytest.mark.parametrize("pooling", ["mean", "cls", "model"])
+def test_a_solved_head_is_scikit_learn_s_on_what_the_export_computes(zoo: Zoo, tmp_path: Path, pooling: str) -> None:
+    mixture = fitted(zoo, tmp_path / "m", method="uniform", pooling=pooling, folds=0)
+    export(tmp_path / "m", "dense", tmp_path / "dense")
+    model: Any = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "dense")
+    rows = [line.rsplit(",", 1) for line in zoo[2].read_text().splitlines()[1:]]
+    inputs = tokenizer([text for text, _ in rows], return_tensors="pt", padding=True)
+    wanted = [model.config.label2id[label] for _, label in rows]
+    seen: list[torch.Tensor] = []
+    layer = model.bert.pooler.dense if pooling != "model" else model.classifier
+    layer.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
+    with torch.no_grad():
+        logits = model(**inputs).logits.double()
+    features = seen[0].double().numpy()
+    features = features / np.sqrt((features**2).sum(1).mean())
+    theirs = LogisticRegression(C=10.0, tol=1e-12, max_iter=20000).fit(features, wanted)
+    np.testing.assert_allclose(logits.softmax(1).numpy(), theirs.predict_proba(features), atol=1e-4)
+    assert mixture.metrics["chosen"] == {**mixture.metrics["chosen"], "pooling": pooling, "l2": 0.1}
+    assert mixture.pooling == ("mean" if pooling == "mean" else None)
+
+
+@pytest.mark.parametrize("task", ["token-classification", "question-answering"])
+def test_where_every_token_is_judged_the_head_is_solved_too(task: str, tmp_path: Path) -> None:
+    tiny_bert().save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    model = transformers.BertModel.from_pretrained(tmp_path / "base")
+    folders = [make_adapter(model, tmp_path / f"a{i}", i, r=2, scale=0.4, target_modules=["query"]) for i in range(2)]
+    lines = [
+        {"tokens": [f"w{i}", f"w{i + 1}", "w7"], "tags": ["X" if i % 2 else "Y", "O", "O"]}
+        if task == "token-classification"
+        else {
+            "question": f"w{i}", "context": f"w{i + 1} w{i + 2} w9",
+            "answers": {"text": [f"w{i + 2}"], "answer_start": [len(f"w{i + 1} ")]},
+        }
+        for i in range(10, 22)
+    ]  # fmt: skip
+    (tmp_path / "shots.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mixture = wlora_merge.fit(
+        tmp_path / "base", folders, tmp_path / "shots.jsonl", task, tmp_path / "m", method="uniform", folds=2, l2=0.5
+    )
+    assert mixture.metrics["chosen"]["l2"] == 0.5
+    export(tmp_path / "m", "dense", tmp_path / "dense")
+    kind = "TokenClassification" if task == "token-classification" else "QuestionAnswering"
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "dense").eval().double()
+    head = model.classifier if task == "token-classification" else model.qa_outputs
+    job = get_task(task)
+    tokenizer = job.load_processor(tmp_path / "dense")
+    examples = read_examples(tmp_path / "shots.jsonl", task=task)
+    encoded = job.encode(examples, tokenizer, labels=job.labels(examples))
+    seen: list[torch.Tensor] = []
+    head.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
+    total = sum(model(**job.collator(tokenizer)([row])).loss * job.items(row) for row in encoded)
+    scale = float(torch.cat([part[0] for part in seen]).square().sum(-1).mean())
+    if task == "token-classification":  # the norm of what the loss counts
+        counted = [part[0][torch.tensor(row["labels"]) != -100] for part, row in zip(seen, encoded, strict=True)]
+        scale = float(torch.cat(counted).square().sum(-1).mean())
+    slope = torch.autograd.grad(total + 0.25 * scale * head.weight.square().sum(), [head.weight, head.bias])
+    assert max(float(part.abs().max()) for part in slope) < 1e-4
+    checked = verify(tmp_path / "dense", base=tmp_path / "base", adapters=[f"{f.name}={f}" for f in folders])
+    assert checked.largest_difference is not None
+    assert checked.largest_difference < 1e-5
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -83,7 +139,8 @@ def test_a_fit_of_two_processes_that_was_killed_is_resumed_by_two(zoo: Zoo, tmp_
     code = (
         "import warnings; warnings.simplefilter('ignore')\n"
         f"import wlora_merge; wlora_merge.fit({str(base)!r}, {[str(f) for f in folders]!r}, {str(shots)!r}, "
-        f"'text-classification', {str(tmp_path / 'two')!r}, folds=2, max_steps=4, new_adapter=0, device='cpu', resume=True)"
+        f"'text-classification', {str(tmp_path / 'two')!r}, folds=2, max_steps=4, new_adapter=0, pooling='cls', device='cpu', "
+        "resume=True)"
     )
     ranks = launch(DIES + code, free_port())
     said = [rank.communicate(timeout=240) for rank in ranks]
@@ -102,9 +159,9 @@ def test_packed_examples_give_the_same_weights_and_a_model_that_mixes_them_is_re
     shapes: list[tuple[int, ...]] = []
     loss = training.Learner.loss
 
-    def seen(self: Any, rows: list[int], features: Any = None) -> torch.Tensor:
+    def seen(self: Any, rows: list[int]) -> torch.Tensor:
         shapes.append(tuple(self._inputs(rows, self.pack)["input_ids"].shape))
-        return loss(self, rows, features)
+        return loss(self, rows)
 
     plain = fitted_lm(llamas)
     monkeypatch.setattr(training.Learner, "loss", seen)

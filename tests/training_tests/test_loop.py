@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.fits import Zoo, fitted
 from support.fits import zoo as zoo
 from support.language_models import ROWS, fitted_lm
@@ -19,6 +21,7 @@ import wlora_merge
 import wlora_merge.training.learner as training
 from wlora_merge.errors import MixtureError
 from wlora_merge.fit_options import fit_options
+from wlora_merge.training.candidates import Situation
 from wlora_merge.training.loop import _distance
 
 
@@ -53,9 +56,16 @@ def test_the_first_step_moves_every_weight_by_the_learning_rate(llamas: Zoo, nor
     assert torch.allclose(moved, torch.full_like(moved, rate), rtol=1e-3)
 
 
-def test_the_first_step_moves_the_head_by_its_own_learning_rate(zoo: Zoo) -> None:
+def test_the_first_step_moves_a_head_of_several_layers_by_its_own_learning_rate(zoo: Zoo, tmp_path: Path) -> None:
+    """The base has no pooler, and the class reads one: the head is two layers, which no solver takes."""
+    base, *rest = zoo
+    shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+    save_file(kept, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    given = {"method": "uniform", "folds": 0, "max_steps": 1, "pooling": "model"}
     still, moved = (
-        fitted(zoo, method="uniform", folds=0, max_steps=1, head_learning_rate=rate).head["classifier.weight"]
+        fitted((tmp_path / "base", *rest), head_learning_rate=rate, **given).head["classifier.weight"]  # type: ignore[arg-type]
         for rate in (1e-9, 0.03)
     )
     assert float((moved - still).abs().max()) == pytest.approx(0.03, rel=1e-3)
@@ -72,7 +82,8 @@ def test_the_pull_is_towards_uniform_weights_at_the_temperature_of_the_mixture(t
 
 def test_every_epoch_has_every_row_once_in_an_order_that_only_the_seed_decides() -> None:
     def batches(seed: int) -> list[list[int]]:
-        learner = SimpleNamespace(run=SimpleNamespace(options=fit_options({"batch_size": 3, "seed": seed})))
+        run = SimpleNamespace(options=fit_options({"batch_size": 3, "seed": seed}))
+        learner = SimpleNamespace(run=run, situation=Situation(head=True, enough=True))
         return [batch for (batch,) in training.Learner.batches(learner, range(10, 17), 6)]  # type: ignore[arg-type]
 
     steps = batches(5)

@@ -24,6 +24,7 @@ from .recipe import ExportRecipe
 if TYPE_CHECKING:
     from ..data.labels import LabelSet
     from ..fit_options import FitOptions, FitRequest
+    from ..training.candidates import Situation
 
 IMPORTS = 160 << 20  # bytes of a process that has imported torch
 TRAINER_IMPORTS = 600 << 20  # and transformers
@@ -53,7 +54,7 @@ def predict(
 def _fit_row(inputs: Inputs, fit: FitRequest, examples: Examples, speed: float) -> dict[str, Any]:
     import torch
 
-    from ..training.candidates import steps_of
+    from ..training.candidates import batch_size, steps_of
 
     entries = inputs.base.entries.values()
     embedding = max((math.prod(e.shape) for e in entries if len(e.shape) == 2), default=0)
@@ -61,11 +62,12 @@ def _fit_row(inputs: Inputs, fit: FitRequest, examples: Examples, speed: float) 
     tokens = _tokens(fit, examples)
     options = fit.options
     task = get_task(fit.task)
-    head, labels = task.has_head, task.labels(examples, problem_type=options.problem_type)
+    labels = task.labels(examples, problem_type=options.problem_type)
+    now = _situation(options, fit, examples, labels)
     trained = examples.with_label_names(labels) if options.label_names else examples
-    learned, heads, judgings = _trainings(options, fit, examples, labels, [a.name for a in inputs.adapters], head)
-    batch = options.batch_size * options.gradient_accumulation_steps
-    steps = steps_of(options, len(trained), head=head)
+    learned, judgings = _trainings(options, fit, examples, labels, [a.name for a in inputs.adapters], now)
+    batch = min(batch_size(options, now), len(trained)) * options.gradient_accumulation_steps
+    steps = steps_of(options, len(trained), now)
     judged = len(examples) * judgings
     work = 2 * max(1, parameters - embedding) * tokens * (2 * learned * steps * batch + judged)
     config = inputs.base.config
@@ -74,7 +76,7 @@ def _fit_row(inputs: Inputs, fit: FitRequest, examples: Examples, speed: float) 
     seconds = 3 * START + work / (speed * EFFICIENCY)
     on_gpu = fit.device in ("cuda", "mps") or (fit.device in (None, "auto") and torch.cuda.is_available())
     return {
-        "step": f"fit (about {learned + heads} trainings of at most {steps} steps)",
+        "step": f"fit (about {learned} trainings of at most {steps} steps)",
         "disk": 40 * len(inputs.mixture.groups) * len(inputs.adapters)
         + _new_adapter_bytes(inputs, options.new_adapter),
         "memory": int(TRAINER_IMPORTS + parameters * BYTES_PER_PARAMETER[fit.quantize] + activations),
@@ -93,9 +95,9 @@ def _new_adapter_bytes(inputs: Inputs, r: int | None) -> int:
 
 
 def _trainings(
-    options: FitOptions, fit: FitRequest, examples: Examples, labels: LabelSet | None, names: list[str], head: bool
-) -> tuple[int, int, int]:
-    """Trainings of learned mixtures, trainings of a head alone (on activations computed once), passes over the examples to judge.
+    options: FitOptions, fit: FitRequest, examples: Examples, labels: LabelSet | None, names: list[str], now: Situation
+) -> tuple[int, int]:
+    """Trainings of learned mixtures, passes over the examples to judge or to solve heads on.
 
     Args:
         options: the options of the fit.
@@ -103,30 +105,32 @@ def _trainings(
         examples: the shots.
         labels: the labels, in the head's order.
         names: of the adapters.
-        head: whether the task brings a new one, without which candidates with fixed weights have nothing to train.
+        now: what decides the defaults.
     """
     from ..training.candidates import fixed_candidates, judgements, learned_settings
-    from ..training.cross_validation import enough, fold_indices
+    from ..training.cross_validation import fold_indices
 
-    classes, twins = examples.classes(labels), examples.twins
-    planned = learned_settings(options, head=head, enough=enough(classes, twins, head=head))
-    settings = len(planned)
+    planned = [setting for setting in learned_settings(options, now) if setting.trained]
     search = options.method in ("search", "auto")
     fixed = len(fixed_candidates(names, options)) + 2 * search
-    folds = len(fold_indices(classes, twins, options.folds, options.seed)) if options.folds else 0
+    folds = (
+        len(fold_indices(examples.classes(labels), examples.twins, options.folds, options.seed)) if options.folds else 0
+    )
     held = bool(fit.eval_data)
-    judged = judgements(options, planned, head=head)
+    judged = judgements(options, planned, head=now.head)
     folds *= not held or judged > 1
-    learned, heads = folds * settings + (held and settings > 0), (1 if held else folds) * fixed
-    if not held and not folds and options.method == "best-single":
-        heads += len(names)
-    elif not held and options.method in ("learned", "auto"):
-        learned += 1
-    elif not held:
-        heads += 1 + search
-    if any(s.interpolation != 1 for s in planned):
-        heads += learned  # each on its way to uniform composition
-    return learned, heads * head, bool(folds) * (fixed * (not held) + judged) + held * (fixed + 1)
+    learned = folds * len(planned) + bool(planned)  # what is kept is trained on all shots
+    return learned, bool(folds) * (fixed * (not held) + judged) + held * (fixed + 1)
+
+
+def _situation(options: FitOptions, fit: FitRequest, examples: Examples, labels: LabelSet | None) -> Situation:
+    """What decides the defaults, as far as no model is needed: a new head is taken for one that is solved."""
+    from ..training.candidates import Situation
+    from ..training.cross_validation import enough
+
+    task = get_task(fit.task)
+    suffice = enough(examples.classes(labels), examples.twins, head=task.has_head)
+    return Situation(task.has_head, suffice, solved=task.has_head, left_out=task.classifies_examples)
 
 
 def _tokens(fit: FitRequest, examples: Examples) -> int:

@@ -46,7 +46,7 @@ class Attachment:
         head: names of the parameters that are trained along.
         taken: names of the parameters that became one adapter's.
         layers: the target modules by name.
-        new: of them, those that a new adapter changes, with its factors.
+        new: the modules that a new adapter changes, with its factors.
     """
 
     adapters: list[Adapter]
@@ -63,6 +63,7 @@ class Attachment:
     new: dict[str, NewLora] = field(default_factory=dict)
     _hooks: list[RemovableHandle] = field(default_factory=list)
     _new_hooks: list[RemovableHandle] = field(default_factory=list)
+    _new_layers: list[nn.Module] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.row = rows_of(self.groups)
@@ -80,11 +81,12 @@ class Attachment:
         lora: StackedLora = self.layers[module].wlora  # type: ignore[assignment]
         return lora
 
-    def hang_new(self, module: str, lora: NewLora) -> None:
-        """Put the new adapter's factors on a target module, and the hook that adds their output after the mixture's."""
+    def hang_new(self, module: str, layer: nn.Module, lora: NewLora) -> None:
+        """Put the new adapter's factors on a module, and the hook that adds their output after the mixture's."""
         from .new_lora import add_new_delta
 
-        layer, self.new[module] = self.layers[module], lora
+        self.new[module] = lora
+        self._new_layers.append(layer)
         layer.add_module("wlora_new", lora)
         self._new_hooks.append(layer.register_forward_hook(add_new_delta, with_kwargs=True))
 
@@ -92,9 +94,9 @@ class Attachment:
         """Take the new adapter off the model."""
         for handle in self._new_hooks:
             handle.remove()
-        for module in self.new:
-            self.layers[module]._modules.pop("wlora_new", None)
-        self.new, self._new_hooks = {}, []
+        for layer in self._new_layers:
+            layer._modules.pop("wlora_new", None)
+        self.new, self._new_hooks, self._new_layers = {}, [], []
 
     def remove(self) -> None:
         """Take everything off the target modules."""

@@ -25,9 +25,10 @@ from ..adapters.keys import PEFT_PREFIX
 from ..adapters.layouts import Layout
 from ..constants import NEW_ADAPTER, NEW_FOLDER
 from ..errors import UnsupportedError
+from ..models.names import NUMERIC_PART
 from .attachment import Attachment, attachment_of
+from .groups import make_groups
 from .mixture import InputRef, Mixture
-from .stacked_lora import StackedLora
 
 ALPHA_OVER_R = 2.0
 """lora_alpha / r: the scaling of the new adapter."""
@@ -40,18 +41,33 @@ class NewLora(nn.Module):
     It starts as PEFT's LoRA does: lora_A uniform within ±1/sqrt(in), lora_B zero (`peft.tuners.lora.layer.reset_lora_parameters`).
     """
 
-    def __init__(self, lora: StackedLora, r: int, generator: torch.Generator) -> None:
+    def __init__(self, layer: nn.Module, attachment: Attachment, r: int, generator: torch.Generator) -> None:
         super().__init__()
-        wide, out, device = lora.lora_A.shape[1], lora.lora_B.shape[0], lora.lora_A.device
-        bound = 1 / math.sqrt(wide)
+        self.kind, self.attachment = layout_of(layer), attachment
+        wide, out = _sizes(layer)
+        device, bound = attachment.weights.device, 1 / math.sqrt(wide)
+        if isinstance(weight := layer.weight, torch.Tensor):
+            device = weight.device
         lora_A = torch.empty(r, wide).uniform_(-bound, bound, generator=generator)
         self.lora_A, self.lora_B = nn.Parameter(lora_A.to(device)), nn.Parameter(torch.zeros(out, r, device=device))
-        self.kind = lora.layout
 
-    def forward(self, x: torch.Tensor, attachment: Attachment) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The change of the module's output [..., out], given its input [..., in]."""
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.lora_A.dtype)
-        return F.linear(F.linear(x, self.lora_A) * (attachment.delta_scale * ALPHA_OVER_R), self.lora_B)
+        return F.linear(F.linear(x, self.lora_A) * (self.attachment.delta_scale * ALPHA_OVER_R), self.lora_B)
+
+
+def layout_of(layer: nn.Module) -> Layout:
+    """How the layer holds its weight."""
+    return Layout.LINEAR if isinstance(layer, nn.Linear) else Layout.CONV1D
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer, or of GPT-2's Conv1D, which holds its weight transposed."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    rows, columns = layer.weight.shape  # type: ignore[misc]
+    return int(rows), int(columns)
 
 
 def add_new_delta(
@@ -59,28 +75,45 @@ def add_new_delta(
 ) -> torch.Tensor:
     """The forward hook of a target module, after the mixture's own."""
     x = args[0] if args else next(iter(kwargs.values()))
-    change: torch.Tensor = layer.wlora_new(x, layer.wlora.attachment)  # type: ignore[operator, union-attr]
+    change: torch.Tensor = layer.wlora_new(x)  # type: ignore[operator]
     return output + change.to(output.dtype)
 
 
-def new_targets(model: nn.Module) -> list[str]:
+def new_targets(model: nn.Module, *, everywhere: bool = False) -> list[str]:
     """Names of the linear layers that the given adapters change through factors: a new adapter has the same.
 
     They stand in the model's own order, in which a seed draws them.
+
+    Args:
+        model: an attached model.
+        everywhere: also each other linear layer of the model's blocks, as PEFT's `all-linear` takes.
     """
     attachment = attachment_of(model)
-    named = [name for name, _ in model.named_modules() if name in attachment.layers]
-    stacked = {name: attachment.stacked(name) for name in named}
-    return [name for name, lora in stacked.items() if lora.lora_A is not None and lora.layout in LAYOUTS]
+    stacked = {name: attachment.stacked(name) for name in attachment.layers}
+    own = {name for name, lora in stacked.items() if lora.lora_A is not None and lora.layout in LAYOUTS}
+    trained = {name.rpartition(".")[0] for name in attachment.head}
+    kind = type(attachment.layers[next(iter(sorted(own)))]) if own else nn.Linear
+    every = {
+        name
+        for name, layer in model.named_modules()
+        if everywhere and own and type(layer) is kind and _in_block(name) and name not in trained
+    }
+    return [name for name, _ in model.named_modules() if name in own | every]
 
 
-def place_new(model: nn.Module, r: int, seed: int) -> list[nn.Parameter]:
+def _in_block(name: str) -> bool:
+    """Whether a module lies in one of a model's numbered blocks."""
+    return any(NUMERIC_PART.fullmatch(part) for part in name.split("."))
+
+
+def place_new(model: nn.Module, r: int, seed: int, *, everywhere: bool = False) -> list[nn.Parameter]:
     """Put a new adapter of rank r on an attached model, in the place of one that is there; 0 leaves none.
 
     Args:
         model: the PyTorch model.
         r: the rank; 0 takes the new adapter away.
         seed: of lora_A; the same seed gives the same start on every process.
+        everywhere: on each linear layer of the model's blocks; else on those that the given adapters change.
 
     Returns:
         Its parameters, lora_A and lora_B of each module in turn.
@@ -92,7 +125,7 @@ def place_new(model: nn.Module, r: int, seed: int) -> list[nn.Parameter]:
     attachment.remove_new()
     if not r:
         return []
-    targets = new_targets(model)
+    targets = new_targets(model, everywhere=everywhere)
     if not targets:
         raise UnsupportedError(
             "a new adapter is trained on the linear layers that the given adapters change, and they change none: leave "
@@ -100,7 +133,8 @@ def place_new(model: nn.Module, r: int, seed: int) -> list[nn.Parameter]:
         )
     generator = torch.Generator().manual_seed(seed)
     for name in targets:
-        attachment.hang_new(name, NewLora(attachment.stacked(name), r, generator))
+        layer = model.get_submodule(name)
+        attachment.hang_new(name, layer, NewLora(layer, attachment, r, generator))
     return new_parameters(model)
 
 
@@ -133,14 +167,23 @@ def new_files(model: nn.Module, base_name: str) -> dict[str, bytes]:
     return {CONFIG_FILE: text.encode(), WEIGHTS_FILE: save(tensors, {"format": "pt"})}
 
 
-def add_new(mixture: Mixture, files: dict[str, bytes]) -> None:
+def add_new(mixture: Mixture, files: dict[str, bytes], modules: Sequence[str]) -> None:
     """Make a mixture one of the given adapters and of a new one, whose weight is 1 in every group.
 
-    The weights become free ones: what they were after the softmax, and 1.
+    The weights become free ones: what they were after the softmax, and 1. A group that the new adapter alone changes has zeros
+    for the others.
+
+    Args:
+        mixture: what the given adapters make.
+        files: of the new adapter.
+        modules: those that it changes, as the base's files name them.
     """
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     mixture.adapters = [*mixture.adapters, InputRef(NEW_FOLDER, None, digests, _free_name(mixture.adapter_names))]
-    weights = mixture.mixture_weights
+    weights, known = mixture.mixture_weights, dict(zip(mixture.groups, mixture.mixture_weights, strict=True))
+    every = [*(module for group in mixture.groups.values() for module in group), *modules]
+    mixture.groups = make_groups(every, mixture.granularity)
+    weights = torch.stack([known.get(name, torch.zeros(weights.shape[1])) for name in mixture.groups])
     mixture.mixture_weights = torch.cat([weights, torch.ones(len(weights), 1)], dim=1)
     mixture.wlora_weights, mixture.normalize = mixture.mixture_weights.clone(), "none"
     mixture.new_files = files

@@ -92,6 +92,8 @@ class Chosen(TypedDict, total=False):
     interpolation: float
     new_adapter_interpolation: float
     steps: int
+    pooling: str
+    l2: float
 
 
 class Pruned(TypedDict, total=False):

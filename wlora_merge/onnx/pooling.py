@@ -73,6 +73,23 @@ def pools(model: torch.nn.Module) -> bool:
     return hasattr(model, HEAD)
 
 
+def own_pooling(folder: Path) -> str | None:
+    """How a sentence-transformers folder pools its tokens, as `fit --pooling` calls it; None where it is none, or pools otherwise."""
+    file = find_file(folder, MODULES, BaseModelError)
+    path = next((path for kind, path in _modules(file) if kind.rpartition(".")[2] == "Pooling"), None) if file else None
+    config = find_file(folder, f"{path}/config.json", BaseModelError) if path else None
+    if config is None:
+        return None
+    modes = _modes(read_json(config, BaseModelError))
+    return {"mean": "mean", "cls": "cls", "lasttoken": "last"}.get(modes[0]) if len(modes) == 1 else None
+
+
+def _modes(config: Mapping[str, Any]) -> list[str]:
+    """The modes that a config of a Pooling names."""
+    named = config.get("pooling_mode") or [mode for switch, mode in SWITCHES.items() if config.get(switch)] or "mean"
+    return [named] if isinstance(named, str) else list(named)
+
+
 def _steps(folder: Path) -> list[torch.nn.Module | None]:
     """The modules behind the transformer, in order; None for one that does nothing at inference."""
     file = find_file(folder, MODULES, BaseModelError)
@@ -118,8 +135,7 @@ def _check_module(file: Path, number: int, kind: str, path: str, known: tuple[st
 def _pooling(file: Path, config: dict[str, Any]) -> torch.nn.Module:
     import torch
 
-    named = config.get("pooling_mode") or [mode for switch, mode in SWITCHES.items() if config.get(switch)] or "mean"
-    modes = [named] if isinstance(named, str) else list(named)
+    modes = _modes(config)
     strange = [mode for mode in modes if mode not in SWITCHES.values()]
     strange += [key for key in config if key.startswith("pooling_mode_") and key not in SWITCHES and config[key]]
     if strange:

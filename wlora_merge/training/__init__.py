@@ -7,6 +7,10 @@ stages             what a fit does once its model is loaded
 run                what stays the same through a fit, and what one training is asked for
 model              the model that a fit trains on
 learner            one loaded model on which candidates are placed, trained and judged
+head_inputs        what a head sees of an example, and how it is put into its class: HeadInputs
+solved_head        a new head's problem on the rows of a fit: SolvedHead
+solver             a linear head at its optimum; predictions that leave each row out
+placement          candidates put on the model: Placement
 loop               one training: optimizer, batches, state
 candidates         what is compared, and for how long: Candidate
 comparison         candidates trained and judged on the same examples

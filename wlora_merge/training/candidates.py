@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..fit_options import FitOptions
 from ..mixture.weights import uniform_start
@@ -23,9 +23,18 @@ NEW_RANK = 8
 NEW_INTERPOLATIONS = (0.5, 0.25, 1.0)
 """How far the new adapter goes to what was trained, where no head is trained: half-way it keeps what it gains far from the given
 adapters, and loses little near them; the folds may prefer less or all of it (recipes/bench_fit/README.md)."""
+LEFT_OUT_INTERPOLATIONS = (1.0, 0.5, 0.0)
+"""The same under a solved head, where the folds may do without the new adapter too."""
 ONE_SHOT = 0.5
 """How far from uniform composition a new head and weights go on one shot per class, where nothing can be held out: half-way costs
 nothing near the adapters, and has most of the gain far from them (recipes/bench_fit/README.md)."""
+START_SCALES = (1.0, 0.0, 2.0)
+"""Where weights under a solved head start, times uniform composition: of these the one whose head predicts each shot best from the
+others; on one shot per class the first (recipes/bench_fit/README.md)."""
+NEAR = 0.8
+"""The mean accuracy of the classes, each shot given to the nearest mean of the others, from which on a solved head has no new
+adapter: the adapters know the task, and what is trained on few shots loses what they know (recipes/bench_fit/README.md)."""
+LEFT_OUT_STEPS, LEFT_OUT_BATCH, BATCH = 15, 24, 8
 EPOCHS, FEWEST_STEPS, MOST_STEPS = 20, 40, 100
 """How long a training is: with a head the most, else so many passes within these bounds: eight examples are learned in forty steps,
 eighty are not (recipes/bench_fit/README.md)."""
@@ -79,6 +88,7 @@ class Candidate:
 
     `scale` 0 is the base model alone; `new_adapter` the rank of a LoRA that is trained beside them; `interpolation` how far it goes
     from uniform composition (0) to what was learned (1), `new_interpolations` how far the new adapter may go besides, from nothing.
+    `trains_weights` says whether gradients train the weights; else their start is all that is chosen.
     """
 
     contender: Contender
@@ -90,11 +100,21 @@ class Candidate:
     new_adapter: int = 0
     interpolation: float = 1.0
     new_interpolations: tuple[float, ...] = (1.0,)
+    trains_weights: bool = True
+
+    @property
+    def trained(self) -> bool:
+        """Whether gradients train something of it besides a head."""
+        return self.learned and (self.trains_weights or self.new_adapter > 0)
 
     @property
     def learned(self) -> bool:
         """Whether its weights are trained."""
         return self.row is None
+
+    def without_idle_adapter(self) -> Candidate:
+        """The same without a new adapter that goes nowhere."""
+        return self if self.new_interpolation else replace(self, new_adapter=0, new_interpolations=(1.0,))
 
     @property
     def new_interpolation(self) -> float:
@@ -113,33 +133,60 @@ def fixed_candidates(names: Sequence[str], options: FitOptions) -> list[Candidat
     ]
 
 
-def learned_settings(options: FitOptions, *, head: bool, enough: bool) -> list[Candidate]:
+@dataclass(frozen=True)
+class Situation:
+    """What decides the defaults of a fit.
+
+    Attributes:
+        head: whether the task brings a new head.
+        enough: whether the examples are enough for a new adapter (`cross_validation.enough`).
+        solved: whether that head is solved and not trained.
+        left_out: whether what is learned under it is trained by how each example is predicted from the others.
+        near: the mean accuracy of the classes, each shot given to the nearest mean of the others; None where it is not known.
+    """
+
+    head: bool
+    enough: bool
+    solved: bool = False
+    left_out: bool = False
+    near: float | None = None
+
+
+def learned_settings(options: FitOptions, now: Situation) -> list[Candidate]:
     """What the folds compare for the learned method: the default, then what differs from it in one option, then in more.
 
-    Empty for a method that learns nothing by gradients. The default is free weights where a new head is trained, on one shot
-    per class half-way back to uniform composition, and a softmax where the base already does the task; with a new adapter where the
-    examples are enough for one (recipes/bench_fit/README.md says what was measured).
+    Empty for a method that learns nothing by gradients. The default is free weights where there is a new head, and a softmax where
+    the base already does the task; with a new adapter where the examples are enough for one and, under a solved head, do not
+    tell their classes yet (recipes/bench_fit/README.md says what was measured).
 
     Args:
         options: the options of the fit.
-        head: whether a new head is trained.
-        enough: whether the examples are enough for a new adapter (`cross_validation.enough`).
+        now: what decides the defaults.
     """
     if options.method not in (Kind.LEARNED.value, AUTO):
         return []
-    share, new = _interpolations(options, head=head, enough=enough)
+    share, new = _interpolations(options, now)
     table = itertools.product(
         enumerate(_pulls(options)),
         enumerate(_granularities(options)),
-        enumerate(_normalizes(options, head=head)),
-        enumerate(_ranks(options, enough=enough)),
+        enumerate(_normalizes(options, head=now.head)),
+        enumerate(_ranks(options, now)),
     )
     ordered = sorted(table, key=lambda row: sum(number for number, _ in row))
     settings = [
-        Candidate(LEARNED, None, m, g, p, new_adapter=r, interpolation=share, new_interpolations=new if r else (1.0,))
+        Candidate(
+            LEARNED, None, m, g, p, new_adapter=r, interpolation=share, new_interpolations=new if r else (1.0,),
+            trains_weights=not now.left_out or p > 0 or m != "none" or _asks_for_weights(options),
+        )
         for (_, p), (_, g), (_, m), (_, r) in ordered
-    ]
+    ]  # fmt: skip
     return [s for s in settings if not (s.new_adapter and s.normalize == "present")][: options.settings]
+
+
+def _asks_for_weights(options: FitOptions) -> bool:
+    """Whether an option is given that weights have only where gradients train them."""
+    names = ("granularity", "initial_logits", "max_steps", "epochs", "learning_rate", "interpolation")
+    return any(getattr(options, name) is not None for name in names) or options.delta_scale == "learned"
 
 
 def _pulls(options: FitOptions) -> list[float]:
@@ -160,19 +207,24 @@ def _normalizes(options: FitOptions, *, head: bool) -> list[str]:
     return ["none", "all"] if head else ["all", "none"]
 
 
-def _ranks(options: FitOptions, *, enough: bool) -> list[int]:
+def _ranks(options: FitOptions, now: Situation) -> list[int]:
     """Ranks of the new adapter; 0: none."""
     if options.new_adapter is not None:
         return [options.new_adapter]
-    return [NEW_RANK, 0] if enough else [0, NEW_RANK]
+    wanted = now.enough and not (now.near is not None and now.near >= NEAR)
+    return [NEW_RANK, 0] if wanted else [0, NEW_RANK]
 
 
-def _interpolations(options: FitOptions, *, head: bool, enough: bool) -> tuple[float, tuple[float, ...]]:
+def _interpolations(options: FitOptions, now: Situation) -> tuple[float, tuple[float, ...]]:
     """How far the mixture goes from uniform composition, and how far the new adapter may go besides."""
-    half = head and not enough and options.initial_logits is None
+    half = now.head and not now.enough and not now.solved and options.initial_logits is None
     share = options.interpolation if options.interpolation is not None else ONE_SHOT if half else 1.0
     given = options.new_adapter_interpolation
-    return share, (given,) if given is not None else (1.0,) if head else NEW_INTERPOLATIONS
+    if given is not None:
+        return share, (given,)
+    if now.left_out:
+        return share, tuple(far for far in LEFT_OUT_INTERPOLATIONS if far or not options.new_adapter)
+    return share, (1.0,) if now.head else NEW_INTERPOLATIONS
 
 
 def setting_name(candidate: Candidate) -> str:
@@ -184,18 +236,26 @@ def setting_name(candidate: Candidate) -> str:
     return f"{candidate.granularity}, normalize {candidate.normalize}, pull {candidate.pull:g}{new}{between}"
 
 
-def steps_of(options: FitOptions, shots: int, *, head: bool) -> int:
-    """Optimizer steps on so many shots; `head`: whether a new head is trained."""
+def batch_size(options: FitOptions, now: Situation) -> int:
+    """Examples in a batch: as asked, else so many that classes meet in one, or few."""
+    return options.batch_size or (LEFT_OUT_BATCH if now.left_out else BATCH)
+
+
+def steps_of(options: FitOptions, shots: int, now: Situation) -> int:
+    """Optimizer steps on so many shots."""
     if options.max_steps is not None:
         return options.max_steps
-    batches, each = -(-shots // options.batch_size), options.gradient_accumulation_steps
+    batches, each = -(-shots // batch_size(options, now)), options.gradient_accumulation_steps
     if options.epochs is not None:
         return max(1, round(options.epochs * batches / each))
-    return MOST_STEPS if head else min(MOST_STEPS, max(FEWEST_STEPS, round(EPOCHS * batches / each)))
+    if now.left_out:
+        return LEFT_OUT_STEPS
+    most = now.head and not now.solved
+    return MOST_STEPS if most else min(MOST_STEPS, max(FEWEST_STEPS, round(EPOCHS * batches / each)))
 
 
 def checkpoints(options: FitOptions, *, head: bool) -> tuple[float, ...]:
-    """Shares of the steps after which the folds judge a candidate; `head`: whether a new head is trained."""
+    """Shares of the steps after which the folds judge a candidate; `head`: whether there is a new head."""
     return (1.0,) if head or options.max_steps is not None or options.epochs is not None else CHECKPOINTS
 
 

@@ -20,11 +20,8 @@ from .learner import Learner
 from .loop import Trained
 from .run import Split, halfway
 from .scoring import Judged, Score, pool, score
+from .solved_head import OVERRULES
 
-OVERRULES = 2.0
-"""Standard errors of the difference by which a setting must be ahead on the folds to take the place of the default, where a head is
-trained: at one, two examples do it, and they mislead. Where none is, two thirds of the shots teach what all do, and the folds are
-right (recipes/bench_fit/README.md)."""
 SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.13269
 
 
@@ -48,7 +45,7 @@ class Comparison:
         """Score a candidate by its trainings on all parts; of the settings of the learned method the one that is ahead stays."""
         who, judged = candidate.contender, [one.trained.judged for one in found]
         scores = {at: score(pool([part[at] for part in judged]), learner.metric) for at in judged[0]}
-        step, new = _best_point(scores)
+        step, new = _best_point(scores, by_loss=learner.situation.left_out)
         chosen, reached = replace(candidate, new_interpolations=(new,)), scores[step, new]
         if candidate.learned:
             self.settings[setting_name(chosen)] = reached.row() | {"steps": step}
@@ -56,7 +53,7 @@ class Comparison:
             return
         self.scores[who], self.steps[who] = reached, step
         if candidate.learned:
-            self.learned = chosen
+            self.learned = chosen.without_idle_adapter()
             pruned = [one.pruned for one in found if one.pruned is not None]
             whole = scores[max(step for step, _ in scores), candidate.new_interpolation]
             self.pruned = score(pool(pruned), learner.metric).loss - whole.loss if pruned else None
@@ -135,12 +132,20 @@ def _is_behind(reached: Score, before: Score | None, *, head: bool) -> bool:
     return lead <= (OVERRULES if head else 0.0) * error
 
 
-def _best_point(scores: Mapping[tuple[int, float], Score]) -> tuple[int, float]:
-    """The step and the interpolation of the new adapter to keep: of each interpolation's step of the lowest loss the best score."""
+def _best_point(scores: Mapping[tuple[int, float], Score], *, by_loss: bool) -> tuple[int, float]:
+    """The step and the interpolation of the new adapter to keep: of each interpolation's step of the lowest loss the best score.
+
+    Args:
+        scores: by step and interpolation.
+        by_loss: the best has the lowest loss; else the best metric. A head that is solved is calibrated, and its loss tells more.
+    """
     steps: dict[float, int] = {}
     for step, new in sorted(scores, key=lambda point: (scores[point].loss, point[0])):
         steps.setdefault(new, step)
-    return max(((step, new) for new, step in sorted(steps.items())), key=lambda point: scores[point].key())
+    points = [(step, new) for new, step in sorted(steps.items())]
+    if by_loss:
+        return min(points, key=lambda point: scores[point].loss)
+    return max(points, key=lambda point: scores[point].key())
 
 
 def _one(learner: Learner, candidate: Candidate, split: Split, *, keep: bool) -> _One:
@@ -262,4 +267,4 @@ def searched(learner: Learner, candidate: Candidate, split: Split) -> tuple[Cand
 
 def total_steps(learner: Learner, shots: int) -> int:
     """Optimizer steps that the options ask for."""
-    return steps_of(learner.run.options, shots, head=bool(learner.start))
+    return steps_of(learner.run.options, shots, learner.situation)

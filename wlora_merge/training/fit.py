@@ -201,6 +201,8 @@ def _prepare(
     """Load the model and encode the examples."""
     from torch.utils.data import ConcatDataset
 
+    from ..mixture.new_lora import new_targets
+    from ..onnx.pooling import own_pooling
     from .cross_validation import enough, fold_indices
     from .learner import Learner
     from .model import attached_model, max_tokens
@@ -222,13 +224,21 @@ def _prepare(
     )
     n, both = len(rows), ConcatDataset[Any]([rows, judged])  # read lazily: images are decoded when they are used
     start = find_start(options, [a.name for a in given.adapters], base)
-    learner = Learner(Run(task, labels, options, ranks, state, clock, progress), model, processor, both, head, start)
     whole = len(trained) == n  # else an example is several rows
     classes, twins = (shots.classes(labels), shots.twins) if whole else ([("",)] * n, list(range(n)))
+    suffice = enough(classes, twins, head=bool(head))
+    run = Run(task, labels, options, ranks, state, clock, progress)
+    learner = Learner(run, model, processor, both, head, start, (n, suffice), own_pooling(base.folder))
     folds = fold_indices(classes, twins, options.folds, options.seed) if options.folds else []
+    in_files = all(map(base.find_module, new_targets(model, everywhere=True)))
+    learner.placement.everywhere = learner.situation.left_out and in_files
+    if learner.solved and options.head_learning_rate != FitOptions.head_learning_rate:
+        raise MixtureError(
+            f"{base.folder}: its new head is solved, not trained, as it is one linear layer: leave --head-learning-rate out."
+        )
     every, held_rows = list(range(n)), list(range(n, n + len(judged)))
     parts = [(sorted({*every}.difference(fold)), fold) for fold in folds]
-    return FitJob(learner, every, held_rows, parts, enough(classes, twins, head=bool(head)))
+    return FitJob(learner, every, held_rows, parts, suffice)
 
 
 def _encoded(task: Task, examples: Examples, processor: Any, length: int | None, labels: LabelSet | None) -> Any:
@@ -246,6 +256,7 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetri
     """The mixture that the model holds; an adapter without weight anywhere leaves it, one that was trained enters it."""
     import torch
 
+    from ..mixture.attachment import attachment_of
     from ..mixture.new_lora import add_new, new_files
 
     mixture = Mixture.from_model(learner.model, given.base)
@@ -260,6 +271,7 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetri
         )
     mixture.task, mixture.metrics, mixture.modules_to_save = given.task.name, metrics, given.request.modules_to_save
     mixture.config = _config(learner, given.base)
+    mixture.pooling = learner.solved.seen.layer_pooling if learner.solved else None
     mixture.data = {
         "method": given.options.method,
         "data": data_ref(shots, given.request.split),
@@ -270,7 +282,7 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetri
     if len(mixture.adapters) < len(given.adapters):
         mixture.data["adapters"] = {a.name: adapter_ref(a).spec for a in given.adapters}
     if files := new_files(learner.model, given.base.source.name):
-        add_new(mixture, files)
+        add_new(mixture, files, [given.base.find_module(name) or name for name in attachment_of(learner.model).new])
         mixture.data["new_adapter"] = {"name": mixture.adapter_names[-1], "r": kept.new_adapter}
     return mixture
 

@@ -1,8 +1,9 @@
 """The learner of a fit: one loaded model on which one candidate after another is placed, trained and judged.
 
 Its loop is our own, because it trains a few numbers through a frozen model: it takes quantized bases as they are, keeps no
-state but those numbers, gives the same result on several processes as on one (each weighs its share of a batch by what the
-loss counts), and trains a head alone on activations computed once. Dropout is off: the frozen model is a fixed function.
+state but those numbers, and gives the same result on several processes as on one (each weighs its share of a batch by what the
+loss counts). A new head that ends in one linear layer is solved (`solved_head`), any other is trained. Dropout is off: the frozen
+model is a fixed function.
 """
 
 from __future__ import annotations
@@ -15,23 +16,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..constants import SINGLE
 from ..errors import MixtureError
-from ..mixture.attach import regroup
-from ..mixture.attachment import SCALE_PARAMETER, attachment_of
+from ..mixture.attachment import attachment_of
 from ..mixture.live_model import refuse_uncalled
-from ..mixture.new_lora import place_new
-from ..mixture.weights import mixture_weights, uniform_start
+from ..mixture.weights import uniform_start
 from ..text import first_line
-from .candidates import UNIFORM, Candidate
+from .candidates import BATCH, START_SCALES, UNIFORM, Candidate, Situation, batch_size
+from .head_inputs import MODEL, find_head_inputs, refuse_pooling
 from .initial_logits import Start
 from .loop import Loop, Trained, restore
+from .placement import Placement
 from .run import Run, Split, halfway
 from .scoring import Judged, join_batches
+from .solved_head import Features, Solved, SolvedHead
+from .solver import left_out_objective
 
 if TYPE_CHECKING:
     from torch.utils.data import ConcatDataset
 
 
+LEARNED = 0.2
+"""Leave-one-out loss of a batch below which features are learned: what is trained after it fits the shots alone
+(recipes/bench_fit/README.md)."""
 PACKED_TOLERANCE = {None: 1e-4, "bf16": 2e-2, "4bit": 2e-2, "8bit": 1e-1}
 """By how much, relative to it, the loss of packed examples may differ: by rounding alone. 8bit chooses its outliers in the batch, and
 its loss is off by 4e-2 on SmolLM2."""
@@ -46,6 +53,8 @@ class Learner:
         rows: encoded examples, the shots first.
         head: names of the head's modules; its parameters start from what they are now.
         start: where the logits (free weights) and a learned delta_scale start.
+        shots: how many of the rows are shots, and whether they are enough for a new adapter.
+        own_pooling: what the base's files say of the pooling, if they do.
     """
 
     def __init__(
@@ -56,18 +65,22 @@ class Learner:
         rows: ConcatDataset[Any] | Sequence[Any],
         head: list[str],
         start: Start,
+        shots: tuple[int, bool] = (0, False),
+        own_pooling: str | None = None,
     ) -> None:
-        self.run, self.model, self.rows, self.head, self.begin = run, model, rows, head, start
-        self.names = [a.name for a in attachment_of(model).adapters]
+        self.run, self.model, self.rows, self.head = run, model, rows, head
+        self.shots, self.enough = shots
+        self.placement = Placement(model, run.options, start)
+        self.names = self.placement.names
         self.processor, self.metric = processor, run.task.metric(run.labels)
         self.collate = run.task.collator(processor)
-        self.start = {name: model.get_parameter(name).detach().clone() for name in attachment_of(model).head}
         self.device = attachment_of(model).weights.device
         self.log: Callable[[dict[str, float], int], None] | None = None
-        self._features: tuple[Candidate, torch.Tensor] | None = None
-        self._labels = torch.empty(0)
         _quiet(model, run.options.gradient_checkpointing)
         self._try_out()
+        self.solved = self._find_solved(own_pooling)
+        self.placement.remember_head()
+        self.placement.scale_of = self._best_scale
         self.pack = self.collate
         if run.options.packing:
             from transformers import DataCollatorWithFlattening
@@ -91,6 +104,31 @@ class Learner:
             raise MixtureError(
                 f"{type(self.model).__name__} does not run in bfloat16 ({first_line(error)}): leave --precision bf16 out."
             ) from error
+
+    def _find_solved(self, own_pooling: str | None) -> SolvedHead | None:
+        """The new head's problem, where it ends in one linear layer on what no other new layer has made."""
+        asked, found = self.run.options.pooling, None
+        if self.head:
+            inputs = self._unlabelled([0, len(self.rows) - 1])
+            found = find_head_inputs(self.model, self.head, inputs, classifies=self.run.task.classifies_examples)
+        refuse_pooling(asked, found, self.model)
+        if found is None or (asked == MODEL and MODEL not in found.poolings):
+            return None
+        every: Any = self.rows
+        images = self.run.task.takes_images
+        lengths = [0 if images else len(every[number]["input_ids"]) for number in range(len(every))]
+        solved = SolvedHead(self.run, found, every, self._inputs, lengths, self._autocast, self.shots)
+        chosen_by = range(self.shots) if self.enough else ()
+        names = solved.choose_pooling(asked, own_pooling, chosen_by, self.placement.place_uniform())
+        attachment_of(self.model).head = names
+        for name in names:
+            self.model.get_parameter(name).requires_grad_(True)
+        return solved
+
+    def _unlabelled(self, rows: list[int]) -> dict[str, Any]:
+        """The model's inputs for some rows, without labels."""
+        labels = ("labels", "start_positions", "end_positions")
+        return {name: value for name, value in self._inputs(rows).items() if name not in labels}
 
     def _check_packing(self) -> None:
         """Refuse a model for which an example in a packed row is not what it is alone: its layers mix what stands in one row."""
@@ -116,65 +154,83 @@ class Learner:
 
     # ------------------------------------------------------------------------------------------------ candidates
 
-    def place(self, candidate: Candidate) -> list[nn.Parameter]:
-        """Put a candidate's weights on the model, and the head back to its start; the parameters that it trains."""
-        with torch.no_grad():
-            weights = regroup(self.model, candidate.granularity, candidate.normalize)
-            groups = attachment_of(self.model).groups
-            start = (
-                self.begin.logits(groups, candidate.granularity) if candidate.learned else torch.tensor(candidate.row)
-            )
-            if start is not None:
-                weights.copy_(start.to(weights).expand_as(weights))
-            for name, value in self.start.items():
-                self.model.get_parameter(name).copy_(value)
-        trained = [weights] if candidate.learned else []
-        weights.requires_grad_(candidate.learned)
-        trained += self._place_scale(candidate)
-        trained += place_new(self.model, candidate.new_adapter, self.run.options.seed)
-        return trained + [self.model.get_parameter(name) for name in self.start]
+    @property
+    def situation(self) -> Situation:
+        """What decides the defaults of this fit, but for how near the shots are to what the adapters know."""
+        left_out = self.solved is not None and self.run.task.classifies_examples
+        return Situation(bool(self.head), self.enough, self.solved is not None, left_out)
 
-    def _place_scale(self, candidate: Candidate) -> list[nn.Parameter]:
-        if candidate.scale is not None or not isinstance(self.run.options.delta_scale, str):
-            fixed = self.run.options.delta_scale if candidate.scale is None else candidate.scale
-            attachment_of(self.model).delta_scale = 1.0 if fixed is None else float(fixed)
-            return []
-        scale = self.model.get_parameter(SCALE_PARAMETER)
-        scale.data.fill_(self.begin.scale if candidate.learned else 1.0)
-        scale.requires_grad_(candidate.learned)
-        attachment_of(self.model).delta_scale = scale
-        return [scale] if candidate.learned else []
+    def uniform_features(self) -> Features:
+        """What the head sees of every row under uniform composition."""
+        return self.solved.features(range(self.shots), self.placement.place_uniform())  # type: ignore[union-attr]
 
-    def weights(self) -> dict[str, float]:
-        """The mean mixture weight of each adapter over the groups, as they are now."""
-        return dict(zip(self.names, self._mixture_weights().mean(0).tolist(), strict=True))
+    def nearness(self) -> float | None:
+        """How well uniform composition tells the classes of the shots apart; None where it cannot be said."""
+        if self.solved is None or not (self.situation.left_out and self.enough and self.solved.kind == SINGLE):
+            return None
+        return self.solved.told_apart(self.uniform_features(), range(self.shots))
 
-    def used(self) -> list[str]:
-        """Names of the adapters that have a weight anywhere."""
-        return [name for name, used in zip(self.names, self._mixture_weights().any(0).tolist(), strict=True) if used]
+    def _best_scale(self, rows: Sequence[int]) -> float:
+        """How many times uniform composition lets a solved head predict each row best from the others."""
+        solved = self.solved
+        if solved is None or not (self.situation.left_out and self.enough) or self.run.options.delta_scale is not None:
+            return 1.0
+        even = uniform_start(len(self.names), "none")
 
-    def _mixture_weights(self) -> torch.Tensor:
-        """[G, N], as they are now."""
-        attachment = attachment_of(self.model)
-        return mixture_weights(attachment.weights.detach(), attachment.normalize, attachment.temperature)
+        def loss(scale: float) -> float:
+            state = self.placement.place_row([scale * weight for weight in even], "none")
+            return float(solved.left_out(solved.features(rows, state), rows).mean())
+
+        return min(START_SCALES, key=loss)
 
     # -------------------------------------------------------------------------------------------------- training
 
     def train(self, candidate: Candidate, split: Split) -> Trained:
-        """Train a candidate from its start, in place, and move it towards uniform composition as far as it says."""
-        head = self._uniform_head(candidate, split) if candidate.interpolation != 1 else []
-        parameters = self.place(candidate)
+        """Train a candidate from its start, in place; its head is solved, or trained along.
+
+        A head that is trained moves towards the one of uniform composition as far as the candidate says.
+        """
+        if self.solved is not None and not candidate.trained:
+            return self._solve_alone(candidate, split, self.solved)
+        head = self._uniform_head(candidate, split) if candidate.interpolation != 1 and self.solved is None else []
+        parameters = self.placement.place(candidate, split.rows)
         if not parameters:
             points = [(step, candidate.new_interpolation) for step in split.judge_at]
             return Trained(judged=dict.fromkeys(points, self.judge(split.held)) if split.held and points else {})
-        loop = Loop(self, candidate, split, parameters, head)
+        loop = Loop(self, candidate, split, self._moving(parameters), head)
         result = self._steps(candidate, split, loop)
         self._check(split, loop, result)
         if split.patience is not None and loop.best.step:
             restore(loop.parameters, loop.best.tensors)
             result.steps = loop.best.step
         loop.interpolate(candidate.new_interpolation)
-        result.tensors = loop.tensors()
+        if self.solved is not None:
+            self.solved.put(self.solved.features(split.rows), split.rows)
+        result.tensors = [p.detach().clone() for p in parameters]
+        return result
+
+    def _moving(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Those of a candidate's parameters that gradients train: of a solved head none, but where the loss goes through it."""
+        if self.solved is None:
+            return parameters
+        head = {id(self.model.get_parameter(name)) for name in self.placement.head_start}
+        own = [] if self.situation.left_out else list(self.solved.seen.layer.parameters())
+        return [p for p in parameters if p.requires_grad and id(p) not in head] + own
+
+    def _solve_alone(self, candidate: Candidate, split: Split, solved: SolvedHead) -> Trained:
+        """A candidate whose head alone is to be found: solved on features that are computed once."""
+        row = self.placement.start_row(split.rows) if candidate.row is None else candidate.row
+        state = self.placement.place_row(row, candidate.normalize, candidate.scale)
+        features = solved.features([*split.rows, *split.held], state)
+        parameters = self.placement.place(candidate, split.rows)
+        solved.put(features, split.rows)
+        result, found = Trained(tensors=[p.detach().clone() for p in parameters]), solved.solve(features, split.rows)
+        if self.run.progress:
+            self.run.progress(
+                split.title, 1, 1, self.judge(split.rows, (found, features)).loss, self.placement.weights()
+            )
+        if split.held and split.judge_at:
+            result.judged[split.judge_at[-1], candidate.new_interpolation] = self.judge(split.held, (found, features))
         return result
 
     def _steps(self, candidate: Candidate, split: Split, loop: Loop) -> Trained:
@@ -189,10 +245,14 @@ class Learner:
             result.loss, result.steps = loop.step(step), step
             result.history.append((step, float(f"{result.loss:.5g}")))
             self._tell(candidate, split, result)
-            if step in split.judge_at:
-                self._judge_at(step, candidate, split, loop, result)
+            learned = loop.left_out and result.loss < LEARNED
+            if step in split.judge_at or (learned and split.judge_at):
+                self._judge_at(split.judge_at[-1] if learned else step, candidate, split, loop, result)
                 if split.patience is not None and loop.is_past_its_best(result, split.patience):
                     break
+            if learned:
+                result.learned = True
+                break
             state.save_current(split.key, lambda result=result: loop.saved(result))  # type: ignore[misc]
         return result
 
@@ -200,16 +260,22 @@ class Learner:
         """Progress and log of a step."""
         if self.run.progress:
             shown = f"{split.title}, new adapter" if candidate.new_adapter else split.title
-            self.run.progress(shown, result.steps, split.steps, result.loss, self.weights())
+            self.run.progress(shown, result.steps, split.steps, result.loss, self.placement.weights())
         if self.log:
-            self.log({"loss": result.loss, **{f"weight/{n}": w for n, w in self.weights().items()}}, result.steps)
+            self.log(
+                {"loss": result.loss, **{f"weight/{n}": w for n, w in self.placement.weights().items()}}, result.steps
+            )
 
     def _judge_at(self, step: int, candidate: Candidate, split: Split, loop: Loop, result: Trained) -> None:
         """Judge on the held-out rows with the new adapter as far as it may go; what is trained stays as it is."""
         learned = loop.tensors()
         for share in candidate.new_interpolations:
             loop.interpolate(share)
-            result.judged[step, share] = self.judge(split.held, loop.features)
+            if self.solved is not None:
+                features = self.solved.features([*split.rows, *split.held])
+                result.judged[step, share] = self.judge(split.held, (self.solved.solve(features, split.rows), features))
+            else:
+                result.judged[step, share] = self.judge(split.held)
             restore(loop.parameters, learned)
 
     def _uniform_head(self, candidate: Candidate, split: Split) -> list[torch.Tensor]:
@@ -242,58 +308,89 @@ class Learner:
             )
 
     def batches(self, rows: Sequence[int], steps: int) -> Iterator[list[list[int]]]:
-        """For each optimizer step its batches: the rows in a new random order, again and again; only the seed decides."""
+        """For each optimizer step its batches: the rows in a new random order, again and again; only the seed decides.
+
+        Where examples are predicted from each other the classes take turns, so that a batch has as many as it can of each.
+        """
         generator = torch.Generator().manual_seed(self.run.options.seed)
-        size, queue = self.run.options.batch_size, list[list[int]]()
+        size, queue = batch_size(self.run.options, self.situation), list[list[int]]()
         for _ in range(steps):
             step: list[list[int]] = []
             while len(step) < self.run.options.gradient_accumulation_steps:
                 if not queue:
                     order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+                    order = (
+                        self._in_turns(order)
+                        if self.situation.left_out and self.solved and self.solved.kind == SINGLE
+                        else order
+                    )
                     queue = [order[i : i + size] for i in range(0, len(order), size)]
                 step.append(queue.pop(0))
             yield step
 
+    def _in_turns(self, rows: list[int]) -> list[int]:
+        """The same rows, one of each class after another."""
+        seen: dict[int, int] = {}
+        turns = []
+        for label in self.solved.classes(rows).tolist():  # type: ignore[union-attr]
+            seen[label] = turn = seen.get(label, 0) + 1
+            turns.append(turn)
+        return [row for _, row in sorted(zip(turns, rows, strict=True), key=lambda pair: pair[0])]
+
     # ---------------------------------------------------------------------------------------------- forward passes
 
-    def loss(self, rows: list[int], features: torch.Tensor | None = None) -> torch.Tensor:
+    def loss(self, rows: list[int]) -> torch.Tensor:
         """The mean loss of some rows."""
-        if features is not None:
-            return self._head_loss(features[rows], self._labels[rows])
         inputs = self._inputs(rows, self.pack)
         with self._autocast():
             loss: torch.Tensor = self.model(**inputs).loss
         return loss.float()
 
-    def judge(self, rows: Sequence[int], features: torch.Tensor | None = None) -> Judged:
-        """What the model gives on some rows, in batches, kept as small as the metric allows."""
-        size = self.run.options.batch_size
+    def left_out(self, rows: list[int]) -> torch.Tensor:
+        """The loss of a batch by how each row is predicted from the others, of what the head would see of them."""
+        solved: SolvedHead = self.solved  # type: ignore[assignment]
+        features = solved.differentiable(rows)
+        return left_out_objective(features, solved.targets(rows), classes=solved.kind == SINGLE)
+
+    def judge(self, rows: Sequence[int], head: tuple[Solved, Features] | None = None) -> Judged:
+        """What the model gives on some rows, in batches, kept as small as the metric allows.
+
+        Args:
+            rows: numbers of the rows.
+            head: a solved head and the features that it sees, in the model's place.
+        """
         outputs, labels, losses, items = [], [], [], []
-        with torch.no_grad():
-            for i in range(0, len(rows), size):
-                part = list(rows[i : i + size])
-                inputs = self._inputs(part)
-                found: Any = (
-                    inputs["labels"] if "labels" in inputs else (inputs["start_positions"], inputs["end_positions"])
-                )
-                if features is not None:
-                    logits: Any = self._head_logits(features[part])
-                    losses.append(float(self._head_loss(features[part], found)))
-                else:
-                    with self._autocast():
-                        result = self.model(**inputs)
-                    logits = result.logits if "logits" in result else (result.start_logits, result.end_logits)
-                    losses.append(float(result.loss))
-                logits = self.run.task.allowed(logits, [self.rows[r] for r in part])
-                if self.metric.preprocess:
-                    logits = self.metric.preprocess(logits, found)
-                outputs.append(_on_cpu(logits))
-                labels.append(_on_cpu(found))
-                items.append(sum(self.run.task.items(self.rows[r]) for r in part))
+        for part, logits, loss in self._given(rows) if head is None else self.solved.judged(*head, rows):  # type: ignore[union-attr]
+            found = self._labels(part)
+            logits = self.run.task.allowed(logits, [self.rows[r] for r in part])
+            if self.metric.preprocess:
+                logits = self.metric.preprocess(logits, found)
+            outputs.append(_on_cpu(logits))
+            labels.append(_on_cpu(found))
+            losses.append(loss)
+            items.append(sum(self.run.task.items(self.rows[r]) for r in part))
         loss = sum(a * n for a, n in zip(losses, items, strict=True)) / max(sum(items), 1)
         if not math.isfinite(loss):
             raise MixtureError(f"the loss on held-out examples is {loss}; use smaller learning rates.")
         return Judged(join_batches(outputs), join_batches(labels), loss, sum(items))
+
+    def _given(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Any, float]]:
+        """(rows, the model's logits, its mean loss) in batches."""
+        size = self.run.options.batch_size or BATCH
+        for i in range(0, len(rows), size):
+            part = list(rows[i : i + size])
+            with torch.no_grad(), self._autocast():
+                result = self.model(**self._inputs(part))
+            yield (
+                part,
+                result.logits if "logits" in result else (result.start_logits, result.end_logits),
+                float(result.loss),
+            )
+
+    def _labels(self, rows: list[int]) -> Any:
+        """The labels of some rows, as their batch has them."""
+        inputs = self._inputs(rows)
+        return inputs["labels"] if "labels" in inputs else (inputs["start_positions"], inputs["end_positions"])
 
     def _inputs(self, rows: list[int], collate: Callable[[list[dict[str, Any]]], Any] | None = None) -> dict[str, Any]:
         batch = (collate or self.collate)([self.rows[r] for r in rows])
@@ -306,53 +403,6 @@ class Learner:
         return (
             torch.autocast(self.device.type, torch.float16) if self.run.options.precision == "fp16" else nullcontext()
         )
-
-    # ------------------------------------------------------------------------------------- the head on cached activations
-
-    def features(self, candidate: Candidate) -> torch.Tensor | None:
-        """What the head sees of each row [E, ...], where nothing else is trained and the head is one linear layer.
-
-        The model's logits with the head replaced by the identity are the head's inputs at the positions that count.
-        """
-        if candidate.learned or len(self.head) != 1 or not self.run.task.classifies_examples:
-            return None
-        layer = self.model.get_submodule(self.head[0])
-        if not isinstance(layer, nn.Linear):
-            return None
-        if self._features is None or self._features[0] != candidate:
-            parent, _, name = self.head[0].rpartition(".")
-            owner = self.model.get_submodule(parent)
-            setattr(owner, name, nn.Identity())
-            try:
-                self._features = (candidate, self._pooled())
-            finally:
-                setattr(owner, name, layer)
-        return self._features[1]
-
-    def _pooled(self) -> torch.Tensor:
-        size, parts, labels = self.run.options.batch_size, [], []
-        with torch.no_grad(), self._autocast():
-            for i in range(0, len(self.rows), size):
-                inputs = self._inputs(list(range(i, min(i + size, len(self.rows)))))
-                labels.append(inputs.pop("labels"))
-                parts.append(self.model(**inputs).logits.float())
-        self._labels = torch.cat(labels)
-        return torch.cat(parts)
-
-    def _head_logits(self, features: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model.get_submodule(self.head[0])(features)
-        return logits
-
-    def _head_loss(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        from ..constants import MULTI, REGRESSION
-
-        logits = self._head_logits(features)
-        kind = self.run.labels.problem_type if self.run.labels else ""
-        if kind == REGRESSION:
-            return nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-        if kind == MULTI:
-            return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        return nn.functional.cross_entropy(logits, labels)
 
 
 def _quiet(model: nn.Module, gradient_checkpointing: bool) -> None:

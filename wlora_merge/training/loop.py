@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from .learner import Learner
 
 
+NEW_RATES = {False: 1e-3, True: 2e-3}
+"""Learning rates of a new adapter: by the model's own loss, and by how each example is predicted from the others."""
+
+
 def logit_rate(options: FitOptions, normalize: str) -> float:
     """The learning rate of the logits, or of free weights, whose steps are steps of the mixture weights themselves."""
     return options.learning_rate or (0.02 if normalize == "none" else 0.05)
@@ -35,6 +39,7 @@ class Trained:
     """What a training gave: its steps, the loss of the last, what was judged, whether it ran to its end.
 
     `judged` is by the step and the interpolation of the new adapter.
+    `learned` says that it stopped before its last step, as the shots were learned.
     `candidate` is what was trained, with the weights that a search found; `evaluations` how many of the
     search were made, None where time allowed all.
     """
@@ -47,6 +52,7 @@ class Trained:
     history: list[tuple[int, float]] = field(default_factory=list)
     candidate: Candidate | None = None
     evaluations: int | None = None
+    learned: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,12 @@ class Loop:
         uniform_head: list[torch.Tensor],
     ) -> None:
         self.learner, self.candidate, self.parameters = learner, candidate, parameters
-        self.features = learner.features(candidate)
+        self.left_out, self.steps = learner.situation.left_out, split.steps
         self.batches = learner.batches(split.rows, split.steps)
         self.done, self.best = 0, Best(math.inf, 0, [])
         self.uniform = [*self.tensors()[: len(parameters) - len(uniform_head)], *uniform_head]
         model, options = learner.model, learner.run.options
-        head = [model.get_parameter(name) for name in learner.start]
+        head = [model.get_parameter(name) for name in learner.placement.head_start]
         factors = new_parameters(model)
         self.rising = {id(lora_B) for lora_B in factors[1::2]}
         others = {id(p) for p in (*head, *factors)}
@@ -89,10 +95,11 @@ class Loop:
                 "params": [p for p in parameters if id(p) not in others],
                 "lr": logit_rate(options, candidate.normalize),
             },
-            {"params": factors, "lr": options.new_adapter_learning_rate},
-            {"params": head, "lr": options.head_learning_rate},
+            {"params": factors, "lr": options.new_adapter_learning_rate or NEW_RATES[self.left_out]},
+            {"params": [p for p in head if id(p) in {id(q) for q in parameters}], "lr": options.head_learning_rate},
         ]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(learner.device.type, enabled=options.precision == "fp16")
 
     def step(self, step: int) -> float:
@@ -101,6 +108,9 @@ class Loop:
             next(self.batches)
             self.done += 1
         self.done = step
+        if self.left_out:  # rates fall to zero: the last steps no longer move what the head is solved on
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * (1 - (step - 1) / self.steps)
         loss = self._backward(next(self.batches))
         self.scaler.step(self.optimizer)  # not where a gradient overflowed
         self.scaler.update()
@@ -110,20 +120,35 @@ class Loop:
         learner = self.learner
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
+        loss_sum = self._predicted(batches) if self.left_out else self._shared(batches)
+        self.scaler.unscale_(self.optimizer)  # after the sum: what overflowed on one process did so on all
+        if self.candidate.learned and self.candidate.pull:
+            (self.candidate.pull * _distance(learner.model)).backward()  # type: ignore[no-untyped-call]
+        return float(loss_sum)
+
+    def _predicted(self, batches: list[list[int]]) -> torch.Tensor:
+        """Gradients of the loss by which each example is predicted from the others, of a whole batch: all processes do the same."""
+        losses = []
+        for batch in batches:
+            loss = self.learner.left_out(batch) / len(batches)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _shared(self, batches: list[list[int]]) -> torch.Tensor:
+        """Gradients of the model's own loss, of which each process computes a share."""
+        learner = self.learner
         total = sum(learner.run.task.items(learner.rows[row]) for batch in batches for row in batch)
         loss_sum = torch.zeros(1, device=learner.device)
         for batch in batches:
             mine = batch[learner.run.team.rank :: learner.run.team.size]
             share = sum(learner.run.task.items(learner.rows[row]) for row in mine) / max(total, 1)
             # a rank without rows runs along for nothing: where layers are sharded, all must meet
-            loss = learner.loss(mine or batch[:1], self.features) * share
+            loss = learner.loss(mine or batch[:1]) * share
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
         learner.run.team.sum([loss_sum, *(p.grad for p in self.parameters if p.grad is not None)])
-        self.scaler.unscale_(self.optimizer)  # after the sum: what overflowed on one process did so on all
-        if self.candidate.learned and self.candidate.pull:
-            (self.candidate.pull * _distance(learner.model)).backward()  # type: ignore[no-untyped-call]
-        return float(loss_sum)
+        return loss_sum
 
     def tensors(self) -> list[torch.Tensor]:
         """Copies of what is trained."""

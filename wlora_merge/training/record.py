@@ -91,7 +91,9 @@ def _said_of_stop(kept: Kept) -> list[str]:
         )
     if 0 < made < steps and not done.complete:
         said.append(f"Stopped after {made} of {steps} steps, for want of time.")
-    if done.steps < made or (0 < made < steps and done.complete):
+    if done.learned:
+        said.append(f"Trained for {made} of {steps} steps, by when each shot is told from the others.")
+    elif done.steps < made or (0 < made < steps and done.complete):
         said.append(
             f"The weights are those of step {done.steps} of {steps}, where the loss on the evaluation data was lowest."
         )
@@ -122,7 +124,9 @@ def metrics_of(job: FitJob, comparison: Comparison, on_folds: Comparison, kept: 
     from .selection import of_method, rivals, simpler, tables
 
     candidate, who = kept.candidate, kept.candidate.contender
-    setting: FitMetrics = {"chosen": _setting(kept)} if candidate.learned else {}
+    setting: FitMetrics = (
+        {"chosen": _setting(kept) | _head_setting(job)} if candidate.learned or job.learner.solved else {}
+    )
     if not comparison.scores:
         note = " ".join([_not_estimated(job, comparison, candidate), *_said_of_stop(kept)])
         return {"kept": who.label, "note": note, **setting}
@@ -161,6 +165,12 @@ def _setting(kept: Kept) -> Chosen:
         "new_adapter": candidate.new_adapter, "interpolation": candidate.interpolation,
         "new_adapter_interpolation": candidate.new_interpolation, "steps": kept.trained.steps,
     }  # fmt: skip
+
+
+def _head_setting(job: FitJob) -> Chosen:
+    """What a solved head sees, and how it is held."""
+    solved = job.learner.solved
+    return {} if solved is None else {"pooling": solved.seen.pooling, "l2": solved.l2}
 
 
 def _not_estimated(job: FitJob, comparison: Comparison, candidate: Candidate) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..constants import REGRESSION
 from ..errors import MixtureError
 from ..mixture.new_lora import new_targets
 from .candidates import (
@@ -30,7 +31,9 @@ from .learner import Learner
 from .loop import Trained, restore
 from .record import FitJob, Kept, history, metrics_of, said_of_pruning
 from .run import Split
+from .scoring import Score, pool, score
 from .selection import chosen
+from .solved_head import L2, L2_TRIED, OVERRULES
 from .trackers import tracking
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ FOLD_SHARE, JUDGED_SHARE = 0.5, 0.75
 
 def find_mixture(job: FitJob) -> tuple[FitMetrics, Candidate]:
     """Compare, choose, train what is kept; the metrics and the candidate that the model now holds."""
+    choose_l2(job)
     options, plan = job.options, _plan(job)
     if job.held and plan.judgements <= 1:  # nothing is left to decide
         job = replace(job, parts=[])
@@ -65,6 +69,27 @@ def find_mixture(job: FitJob) -> tuple[FitMetrics, Candidate]:
     return metrics, kept.candidate
 
 
+def choose_l2(job: FitJob) -> None:
+    """Hold a solved head as asked, or as the folds prefer under uniform composition: by more than chance, but of a regression."""
+    solved, learner = job.learner.solved, job.learner
+    if solved is None:
+        return
+    solved.l2 = job.options.l2 or L2
+    if job.options.l2 is not None or not job.parts:
+        return
+    features = learner.uniform_features()
+
+    def reached(l2: float) -> Score:
+        heads = [(solved.solve(features, rows, l2), held) for rows, held in job.parts]
+        return score(pool([learner.judge(held, (found, features)) for found, held in heads]), learner.metric)
+
+    scores = {l2: reached(l2) for l2 in (L2, *L2_TRIED)}
+    for l2 in L2_TRIED:
+        lead, error = scores[l2].ahead_of(scores[solved.l2])
+        if lead > (0.0 if solved.kind == REGRESSION else OVERRULES) * error:
+            solved.l2 = l2
+
+
 @dataclass(frozen=True)
 class _Plan:
     """The candidates of a fit, for how many steps each is trained, and how often the folds judge the settings of the learned one."""
@@ -86,10 +111,8 @@ def _plan(job: FitJob) -> _Plan:
     options, head = job.options, bool(job.learner.head)
     if options.new_adapter is None and not new_targets(job.learner.model):
         options = replace(options, new_adapter=0)
-    fixed, settings = (
-        fixed_candidates(job.learner.names, options),
-        learned_settings(options, head=head, enough=job.enough),
-    )
+    now = replace(job.learner.situation, near=job.learner.nearness())
+    fixed, settings = fixed_candidates(job.learner.names, options), learned_settings(options, now)
     uniform = next(c for c in fixed if c.contender == UNIFORM)
     search = [replace(uniform, contender=SEARCH)] if options.method in (SEARCH.label, AUTO) else []
     steps = total_steps(job.learner, len(job.shots))
@@ -132,7 +155,7 @@ def _finish(job: FitJob, candidate: Candidate, steps: int, comparison: Compariso
     with tracking(job.options, job.run.team.leads) as log:
         if done := comparison.trained.get(candidate.contender):
             candidate = done.candidate or candidate
-            restore(learner.place(candidate), done.tensors)
+            restore(learner.placement.place(candidate), done.tensors)
             _log_again(learner, done, log)
         else:
             evaluations, title = None, f"{title}, all shots" if job.parts else title
@@ -156,19 +179,19 @@ def _log_again(learner: Learner, done: Trained, log: Callable[[dict[str, float],
     *before, (last, loss) = done.history
     for step, value in before:
         log({"loss": value}, step)
-    log({"loss": loss, **{f"weight/{name}": w for name, w in learner.weights().items()}}, last)
+    log({"loss": loss, **{f"weight/{name}": w for name, w in learner.placement.weights().items()}}, last)
 
 
 def _prune(job: FitJob, candidate: Candidate, on_folds: Comparison) -> Pruned:
     """Prune the model's weights and say what it cost."""
     learner = job.learner
     judged_on, where = (job.held, "evaluation data") if job.held else (job.shots, "the shots themselves")
-    before, used = learner.judge(judged_on).loss, learner.used()
+    before, used = learner.judge(judged_on).loss, learner.placement.used()
     dropped = prune(learner)
     cost = learner.judge(judged_on).loss - before
     if not job.held and candidate.learned and on_folds.pruned is not None:
         cost, where = on_folds.pruned, "held-out folds"
-    left = [name for name in used if name not in learner.used()]
+    left = [name for name in used if name not in learner.placement.used()]
     return {
         "below": job.options.prune_below, "weights_set_to_zero": dropped, "left": left, "loss_added": cost, "on": where,
     }  # fmt: skip
