@@ -173,7 +173,7 @@ class FitOptions:
         help="Of a new adapter (AdamW). Default: 0.002 under a solved head that classifies examples, else 0.001.")
     batch_size: int | None = option(
         None, Topic.TRAINED, bounds=COUNT,
-        help="Examples in a batch, over all processes. Default: 48 where a new head classifies examples, else 8.")
+        help="Examples in a batch, over all processes. Default: 24 where a solved head classifies examples, else 8.")
     gradient_accumulation_steps: int = option(1, Topic.TRAINED, bounds=COUNT, help="Batches in an optimizer step.")
     max_length: int | None = option(
         None, Topic.TRAINED, bounds=COUNT,

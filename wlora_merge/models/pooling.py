@@ -89,19 +89,25 @@ def add_pooling_layer(model: Any, pooling: str) -> None:
         seen["mask"] = named.get("attention_mask", given[1] if len(given) > 1 else None)
 
     def replace(module: Any, given: Any, output: Any) -> Any:
+        """The pooled vector in the place of each token's."""
         import torch
 
         tokens = output[0]
         mask = seen.pop("mask", None)
         mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device) if mask is None else mask
         vector = pooled(tokens, mask, pooling).unsqueeze(1).expand_as(tokens)
-        if isinstance(output, tuple):
-            return (vector, *output[1:])
-        output["last_hidden_state"] = vector
-        return output
+        return with_tokens(output, vector)
 
     token_layers(model).register_forward_hook(replace)
     model.base_model.register_forward_pre_hook(look, with_kwargs=True)
+
+
+def with_tokens(output: Any, tokens: torch.Tensor) -> Any:
+    """What a part of a model gives, a tuple or a ModelOutput, with other token vectors in the place of its own."""
+    if isinstance(output, tuple):
+        return (tokens, *output[1:])
+    output["last_hidden_state"] = tokens
+    return output
 
 
 def token_layers(model: Any) -> Any:

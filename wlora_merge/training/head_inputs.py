@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import MixtureError, UnsupportedError
-from ..models.pooling import LAYER_POOLINGS, add_pooling_layer, pool_tokens, pooled, token_layers
+from ..models.pooling import LAYER_POOLINGS, add_pooling_layer, pool_tokens, pooled, token_layers, with_tokens
 
 MODEL, CLS, LAST, MEAN = "model", "cls", "last", "mean"
 SMALL = 2.0**-11
@@ -204,16 +204,14 @@ def _find_reader(model: Any, out: str, inputs: dict[str, Any]) -> _Reader | None
     handed: list[torch.Tensor] = []
 
     def replace(module: Any, given: Any, output: Any) -> Any:
+        """Noise in the place of the token vectors."""
         tokens = output[0]
         if not isinstance(tokens, torch.Tensor) or tokens.ndim != 3:
             return output
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(tokens.shape, generator=generator).to(tokens)
         handed.append(noise)
-        if isinstance(output, tuple):
-            return (noise, *output[1:])
-        output["last_hidden_state"] = noise
-        return output
+        return with_tokens(output, noise)
 
     handle = part.register_forward_hook(replace)
     try:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch.utils.data import ConcatDataset
 
 
-LEARNED = 0.2
+TOLD_APART = 0.2
 """Leave-one-out loss of a batch below which features are learned: what is trained after it fits the shots alone
 (recipes/bench_fit/README.md)."""
 PACKED_TOLERANCE = {None: 1e-4, "bf16": 2e-2, "4bit": 2e-2, "8bit": 1e-1}
@@ -223,8 +223,8 @@ class Learner:
         state = self.placement.place_row(row, candidate.normalize, candidate.scale)
         features = solved.features([*split.rows, *split.held], state)
         parameters = self.placement.place(candidate, split.rows)
-        solved.put(features, split.rows)
-        result, found = Trained(tensors=[p.detach().clone() for p in parameters]), solved.solve(features, split.rows)
+        found = solved.put(features, split.rows)
+        result = Trained(tensors=[p.detach().clone() for p in parameters])
         if self.run.progress:
             self.run.progress(
                 split.title, 1, 1, self.judge(split.rows, (found, features)).loss, self.placement.weights()
@@ -245,7 +245,7 @@ class Learner:
             result.loss, result.steps = loop.step(step), step
             result.history.append((step, float(f"{result.loss:.5g}")))
             self._tell(candidate, split, result)
-            learned = loop.left_out and result.loss < LEARNED
+            learned = loop.left_out and result.loss < TOLD_APART
             if step in split.judge_at or (learned and split.judge_at):
                 self._judge_at(split.judge_at[-1] if learned else step, candidate, split, loop, result)
                 if split.patience is not None and loop.is_past_its_best(result, split.patience):

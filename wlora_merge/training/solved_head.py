@@ -214,10 +214,11 @@ class SolvedHead:
         weight, bias = solve(flat / scale, loss, self.outputs, held, bias=self.seen.layer.bias is not None)
         return Solved(weight / scale, bias)
 
-    def put(self, features: Features, rows: Sequence[int]) -> None:
-        """Solve the head on these rows and put it into the model."""
+    def put(self, features: Features, rows: Sequence[int]) -> Solved:
+        """Solve the head on these rows and put it into the model; the head."""
         found = self.solve(features, rows)
         self.seen.put(found.weight, found.bias, max(float(features[row].abs().max()) for row in rows))
+        return found
 
     def _is_binary(self) -> bool:
         return self.kind == SINGLE and self.run.task.has_labels and self.outputs == 2
