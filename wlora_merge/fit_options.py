@@ -95,13 +95,14 @@ class FitOptions:
     new_adapter: int | None = option(
         None, Topic.MIXED, metavar="R", bounds=AT_LEAST_0, of=LEARNED,
         help="Rank of a LoRA that is trained from zero beside the given ones, with weight 1; 0: none. Default: 8 on four examples or "
-        "more, if a head is trained two per class too, else 0, unless the folds prefer the other; always 0 with --normalize present.",
+        "more, with a new head two per class too, and with a solved one only where the shots are far from what the adapters know; "
+        "else 0. The folds may prefer the other. Always 0 with --normalize present.",
         detail="It lies on the linear layers that the given adapters change, and becomes one more adapter of the mixture. The "
         "weights are then free ones.")
     new_adapter_interpolation: float | None = option(
         None, Topic.MIXED, bounds=SHARE, of=LEARNED,
-        help="How far the new adapter goes from nothing (0) to what was trained (1). Default: 1 if a head is trained, else 0.5, "
-        "unless the folds prefer 0.25 or 1.",
+        help="How far the new adapter goes from nothing (0) to what was trained (1). Default: 1 if there is a new head or "
+        "completions repeat, else 0.5, unless the folds prefer 0.25 or 1.",
         detail="As in WiSE-FT (https://arxiv.org/abs/2109.01903). The folds prefer the better metric, or with the same metric the "
         "lower loss.")
     delta_scale: float | str | None = option(
@@ -140,9 +141,12 @@ class FitOptions:
         help="Set weights under this to zero after the fit: 0 to 1, of free weights any size.",
         detail="The other weights of the group are renormalized; free weights stay as they are. An adapter without weight anywhere "
         "leaves the mixture.")
-    folds: int = option(
-        3, Topic.JUDGED, bounds=AT_LEAST_0, help="Parts of the shots, each held out once; 0: none.",
-        detail="A class with one shot is never held out, nor are fewer than four different examples.")
+    folds: int | None = option(
+        None, Topic.JUDGED, bounds=AT_LEAST_0,
+        help="Parts of the shots, each held out once; 0: none. Default: 3, on which a learned mixture is trained only where they "
+        "decide something.",
+        detail="A class with one shot is never held out, nor are fewer than four different examples. They decide with --settings 2, "
+        "--select best or --method auto, and where no head is new and no completions repeat.")
     settings: int = option(
         1, Topic.JUDGED, bounds=COUNT, of=LEARNED,
         help="Learned settings that the folds compare at most; each costs --folds trainings.",

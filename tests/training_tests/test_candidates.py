@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +133,7 @@ def test_under_a_solved_head_a_training_has_to_earn_its_place(
     now = Situation(True, True, solved=True, left_out=True, near=near)
     (found,) = learned_settings(fit_options(options), now)
     assert (found.new_adapter, found.trains_weights, found.trained) == expected
-    may = (1.0, 0.5) if options.get("new_adapter") else (1.0, 0.5, 0.0)  # one that is asked for stays
-    assert found.new_interpolations == (may if found.new_adapter else (1.0,))
-    assert found.interpolation == 1.0
-    idle = replace(found, new_interpolations=(0.0,)).without_idle_adapter()
-    assert (idle.new_adapter, idle.new_interpolation) == (0, 1.0)
+    assert (found.interpolation, found.new_interpolations) == (1.0, (1.0,))
 
 
 @pytest.mark.parametrize(

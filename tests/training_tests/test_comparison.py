@@ -17,7 +17,7 @@ from support.shots import WORDS, save_tokenizer
 
 from wlora_merge.exporters.export import export
 from wlora_merge.mixture.attachment import attachment_of
-from wlora_merge.training.candidates import LEARNED, UNIFORM, Candidate, Situation
+from wlora_merge.training.candidates import LEARNED, UNIFORM, Candidate
 from wlora_merge.training.comparison import Judging, compare
 from wlora_merge.training.learner import Learner
 from wlora_merge.training.scoring import Judged
@@ -119,17 +119,6 @@ def test_how_far_a_new_adapter_goes_is_what_the_metric_says_and_for_how_long_wha
     ((name, row),) = found.settings.items()
     assert row["steps"] == kept[0]
     assert name.endswith("new adapter of rank 8 at 0.5" if kept[1] == 0.5 else "new adapter of rank 8")
-
-
-def test_under_a_solved_head_the_loss_says_how_far_a_new_adapter_goes_and_none_of_it_leaves_it_out() -> None:
-    points = {(4, 1.0): ([1, 1, 1, 1], 0.6), (4, 0.5): ([1, 1, 1, 0], 0.5), (4, 0.0): ([1, 1, 0, 0], 0.4)}
-    learner = Halfway(points)
-    learner.situation = Situation(head=True, enough=True, solved=True, left_out=True)  # type: ignore[misc]
-    setting = Candidate(LEARNED, None, new_adapter=8, new_interpolations=(1.0, 0.5, 0.0))
-    found = compare(learner, [setting], Judging([(range(4), range(4))], 4, (1.0,)))  # type: ignore[arg-type]
-    assert found.learned is not None
-    assert (found.learned.new_adapter, found.learned.new_interpolation) == (0, 1.0)
-    assert found.scores[LEARNED].loss == 0.4
 
 
 def test_each_candidate_is_trained_for_its_own_number_of_steps() -> None:

@@ -107,19 +107,17 @@ def _trainings(
         names: of the adapters.
         now: what decides the defaults.
     """
-    from ..training.candidates import fixed_candidates, judgements, learned_settings
+    from ..training.candidates import fixed_candidates, judgements, learned_settings, on_folds
     from ..training.cross_validation import fold_indices
 
     planned = [setting for setting in learned_settings(options, now) if setting.trained]
     search = options.method in ("search", "auto")
     fixed = len(fixed_candidates(names, options)) + 2 * search
-    folds = (
-        len(fold_indices(examples.classes(labels), examples.twins, options.folds, options.seed)) if options.folds else 0
-    )
-    held = bool(fit.eval_data)
-    judged = judgements(options, planned, head=now.head)
+    folds = len(fold_indices(examples.classes(labels), examples.twins, options.folds, options.seed))
+    held, on_them = bool(fit.eval_data), on_folds(options, planned, now)
+    judged = judgements(options, on_them, now)
     folds *= not held or judged > 1
-    learned = folds * len(planned) + bool(planned)  # what is kept is trained on all shots
+    learned = folds * len(on_them) + bool(planned)  # what is kept is trained on all shots
     return learned, bool(folds) * (fixed * (not held) + judged) + held * (fixed + 1)
 
 
@@ -130,7 +128,8 @@ def _situation(options: FitOptions, fit: FitRequest, examples: Examples, labels:
 
     task = get_task(fit.task)
     suffice = enough(examples.classes(labels), examples.twins, head=task.has_head)
-    return Situation(task.has_head, suffice, solved=task.has_head, left_out=task.classifies_examples)
+    choice = not task.has_head and any(name for row in examples.classes(labels) for name in row)
+    return Situation(task.has_head, suffice, solved=task.has_head, left_out=task.classifies_examples, choice=choice)
 
 
 def _tokens(fit: FitRequest, examples: Examples) -> int:

@@ -45,6 +45,11 @@ def classification_metric(labels: LabelSet) -> Metric:
         return Metric("mse", False, _regression, first_output)
     if labels.problem_type == MULTI:
         return Metric("f1", True, _multi_label, first_output)
+    return choice_metric()
+
+
+def choice_metric() -> Metric:
+    """Of the rows, the share whose class has the largest logit."""
     return Metric("accuracy", True, _accuracy, first_output)
 
 

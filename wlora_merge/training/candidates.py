@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..fit_options import FitOptions
 from ..mixture.weights import uniform_start
@@ -21,16 +21,14 @@ costs more than the weights gain (recipes/bench_fit/README.md)."""
 PULLS = (0.0, 0.3)
 NEW_RANK = 8
 NEW_INTERPOLATIONS = (0.5, 0.25, 1.0)
-"""How far the new adapter goes to what was trained, where no head is trained: half-way it keeps what it gains far from the given
-adapters, and loses little near them; the folds may prefer less or all of it (recipes/bench_fit/README.md)."""
-LEFT_OUT_INTERPOLATIONS = (1.0, 0.5, 0.0)
-"""The same under a solved head, where the folds may do without the new adapter too."""
+"""How far the new adapter goes to what was trained, where it is trained to its last step: half-way it keeps what it gains far from
+the given adapters, and loses little near them; the folds may prefer less or all of it (recipes/bench_fit/README.md)."""
 ONE_SHOT = 0.5
 """How far from uniform composition a new head and weights go on one shot per class, where nothing can be held out: half-way costs
 nothing near the adapters, and has most of the gain far from them (recipes/bench_fit/README.md)."""
 START_SCALES = (1.0, 0.0, 2.0)
-"""Where weights under a solved head start, times uniform composition: of these the one whose head predicts each shot best from the
-others; on one shot per class the first (recipes/bench_fit/README.md)."""
+"""What weights under a solved head are, times uniform composition, where nothing is trained beside them: of these the one whose head
+predicts each shot best from the others; on one shot per class the first (recipes/bench_fit/README.md)."""
 NEAR = 0.8
 """The mean accuracy of the classes, each shot given to the nearest mean of the others, from which on a solved head has no new
 adapter: the adapters know the task, and what is trained on few shots loses what they know (recipes/bench_fit/README.md)."""
@@ -112,10 +110,6 @@ class Candidate:
         """Whether its weights are trained."""
         return self.row is None
 
-    def without_idle_adapter(self) -> Candidate:
-        """The same without a new adapter that goes nowhere."""
-        return self if self.new_interpolation else replace(self, new_adapter=0, new_interpolations=(1.0,))
-
     @property
     def new_interpolation(self) -> float:
         """How far its new adapter goes: of several the first, where the folds have not chosen."""
@@ -142,6 +136,7 @@ class Situation:
         enough: whether the examples are enough for a new adapter (`cross_validation.enough`).
         solved: whether that head is solved and not trained.
         left_out: whether what is learned under it is trained by how each example is predicted from the others.
+        choice: whether a language model chooses among completions that repeat.
         near: the mean accuracy of the classes, each shot given to the nearest mean of the others; None where it is not known.
     """
 
@@ -149,7 +144,13 @@ class Situation:
     enough: bool
     solved: bool = False
     left_out: bool = False
+    choice: bool = False
     near: float | None = None
+
+    @property
+    def stops(self) -> bool:
+        """Whether a training stops once it tells the shots apart: then all of it is kept, and nothing is left to the folds."""
+        return self.left_out or self.choice
 
 
 def learned_settings(options: FitOptions, now: Situation) -> list[Candidate]:
@@ -222,9 +223,7 @@ def _interpolations(options: FitOptions, now: Situation) -> tuple[float, tuple[f
     given = options.new_adapter_interpolation
     if given is not None:
         return share, (given,)
-    if now.left_out:
-        return share, tuple(far for far in LEFT_OUT_INTERPOLATIONS if far or not options.new_adapter)
-    return share, (1.0,) if now.head else NEW_INTERPOLATIONS
+    return share, (1.0,) if now.head or now.stops else NEW_INTERPOLATIONS
 
 
 def setting_name(candidate: Candidate) -> str:
@@ -254,11 +253,21 @@ def steps_of(options: FitOptions, shots: int, now: Situation) -> int:
     return MOST_STEPS if most else min(MOST_STEPS, max(FEWEST_STEPS, round(EPOCHS * batches / each)))
 
 
-def checkpoints(options: FitOptions, *, head: bool) -> tuple[float, ...]:
-    """Shares of the steps after which the folds judge a candidate; `head`: whether there is a new head."""
-    return (1.0,) if head or options.max_steps is not None or options.epochs is not None else CHECKPOINTS
+def checkpoints(options: FitOptions, now: Situation) -> tuple[float, ...]:
+    """Shares of the steps after which the folds judge a candidate."""
+    once = now.head or now.stops or options.max_steps is not None or options.epochs is not None
+    return (1.0,) if once else CHECKPOINTS
 
 
-def judgements(options: FitOptions, settings: Sequence[Candidate], *, head: bool) -> int:
+def judgements(options: FitOptions, settings: Sequence[Candidate], now: Situation) -> int:
     """How often the folds judge each example by settings of the learned method: at every number of steps and every interpolation."""
-    return sum(len(s.new_interpolations) for s in settings) * len(checkpoints(options, head=head))
+    return sum(len(s.new_interpolations) for s in settings) * len(checkpoints(options, now))
+
+
+def on_folds(options: FitOptions, settings: Sequence[Candidate], now: Situation) -> list[Candidate]:
+    """The settings of the learned method that the folds judge.
+
+    Those that are trained only where the folds decide something by it, or were asked for: each costs a training for each fold.
+    """
+    asked = options.folds is not None or options.method == AUTO or options.select == "best"
+    return [s for s in settings if asked or not s.trained or judgements(options, settings, now) > 1]

@@ -45,7 +45,7 @@ class Comparison:
         """Score a candidate by its trainings on all parts; of the settings of the learned method the one that is ahead stays."""
         who, judged = candidate.contender, [one.trained.judged for one in found]
         scores = {at: score(pool([part[at] for part in judged]), learner.metric) for at in judged[0]}
-        step, new = _best_point(scores, by_loss=learner.situation.left_out)
+        step, new = _best_point(scores)
         chosen, reached = replace(candidate, new_interpolations=(new,)), scores[step, new]
         if candidate.learned:
             self.settings[setting_name(chosen)] = reached.row() | {"steps": step}
@@ -53,7 +53,7 @@ class Comparison:
             return
         self.scores[who], self.steps[who] = reached, step
         if candidate.learned:
-            self.learned = chosen.without_idle_adapter()
+            self.learned = chosen
             pruned = [one.pruned for one in found if one.pruned is not None]
             whole = scores[max(step for step, _ in scores), candidate.new_interpolation]
             self.pruned = score(pool(pruned), learner.metric).loss - whole.loss if pruned else None
@@ -132,19 +132,12 @@ def _is_behind(reached: Score, before: Score | None, *, head: bool) -> bool:
     return lead <= (OVERRULES if head else 0.0) * error
 
 
-def _best_point(scores: Mapping[tuple[int, float], Score], *, by_loss: bool) -> tuple[int, float]:
-    """The step and the interpolation of the new adapter to keep: of each interpolation's step of the lowest loss the best score.
-
-    Args:
-        scores: by step and interpolation.
-        by_loss: the best has the lowest loss; else the best metric. A head that is solved is calibrated, and its loss tells more.
-    """
+def _best_point(scores: Mapping[tuple[int, float], Score]) -> tuple[int, float]:
+    """The step and the interpolation of the new adapter to keep: of each interpolation's step of the lowest loss the best score."""
     steps: dict[float, int] = {}
     for step, new in sorted(scores, key=lambda point: (scores[point].loss, point[0])):
         steps.setdefault(new, step)
     points = [(step, new) for new, step in sorted(steps.items())]
-    if by_loss:
-        return min(points, key=lambda point: scores[point].loss)
     return max(points, key=lambda point: scores[point].key())
 
 

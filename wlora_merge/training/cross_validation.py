@@ -12,9 +12,12 @@ from collections.abc import Sequence
 FEWEST = 4
 """Different examples without which nothing is held out, and no new adapter is trained by default: two or three teach it nothing that
 lasts, and tell nothing of what to keep (recipes/bench_fit/README.md)."""
+FOLDS = 3
 
 
-def fold_indices(classes: Sequence[Sequence[str]], twins: Sequence[int], folds: int, seed: int) -> list[list[int]]:
+def fold_indices(
+    classes: Sequence[Sequence[str]], twins: Sequence[int], folds: int | None, seed: int
+) -> list[list[int]]:
     """Parts of the examples, each to be held out once; classes spread evenly, the only one of a class never held out.
 
     An example of several classes counts for its rarest one, as in iterative stratification (Sechidis et al. 2011).
@@ -22,7 +25,7 @@ def fold_indices(classes: Sequence[Sequence[str]], twins: Sequence[int], folds: 
     Args:
         classes: those of each example.
         twins: for each example the first that is equal to it; they are held out together.
-        folds: how many parts at most.
+        folds: how many parts at most; None: `FOLDS`.
         seed: decides every draw.
 
     Returns:
@@ -37,7 +40,7 @@ def fold_indices(classes: Sequence[Sequence[str]], twins: Sequence[int], folds: 
     for key in sorted(groups):
         generator.shuffle(groups[key])
         usable += groups[key] if count[key] != 1 else []
-    folds = min(folds, len(usable))
+    folds = min(FOLDS if folds is None else folds, len(usable))
     parts = [set(usable[fold::folds]) for fold in range(folds)] if folds > 1 and len(set(twins)) >= FEWEST else []
     return [[index for index, twin in enumerate(twins) if twin in part] for part in parts]
 

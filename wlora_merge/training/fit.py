@@ -37,7 +37,7 @@ from ..text import first_line
 from .initial_logits import find_start, like_start
 from .record import FitJob, data_ref, held_out, recorded
 from .resume import FitState, only_fit, state_file
-from .run import Clock, FitProgress, Run
+from .run import Clock, FitProgress, Rows, Run
 from .trackers import tracker_names
 
 if TYPE_CHECKING:
@@ -226,10 +226,10 @@ def _prepare(
     start = find_start(options, [a.name for a in given.adapters], base)
     whole = len(trained) == n  # else an example is several rows
     classes, twins = (shots.classes(labels), shots.twins) if whole else ([("",)] * n, list(range(n)))
-    suffice = enough(classes, twins, head=bool(head))
     run = Run(task, labels, options, ranks, state, clock, progress)
-    learner = Learner(run, model, processor, both, head, start, (n, suffice), own_pooling(base.folder))
-    folds = fold_indices(classes, twins, options.folds, options.seed) if options.folds else []
+    encoded = Rows(both, n, classes, enough(classes, twins, head=bool(head)))  # type: ignore[arg-type]
+    learner = Learner(run, model, processor, encoded, head, start, own_pooling(base.folder))
+    folds = fold_indices(classes, twins, options.folds, options.seed)
     in_files = all(map(base.find_module, new_targets(model, everywhere=True)))
     learner.placement.everywhere = learner.situation.left_out and in_files
     if learner.solved and options.head_learning_rate != FitOptions.head_learning_rate:
@@ -238,7 +238,7 @@ def _prepare(
         )
     every, held_rows = list(range(n)), list(range(n, n + len(judged)))
     parts = [(sorted({*every}.difference(fold)), fold) for fold in folds]
-    return FitJob(learner, every, held_rows, parts, suffice)
+    return FitJob(learner, every, held_rows, parts)
 
 
 def _encoded(task: Task, examples: Examples, processor: Any, length: int | None, labels: LabelSet | None) -> Any:

@@ -11,34 +11,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..constants import SINGLE
+from ..data.metrics import choice_metric
 from ..errors import MixtureError
 from ..mixture.attachment import attachment_of
 from ..mixture.live_model import refuse_uncalled
 from ..mixture.weights import uniform_start
 from ..text import first_line
 from .candidates import BATCH, START_SCALES, UNIFORM, Candidate, Situation, batch_size
+from .completions import Completions, find_completions, next_token_loss
 from .head_inputs import MODEL, find_head_inputs, refuse_pooling
 from .initial_logits import Start
 from .loop import Loop, Trained, restore
 from .placement import Placement
-from .run import Run, Split, halfway
+from .run import Rows, Run, Split, halfway
 from .scoring import Judged, join_batches
 from .solved_head import Features, Solved, SolvedHead
 from .solver import left_out_objective
 
-if TYPE_CHECKING:
-    from torch.utils.data import ConcatDataset
-
-
 TOLD_APART = 0.2
 """Leave-one-out loss of a batch below which features are learned: what is trained after it fits the shots alone
 (recipes/bench_fit/README.md)."""
+CHOSEN = 0.1
+"""The same of the loss by which a language model chooses among completions, the mean of a pass over the shots."""
 PACKED_TOLERANCE = {None: 1e-4, "bf16": 2e-2, "4bit": 2e-2, "8bit": 1e-1}
 """By how much, relative to it, the loss of packed examples may differ: by rounding alone. 8bit chooses its outliers in the batch, and
 its loss is off by 4e-2 on SmolLM2."""
@@ -50,10 +51,9 @@ class Learner:
     """A model with its adapters attached, the encoded rows, and how to train on them.
 
     Args:
-        rows: encoded examples, the shots first.
+        given: the encoded examples.
         head: names of the head's modules; its parameters start from what they are now.
         start: where the logits (free weights) and a learned delta_scale start.
-        shots: how many of the rows are shots, and whether they are enough for a new adapter.
         own_pooling: what the base's files say of the pooling, if they do.
     """
 
@@ -62,14 +62,13 @@ class Learner:
         run: Run,
         model: nn.Module,
         processor: Any,
-        rows: ConcatDataset[Any] | Sequence[Any],
+        given: Rows,
         head: list[str],
         start: Start,
-        shots: tuple[int, bool] = (0, False),
         own_pooling: str | None = None,
     ) -> None:
-        self.run, self.model, self.rows, self.head = run, model, rows, head
-        self.shots, self.enough = shots
+        self.run, self.model, self.head = run, model, head
+        self.rows, self.shots, self.enough = given.encoded, given.shots, given.enough
         self.placement = Placement(model, run.options, start)
         self.names = self.placement.names
         self.processor, self.metric = processor, run.task.metric(run.labels)
@@ -79,6 +78,7 @@ class Learner:
         _quiet(model, run.options.gradient_checkpointing)
         self._try_out()
         self.solved = self._find_solved(own_pooling)
+        self.completions = self._find_completions(given.classes)
         self.placement.remember_head()
         self.placement.scale_of = self._best_scale
         self.pack = self.collate
@@ -125,6 +125,19 @@ class Learner:
             self.model.get_parameter(name).requires_grad_(True)
         return solved
 
+    def _find_completions(self, classes: Sequence[Sequence[str]]) -> Completions | None:
+        """The completions of the shots, where they repeat and the model chooses among them."""
+        from transformers import DataCollatorWithPadding
+
+        if self.head or not self.run.task.is_decoder or self.run.options.packing:
+            return None
+        every: Any = self.rows
+        tokens = find_completions(classes, [every[number] for number in range(len(every))])
+        if tokens is None:
+            return None
+        self.metric = choice_metric()
+        return Completions(self.model, every, tokens, DataCollatorWithPadding(self.processor), self.device)
+
     def _unlabelled(self, rows: list[int]) -> dict[str, Any]:
         """The model's inputs for some rows, without labels."""
         labels = ("labels", "start_positions", "end_positions")
@@ -158,7 +171,7 @@ class Learner:
     def situation(self) -> Situation:
         """What decides the defaults of this fit, but for how near the shots are to what the adapters know."""
         left_out = self.solved is not None and self.run.task.classifies_examples
-        return Situation(bool(self.head), self.enough, self.solved is not None, left_out)
+        return Situation(bool(self.head), self.enough, self.solved is not None, left_out, self.completions is not None)
 
     def uniform_features(self) -> Features:
         """What the head sees of every row under uniform composition."""
@@ -219,10 +232,8 @@ class Learner:
 
     def _solve_alone(self, candidate: Candidate, split: Split, solved: SolvedHead) -> Trained:
         """A candidate whose head alone is to be found: solved on features that are computed once."""
-        row = self.placement.start_row(split.rows) if candidate.row is None else candidate.row
-        state = self.placement.place_row(row, candidate.normalize, candidate.scale)
-        features = solved.features([*split.rows, *split.held], state)
         parameters = self.placement.place(candidate, split.rows)
+        features = solved.features([*split.rows, *split.held], self.placement.state())
         found = solved.put(features, split.rows)
         result = Trained(tensors=[p.detach().clone() for p in parameters])
         if self.run.progress:
@@ -245,7 +256,7 @@ class Learner:
             result.loss, result.steps = loop.step(step), step
             result.history.append((step, float(f"{result.loss:.5g}")))
             self._tell(candidate, split, result)
-            learned = loop.left_out and result.loss < TOLD_APART
+            learned = self._has_learned(split, result)
             if step in split.judge_at or (learned and split.judge_at):
                 self._judge_at(split.judge_at[-1] if learned else step, candidate, split, loop, result)
                 if split.patience is not None and loop.is_past_its_best(result, split.patience):
@@ -255,6 +266,17 @@ class Learner:
                 break
             state.save_current(split.key, lambda result=result: loop.saved(result))  # type: ignore[misc]
         return result
+
+    def _has_learned(self, split: Split, result: Trained) -> bool:
+        """Whether a training tells the shots apart, and stops before its last step, as none was asked for."""
+        now, options = self.situation, self.run.options
+        if not now.stops or options.max_steps is not None or options.epochs is not None:
+            return False
+        if now.left_out:
+            return result.loss < TOLD_APART
+        each = batch_size(options, now) * options.gradient_accumulation_steps
+        passed = -(-len(split.rows) // each)
+        return len(result.history) >= passed and fmean(loss for _, loss in result.history[-passed:]) < CHOSEN
 
     def _tell(self, candidate: Candidate, split: Split, result: Trained) -> None:
         """Progress and log of a step."""
@@ -341,9 +363,15 @@ class Learner:
 
     def loss(self, rows: list[int]) -> torch.Tensor:
         """The mean loss of some rows."""
+        if self.completions is not None:
+            with self._autocast():
+                scores = self.completions.scores(rows)
+            return nn.functional.cross_entropy(scores, self.completions.classes(rows))
         inputs = self._inputs(rows, self.pack)
         with self._autocast():
-            loss: torch.Tensor = self.model(**inputs).loss
+            loss: torch.Tensor = (
+                next_token_loss(self.model, inputs) if self.run.task.is_decoder else self.model(**inputs).loss
+            )
         return loss.float()
 
     def left_out(self, rows: list[int]) -> torch.Tensor:
@@ -360,37 +388,40 @@ class Learner:
             head: a solved head and the features that it sees, in the model's place.
         """
         outputs, labels, losses, items = [], [], [], []
-        for part, logits, loss in self._given(rows) if head is None else self.solved.judged(*head, rows):  # type: ignore[union-attr]
-            found = self._labels(part)
+        for part, logits, found, loss in self._given(rows) if head is None else self.solved.judged(*head, rows):  # type: ignore[union-attr]
             logits = self.run.task.allowed(logits, [self.rows[r] for r in part])
             if self.metric.preprocess:
                 logits = self.metric.preprocess(logits, found)
             outputs.append(_on_cpu(logits))
             labels.append(_on_cpu(found))
             losses.append(loss)
-            items.append(sum(self.run.task.items(self.rows[r]) for r in part))
+            items.append(self.items(part))
         loss = sum(a * n for a, n in zip(losses, items, strict=True)) / max(sum(items), 1)
         if not math.isfinite(loss):
             raise MixtureError(f"the loss on held-out examples is {loss}; use smaller learning rates.")
         return Judged(join_batches(outputs), join_batches(labels), loss, sum(items))
 
-    def _given(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Any, float]]:
-        """(rows, the model's logits, its mean loss) in batches."""
+    def items(self, rows: Sequence[int]) -> int:
+        """How many predictions the loss of some rows counts."""
+        return len(rows) if self.completions else sum(self.run.task.items(self.rows[row]) for row in rows)
+
+    def _given(self, rows: Sequence[int]) -> Iterator[tuple[list[int], Any, Any, float]]:
+        """(rows, the model's logits and labels, its mean loss) in batches."""
         size = self.run.options.batch_size or BATCH
         for i in range(0, len(rows), size):
             part = list(rows[i : i + size])
             with torch.no_grad(), self._autocast():
-                result = self.model(**self._inputs(part))
-            yield (
-                part,
-                result.logits if "logits" in result else (result.start_logits, result.end_logits),
-                float(result.loss),
-            )
-
-    def _labels(self, rows: list[int]) -> Any:
-        """The labels of some rows, as their batch has them."""
-        inputs = self._inputs(rows)
-        return inputs["labels"] if "labels" in inputs else (inputs["start_positions"], inputs["end_positions"])
+                if self.completions is not None:
+                    scores, classes = self.completions.scores(part), self.completions.classes(part)
+                    yield part, scores, classes, float(nn.functional.cross_entropy(scores, classes))
+                    continue
+                inputs = self._inputs(part)
+                result = self.model(**inputs)
+            if "logits" in result:
+                yield part, result.logits, inputs["labels"], float(result.loss)
+            else:
+                ends = inputs["start_positions"], inputs["end_positions"]
+                yield part, (result.start_logits, result.end_logits), ends, float(result.loss)
 
     def _inputs(self, rows: list[int], collate: Callable[[list[dict[str, Any]]], Any] | None = None) -> dict[str, Any]:
         batch = (collate or self.collate)([self.rows[r] for r in rows])

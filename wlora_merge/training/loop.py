@@ -138,11 +138,11 @@ class Loop:
     def _shared(self, batches: list[list[int]]) -> torch.Tensor:
         """Gradients of the model's own loss, of which each process computes a share."""
         learner = self.learner
-        total = sum(learner.run.task.items(learner.rows[row]) for batch in batches for row in batch)
+        total = sum(map(learner.items, batches))
         loss_sum = torch.zeros(1, device=learner.device)
         for batch in batches:
             mine = batch[learner.run.team.rank :: learner.run.team.size]
-            share = sum(learner.run.task.items(learner.rows[row]) for row in mine) / max(total, 1)
+            share = learner.items(mine) / max(total, 1)
             # a rank without rows runs along for nothing: where layers are sharded, all must meet
             loss = learner.loss(mine or batch[:1]) * share
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

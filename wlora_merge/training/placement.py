@@ -30,7 +30,7 @@ class Placement:
     Attributes:
         head_start: the head's parameters as they are when a candidate is placed, by name.
         everywhere: whether a new adapter lies on every linear layer of the blocks.
-        scale_of: rows to train on -> how many times uniform composition free weights start from.
+        scale_of: rows of a head -> how many times uniform composition free weights are, where nothing else is trained.
     """
 
     def __init__(self, model: nn.Module, options: FitOptions, start: Start) -> None:
@@ -50,10 +50,10 @@ class Placement:
 
         Args:
             candidate: the candidate.
-            rows: those to train on, which choose where free weights start; none: uniform composition.
+            rows: of the head, which choose the weights where nothing is trained beside them; none: uniform composition.
         """
-        free = candidate.learned and candidate.normalize == "none" and len(rows) > 0
-        own_start = self.start_row(rows) if free else None
+        alone = candidate.learned and not candidate.trained and candidate.normalize == "none" and len(rows) > 0
+        own_start = self.start_row(rows) if alone else None
         with torch.no_grad():
             weights = regroup(self.model, candidate.granularity, candidate.normalize)
             groups = attachment_of(self.model).groups
@@ -73,7 +73,7 @@ class Placement:
         return made + [self.model.get_parameter(name) for name in self.head_start]
 
     def start_row(self, rows: Sequence[int]) -> tuple[float, ...]:
-        """One row of free weights to start from."""
+        """The row of free weights where nothing is trained beside a head."""
         scale = self.scale_of(rows)
         return tuple(scale * weight for weight in uniform_start(len(self.names), "none"))
 
@@ -89,11 +89,18 @@ class Placement:
             weights = regroup(self.model, "global", normalize)
             weights.copy_(torch.tensor(row).to(weights).expand_as(weights))
         place_new(self.model, 0, 0)
-        attachment, given = attachment_of(self.model), self.options.delta_scale
+        given = self.options.delta_scale
         fixed = 1.0 if given is None or isinstance(given, str) else float(given)
-        attachment.delta_scale = fixed if scale is None else scale
-        shares = mixture_weights(weights.detach(), normalize, 1.0)[0]
-        return tuple(round(share, 7) for share in (shares * attachment.delta_scale).tolist()), normalize == "present"
+        attachment_of(self.model).delta_scale = fixed if scale is None else scale
+        return self.state()
+
+    def state(self) -> Hashable:
+        """A name for the model's state as it is now; None where modules have weights of their own, or a new adapter is there."""
+        attachment, weights = attachment_of(self.model), self._mixture_weights()
+        if attachment.new or not bool((weights == weights[:1]).all()):
+            return None
+        row = (weights[0] * float(attachment.delta_scale)).tolist()
+        return tuple(round(share, 7) for share in row), attachment.normalize == "present"
 
     def place_uniform(self) -> Hashable:
         """Put uniform composition on the model; a name for this state of it."""

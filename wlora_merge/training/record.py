@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FitJob:
-    """What a fit works on: the learner, which of its rows are for what, and whether they are enough for a new adapter."""
+    """What a fit works on: the learner, and which of its rows are for what."""
 
     learner: Learner
     shots: list[int]
     held: list[int]
     parts: list[tuple[list[int], list[int]]]
-    enough: bool
 
     @property
     def run(self) -> Run:
@@ -137,6 +136,7 @@ def metrics_of(job: FitJob, comparison: Comparison, on_folds: Comparison, kept: 
     said = [
         f"Loss, {metric.name} and its standard error {_how_judged(job)}.",
         *_said_of_rivals(asked, better, equal, metric.name),
+        *_said_of_unjudged(who, comparison),
         *_said_of_kept(job, [*better, *equal], asked, candidate),
         *_said_of_skipped(job, comparison, on_folds),
         *_without_effect(job.options, candidate, folds=bool(job.parts)),
@@ -176,10 +176,10 @@ def _head_setting(job: FitJob) -> Chosen:
 def _not_estimated(job: FitJob, comparison: Comparison, candidate: Candidate) -> str:
     """The note where nothing was judged: why, and what to give."""
     fewer = "two different shots per class or more" if job.learner.head else f"{FEWEST} different examples or more"
-    each = "a second example of more classes" if job.enough else fewer
-    more = each if job.options.folds else "--folds 2 or more"
+    each = "a second example of more classes" if job.learner.enough else fewer
+    more = "--folds 2 or more" if job.options.folds == 0 else each
     skipped = "; ".join(comparison.skipped)
-    named = not (job.enough or job.options.label_names) and job.run.labels and job.run.labels.names
+    named = not (job.learner.enough or job.options.label_names) and job.run.labels and job.run.labels.names
     if job.run.task.takes_label_names and named:
         more += ". If the labels are words, --label-names makes an example of each"
     why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
@@ -212,6 +212,15 @@ def _said_of_kept(job: FitJob, rivals: Sequence[Contender], asked: Contender, ca
     elif kept != LEARNED:
         said.append(f"Kept: {kept.called}.")
     return said + _with_what(candidate)
+
+
+def _said_of_unjudged(kept: Contender, comparison: Comparison) -> list[str]:
+    """That what is kept has no score, where its trainings on the folds would decide nothing."""
+    if kept in comparison.scores or comparison.skipped:
+        return []
+    return [
+        f"What is kept ({kept.label}) was trained on all shots alone, and is not judged: --folds 3 trains it on each fold too."
+    ]
 
 
 def _said_of_skipped(job: FitJob, comparison: Comparison, on_folds: Comparison) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..fit_options import FitOptions
 
@@ -60,6 +60,23 @@ class Run:
     def is_over(self, deadline: float | None) -> bool:
         """Whether a deadline has passed, as the leading process sees it."""
         return deadline is not None and self.team.share(time.monotonic() > deadline)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The encoded examples of a fit.
+
+    Attributes:
+        encoded: the shots first.
+        shots: how many of them are shots.
+        classes: of each shot, as `Examples.classes` gives them.
+        enough: whether the shots are enough for a new adapter (`cross_validation.enough`).
+    """
+
+    encoded: Sequence[Any]
+    shots: int
+    classes: Sequence[Sequence[str]]
+    enough: bool
 
 
 @dataclass(frozen=True)

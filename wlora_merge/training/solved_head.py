@@ -254,22 +254,27 @@ class SolvedHead:
             return nn.functional.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
         return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
-    def judged(self, found: Solved, features: Features, rows: Sequence[int]) -> Iterator[tuple[list[int], Any, float]]:
-        """(rows, their logits as the model gives them, their mean loss) in batches, by a head that is not in the model."""
+    def judged(
+        self, found: Solved, features: Features, rows: Sequence[int]
+    ) -> Iterator[tuple[list[int], Any, Any, float]]:
+        """(rows, their logits and labels as the model has them, their mean loss) in batches, by a head that is not in the model."""
         for start in range(0, len(rows), FEATURE_BATCH):
             part = list(rows[start : start + FEATURE_BATCH])
             given = [features[row].double() @ found.weight.T + found.bias for row in part]
             targets = [self._target(row) for row in part]
             if self.run.task.classifies_examples:
-                logits = torch.stack(given)
-                yield part, logits, self._mean_loss(logits, torch.stack(targets))
+                logits, wanted = torch.stack(given), torch.stack(targets)
+                yield part, logits, wanted, self._mean_loss(logits, wanted)
                 continue
             padded = nn.utils.rnn.pad_sequence(given, True, 0.0)
             flat, loss = self._problem([features[row] for row in part], part)
-            mean = float(loss(flat.double() @ found.weight.T + found.bias)) / sum(
-                self.run.task.items(self.rows[r]) for r in part
-            )
-            yield part, padded if self.run.task.has_labels else (padded[..., 0], padded[..., 1]), mean
+            items = sum(self.run.task.items(self.rows[row]) for row in part)
+            mean = float(loss(flat.double() @ found.weight.T + found.bias)) / items
+            if self.run.task.has_labels:
+                tags = [tag[: len(logits)] for tag, logits in zip(targets, given, strict=True)]
+                yield part, padded, nn.utils.rnn.pad_sequence(tags, True, IGNORED), mean
+            else:
+                yield part, padded.unbind(-1), torch.stack(targets).unbind(-1), mean
 
     def _mean_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> float:
         """As the model's class computes it."""

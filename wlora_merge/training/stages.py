@@ -5,7 +5,7 @@ It knows candidates and how they are compared. It knows neither files nor the da
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from .candidates import (
     fixed_candidates,
     judgements,
     learned_settings,
+    on_folds,
 )
 from .comparison import Comparison, Judging, compare, prune, searched, total_steps
 from .learner import Learner
@@ -49,10 +50,10 @@ def find_mixture(job: FitJob) -> tuple[FitMetrics, Candidate]:
     options, plan = job.options, _plan(job)
     if job.held and plan.judgements <= 1:  # nothing is left to decide
         job = replace(job, parts=[])
-    on_folds = _on_folds(job, plan)
-    candidates = plan.candidates(on_folds)
-    steps = {who: on_folds.steps.get(who, plan.steps) for who in candidates}
-    comparison = on_folds
+    folds = _on_folds(job, plan)
+    candidates = plan.candidates(folds)
+    steps = {who: folds.steps.get(who, plan.steps) for who in candidates}
+    comparison = folds
     if job.held:
         comparison = _on_held(job, plan, candidates, steps)
     elif not job.parts and options.method == BEST_SINGLE:
@@ -61,10 +62,10 @@ def find_mixture(job: FitJob) -> tuple[FitMetrics, Candidate]:
         comparison = compare(job.learner, singles, judging)
     who = chosen(options.method, options.select, comparison, job.learner.names)
     kept, title = _finish(job, candidates[who], steps[who], comparison)
-    metrics = metrics_of(job, comparison, on_folds, kept)
+    metrics = metrics_of(job, comparison, folds, kept)
     metrics["history"] = history(kept, title)
     if options.prune_below:
-        pruned = metrics["pruned"] = _prune(job, kept.candidate, on_folds)
+        pruned = metrics["pruned"] = _prune(job, kept.candidate, folds)
         metrics["note"] += f" {said_of_pruning(pruned, scored=bool(comparison.scores))}"
     return metrics, kept.candidate
 
@@ -92,23 +93,31 @@ def choose_l2(job: FitJob) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The candidates of a fit, for how many steps each is trained, and how often the folds judge the settings of the learned one."""
+    """The candidates of a fit, for how many steps each is trained, and what of the learned one the folds judge.
+
+    Attributes:
+        judged: the settings of the learned one that the folds judge.
+        judge_at: shares of the steps after which they do.
+        judgements: how often they do.
+    """
 
     fixed: list[Candidate]
     search: list[Candidate]
     settings: list[Candidate]
     steps: int
+    judged: list[Candidate]
+    judge_at: Sequence[float]
     judgements: int
 
-    def candidates(self, on_folds: Comparison) -> dict[Contender, Candidate]:
+    def candidates(self, folds: Comparison) -> dict[Contender, Candidate]:
         """Every candidate, the learned one in the setting that the folds prefer, else in the default one."""
         default = [replace(s, new_interpolations=(s.new_interpolation,)) for s in self.settings[:1]]
-        learned = [on_folds.learned] if on_folds.learned else default
+        learned = [folds.learned] if folds.learned else default
         return {c.contender: c for c in [*self.fixed, *self.search, *learned]}
 
 
 def _plan(job: FitJob) -> _Plan:
-    options, head = job.options, bool(job.learner.head)
+    options = job.options
     if options.new_adapter is None and not new_targets(job.learner.model):
         options = replace(options, new_adapter=0)
     now = replace(job.learner.situation, near=job.learner.nearness())
@@ -116,17 +125,17 @@ def _plan(job: FitJob) -> _Plan:
     uniform = next(c for c in fixed if c.contender == UNIFORM)
     search = [replace(uniform, contender=SEARCH)] if options.method in (SEARCH.label, AUTO) else []
     steps = total_steps(job.learner, len(job.shots))
-    return _Plan(fixed, search, settings, steps, judgements(options, settings, head=head))
+    judged, judge_at = on_folds(options, settings, now), checkpoints(options, now)
+    return _Plan(fixed, search, settings, steps, judged, judge_at, judgements(options, judged, now))
 
 
 def _on_folds(job: FitJob, plan: _Plan) -> Comparison:
     """What the folds say: of all candidates, or of the settings alone where evaluation data judge the rest."""
     if not job.parts:
         return Comparison()
-    among = plan.settings if job.held else [*plan.fixed, *plan.search, *plan.settings]
-    judge_at = checkpoints(job.options, head=bool(job.learner.head))
+    among = plan.judged if job.held else [*plan.fixed, *plan.search, *plan.judged]
     deadline = job.run.clock.deadline(FOLD_SHARE)
-    return compare(job.learner, among, Judging(job.parts, plan.steps, judge_at, deadline))
+    return compare(job.learner, among, Judging(job.parts, plan.steps, plan.judge_at, deadline))
 
 
 def _on_held(
