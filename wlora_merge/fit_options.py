@@ -130,7 +130,7 @@ class FitOptions:
         help="What a new head sees of a text: the mean of its tokens, the first (cls), the last, or what the model's class reads "
         "(model). Default: what modules.json says, else what tells the shots apart best.",
         detail="Decoders and image models: model. A mean is one more layer in a dense export of BERT, RoBERTa, ELECTRA and "
-        "DistilBERT; for other models it is exported to ONNX.")
+        "DistilBERT, and a key of the config where the class pools by it (ModernBERT); for other models it is exported to ONNX.")
     l2: float | None = option(
         None, Topic.MIXED, bounds=ABOVE_0,
         help="How strongly a new head is held to zero, on features of norm 1: 1/C of scikit-learn. Default: 0.1, unless the folds "

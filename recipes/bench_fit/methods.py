@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -87,61 +86,61 @@ def _lora(job: Job, shots: list[Row], seed: int) -> Trained:
 
 
 def _embedded(scale: float) -> Method:
-    """scikit-learn's logistic regression on the mean-pooled embedding of unit norm: what is tried first.
+    """scikit-learn's logistic regression on the model's frozen features: what is tried first.
+
+    Of an encoder the mean of the tokens at unit norm; of a language model the last token two thirds up, standardized.
 
     Args:
-        scale: how much of the adapters' uniform composition is in the model that embeds; 0: the base alone.
+        scale: how much of the adapters' uniform composition is in the model; 0: the base alone.
     """
 
     def run(job: Job, shots: list[Row], seed: int) -> Trained:
-        from sklearn.linear_model import LogisticRegression
-        from transformers import AutoModel
-
-        tokenizer = _tokenizer(job)
-        model = AutoModel.from_pretrained(job.base, dtype=torch.float32).eval()
-        if scale:
-            wlora_merge.attach(
-                model, list(job.adapters.items()), normalize="none", delta_scale=scale, modules_to_save="drop"
-            )
-        rows = shots + [(words_of(label), label) for label in job.labels] * job.label_names
-        texts, labels = [text for text, _ in rows], [job.labels.index(label) for _, label in rows]
-        head = LogisticRegression(C=10.0, max_iter=5000).fit(_embed(model, tokenizer, texts), labels)
-
-        class Whole(torch.nn.Module):
-            config = _named(job)
-
-            def forward(self, **inputs: torch.Tensor) -> Any:
-                scores = head.decision_function(_mean(model, inputs))
-                scores = scores if scores.ndim > 1 else np.stack([-scores, scores], axis=1)
-                return SimpleNamespace(logits=torch.from_numpy(scores))
-
-        return Trained(Whole(), head.coef_.size + head.intercept_.size)
+        embedder = Embedder(job, scale)
+        embedder.fit(shots + [(words_of(label), label) for label in job.labels] * job.label_names)
+        head = embedder.head[-1]
+        return Trained(embedder, head.coef_.size + head.intercept_.size)
 
     return run
 
 
-def _named(job: Job) -> Any:
-    return SimpleNamespace(id2label=dict(enumerate(job.labels)))
+class Embedder:
+    """A frozen model and a logistic regression on what it gives."""
 
+    def __init__(self, job: Job, scale: float) -> None:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import Normalizer, StandardScaler
+        from transformers import AutoModel
 
-@torch.no_grad()
-def _mean(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
-    """Mean-pooled embeddings of unit norm [B, d], float64."""
-    inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    tokens, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
-    return torch.nn.functional.normalize((tokens * mask).sum(1) / mask.sum(1)).double().numpy()
-
-
-def _embed(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
-    parts = [
-        dict(
-            tokenizer(
-                list(texts[i : i + 32]), return_tensors="pt", padding=True, truncation=True, max_length=MAX_LENGTH
+        self.tokenizer, self.pooled = _tokenizer(job), _has_head(job)
+        self.model = AutoModel.from_pretrained(job.base, dtype=torch.float32).eval()
+        if scale:
+            wlora_merge.attach(
+                self.model, list(job.adapters.items()), normalize="none", delta_scale=scale, modules_to_save="drop"
             )
+        regression = LogisticRegression(C=10.0 if self.pooled else 1.0, max_iter=5000)
+        self.head = make_pipeline(Normalizer() if self.pooled else StandardScaler(), regression)
+
+    def fit(self, rows: Sequence[Row]) -> None:
+        """Find the head on some rows."""
+        texts = [text for text, _ in rows]
+        parts = [self.features(texts[start : start + 32]) for start in range(0, len(texts), 32)]
+        self.head.fit(np.concatenate(parts), [label for _, label in rows])
+
+    def choose(self, texts: Sequence[str]) -> list[str]:
+        """The label of each text."""
+        return list(self.head.predict(self.features(texts)))
+
+    @torch.no_grad()
+    def features(self, texts: Sequence[str]) -> Any:
+        """[B, d] float64."""
+        inputs = dict(
+            self.tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=MAX_LENGTH)
         )
-        for i in range(0, len(texts), 32)
-    ]
-    return np.concatenate([_mean(model, part) for part in parts])
+        states, mask = self.model(**inputs, output_hidden_states=True).hidden_states, inputs["attention_mask"]
+        if self.pooled:
+            return ((states[-1] * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)).double().numpy()
+        return states[round(2 * (len(states) - 1) / 3)][torch.arange(len(texts)), mask.sum(1) - 1].double().numpy()
 
 
 METHODS: dict[str, Method] = {
@@ -242,14 +241,15 @@ def _batch(job: Job, tokenizer: Any, rows: Sequence[Row]) -> dict[str, torch.Ten
 @torch.no_grad()
 def accuracy(job: Job, model: Any) -> float:
     """Percent right; a language model chooses the completion of the highest probability."""
-    model.eval()
     tokenizer = _tokenizer(job)
     right = 0
     rows = sorted(job.judged, key=lambda row: len(row[0]))
     for start in range(0, len(rows), 32 if _has_head(job) else 4):
         part = rows[start : start + (32 if _has_head(job) else 4)]
         truth = [label for _, label in part]
-        if _has_head(job):
+        if isinstance(model, Embedder):
+            chosen = model.choose([text for text, _ in part])
+        elif _has_head(job):
             batch = _batch(job, tokenizer, part)
             batch.pop("labels")
             chosen = [model.config.id2label[i] for i in model(**batch).logits.argmax(-1).tolist()]
@@ -275,5 +275,7 @@ def trial(job_name: str, method: str, shots: int, seed: int, models: Path) -> di
     start = time.perf_counter()
     trained = METHODS[method](job, job.shots(shots, seed), seed)
     seconds = time.perf_counter() - start
+    if not isinstance(trained.model, Embedder):
+        trained.model.eval()
     row = {"job": job_name, "method": method, "shots": shots, "seed": seed, "accuracy": accuracy(job, trained.model)}
     return row | {"seconds": round(seconds, 2), "parameters": trained.parameters}

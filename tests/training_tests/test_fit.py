@@ -489,6 +489,39 @@ def test_a_head_on_the_mean_is_saved_exported_and_verified(
     assert config["num_hidden_layers"] == json.loads((base / "config.json").read_text())["num_hidden_layers"] + 1
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_class_that_pools_by_its_config_is_exported_with_that_config(pooling: str, tmp_path: Path) -> None:
+    from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertForSequenceClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ModernBertConfig(vocab_size=len(WORDS), pad_token_id=0, max_position_embeddings=64, **sizes)
+    ModernBertForMaskedLM(config).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    start = ModernBertForSequenceClassification.from_pretrained(tmp_path / "base")
+    folders = [make_adapter(start, tmp_path / f"a{i}", i, r=2, target_modules=["Wqkv"]) for i in range(2)]
+    shots = tmp_path / "shots.csv"
+    shots.write_text("text,label\n" + "".join(f"w{i} w{i + 9} w{i + 3},{'ab'[i % 2]}\n" for i in range(8)))
+    mixture = fit(tmp_path / "base", folders, shots, "text-classification", pooling=pooling, max_steps=2)
+    export(mixture, "dense", tmp_path / "dense")
+    model = ModernBertForSequenceClassification.from_pretrained(tmp_path / "dense").eval()
+    assert model.config.classifier_pooling == pooling
+    inputs = {
+        "input_ids": torch.tensor([[5, 6, 7, 8], [9, 5, 0, 0]]),
+        "attention_mask": torch.tensor([[1] * 4, [1, 1, 0, 0]]),
+    }
+    with torch.no_grad():
+        tokens = model.model(**inputs).last_hidden_state
+        rows = [
+            t[: m.sum()].mean(0) if pooling == "mean" else t[0]
+            for t, m in zip(tokens, inputs["attention_mask"], strict=True)
+        ]
+        assert torch.allclose(
+            model.classifier(model.head(torch.stack(rows))), model(**inputs).logits, rtol=0, atol=1e-5
+        )
+    with pytest.raises(MixtureError, match="pooling is last"):
+        fit(tmp_path / "base", folders, shots, "text-classification", pooling="last")
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -185,6 +185,7 @@ def _saved(trained: Trained, pruned: Judged | None, *, keep: bool) -> dict[str, 
         "pruned": vars(pruned) if pruned else None,
         "tensors": trained.tensors if keep else [],
         "history": trained.history,
+        "learned": trained.learned,
         "judged": {point: vars(judged) for point, judged in trained.judged.items()},
     }
 
@@ -192,8 +193,8 @@ def _saved(trained: Trained, pruned: Judged | None, *, keep: bool) -> dict[str, 
 def _restored(saved: dict[str, Any], candidate: Candidate) -> _One:
     """The training that `_saved` wrote down."""
     judged = {point: Judged(**row) for point, row in saved["judged"].items()}
-    steps, loss, tensors, history = (saved[key] for key in ("steps", "loss", "tensors", "history"))
-    trained = Trained(steps, loss, judged, tensors=tensors, history=history, candidate=candidate)
+    same = {key: saved[key] for key in ("steps", "loss", "tensors", "history", "learned")}
+    trained = Trained(**same, judged=judged, candidate=candidate)
     return _One(trained, Judged(**saved["pruned"]) if saved["pruned"] else None)
 
 

@@ -313,10 +313,14 @@ def _state(out: str | Path | None, given: _Given, shots: Examples, held: Example
 
 def _config(learner: Learner, base: BaseModel) -> dict[str, Any]:
     """The config keys that the new head changes, as JSON has them; with the base's own head, the padding that it lacks."""
+    from .head_inputs import CONFIG_KEY
+
     changes = learner.run.task.config_changes(learner.run.labels, learner.processor)
     if not learner.head:
         pad = changes.get("pad_token_id")
         return {"pad_token_id": pad} if pad is not None and base.config.get("pad_token_id") is None else {}
     if "id2label" in changes:
         changes["id2label"] = {str(key): value for key, value in changes["id2label"].items()}
+    if hasattr(learner.model.config, CONFIG_KEY):
+        changes[CONFIG_KEY] = getattr(learner.model.config, CONFIG_KEY)
     return {"architectures": [type(learner.model).__name__], **changes}

@@ -19,6 +19,8 @@ from ..errors import MixtureError, UnsupportedError
 from ..models.pooling import LAYER_POOLINGS, add_pooling_layer, pool_tokens, pooled, token_layers, with_tokens
 
 MODEL, CLS, LAST, MEAN = "model", "cls", "last", "mean"
+CONFIG_KEY = "classifier_pooling"
+"""By which a class pools, where it can."""
 SMALL = 2.0**-11
 """δ: in tanh(δ·x) = δ·x·(1 - (δ·x)²/3 ...) what a token vector loses is below float32's own rounding of the layers before it."""
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -263,6 +265,22 @@ def _watched(model: nn.Module, wanted: Any) -> Iterator[dict[str, tuple[torch.Te
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and bool(torch.allclose(one.float(), other.float(), rtol=1e-3, atol=1e-4))
+
+
+def pool_by_config(model: Any, pooling: str | None) -> bool:
+    """Let a class that pools as its config says (ModernBERT's `classifier_pooling`) take a pooling; whether it does.
+
+    Args:
+        model: with a new head.
+        pooling: the one that is wanted.
+    """
+    config = model.config
+    if not hasattr(config, CONFIG_KEY) or pooling not in (MEAN, getattr(type(config)(), CONFIG_KEY)):
+        return False
+    for place in (config, model):  # EuroBERT's class has taken it from there
+        if hasattr(place, CONFIG_KEY):
+            setattr(place, CONFIG_KEY, pooling)
+    return True
 
 
 def refuse_pooling(asked: str, found: HeadInputs | None, model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from ..mixture.weights import uniform_start
 from ..text import first_line
 from .candidates import BATCH, START_SCALES, UNIFORM, Candidate, Situation, batch_size
 from .completions import Completions, find_completions, next_token_loss
-from .head_inputs import MODEL, find_head_inputs, refuse_pooling
+from .head_inputs import MODEL, find_head_inputs, pool_by_config, refuse_pooling
 from .initial_logits import Start
 from .loop import Loop, Trained, restore
 from .placement import Placement
@@ -108,6 +108,8 @@ class Learner:
     def _find_solved(self, own_pooling: str | None) -> SolvedHead | None:
         """The new head's problem, where it ends in one linear layer on what no other new layer has made."""
         asked, found = self.run.options.pooling, None
+        if self.head and pool_by_config(self.model, own_pooling if asked == "auto" else asked):
+            asked = MODEL
         if self.head:
             inputs = self._unlabelled([0, len(self.rows) - 1])
             found = find_head_inputs(self.model, self.head, inputs, classifies=self.run.task.classifies_examples)
