@@ -198,9 +198,11 @@ class FitOptions:
     packing: bool = option(
         False, Topic.TRAINED, tasks=_PACKING,
         help=f"{', '.join(_PACKING)}: the examples of a batch end to end in one row; the same loss, no padding.")
-    label_names: bool = option(
-        False, Topic.INPUTS, tasks=_LABEL_NAMES,
-        help=f"{', '.join(_LABEL_NAMES)}: take each label's name, as words, for one more example of it, which is never held out.")
+    label_names: bool | None = option(
+        None, Topic.INPUTS, tasks=_LABEL_NAMES,
+        help=f"{', '.join(_LABEL_NAMES)}: take each label's name, as words, for one more example of it, which is never held out. "
+        "Default: where the names tell the shots apart.",
+        detail="Then half of the shots or more are nearest to their own label's name, which chance gives once in a thousand at most.")
     gradient_checkpointing: bool = option(False, Topic.TRAINED, help="Less memory, more time.")
     report_to: str = option(
         "none", Topic.OUTPUT, help="Trackers of accelerate (tensorboard, wandb, ...), with commas.")

@@ -46,9 +46,8 @@ def _fitted(**options: Any) -> Method:
             adapters = list(job.adapters.items())
             chosen = {k: v(len(adapters)) if callable(v) else v for k, v in options.items()}
             data = job.write(shots, folder)
-            mixture = wlora_merge.fit(
-                job.base, adapters, data, job.task, seed=seed, device="cpu", label_names=job.label_names, **chosen
-            )
+            asked = {"label_names": job.label_names or None} | chosen
+            mixture = wlora_merge.fit(job.base, adapters, data, job.task, seed=seed, device="cpu", **asked)
             wlora_merge.export(mixture, "dense", folder / "dense")
             model = _auto(job).from_pretrained(folder / "dense", dtype=torch.float32)
             frozen = chosen.get("method") in ("fixed", "uniform", "best-single")
@@ -162,6 +161,7 @@ METHODS: dict[str, Method] = {
         learning_rate=0.05,
     ),
     "wlora-merge fit": _fitted(),
+    "wlora-merge fit --no-label-names": _fitted(label_names=False),
     "wlora-merge fit --method auto": _fitted(method="auto"),
 }
 

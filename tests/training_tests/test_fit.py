@@ -355,6 +355,34 @@ def test_label_names_are_what_a_row_of_each_name_would_be_but_never_held_out(
         fit(base, folders, tmp_path / "shots.csv", "text-classification", label_names=True)
 
 
+@pytest.mark.parametrize("meant", [True, False])
+def test_names_of_labels_are_examples_where_they_tell_the_shots_apart(
+    bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path, meant: bool
+) -> None:
+    base, folders, _ = bert_zoo
+    shots = tmp_path / "shots.csv"
+    order = range(8) if meant else [3, 6, 0, 1, 7, 2, 5, 4]  # which class has which name
+    rows = [f"w{5 * i} w{5 * i + 1} w{5 * i + 2},w{5 * name} w{5 * name + 1}\n" for i, name in enumerate(order)]
+    shots.write_text("text,label\n" + "".join(rows))
+    found, without, asked = (
+        fit(base, folders, shots, "text-classification", label_names=given, pooling="mean")
+        for given in (None, False, True)
+    )
+    told = "The labels' names tell the shots apart, and are examples too (--no-label-names leaves them out)."
+    assert (told in found.metrics["note"]) == meant
+    assert told not in without.metrics["note"] + asked.metrics["note"]
+    expected, other = (asked, without) if meant else (without, asked)
+    assert all(torch.equal(tensor, expected.head[name]) for name, tensor in found.head.items())
+    assert any(not torch.equal(tensor, other.head[name]) for name, tensor in found.head.items())
+
+
+def test_labels_that_are_no_words_give_no_examples(bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path) -> None:
+    base, folders, _ = bert_zoo
+    (tmp_path / "shots.csv").write_text("text,label\nw1,0\nw2,1\n")
+    mixture = fit(base, folders, tmp_path / "shots.csv", "text-classification")
+    assert "names" not in mixture.metrics["note"]
+
+
 def test_one_shot_per_class_leaves_the_metrics_not_estimated(
     bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path
 ) -> None:

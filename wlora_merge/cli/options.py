@@ -90,7 +90,8 @@ def _made(f: Field) -> Callable[[Any], Any]:
     known = spec(f)
     facts: dict[str, Any] = {"cls": Option, "topic": known.topic, "field": f, "help": known.help}
     if kinds(f) == ["bool"]:
-        return click.option(flag(f), f.name, is_flag=True, **facts)
+        names = flag(f) if f.default is False else f"{flag(f)}/--no-{flag(f)[2:]}"
+        return click.option(names, f.name, is_flag=True, default=f.default, **facts)
     if kinds(f) == ["dict[str, str]"]:
         return click.option(flag(f), f.name, multiple=True, metavar=known.metavar, callback=_columns, **facts)
     facts |= {"required": True} if f.default is REQUIRED else {"default": f.default, "show_default": True}

@@ -67,7 +67,7 @@ def _value(field: Field) -> str:
 
 def _default(p: Any) -> str:
     if p.is_flag:
-        return ("on" if p.default else "off") if p.secondary_opts else ""
+        return {True: "on", False: "off"}.get(p.default, "") if p.secondary_opts else ""
     if p.required:
         return "required"
     return str(p.default) if isinstance(p.default, int | float | str) else ""

@@ -210,7 +210,7 @@ def _prepare(
     task, base, options = given.task, given.base, given.options
     clock = Clock(time.monotonic(), options.max_minutes)
     processor, labels = task.load_processor(base.folder), task.labels(shots, problem_type=options.problem_type)
-    trained = shots.with_label_names(labels) if options.label_names else shots  # refuses before the model is loaded
+    trained = _with_names(task, shots, labels, options)  # refuses before the model is loaded
     model, head, labels = attached_model(
         base, given.adapters, task, labels, processor, options, given.request.modules_to_save, ranks
     )
@@ -222,9 +222,10 @@ def _prepare(
     rows, judged = (
         _encoded(task, examples, processor, length, labels) if examples else [] for examples in (trained, held)
     )
-    n, both = len(rows), ConcatDataset[Any]([rows, judged])  # read lazily: images are decoded when they are used
+    both = ConcatDataset[Any]([rows, judged])  # read lazily: images are decoded when they are used
+    n = len(rows) - (len(trained) - len(shots))
     start = find_start(options, [a.name for a in given.adapters], base)
-    whole = len(trained) == n  # else an example is several rows
+    whole = len(shots) == n  # else an example is several rows
     classes, twins = (shots.classes(labels), shots.twins) if whole else ([("",)] * n, list(range(n)))
     run = Run(task, labels, options, ranks, state, clock, progress)
     encoded = Rows(both, n, classes, enough(classes, twins, head=bool(head)))  # type: ignore[arg-type]
@@ -236,9 +237,22 @@ def _prepare(
         raise MixtureError(
             f"{base.folder}: its new head is solved, not trained, as it is one linear layer: leave --head-learning-rate out."
         )
-    every, held_rows = list(range(n)), list(range(n, n + len(judged)))
+    names, held_rows = range(n, len(rows)), list(range(len(rows), len(both)))
+    every = [*range(n), *(names if learner.takes_names(names) else ())]
     parts = [(sorted({*every}.difference(fold)), fold) for fold in folds]
     return FitJob(learner, every, held_rows, parts)
+
+
+def _with_names(task: Task, shots: Examples, labels: LabelSet | None, options: FitOptions) -> Examples:
+    """The shots, and behind them the names of their classes, where they are asked for, or are words that may be taken."""
+    if options.label_names is False or not task.takes_label_names:
+        return shots
+    try:
+        return shots.with_label_names(labels)
+    except DataError:
+        if options.label_names:
+            raise
+        return shots
 
 
 def _encoded(task: Task, examples: Examples, processor: Any, length: int | None, labels: LabelSet | None) -> Any:

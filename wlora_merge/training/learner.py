@@ -177,13 +177,20 @@ class Learner:
 
     def uniform_features(self) -> Features:
         """What the head sees of every row under uniform composition."""
-        return self.solved.features(range(self.shots), self.placement.place_uniform())  # type: ignore[union-attr]
+        return self.solved.features(range(len(self.rows)), self.placement.place_uniform())  # type: ignore[union-attr]
 
     def nearness(self) -> float | None:
         """How well uniform composition tells the classes of the shots apart; None where it cannot be said."""
         if self.solved is None or not (self.situation.left_out and self.enough and self.solved.kind == SINGLE):
             return None
         return self.solved.told_apart(self.uniform_features(), range(self.shots))
+
+    def takes_names(self, names: Sequence[int]) -> bool:
+        """Whether rows that are the names of classes are examples too: as asked, else where they tell the shots apart."""
+        asked, solved = self.run.options.label_names, self.solved
+        if asked is not None or not names or solved is None or solved.kind != SINGLE:
+            return bool(asked)
+        return solved.told_by(self.uniform_features(), range(self.shots), names)
 
     def _best_scale(self, rows: Sequence[int]) -> float:
         """How many times uniform composition lets a solved head predict each row best from the others."""

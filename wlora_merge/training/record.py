@@ -37,6 +37,11 @@ class FitJob:
         return self.learner.run
 
     @property
+    def named(self) -> bool:
+        """Whether names of classes are among the rows that it trains on."""
+        return len(self.shots) > self.learner.shots
+
+    @property
     def options(self) -> FitOptions:
         """Its options."""
         return self.run.options
@@ -127,7 +132,7 @@ def metrics_of(job: FitJob, comparison: Comparison, on_folds: Comparison, kept: 
         {"chosen": _setting(kept) | _head_setting(job)} if candidate.learned or job.learner.solved else {}
     )
     if not comparison.scores:
-        note = " ".join([_not_estimated(job, comparison, candidate), *_said_of_stop(kept)])
+        note = " ".join([_not_estimated(job, comparison, candidate), *_said_of_names(job), *_said_of_stop(kept)])
         return {"kept": who.label, "note": note, **setting}
     metric, names = job.learner.metric, job.learner.names
     asked = of_method(job.options.method, comparison)
@@ -139,6 +144,7 @@ def metrics_of(job: FitJob, comparison: Comparison, on_folds: Comparison, kept: 
         *_said_of_unjudged(who, comparison),
         *_said_of_kept(job, [*better, *equal], asked, candidate),
         *_said_of_skipped(job, comparison, on_folds),
+        *_said_of_names(job),
         *_without_effect(job.options, candidate, folds=bool(job.parts)),
         *_said_of_stop(kept),
     ]
@@ -179,8 +185,8 @@ def _not_estimated(job: FitJob, comparison: Comparison, candidate: Candidate) ->
     each = "a second example of more classes" if job.learner.enough else fewer
     more = "--folds 2 or more" if job.options.folds == 0 else each
     skipped = "; ".join(comparison.skipped)
-    named = not (job.learner.enough or job.options.label_names) and job.run.labels and job.run.labels.names
-    if job.run.task.takes_label_names and named:
+    words = not (job.learner.enough or job.named) and job.run.labels and job.run.labels.names
+    if job.run.task.takes_label_names and words:
         more += ". If the labels are words, --label-names makes an example of each"
     why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
     if job.options.method == AUTO or job.options.select == "best":
@@ -196,7 +202,7 @@ def _how_judged(job: FitJob) -> str:
     if not job.parts:
         return "on the shots themselves, which flatters every candidate"
     tested = sum(len(held) for _, held in job.parts)
-    never = "a label's name or the only one of a class" if job.options.label_names else "the only one of a class"
+    never = "a label's name or the only one of a class" if job.named else "the only one of a class"
     rest = "" if tested == len(job.shots) else f", {tested} of them held out: {never} never is"
     return f"out of fold ({len(job.parts)} folds of {len(job.shots)} shots{rest}); what is kept was then trained on all shots"
 
@@ -212,6 +218,12 @@ def _said_of_kept(job: FitJob, rivals: Sequence[Contender], asked: Contender, ca
     elif kept != LEARNED:
         said.append(f"Kept: {kept.called}.")
     return said + _with_what(candidate)
+
+
+def _said_of_names(job: FitJob) -> list[str]:
+    """That the labels' names are examples, where nobody asked for it."""
+    said = "The labels' names tell the shots apart, and are examples too (--no-label-names leaves them out)."
+    return [said] if job.named and job.options.label_names is None else []
 
 
 def _said_of_unjudged(kept: Contender, comparison: Comparison) -> list[str]:

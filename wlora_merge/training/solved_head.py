@@ -5,6 +5,7 @@ It knows one loaded model, its rows and their labels. It knows neither candidate
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -25,6 +26,9 @@ L2 = 0.1
 """Of a head on features of norm 1: scikit-learn's C = 10."""
 L2_TRIED = (0.01, 1.0)
 """What the folds may prefer to it."""
+NAMES_TELL, NAMES_CHANCE = 0.5, 1e-3
+"""Names of classes are examples where so many shots are nearest to the name of their own class, and by chance so rarely
+(recipes/bench_fit/README.md)."""
 FEATURE_BATCH, TRAINED_BATCH = 32, 8
 Features: TypeAlias = "dict[int, torch.Tensor]"
 """{row: what the head sees of it}, [d], or [T, d] where every token is judged; float32."""
@@ -172,6 +176,22 @@ class SolvedHead:
     def told_apart(self, features: Features, rows: Sequence[int]) -> float:
         """How well classes are told apart: the mean accuracy of the classes, each row given to the nearest mean of the others."""
         return left_out_accuracy(torch.stack([features[row] for row in rows]), self.classes(rows))
+
+    def told_by(self, features: Features, rows: Sequence[int], names: Sequence[int]) -> bool:
+        """Whether the names of the classes say what they mean: most rows are nearest to their own, and more of them than by chance.
+
+        Args:
+            features: of all rows.
+            rows: the shots, of one class each.
+            names: the rows that are a class's name, one of each class.
+        """
+        shots, words = (
+            nn.functional.normalize(torch.stack([features[row] for row in part]), dim=-1) for part in (rows, names)
+        )
+        right = int((self.classes(names)[(shots @ words.T).argmax(1)] == self.classes(rows)).sum())
+        n, chance = len(rows), 1 / len(names)
+        at_random = sum(math.comb(n, k) * chance**k * (1 - chance) ** (n - k) for k in range(right, n + 1))
+        return right >= NAMES_TELL * n and at_random < NAMES_CHANCE
 
     # ---------------------------------------------------------------------------------------------------------- solved
 
