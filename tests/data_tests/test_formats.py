@@ -179,6 +179,10 @@ def test_arrow_files_and_streams_are_read(tmp_path: Path, monkeypatch: pytest.Mo
         whole = (tmp_path / name).read_bytes()
         for broken in (b"ARROW1 or not", whole[: len(whole) // 2], b"ARROW1\0\0" + whole[:40]):
             assert "cannot be read as Arrow" in refusal(write(tmp_path / "b.arrow", broken))
+    outside = whole.replace(
+        pa.array(["one", "two"]).buffers()[1].to_pybytes(), pa.array([0, 3, 1 << 30], pa.int32()).buffers()[1]
+    )
+    assert "cannot be read as Arrow" in refusal(write(tmp_path / "d.arrow", outside))
     monkeypatch.setattr("wlora_merge.data.formats.MAX_DATA_BYTES", 16_000_000)
     repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), ["x" * 1_000_000])
     with pa.ipc.new_file(tmp_path / "c.arrow", pa.schema({"text": repeated.type})) as writer:

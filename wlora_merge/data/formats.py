@@ -371,6 +371,7 @@ def _arrow(name: str, data: bytes) -> Table:
             stored = reader = pyarrow.ipc.open_stream(pyarrow.BufferReader(data))
         batches, size = [], 0
         for batch in stored:
+            batch.validate(full=True)  # or offsets that lead outside of a buffer are followed
             batches.append(batch)
             size += sum(_expanded(column) for column in batch.columns)
             if size > MAX_DATA_BYTES:
