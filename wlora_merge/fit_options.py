@@ -48,7 +48,8 @@ class FitInputs:
 
     # fmt: off
     data: str = option(
-        REQUIRED, Topic.INPUTS, metavar="FILE_OR_ID", help="The shots: JSONL, CSV, Parquet, a folder, a hub id.")
+        REQUIRED, Topic.INPUTS, metavar="FILE_OR_ID",
+        help="The shots: JSONL, JSON, CSV, TSV, Parquet, Arrow, a folder, a hub id, a URL.")
     task: str = option(REQUIRED, Topic.INPUTS, choices=tuple(FIT_TASKS), help="What the model is for.")
     eval_data: str | None = option(
         None, Topic.INPUTS, metavar="FILE_OR_ID",

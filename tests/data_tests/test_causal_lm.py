@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.tokenizers import CHAT, MARKED, WORDS, examples, ids, learned, tokenizer
 
-from wlora_merge.data.causal_lm import leading_ids
-from wlora_merge.data.examples import Examples
+from wlora_merge.data.examples import Examples, read_examples
+from wlora_merge.data.task import leading_ids
 from wlora_merge.data.tasks import get_task
 from wlora_merge.errors import DataError, UnsupportedError, WloraMergeWarning
 
@@ -98,6 +101,144 @@ def test_a_conversation_that_is_cut_keeps_the_bos_of_its_template(tmp_path: Path
     with pytest.warns(WloraMergeWarning, match="shortened to 8"):
         encoded = get_task("causal-lm").encode(conversation(tmp_path, "a", "b", "c", "d e"), tok, max_length=8)
     assert encoded[0]["input_ids"] == ids("[bos] c . assistant : d e .")
+
+
+TOOLS = "{% if tools %}{{ tools | map(attribute='function') | map(attribute='name') | join(' ') }} {% endif %}" + CHAT
+
+
+@pytest.mark.parametrize("template", [CHAT, MARKED])
+def test_a_system_column_is_a_system_turn(tmp_path: Path, template: str) -> None:
+    tok, task = tokenizer(chat_template=template), get_task("causal-lm")
+    messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    rows = [{"messages": messages, "system": "a"}, {"messages": messages, "system": ""}, {"messages": messages}]
+    with_turns = [{"messages": [{"role": "system", "content": "a"}, *messages]}, *({"messages": messages},) * 2]
+    with warnings.catch_warnings(record=True) as told:
+        found = task.encode(examples(tmp_path, task.name, *rows), tok)
+    assert list(found) == list(task.encode(examples(tmp_path, task.name, *with_turns), tok))
+    assert [str(w.message)[-50:] for w in told] == []
+    with pytest.raises(DataError, match="line 1: has a system prompt in a column of its own and in its messages"):
+        examples(tmp_path, task.name, {**with_turns[0], "system": "a"})
+
+
+def test_tools_go_to_the_chat_template_as_transformers_hands_them_over(tmp_path: Path) -> None:
+    import datasets
+
+    tok, task = tokenizer(chat_template=TOOLS), get_task("causal-lm")
+    kinds = [{"a": {"type": "string"}}, {"b": {"type": "number", "default": 1}}]
+    tools = [[{"type": "function", "function": {"name": "cat", "parameters": {"properties": kind}}}] for kind in kinds]
+    call = {"type": "function", "function": {"name": "cat", "arguments": {"a": "b"}}}
+    turns = [
+        {"role": "user", "content": "b"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": "cat", "content": ""}, {"role": "assistant", "content": "c"},
+    ]  # fmt: skip
+    plain = [{**turn, "content": turn["content"] or ""} for turn in turns]
+    wanted = [tok.apply_chat_template(plain, tools=given, tokenize=True)["input_ids"] for given in tools]
+    listed = [{"messages": turns, "tools": given} for given in tools]
+    written = [{"messages": turns, "tools": json.dumps(given)} for given in tools]
+    sources = [examples(tmp_path, task.name, *rows) for rows in (listed, written)]
+    sources.append(read_examples(datasets.Dataset.from_list(listed), task=task.name))  # Arrow gives both all keys
+    for data in sources:
+        assert [item["input_ids"] for item in task.encode(data, tok)] == wanted
+        assert json.loads(data[1]["tools"]) == tools[1]
+    deaf = tokenizer(chat_template=CHAT)
+    with pytest.warns(WloraMergeWarning, match="the chat template does not read tools, so column 'tools' is left out"):
+        task.encode(sources[0], deaf)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"tools": "no JSON"}, "column 'tools' holds text that is not JSON"),
+        ({"tools": {"name": "a"}}, "column 'tools' must be a list of objects"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
+            "a message with 'weight', which is not read",
+        ),
+        ({"messages": [{"from": "bot", "value": "a"}]}, "has the role 'bot'; roles are system, user, .* human, gpt"),
+        ({"messages": [{"from": "gpt", "value": ""}]}, "is empty"),
+    ],
+)
+def test_conversations_that_are_not_read_whole_are_refused(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match=f"line 1: .*{words}"):
+        examples(tmp_path, "causal-lm", {"messages": messages, **row})
+
+
+def test_sharegpt_is_read_as_the_same_conversation(tmp_path: Path) -> None:
+    tok, task = tokenizer(chat_template=CHAT), get_task("causal-lm")
+    turns = [("system", "a"), ("human", "b"), ("gpt", "c"), ("observation", "d"), ("gpt", "e")]
+    roles = {"human": "user", "gpt": "assistant", "observation": "tool"}
+    data = examples(
+        tmp_path, task.name, {"id": 1, "conversations": [{"from": who, "value": text} for who, text in turns]}
+    )
+    wanted = tok.apply_chat_template(
+        [{"role": roles.get(who, who), "content": text} for who, text in turns], tokenize=True
+    )
+    assert task.encode(data, tok)[0]["input_ids"] == wanted["input_ids"]
+
+
+def test_alpaca_is_an_instruction_and_where_there_is_one_its_input(tmp_path: Path) -> None:
+    tok, task = tokenizer(bos=True), get_task("causal-lm")
+    rows = [{"instruction": "a b", "input": text, "output": " d"} for text in ("c", "", None)]
+    encoded = task.encode(examples(tmp_path, task.name, *rows), tok)
+    assert [item["input_ids"] for item in encoded] == [ids("[bos] a b c d"), *[ids("[bos] a b d")] * 2]
+    assert all(learned(item) == ids("d") for item in encoded)
+    other = get_task("seq2seq-lm")
+    assert other.encode(examples(tmp_path, other.name, rows[0]), tok)[0]["input_ids"] == ids("[bos] a b c")
+
+
+def test_a_text_that_a_template_rendered_gets_no_second_bos(tmp_path: Path) -> None:
+    tok = tokenizer(bos=True, chat_template="[bos] " + CHAT)
+    messages = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+    rendered = tok.apply_chat_template(messages, tokenize=False)
+    wanted = tok.apply_chat_template(messages, tokenize=True)["input_ids"]
+    prompt = tok.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    task, rows = get_task("causal-lm"), [{"text": rendered}, {"text": "a b"}]
+    encoded = task.encode(examples(tmp_path, task.name, *rows), tok)
+    assert [item["input_ids"] for item in encoded] == [wanted, ids("[bos] a b")]
+    both = {"prompt": prompt, "completion": rendered[len(prompt) :]}
+    (item,) = task.encode(examples(tmp_path, task.name, both), tok)
+    assert (item["input_ids"], learned(item)) == (wanted, ids("c ."))
+    with pytest.warns(WloraMergeWarning, match="shortened to 6"):
+        (item,) = task.encode(examples(tmp_path, task.name, both), tok, max_length=6)
+    assert item["input_ids"] == [wanted[0], *wanted[-5:]]
+    classes = get_task("text-classification")
+    data = examples(tmp_path, classes.name, {"text": rendered, "label": "x"}, {"text": "a", "label": "y"})
+    labels = classes.labels(data)
+    rows = classes.encode(data, tok, labels=labels)
+    assert [row["input_ids"] for row in rows] == [wanted, ids("[bos] a")]
+    assert [len(row["attention_mask"]) for row in rows] == [len(wanted), 2]
+    with pytest.warns(WloraMergeWarning, match="1 of 2 examples"):
+        assert classes.encode(data, tok, labels=labels, max_length=3)[0]["input_ids"] == wanted[:3]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% if messages[0]['content'] == 'c' %}{{ raise_exception('no c') }}{% endif %}" + CHAT, "no c"),
+        (
+            "{% if messages[0]['content'] == 'c' %}{{ messages[0]['content'] + 1 }}{% endif %}" + MARKED,
+            "can only concatenate",
+        ),
+        ("{% if messages[0]['content'] == 'c' %}{{ 1 // 0 }}{% endif %}" + CHAT, "integer division or modulo by zero"),
+    ],
+)
+def test_what_a_chat_template_raises_is_told_with_the_example(tmp_path: Path, template: str, words: str) -> None:
+    rows = [[{"role": "user", "content": text}, {"role": "assistant", "content": "b"}] for text in "ac"]
+    data = examples(tmp_path, "causal-lm", *({"messages": row} for row in rows))
+    with pytest.raises(DataError, match=f"example 2 of .*rows.jsonl: the chat template says: {words}"):
+        get_task("causal-lm").encode(data, tokenizer(chat_template=template))
+
+
+def test_a_chat_template_that_cannot_be_read_or_chosen_is_one_sentence(tmp_path: Path) -> None:
+    data = conversation(tmp_path, "a", "b")
+    with pytest.raises(DataError, match=r"example 1 of .*: the chat template says: unexpected '}'"):
+        get_task("causal-lm").encode(data, tokenizer(chat_template="{% for m in messages %}{{ m }"))
+    several = tokenizer(chat_template={"one": CHAT, "tool_use": TOOLS})
+    with pytest.raises(
+        UnsupportedError, match=r"example 1 of .*: the chat template cannot be chosen: This model has multiple"
+    ):
+        get_task("causal-lm").encode(data, several)
 
 
 def test_messages_need_a_template_that_only_appends(tmp_path: Path) -> None:

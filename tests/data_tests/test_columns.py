@@ -14,6 +14,13 @@ from wlora_merge.errors import DataError
     [
         ("causal-lm", ["input", "target"], {"prompt": "input", "completion": "target"}),
         ("causal-lm", ["Messages", "id"], {"messages": "Messages"}),
+        ("causal-lm", ["prompt", "system", "messages", "tools"],
+         {"messages": "messages", "system": "system", "tools": "tools"}),
+        ("causal-lm", ["instruction", "input", "output"],
+         {"instruction": "instruction", "input": "input", "completion": "output"}),
+        ("causal-lm", ["instruction", "output"], {"prompt": "instruction", "completion": "output"}),
+        ("seq2seq-lm", ["instruction", "input", "output"],
+         {"instruction": "instruction", "input": "input", "target": "output"}),
         ("text-classification", ["sentence1", "sentence2", "label"],
          {"text": "sentence1", "label": "label", "text_pair": "sentence2"}),
         ("seq2seq-lm", ["article", "highlights", "id"], {"source": "article", "target": "highlights"}),
@@ -35,7 +42,16 @@ def test_conventional_names_are_found(task: str, found: list[str], chosen: dict[
         ("text-classification", ["text", "label"], {"lable": "label"}, ["did you mean 'label'"]),
         ("text-classification", ["text", "label"], {"text": "label", "label": "label"}, ["cannot be both"]),
         ("causal-lm", ["text", "prompt", "completion"], {}, ["text or as prompt + completion"]),
-        ("causal-lm", ["instruction", "input", "output"], {}, ["'instruction', 'input'"]),
+        (
+            "causal-lm",
+            ["prompt", "instruction", "input", "output"],
+            {},
+            ["prompt + completion or as instruction + input"],
+        ),
+        ("causal-lm", ["prompt", "chosen", "rejected"], {}, ["no column for 'completion'", "--column completion=NAME"]),
+        ("causal-lm", ["prompt", "label"], {}, ["no column for 'completion'"]),
+        ("causal-lm", ["role", "content"], {}, ["'role' may be a part of the examples"]),
+        ("causal-lm", ["messages", "documents"], {}, ["'documents' may be a part of the examples"]),
         ("causal-lm", ["a", "b"], {"text": "a", "prompt": "b"}, ["text together with prompt"]),
         ("token-classification", ["tokens", "pos_tags", "ner_tags"], {}, ["--column tags="]),
         ("text-classification", ["question", "passage", "label"], {}, ["'passage'", "--column text_pair=passage"]),
@@ -45,9 +61,13 @@ def test_conventional_names_are_found(task: str, found: list[str], chosen: dict[
             {"label": "label"},
             ["'title'", "--column text=content"],
         ),
-        ("causal-lm", ["instruction", "context", "response"], {}, ["'context'", "--column prompt=instruction"]),
+        (
+            "causal-lm",
+            ["instruction", "context", "response"],
+            {},
+            ["'context'", "--column prompt=instruction", "--column instruction=instruction --column input=context"],
+        ),
         ("seq2seq-lm", ["question", "context", "answer"], {}, ["'context'", "--column source=question"]),
-        ("seq2seq-lm", ["instruction", "input", "output"], {}, ["'instruction'", "--column source=input"]),
         ("causal-lm", ["document", "summary", "id"], {}, ["'summary'", "--column text=document"]),
         ("text-classification", ["question", "sentence", "label"], {}, ["which leaves the other out"]),
     ],
@@ -67,4 +87,7 @@ def test_a_given_column_wins_over_every_guess() -> None:
     assert choose_columns(get_task("causal-lm"), ["text", "input", "output"], {"text": "text"}) == {"text": "text"}
     text = {"text": "content", "label": "label"}
     assert choose_columns(get_task("text-classification"), ["label", "title", "content"], {"text": "content"}) == text
-    assert choose_columns(get_task("causal-lm"), ["prompt", "system", "messages"]) == {"messages": "messages"}
+    both = {"instruction": "question", "input": "context", "completion": "answer"}
+    assert (
+        choose_columns(get_task("causal-lm"), ["question", "context", "answer"], dict(list(both.items())[:2])) == both
+    )

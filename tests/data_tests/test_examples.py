@@ -14,7 +14,7 @@ from support.paths import SHARED
 from wlora_merge.constants import MULTI, REGRESSION, SINGLE
 from wlora_merge.data.examples import read_examples
 from wlora_merge.data.labels import label_set
-from wlora_merge.errors import DataError
+from wlora_merge.errors import DataError, WloraMergeWarning
 
 DATA = SHARED / "data"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is absent")
@@ -53,6 +53,58 @@ def test_text_that_a_guess_leaves_out_is_said_and_recorded(tmp_path: Path, recwa
     assert "'more' hold text too" in str(recwarn[1].message)
 
 
+@pytest.mark.parametrize(
+    ("task", "row", "told"),
+    [
+        ("causal-lm", {"prompt": "a", "completion": "b", "chosen": "c"}, "'chosen' look like answers"),
+        ("causal-lm", {"prompt": "a", "completion": "b", "label": 1}, "'label' look like answers"),
+        ("causal-lm", {"text": "a", "label": "b"}, "'label' look like answers"),
+        ("causal-lm", {"prompt": "a", "completion": "b", "turns": [{"x": "c d"}]}, "'turns' hold text too"),
+        ("causal-lm", {"messages": [{"role": "assistant", "content": "b"}], "note": "c d"}, "'note' hold text too"),
+        ("question-answering", {"question": "a", "context": "b", "answers": {"text": [], "answer_start": []}, "answer": "b"},
+         "'answer' look like answers"),
+        ("text-classification", {"text": "a", "label": "b", "gold": "c"}, "'gold' look like answers"),
+    ],
+)  # fmt: skip
+def test_what_looks_like_an_answer_or_holds_text_is_not_left_out_without_a_word(
+    tmp_path: Path, task: str, row: dict[str, Any], told: str
+) -> None:
+    import datasets
+
+    for source in (lines(tmp_path / "a.jsonl", [row]), datasets.Dataset.from_list([row])):
+        with pytest.warns(WloraMergeWarning) as found:
+            read_examples(source, task=task)
+        assert len(found) == 1
+        assert told in str(found[0].message)
+
+
+def test_evaluation_examples_among_the_shots_are_counted_in_any_order_and_file(tmp_path: Path) -> None:
+    rows = [{"text": f"film {i}", "label": i % 2} for i in range(6)]
+    shots = read_examples(lines(tmp_path / "a.jsonl", rows), task="text-classification")
+    text = "label,sentence\n" + "".join(f"{row['label']},{row['text']}\n" for row in reversed(rows))
+    same = read_examples(write(tmp_path / "b.csv", text), task="text-classification")
+    with pytest.raises(DataError, match=r"b.csv: all 6 examples are among the very shots \(.*a.jsonl\)"):
+        same.tell_shots(shots)
+    with pytest.raises(DataError, match="all 2 examples"):
+        read_examples(rows[4:], task="text-classification").tell_shots(shots)
+    more = [*rows[3:], {"text": "film 0", "label": 1}, {"text": "new", "label": 1}]
+    with pytest.warns(WloraMergeWarning, match=r"the list given: 3 of 5 examples are among the shots \(.*a.jsonl\)"):
+        read_examples(more, task="text-classification").tell_shots(shots)
+    read_examples(more[3:], task="text-classification").tell_shots(shots)
+
+
+def test_images_are_compared_by_their_bytes(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for folder, values in (("a", (0, 255, 0)), ("b", (255, 9))):
+        for number, value in enumerate(values):
+            (tmp_path / folder / "x").mkdir(parents=True, exist_ok=True)
+            image.new("L", (4, 4), value).save(tmp_path / folder / "x" / f"{number}.png")
+    shots, held = (read_examples(tmp_path / folder, task="image-classification") for folder in "ab")
+    assert shots.twins == [0, 1, 0]
+    with pytest.warns(WloraMergeWarning, match="1 of 2 examples"):
+        held.tell_shots(shots)
+
+
 def test_an_unused_column_is_not_decoded(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     import datasets
 
@@ -85,7 +137,7 @@ def test_labels_have_one_form(tmp_path: Path, labels: list[Any], canonical: list
 def test_conversations_tags_and_answers_are_checked(tmp_path: Path) -> None:
     turn = {"role": "user", "content": "hi"}
     assert "no turn of the assistant" in refusal(lines(tmp_path / "a.jsonl", [{"messages": [turn]}]), "causal-lm")
-    shape = [{"messages": [{"from": "human", "value": "hi"}]}]
+    shape = [{"messages": [{"author": "human", "value": "hi"}]}]
     assert "`role` and `content`" in refusal(lines(tmp_path / "b.jsonl", shape), "causal-lm")
     turns = [{"role": "bot", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert "has the role 'bot'" in refusal(lines(tmp_path / "e.jsonl", [{"messages": turns}]), "causal-lm")

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
 import hashlib
+import io
+import json
+import lzma
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.data_files import refusal, write
@@ -33,6 +41,153 @@ def test_every_text_format_gives_the_same_rows_and_guesses_no_types(tmp_path: Pa
     assert list(examples.rows) == [{"text": "NA", "label": "01"}, {"text": "one, two", "label": "null"}]
     assert examples.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert [p.name for p in path.parent.iterdir()] == [name]
+
+
+GLUE = [
+    'sentence\tlabel\n" the film was bad\t0\n the film was good\t1\n" the plot was bad\t0\n',
+    'sentence\tlabel\n"bad" , he said\t0\n5" screen\t1\n',
+    'sentence\tlabel\nit is "good"\t1\nso "bad\t0\n',
+]
+
+
+@pytest.mark.parametrize("text", GLUE)
+def test_tsv_holds_quotes_as_glue_writes_them(tmp_path: Path, text: str) -> None:
+    import pandas
+
+    path = write(tmp_path / "a.tsv", text)
+    wanted = pandas.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, keep_default_na=False)
+    assert read_examples(path, task="text-classification").column("text") == wanted["sentence"].tolist()
+
+
+def test_tsv_that_may_be_quoted_or_not_is_refused_at_the_line(tmp_path: Path) -> None:
+    inline = refusal(write(tmp_path / "a.tsv", 'text\tlabel\ngood\t1\n"bad ."\t0\n'))
+    assert "a.tsv, line 3: the field '\"bad .\"' begins with a quote" in inline
+    across = refusal(write(tmp_path / "b.tsv", 'text\tlabel\n"a\t0\nb\t1\nc"\t0\n'))  # three rows, or one
+    assert "b.tsv, line 2: the field '\"a' begins with a quote" in across
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+@pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_what_pandas_writes_is_read_or_refused_at_a_line_but_never_altered(
+    tmp_path: Path, suffix: str, delimiter: str, quoting: int
+) -> None:
+    import pandas
+
+    draw, refusals, path = random.Random(0), list[str](), tmp_path / f"a.{suffix}"
+    for _ in range(200):
+        texts = ["".join(draw.choices('ab ,"\t\n;é', k=draw.randint(1, 8))) + "x" for _ in range(draw.randint(1, 4))]
+        pandas.DataFrame({"text": texts, "label": "a"}).to_csv(path, sep=delimiter, index=False, quoting=quoting)
+        try:
+            assert read_examples(path, task="text-classification").column("text") == texts
+        except DataError as error:
+            refusals.append(str(error))
+    assert len(refusals) < (1 if suffix == "csv" else 50)
+    assert all("a.tsv, line " in message for message in refusals)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('text,label\n"he said "ok" to me",pos\nbad,neg\n', "line 2: a field begins with a quote, and text follows"),
+        ('text,label\nfine,pos\n"bad,neg\nfine,pos\n', "line 3: a field begins with a quote, and no quote ends it"),
+        (
+            'text,label\n"bad,neg\nfine,pos\n"bad,neg\n',
+            "line 2: a field begins with a quote, and text follows the quote that",
+        ),
+    ],
+)
+def test_csv_quotes_that_do_not_pair_are_refused_at_the_line(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(csv.Error):
+        list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    assert words in refusal(write(tmp_path / "a.csv", text))
+
+
+def test_spaces_after_a_delimiter_are_no_part_of_a_class_or_of_a_file_written_so(tmp_path: Path) -> None:
+    import pandas
+
+    path = write(tmp_path / "a.csv", 'label, text\n neg, "film 0, ok"\npos, film 1\n')
+    wanted = pandas.read_csv(path, skipinitialspace=True)
+    examples = read_examples(path, task="text-classification")
+    assert (examples.column("text"), examples.column("label")) == (wanted["text"].tolist(), ["neg", "pos"])
+    path = write(tmp_path / "b.csv", "text,label\nx, pos\ny,neg \n")
+    assert read_examples(path, task="text-classification").column("label") == ["pos", "neg"]
+    path = write(tmp_path / "c.csv", "prompt,completion\nthe film was, positive\n")
+    assert read_examples(path, task="causal-lm").column("completion") == [" positive"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv"])
+def test_every_unicode_encoding_is_read(tmp_path: Path, name: str, encoding: str) -> None:
+    texts = {
+        "a.jsonl": '{"text": "é 名", "label": "a"}\n', "a.json": '[{"text": "é 名", "label": "a"}]',
+        "a.csv": "text,label\r\né 名,a\r\n", "a.tsv": "text\tlabel\né 名\ta\n",
+    }  # fmt: skip
+    path = write(tmp_path / name, texts[name].encode(encoding))
+    assert read_examples(path, task="text-classification").column("text") == ["é 名"]
+
+
+def test_broken_utf_16_is_named_with_its_line(tmp_path: Path) -> None:
+    data = "text,label\nx,1\n".encode("utf-16") + b"\x00\xd8,\x00"
+    assert "line 3: byte 0x00 is not UTF-16; convert the file to UTF-8." in refusal(write(tmp_path / "a.csv", data))
+    assert "is empty" in refusal(write(tmp_path / "b.csv", "".encode("utf-16")))
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_compressed_files_are_read_within_the_bound(
+    tmp_path: Path, suffix: str, pack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = b'{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
+    path = write(tmp_path / f"train.jsonl.{suffix}", pack(text))
+    examples = read_examples(path, task="text-classification")
+    assert examples.column("text") == ["a", "b"]
+    assert examples.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert read_examples(tmp_path, task="text-classification").column("text") == ["a", "b"]
+    assert "line 3: not JSON" in refusal(write(tmp_path / f"b.jsonl.{suffix}", pack(text + b"{")))
+    for broken in (pack(text)[:-6], b"no archive"):
+        assert "cannot be unpacked" in refusal(write(tmp_path / f"c.jsonl.{suffix}", broken))
+    monkeypatch.setattr("wlora_merge.data.formats.MAX_DATA_BYTES", 1_000_000)
+    bomb = write(tmp_path / f"d.csv.{suffix}", pack(b"text,label\n" + b"x" * 2_000_000))
+    assert "expands to more than 1.0 MB" in refusal(bomb)
+
+
+def test_json_objects_of_columns_are_read_as_pandas_and_datasets_write_them(tmp_path: Path) -> None:
+    import pandas
+
+    frame = pandas.DataFrame({"text": ["a", "b", "c"], "label": ["x", "y", "x"]})
+    rows = frame.to_dict("records")
+    for orient in ("columns", "records", "table"):
+        frame.to_json(tmp_path / "a.json", orient=orient)
+        assert list(read_examples(tmp_path / "a.json", task="text-classification").rows) == rows
+    write(tmp_path / "b.json", json.dumps(frame.to_dict("list")))
+    assert list(read_examples(tmp_path / "b.json", task="text-classification").rows) == rows
+    uneven = write(tmp_path / "c.json", json.dumps({"text": ["a", "b"], "label": ["x"]}))
+    assert "c.json: expected columns of one length, got 'text' 2, 'label' 1 values" in refusal(uneven)
+
+
+def test_arrow_files_and_streams_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.feather
+
+    table = pa.table({"text": ["one", "two"], "label": ["a", "b"]})
+    pyarrow.feather.write_feather(table, tmp_path / "a.feather")
+    for name, new in (("file.arrow", pa.ipc.new_file), ("stream.arrow", pa.ipc.new_stream)):
+        with new(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    for name in ("a.feather", "file.arrow", "stream.arrow"):
+        examples = read_examples(tmp_path / name, task="text-classification")
+        assert list(examples.rows) == table.to_pylist()
+        whole = (tmp_path / name).read_bytes()
+        for broken in (b"ARROW1 or not", whole[: len(whole) // 2], b"ARROW1\0\0" + whole[:40]):
+            assert "cannot be read as Arrow" in refusal(write(tmp_path / "b.arrow", broken))
+    outside = whole.replace(
+        pa.array(["one", "two"]).buffers()[1].to_pybytes(), pa.array([0, 3, 1 << 30], pa.int32()).buffers()[1]
+    )
+    assert "cannot be read as Arrow" in refusal(write(tmp_path / "d.arrow", outside))
+    monkeypatch.setattr("wlora_merge.data.formats.MAX_DATA_BYTES", 16_000_000)
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), ["x" * 1_000_000])
+    with pa.ipc.new_file(tmp_path / "c.arrow", pa.schema({"text": repeated.type})) as writer:
+        writer.write_table(pa.table({"text": repeated}))
+    assert "expands to more than 16.0 MB" in refusal(tmp_path / "c.arrow")
 
 
 def test_parquet_keeps_class_names(tmp_path: Path) -> None:
@@ -155,6 +310,13 @@ def test_a_text_of_any_length_is_read_from_csv(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', "surrogate"),
         ("a.json", '{"a": [{"x": 1}], "b": [{"x": 1}]}', "several lists of examples: a, b"),
         ("a.json", "[1, 2]", "expected a list of objects"),
+        ("a.json", '[{"text": "x", "text": "y", "label": 1}]', "an object has the key 'text' twice"),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": 1, "label": 2}\n',
+            "line 1: not JSON (an object has the key 'label' twice)",
+        ),
+        ("a.txt", b"x\0y", "line 1: holds a NUL"),
         ("a.parquet", "PAR1 or not", "cannot be read as Parquet"),
         (
             "a.csv",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.paths import ROOT
-from support.tokenizers import tokenizer
+from support.tokenizers import WORDS, examples, tokenizer
 
+from wlora_merge.data.task import refuse_unknown_tokens
 from wlora_merge.data.tasks import TASKS, get_task, task_of
-from wlora_merge.errors import BaseModelError, UnsupportedError, WloraMergeError
+from wlora_merge.errors import BaseModelError, DataError, UnsupportedError, WloraMergeError
 
 
 def test_importing_the_room_is_cheap() -> None:
@@ -54,7 +56,7 @@ def test_what_a_task_reads_is_named_by_its_columns() -> None:
     for task in TASKS.values():
         columns = {name for form in task.forms for name in form.columns}
         assert columns == set(task.conventions)
-        assert columns >= {*task.more_text, *filter(None, [task.spread_column])}
+        assert columns >= {*task.more_text, *task.spread_columns}
         assert all(name in names for name, names in task.conventions.items())
 
 
@@ -115,3 +117,46 @@ def test_the_task_is_told_by_the_class_of_the_model(name: str, task: str | None)
     assert task_of(model) == task
     assert task_of(type("Wrapped", (cls,), {})(model.config) if name == "GPT2LMHeadModel" else model) == task
     assert task_of(torch.nn.Linear(2, 2)) is None
+
+
+def test_a_token_beyond_the_embeddings_is_named_before_the_model_runs(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    small = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    size = WORDS.index("sat")
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=size, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=size, decoder_start_token_id=0, **small))
+    columns = {"causal-lm": ("prompt", "completion", llama), "seq2seq-lm": ("source", "target", t5)}
+    for name, (first, second, model) in columns.items():
+        task = get_task(name)
+        for row in ({first: "sat", second: "a"}, {first: "a", second: "sat"}):
+            data = examples(tmp_path, name, {first: "a", second: "cat"}, row)
+            rows = task.encode(data, tokenizer())
+            with pytest.raises(
+                DataError, match=rf"example 2 of .*: the token 'sat' \({size}\) is not among the base's {size} emb"
+            ):
+                refuse_unknown_tokens(task, data, rows, tokenizer(), model)
+            batch = task.collator(tokenizer())([rows[1]])
+            with pytest.raises(IndexError):  # what torch says
+                model(**batch)
+        data = examples(tmp_path, name, {first: "a", second: "cat"})
+        refuse_unknown_tokens(task, data, task.encode(data, tokenizer()), tokenizer(), model)
+
+
+def test_padding_takes_a_token_that_the_base_has_an_embedding_for(tmp_path: Path) -> None:
+    tokenizer(pad_token="the").save_pretrained(tmp_path)
+    config, task = tmp_path / "config.json", get_task("causal-lm")
+    for table, padded in (
+        ({"vocab_size": len(WORDS)}, "the"),
+        ({"vocab_size": len(WORDS) - 1}, "[eos]"),
+        ({"text_config": {"vocab_size": 3}}, "[unk]"),
+    ):
+        config.write_text(json.dumps(table))
+        assert task.load_processor(tmp_path).pad_token == padded
+    config.write_text(json.dumps({"vocab_size": 1}))
+    with pytest.raises(
+        BaseModelError, match=r"the token 'the' \(\d+\) is not among the base's 1 embeddings, and no other"
+    ):
+        task.load_processor(tmp_path)

@@ -19,7 +19,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def others(shots: Path, folder: Path) -> Path:
-    """The same examples as a file of its own."""
+    """Examples of the same tokens, in a file of its own; as texts they differ in their spaces, or a fit would refuse them."""
     held = folder / f"held{shots.suffix}"
-    held.write_bytes(shots.read_bytes() + b"\n")
+    held.write_text(shots.read_text().replace(" w", "  w"))
     return held

@@ -227,10 +227,29 @@ def test_evaluation_data_with_splits_are_their_validation_split(
 
 def test_the_shots_are_no_evaluation_data(bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path) -> None:
     base, folders, shots = bert_zoo
-    copy = tmp_path / "copy.csv"
-    copy.write_bytes(shots.read_bytes())
-    with pytest.raises(MixtureError, match=r"copy.csv: holds the very shots"):
-        fit(base, folders, shots, "text-classification", eval_data=copy)
+    header, *rows = shots.read_text().splitlines(keepends=True)
+    turned = tmp_path / "turned.csv"
+    turned.write_text(header + "".join(reversed(rows)))
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"turned.csv: all \d+ examples are among the very shots"):
+        fit(base, folders, shots, "text-classification", out, eval_data=turned)
+    assert not out.exists()
+
+
+def test_rows_in_memory_are_fitted_as_their_file_is(bert_zoo: tuple[Path, list[Path], Path], tmp_path: Path) -> None:
+    import datasets
+    import pandas
+
+    base, folders, shots = bert_zoo
+    frame = pandas.read_csv(shots, dtype=str)
+    sources = [shots, datasets.Dataset.from_pandas(frame), frame.to_dict("records")]
+    options = {"max_steps": 1, "folds": 0, "new_adapter": 0, "eval_data": [{"text": "w1 w2", "label": "low"}]}
+    mixtures = [fit(base, folders, source, "text-classification", **options) for source in sources]
+    assert all(torch.equal(m.mixture_weights, mixtures[0].mixture_weights) for m in mixtures)
+    assert mixtures[1].data["data"]["name"] == "the Dataset given"
+    mixtures[1].save(tmp_path / "mixture")
+    with pytest.raises(DataError, match="the int given is not read"):
+        fit(base, folders, 3, "text-classification")
 
 
 def test_an_output_folder_that_is_taken_is_refused_before_anything_is_loaded(

@@ -172,6 +172,7 @@ def _read_data(fit: FitRequest, where: str | Path) -> tuple[Examples, list[dict[
     if fit.eval_data:
         data = _path(fit.eval_data, where)
         held = read_examples(data, task=fit.task, columns=fit.columns, split=fit.eval_split, default_splits=EVAL_SPLITS)
+        held.tell_shots(examples)
         rows.append({"what": f"eval_data ({len(held)} examples)", "path": data})
     return examples, rows
 

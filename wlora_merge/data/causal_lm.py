@@ -1,22 +1,25 @@
 """Text of a causal language model as token ids, with a loss on the right ones.
 
-Three forms come in (`text`; `prompt` and `completion`; `messages`), one goes out: `input_ids`, `attention_mask` and
-`labels`, where a label is -100 wherever nothing is learned. This room knows tokenizers. It knows neither models nor
-files.
+Four forms come in (`text`; `prompt` and `completion`; `instruction`, `input` and `completion`; `messages` with `system` and
+`tools`), one goes out: `input_ids`, `attention_mask` and `labels`, where a label is -100 wherever nothing is learned. This
+room knows tokenizers. It knows neither models nor files.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, UnsupportedError
+from ..errors import DataError, UnsupportedError, WloraMergeWarning
+from ..text import first_line
 from .columns import COMPLETION_NAMES, PASSAGE_NAMES, Form
 from .labels import LabelSet
 from .metrics import IGNORED, Metric, causal_lm_metric
-from .task import Encoded, Task, counted, token_limit, warn_cut
+from .task import Encoded, Task, counted, instruction_of, leading_ids, token_limit, warn_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,15 +72,17 @@ def encode_causal_lm(
             raise DataError(f"{where} has no token to learn after its first.")
         encoded.append(_model_input(sequence))
     warn_cut(examples, cut, limit)
+    for name in {"system", "tools"}.intersection(examples.columns):
+        _warn_unread(examples, name, sequence_of)
     return encoded
 
 
-def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that this tokenizer puts before a text (a BOS, or nothing)."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    starts = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
-    return list(full[: next(starts, 0)])
+def _warn_unread(examples: Examples, name: str, sequence_of: Callable[[Mapping[str, Any]], _Sequence]) -> None:
+    """Say that the chat template has no place for what a column holds."""
+    row = next((row for row in examples.rows if row[name]), None)
+    if row is not None and sequence_of(row) == sequence_of({**row, name: ""}):
+        text = f"{examples.source}: the chat template does not read {name}, so column {examples.columns[name]!r} is left out."
+        warnings.warn(text, WloraMergeWarning, stacklevel=3)
 
 
 def _form(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Callable[[Mapping[str, Any]], _Sequence]:
@@ -85,15 +90,21 @@ def _form(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> Callable[[M
     if "messages" in examples.columns:
         if not tokenizer.chat_template:
             raise UnsupportedError("the tokenizer has no chat template, so it cannot take `messages`.")
-        marked = bool(_MARKS_TURNS.search(tokenizer.get_chat_template()))
-        return lambda row: _marked_chat(row, tokenizer) if marked else _last_turn(row, tokenizer)
+        return lambda row: _chat(row, tokenizer)
     if "text" in examples.columns:
         return lambda row: _plain_text(row["text"], tokenizer, lead)
+    if "instruction" in examples.columns:
+        return lambda row: _joined(instruction_of(row), row["completion"], tokenizer, lead)
     return lambda row: _joined(row["prompt"], row["completion"], tokenizer, lead)
 
 
+def _led(ids: list[int], lead: list[int]) -> list[int]:
+    """The ids behind the leading ones, which a text that a chat template rendered has already."""
+    return ids if ids[: len(lead)] == lead else lead + ids
+
+
 def _plain_text(text: str, tokenizer: PreTrainedTokenizerBase, lead: list[int]) -> _Sequence:
-    ids = lead + _ids(text, tokenizer)
+    ids = _led(_ids(text, tokenizer), lead)
     return _Sequence(ids, [True] * len(ids), len(lead))
 
 
@@ -103,33 +114,62 @@ def _joined(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, le
     Where the ids of the whole text start with the prompt's, the completion's are the rest: a SentencePiece tokenizer
     would put a space before a text of its own. Where a merge crosses the boundary, the completion is tokenized alone.
     """
-    before, whole = _ids(prompt, tokenizer), _ids(prompt + completion, tokenizer)
+    before, whole = (_led(_ids(text, tokenizer), lead) for text in (prompt, prompt + completion))
     splits = whole[: len(before)] == before and len(whole) > len(before)
     after = whole[len(before) :] if splits else _ids(completion, tokenizer)
-    learned = [False] * len(lead + before) + [True] * len(after)
-    return _Sequence(lead + before + after, learned, len(lead))
+    return _Sequence(before + after, [False] * len(before) + [True] * len(after), len(lead))
 
 
-def _last_turn(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> _Sequence:
+@dataclass(frozen=True)
+class _Template:
+    """The chat template of a tokenizer, with the tools of one conversation."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tools: list[Any] | None
+
+    def rendered(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+        """What the template makes of the messages, or a `DataError` with what it says."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=self.tools, **options)
+        except Exception as error:  # a template raises whatever its expressions raise
+            raise DataError(f"the chat template says: {first_line(error).removesuffix('.')}.") from error
+
+    @property
+    def marks_turns(self) -> bool:
+        """Whether it says which tokens are the assistant's."""
+        try:
+            return bool(_MARKS_TURNS.search(self.tokenizer.get_chat_template(tools=self.tools)))
+        except ValueError as error:  # several templates, and none by default
+            raise UnsupportedError(
+                f"the chat template cannot be chosen: {first_line(error).removesuffix('.')}."
+            ) from error
+
+
+def _chat(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> _Sequence:
+    messages = json.loads(row["messages"])
+    if row.get("system"):
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    template = _Template(tokenizer, json.loads(row["tools"]) if row.get("tools") else None)
+    return _marked_chat(messages, template) if template.marks_turns else _last_turn(messages, template)
+
+
+def _last_turn(messages: list[dict[str, Any]], template: _Template) -> _Sequence:
     """The last turn of the assistant: what the template adds to the conversation before it."""
-    messages = _messages(row)
     if messages[-1]["role"] != "assistant":
         raise DataError("a conversation must end with a turn of the assistant, as this chat template marks none.")
-    prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    whole = str(template.rendered(messages, tokenize=False))
+    prompt = str(template.rendered(messages[:-1], tokenize=False, add_generation_prompt=True))
     if not whole.startswith(prompt):
         raise UnsupportedError(
             "the chat template does not render a conversation as its start plus an answer; use prompt/completion."
         )
-    return _with_lead(_joined(prompt, whole[len(prompt) :], tokenizer, []), tokenizer)
+    return _with_lead(_joined(prompt, whole[len(prompt) :], template.tokenizer, []), template.tokenizer)
 
 
-def _marked_chat(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> _Sequence:
-    encoded: Any = tokenizer.apply_chat_template(
-        _messages(row), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+def _marked_chat(messages: list[dict[str, Any]], template: _Template) -> _Sequence:
+    encoded = template.rendered(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     learned = [bool(mark) for mark in encoded["assistant_masks"]]
-    return _with_lead(_Sequence(list(encoded["input_ids"]), learned), tokenizer)
+    return _with_lead(_Sequence(list(encoded["input_ids"]), learned), template.tokenizer)
 
 
 def _with_lead(sequence: _Sequence, tokenizer: PreTrainedTokenizerBase) -> _Sequence:
@@ -137,10 +177,6 @@ def _with_lead(sequence: _Sequence, tokenizer: PreTrainedTokenizerBase) -> _Sequ
     starts = (leading_ids(tokenizer), [tokenizer.bos_token_id])
     lead = next((len(start) for start in starts if start and sequence.ids[: len(start)] == start), 0)
     return replace(sequence, lead=lead)
-
-
-def _messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    return [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
 
 
 def _cut(sequence: _Sequence, limit: int, where: str) -> _Sequence:
@@ -200,16 +236,27 @@ CAUSAL_LM = CausalLM(
     has_head=False,
     takes_packing=True,
     is_decoder=True,
-    forms=(Form(("text",)), Form(("prompt", "completion")), Form(("messages",))),
+    forms=(
+        Form(("text",)),
+        Form(("prompt", "completion")),
+        Form(("instruction", "input", "completion")),
+        Form(("messages",), ("system", "tools")),
+    ),
     conventions={
         "text": ("text", "content", "document"),
         "prompt": ("prompt", "instruction", "input", "question"),
+        "instruction": ("instruction",),
+        "input": ("input",),
         "completion": COMPLETION_NAMES,
         "messages": ("messages", "conversation", "conversations"),
+        "system": ("system", "system_prompt"),
+        "tools": ("tools",),
     },
     more_text={
-        "text": (*COMPLETION_NAMES, "summary", "highlights"),
-        "prompt": (*PASSAGE_NAMES, "system", "system_prompt"),
+        "text": (*COMPLETION_NAMES, "summary", "highlights", "role"),
+        "prompt": (*PASSAGE_NAMES, "system", "system_prompt", "tools"),
+        "instruction": (*PASSAGE_NAMES, "system", "system_prompt", "tools"),
+        "messages": ("documents", "history"),
     },
-    spread_column="prompt",
+    spread_columns=("prompt", "instruction", "messages"),
 )

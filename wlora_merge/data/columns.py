@@ -43,6 +43,12 @@ PASSAGE_NAMES = (
     "context", "passage", "paragraph", "article", "document", "choices", "options", "history", "dialogue",
 )  # fmt: skip
 """What files call a label, an answer, and a text to read; words that several tasks share."""
+_ANSWER_NAMES = {
+    *LABEL_NAMES, *COMPLETION_NAMES, "answers", "solution", "chosen", "rejected", "gold", "reference", "references", "summary",
+    "highlights", "tags", "score", "rating",
+}  # fmt: skip
+_BOTH = {"text": ("text", "text_pair"), "prompt": ("instruction", "input"), "source": ("instruction", "input")}
+"""{column: the two columns that hold its text and another's}."""
 
 
 def choose_columns(
@@ -71,6 +77,7 @@ def choose_columns(
     complete = [form for form in forms if all(candidates[name] for name in form.required)]
     if not complete:
         raise DataError(_missing(task, found, forms, candidates, source))
+    complete = [form for form in complete if not any(_covers(other, form, candidates) for other in complete)]
     if len(complete) > 1:
         readings = " or as ".join(str(form) for form in complete)
         raise DataError(
@@ -80,6 +87,17 @@ def choose_columns(
     chosen = _only(complete[0], candidates, source)
     _check_unused(task, found, chosen, given, source)
     return chosen
+
+
+def looks_like_answer(column: str) -> bool:
+    """Whether files often call so what is to be predicted."""
+    return column.strip().casefold() in _ANSWER_NAMES
+
+
+def _covers(form: Form, other: Form, candidates: Mapping[str, list[str]]) -> bool:
+    """Whether a form needs more columns than another, and leaves none of its candidates out: `instruction` with an `input`."""
+    its, others = ({c for name in f.required for c in candidates[name]} for f in (form, other))
+    return others <= its and len(form.required) > len(other.required)
 
 
 def _check_unused(
@@ -97,10 +115,10 @@ def _check_unused(
 
 
 def _as_pair(task: Task, name: str, column: str, other: str) -> str:
-    pair = f"{name}_pair"
-    if pair not in task.conventions:
+    first, second = _BOTH.get(name, ("", ""))
+    if second not in task.conventions:
         return ""
-    return f" or with --column {name}={column} --column {pair}={other} that both are,"
+    return f" or with --column {first}={column} --column {second}={other} that both are,"
 
 
 def _candidates(task: Task, name: str, found: Sequence[str], given: Mapping[str, str]) -> list[str]:
@@ -139,8 +157,9 @@ def _check_given(task: Task, found: Sequence[str], given: Mapping[str, str], sou
 def _missing(
     task: Task, found: Sequence[str], forms: Sequence[Form], candidates: Mapping[str, list[str]], source: str
 ) -> str:
-    closest = min(forms, key=lambda form: sum(not candidates[name] for name in form.required))
-    missing = [name for name in closest.required if not candidates[name]]
+    lacks = {form: [name for name in form.required if not candidates[name]] for form in forms}
+    closest = min(forms, key=lambda form: (len(lacks[form]) == len(form.required), len(lacks[form])))
+    missing = lacks[closest]
     options = " ".join(f"--column {name}=NAME" for name in missing)
     return (
         f"{source} has no column for {_list(missing)}: columns found are {_list(found)}, {task.name} needs {_forms(task)}. "

@@ -21,38 +21,42 @@ from ..constants import REGRESSION
 from ..errors import DataError, UnsupportedError, WloraMergeWarning
 from ..io.untrusted import is_utf8
 from ..text import nearest
-from .columns import choose_columns
+from .columns import choose_columns, looks_like_answer
 from .formats import Table, read_bytes_of
 from .labels import LabelSet, class_name, words_of
-from .sources import TRAIN, read_source
+from .sources import TRAIN, Source, name_of, read_source
 from .tasks import FIT_TASKS
 
 if TYPE_CHECKING:
     import datasets
 
 Label: TypeAlias = "str | float | list[str]"
-_TEXT = ("text", "text_pair", "prompt", "completion", "source", "target", "question", "context")
+_TEXT = ("text", "text_pair", "prompt", "instruction", "completion", "source", "target", "question", "context")
 EVAL_SPLITS = ("validation", "test")
 """What evaluation data are by default, of a folder or hub data set with splits."""
 _LIST = re.compile(r"\[(?:['\"].*|.*,.*|\s*|[\d.]+(?:\s+[\d.]+)+\s*)\]", re.DOTALL)
 _ROLES = ("system", "user", "assistant", "tool", "developer")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+_OF_MESSAGES = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+"""What a message may hold beside `role` and `content`; chat templates read it."""
 
 
 @dataclass(frozen=True)
 class Examples:
     """Rows of one task under their canonical column names.
 
-    A `label` is a string (a class; whole numbers and booleans are spelled out), a float, or a list of strings; `tags`
-    are strings; `messages` are {role, content} in order; `answers` are {text: [...], answer_start: [...]}; an `image`
-    is decoded when its row is read.
+    A `label` is a string (a class without spaces around it; whole numbers and booleans are spelled out), a float, or a list of
+    strings; `tags` are strings; `answers` are {text: [...], answer_start: [...]}; an `image` is decoded when its row is read.
+    `messages` and `tools` are JSON texts of lists, as the keys of their objects differ from row to row; `input`, `system` and
+    `tools` may be empty.
 
     Attributes:
         rows: a `datasets.Dataset` with exactly the columns that are keys of `columns`.
         task: the task that they are for.
         columns: {canonical name: name in the file}.
         unused: names of the file's other columns.
-        source: the path or hub id as it was given.
-        sha256: of the local file or files; of a hub data set, of its values.
+        source: the path, hub id or URL as it was given; of rows in memory, their class.
+        sha256: of the file or files; of a hub data set and of rows in memory, of the values.
     """
 
     rows: datasets.Dataset
@@ -85,7 +89,9 @@ class Examples:
         if "tags" in self.columns:
             return [tuple(sorted(set(tags))) for tags in self.column("tags")]
         if written := next((name for name in ("completion", "target", "messages") if name in self.columns), None):
-            texts = [v if isinstance(v, str) else str(v[-1]["content"]) for v in self.column(written)]
+            texts = self.column(written)
+            if written == "messages":
+                texts = [json.loads(text)[-1]["content"] for text in texts]
             repeated = 2 * len(set(texts)) <= len(set(self.twins))
             return [(text if repeated else "",) for text in texts]
         if "label" not in self.columns or labels is None or labels.problem_type == REGRESSION:
@@ -117,17 +123,42 @@ class Examples:
         return replace(self, rows=datasets.concatenate_datasets([self.rows, added]))
 
     @cached_property
+    def keys(self) -> list[str]:
+        """For each row a text that equal rows share, of whatever file, [len(self)]; of images it has the bytes' digests."""
+        names = sorted(self.columns)
+        columns = [_digests(self.rows) if name == "image" else self.column(name) for name in names]
+        return [json.dumps(dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
+
+    def tell_shots(self, shots: Examples) -> None:
+        """Warn of how many of these evaluation examples are among the shots, wherever they stand there.
+
+        Raises:
+            DataError: all of them are.
+        """
+        known = set(shots.keys)
+        among = sum(key in known for key in self.keys)
+        if among == len(self):
+            raise DataError(
+                f"{self.source}: all {among} examples are among the very shots ({shots.source}), and say nothing of a model "
+                "that was trained on them: give other examples, or leave --eval-data out."
+            )
+        if among:
+            warnings.warn(
+                f"{self.source}: {among} of {len(self)} examples are among the shots ({shots.source}), so that the figures "
+                "are better than on new ones: take them out.",
+                WloraMergeWarning,
+                stacklevel=3,
+            )
+
+    @cached_property
     def twins(self) -> list[int]:
-        """For each row the first that is equal to it, [len(self)]; rows with images are not compared."""
-        if "image" in self.columns:
-            return list(range(len(self)))
+        """For each row the first that is equal to it, [len(self)]."""
         first: dict[str, int] = {}
-        keys = [json.dumps(row, default=str) for row in zip(*map(self.column, self.columns), strict=True)]
-        return [first.setdefault(key, index) for index, key in enumerate(keys)]
+        return [first.setdefault(key, index) for index, key in enumerate(self.keys)]
 
 
 def read_examples(
-    source: str | Path,
+    source: Source,
     *,
     task: str,
     columns: Mapping[str, str] | None = None,
@@ -137,8 +168,9 @@ def read_examples(
     """Read and check the examples of a task.
 
     Args:
-        source: a JSONL, JSON, CSV, TSV, Parquet or text file; a folder of them; a folder of texts or images with one
-            folder for each class; or a hub id, `owner/name[:config]`. Only the last uses the network.
+        source: a JSONL, JSON, CSV, TSV, Parquet, Arrow or text file; a folder of them, or of `save_to_disk`; a folder of texts or
+            images with one folder for each class; a hub id, `owner/name[:config]`, or a URL, which alone use the network; or a
+            `datasets.Dataset` or `DatasetDict`, a pandas frame or a list of dicts.
         task: a task name.
         columns: {canonical column: column in the file}, where the names do not follow the conventions or are not clear.
         split: which split of a folder or hub data set; None: the first of `default_splits` that there is, or the only one.
@@ -156,23 +188,25 @@ def read_examples(
         raise DataError(f"{table.name} holds no examples.")
     chosen = choose_columns(kind, table.columns, columns, source=table.name)
     checked = {name: _checked(table, name, column) for name, column in chosen.items() if name != "image"}
-    _check_lengths(table, checked)
+    _check_together(table, checked)
     rows, digest = _dataset(table, chosen, checked)
     if digest is None:
-        digest = _digest_of_values(checked, table.values(chosen["image"]) if "image" in chosen else ())
+        digest = _digest_of_values(checked, rows if "image" in chosen else None)
     unused = tuple(name for name in table.columns if name not in chosen.values())
-    if kind.spread_column in chosen and kind.spread_column not in (columns or {}):
-        _tell_unused(table, chosen, unused)
-    return Examples(rows, task, chosen, str(source), digest, unused)
+    if not columns:
+        _tell_unused(table, chosen, [name for name in unused if looks_like_answer(name)], "look like answers")
+    if any(name in chosen and name not in (columns or {}) for name in kind.spread_columns):
+        texts = [name for name in unused if any(map(_is_prose, table.first(name)))]
+        _tell_unused(table, chosen, texts, "hold text too")
+    return Examples(rows, task, chosen, name_of(source), digest, unused)
 
 
-def _tell_unused(table: Table, chosen: Mapping[str, str], unused: Sequence[str]) -> None:
-    """Warn of text that a guess of the columns leaves out."""
-    texts = [name for name in unused if any(map(_is_prose, table.first(name)))]
-    if texts:
+def _tell_unused(table: Table, chosen: Mapping[str, str], left_out: Sequence[str], why: str) -> None:
+    """Warn of columns that a guess leaves out, and that may belong to the examples."""
+    if left_out:
         read = ", ".join(f"{column!r} is read as {name}" for name, column in chosen.items())
         warnings.warn(
-            f"{table.name}: {read}; {', '.join(map(repr, texts))} hold text too and are not used: if they belong to the examples, "
+            f"{table.name}: {read}; {', '.join(map(repr, left_out))} {why} and are not used: if they belong to the examples, "
             "name the columns with --column.",
             WloraMergeWarning,
             stacklevel=3,
@@ -181,14 +215,24 @@ def _tell_unused(table: Table, chosen: Mapping[str, str], unused: Sequence[str])
 
 def _is_prose(value: Any) -> bool:
     """Whether a value is more than one word, or holds such."""
-    return any(map(_is_prose, value)) if isinstance(value, list) else isinstance(value, str) and len(value.split()) > 1
+    if isinstance(value, list | dict):
+        return any(map(_is_prose, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and len(value.split()) > 1
 
 
-def _digest_of_values(checked: Mapping[str, list[Any]], images: Sequence[Mapping[str, Any]]) -> str:
+def _digest_of_values(checked: Mapping[str, list[Any]], images: datasets.Dataset | None) -> str:
     digest = hashlib.sha256(json.dumps(checked, sort_keys=True).encode())
-    for image in images:
-        digest.update(hashlib.sha256(image["bytes"] or read_bytes_of(Path(image["path"]))).digest())
+    for image in _digests(images) if images is not None else ():
+        digest.update(bytes.fromhex(image))
     return digest.hexdigest()
+
+
+def _digests(rows: datasets.Dataset) -> list[str]:
+    """The digest of each image, as it is stored."""
+    import datasets
+
+    images = rows.cast_column("image", datasets.Image(decode=False))["image"]
+    return [hashlib.sha256(image["bytes"] or read_bytes_of(Path(image["path"]))).hexdigest() for image in images]
 
 
 def _dataset(
@@ -237,13 +281,14 @@ def _checked(table: Table, name: str, column: str) -> list[Any]:
         return _labels(table, column, values)
     check: Callable[[Any], Any] = _text if name in _TEXT else {
         "tokens": _strings, "tags": _tags, "messages": _messages, "answers": _answers,
+        "input": _text_or_nothing, "system": _text_or_nothing, "tools": _tools,
     }[name]  # fmt: skip
     checked = []
     for index, value in enumerate(values):
         try:
             checked.append(check(value))
         except _WrongError as error:
-            lists = name not in _TEXT and isinstance(value, str)
+            lists = name not in (*_TEXT, "input", "system", "tools") and isinstance(value, str)
             hint = "; where the values are lists, use JSONL or Parquet" if lists else ""
             raise DataError(f"{table.where(index)}: column {column!r} {error}{hint}.") from error
     return checked
@@ -275,26 +320,55 @@ def _tags(value: Any) -> list[str]:
     return _strings([str(v) if type(v) is int else v for v in value] if isinstance(value, list) else value)
 
 
-def _messages(value: Any) -> list[dict[str, str]]:
+def _text_or_nothing(value: Any) -> str:
+    return _text(value) if value not in (None, "") else ""
+
+
+def _messages(value: Any) -> str:
+    """Messages of {role, content}, or of ShareGPT's {from, value}, as JSON."""
     if not isinstance(value, list) or not value:
         raise _WrongError("must be a list of {role, content} that is not empty")
-    messages = []
-    for message in value:
-        if not isinstance(message, Mapping) or _present(message) != {
-            "role",
-            "content",
-        }:
-            raise _WrongError("must hold messages with exactly `role` and `content`")
-        if message["role"] not in _ROLES:
-            raise _WrongError(f"has the role {message['role']!r}; roles are {', '.join(_ROLES)}")
-        messages.append({"role": message["role"], "content": _text(message["content"])})
+    messages = [_message(message) for message in value]
     if not any(message["role"] == "assistant" for message in messages):
         raise _WrongError("has no turn of the assistant, so there is nothing to learn from")
-    return messages
+    return _as_json(messages)
 
 
-def _present(message: Mapping[str, Any]) -> set[str]:
-    return {name for name, value in message.items() if value is not None}
+def _message(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _WrongError("must hold messages with `role` and `content`")
+    message = {name: part for name, part in value.items() if part is not None}
+    if {"from", "value"} <= set(message) and not {"role", "content"} & set(message):
+        told = message.pop("from")
+        message = {"role": _SHAREGPT_ROLES.get(told, told), "content": message.pop("value"), **message}
+    if "role" not in message or not {"content", "tool_calls"} & set(message):
+        raise _WrongError("must hold messages with `role` and `content`")
+    if unknown := set(message) - {"role", "content", *_OF_MESSAGES}:
+        raise _WrongError(f"has a message with {min(unknown)!r}, which is not read: leave it out")
+    if message["role"] not in _ROLES:
+        raise _WrongError(f"has the role {message['role']!r}; roles are {', '.join((*_ROLES, *_SHAREGPT_ROLES))}")
+    needed = message["role"] != "tool" and "tool_calls" not in message
+    content = message.get("content", "")
+    return {**message, "content": _text(content) if needed else _text_or_nothing(content)}
+
+
+def _tools(value: Any) -> str:
+    """Tools as JSON: a list of objects, or such a list as JSON; nothing where there are none."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise _WrongError(f"holds text that is not JSON ({error})") from error
+    if value and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
+        raise _WrongError("must be a list of objects, one for each tool")
+    return _as_json(value) if value else ""
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return _text(json.dumps(value, ensure_ascii=False))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _WrongError(f"holds what is not JSON ({error})") from error
 
 
 def _answers(value: Any) -> dict[str, list[Any]]:
@@ -334,10 +408,18 @@ def _label(value: Any, numeric: bool) -> Label:
         return float(value)
     if isinstance(value, str) and _LIST.fullmatch(value.strip()):
         raise _WrongError(f"holds the text {value!r}, which looks like a list; write lists as JSONL or Parquet")
-    return str(value) if isinstance(value, int) else _text(value)
+    return str(value) if isinstance(value, int) else _text(value).strip()
 
 
-def _check_lengths(table: Table, checked: Mapping[str, list[Any]]) -> None:
+def _check_together(table: Table, checked: Mapping[str, list[Any]]) -> None:
+    """Refuse rows whose columns do not go together."""
+    for index, (system, messages) in enumerate(
+        zip(checked.get("system", ()), checked.get("messages", ()), strict=False)
+    ):
+        if system and json.loads(messages)[0]["role"] in ("system", "developer"):
+            raise DataError(
+                f"{table.where(index)}: has a system prompt in a column of its own and in its messages: keep one."
+            )
     for index, (tokens, tags) in enumerate(zip(checked.get("tokens", ()), checked.get("tags", ()), strict=True)):
         if len(tokens) != len(tags):
             raise DataError(f"{table.where(index)}: {len(tokens)} tokens but {len(tags)} tags.")

@@ -74,19 +74,11 @@ def label_set(values: Sequence[Any], problem_type: str | None = None) -> LabelSe
             to_number(value)
         return LabelSet((), REGRESSION)
     names = order_names(_class_names(values))
-    _refuse_twins(names)
     if len(names) < 2:
         raise DataError(
             f"a classification needs two classes or more; the only label is {', '.join(names) or 'missing'}."
         )
     return LabelSet(names, kind)
-
-
-def _refuse_twins(names: Sequence[str]) -> None:
-    bare = {name.strip(): name for name in names}
-    for name in names:
-        if bare[name.strip()] != name:
-            raise DataError(f"the labels {name!r} and {bare[name.strip()]!r} differ in the spaces around them alone.")
 
 
 def class_name(value: str | float) -> str:

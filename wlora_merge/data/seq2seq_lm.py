@@ -1,4 +1,4 @@
-"""The task seq2seq-lm: a source and its target."""
+"""The task seq2seq-lm: a source, which may be an instruction and its input, and its target."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .causal_lm import CausalLM
 from .columns import PASSAGE_NAMES, Form
 from .labels import LabelSet
 from .metrics import Metric, seq2seq_metric
-from .task import Encoded, counted, tokenized
+from .task import Encoded, counted, instruction_of, tokenized
 
 if TYPE_CHECKING:
     from .examples import Examples
@@ -27,7 +27,10 @@ class Seq2SeqLM(CausalLM):
         Raises:
             DataError: a target of more than `max_length` tokens.
         """
-        encoded = tokenized(examples, processor, max_length, "source")
+        spread = "instruction" in examples.columns
+        encoded = tokenized(
+            examples, processor, max_length, lambda row: [instruction_of(row) if spread else row["source"]]
+        )
         for number, (item, target) in enumerate(zip(encoded, examples.column("target"), strict=True), start=1):
             item["labels"] = list(processor(text_target=target, verbose=False)["input_ids"])
             if max_length is not None and len(item["labels"]) > max_length:
@@ -51,11 +54,13 @@ SEQ2SEQ_LM = Seq2SeqLM(
     servers=("tgi",),
     has_head=False,
     is_encoder_decoder=True,
-    forms=(Form(("source", "target")),),
+    forms=(Form(("source", "target")), Form(("instruction", "input", "target"))),
     conventions={
         "source": ("source", "input", "text", "document", "article", "question", "dialogue"),
+        "instruction": ("instruction",),
+        "input": ("input",),
         "target": ("target", "summary", "highlights", "completion", "response", "output", "answer"),
     },
-    more_text={"source": (*PASSAGE_NAMES, "instruction", "prompt")},
-    spread_column="source",
+    more_text={"source": (*PASSAGE_NAMES, "instruction", "prompt"), "instruction": PASSAGE_NAMES},
+    spread_columns=("source", "instruction"),
 )

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..errors import BaseModelError, UnsupportedError, WloraMergeWarning
+from ..errors import BaseModelError, DataError, UnsupportedError, WloraMergeWarning
+from ..io.untrusted import read_json
 from ..text import first_line
 from .columns import Form
 from .labels import LabelSet
@@ -52,7 +53,7 @@ class Task:
         forms: the ways to lay out its examples in columns; empty: it reads none, and cannot be fitted.
         conventions: {column: what files call it}.
         more_text: {column: what files call other columns that often hold a part of the same example}.
-        spread_column: the column whose text may stand in several columns of a file. A document, all text, may have a title beside it.
+        spread_columns: those whose text may stand in several columns of a file. A document, all text, may have a title beside it.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Task:
     forms: tuple[Form, ...] = ()
     conventions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     more_text: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    spread_column: str | None = None
+    spread_columns: tuple[str, ...] = ()
 
     @property
     def generates(self) -> bool:
@@ -120,6 +121,7 @@ class Task:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
             raise BaseModelError(f"the tokenizer in {base_folder} has no pad, EOS or unknown token to pad with.")
+        _pad_within(tokenizer, Path(base_folder))
         return tokenizer
 
     def encode(
@@ -157,18 +159,35 @@ class Task:
         raise UnsupportedError(f"{self.name} has no metric.")
 
 
-def tokenized(examples: Examples, tokenizer: Any, max_length: int | None, *columns: str) -> list[dict[str, Any]]:
-    """Model inputs for the texts of one or two columns, cut from the right to `max_length` tokens, which is warned of."""
+def tokenized(
+    examples: Examples, tokenizer: Any, max_length: int | None, text_of: Callable[[Mapping[str, Any]], Sequence[str]]
+) -> list[dict[str, Any]]:
+    """Model inputs for one or two texts of each row, cut from the right to `max_length` tokens, which is warned of."""
     limit, encoded, cut = token_limit(tokenizer, max_length), [], 0
+    lead = leading_ids(tokenizer)
     for row in examples.rows:
-        texts = [row[column] for column in columns]
+        texts = text_of(row)
         item = tokenizer(*texts, verbose=False)
-        if limit is not None and len(item["input_ids"]) > limit:
+        twice = len(lead) if item["input_ids"][len(lead) : 2 * len(lead)] == lead else 0  # the text has them already
+        if limit is not None and len(item["input_ids"]) - twice > limit:
             cut += 1
-            item = tokenizer(*texts, truncation=True, max_length=limit)
-        encoded.append(dict(item))
+            item = tokenizer(*texts, truncation=True, max_length=limit + twice)
+        encoded.append({name: values[twice:] for name, values in item.items()})
     warn_cut(examples, cut, limit)
     return encoded
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that this tokenizer puts before a text (a BOS, or nothing)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    starts = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
+    return list(full[: next(starts, 0)])
+
+
+def instruction_of(row: Mapping[str, Any]) -> str:
+    """An instruction and, where there is one, its input on the next line, as LLaMA-Factory joins those of Alpaca."""
+    return "\n".join(part for part in (row["instruction"], row["input"]) if part)
 
 
 def counted(labels: Sequence[int]) -> int:
@@ -181,6 +200,53 @@ def needed_labels(labels: LabelSet | None, task: str) -> LabelSet:
     if labels is None:
         raise ValueError(f"{task} needs labels: pass what Task.labels returned.")
     return labels
+
+
+def _pad_within(tokenizer: Any, folder: Path) -> None:
+    """Pad with a token that the base has an embedding for: padding is masked, and looked up all the same.
+
+    Raises:
+        BaseModelError: the base has none for any token to pad with.
+    """
+    config: Any = read_json(folder / "config.json", BaseModelError) if (folder / "config.json").is_file() else {}
+    size = (config.get("text_config") or config).get("vocab_size")
+    tokens = (tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token)
+    known = [t for t in tokens if t and (size is None or tokenizer.convert_tokens_to_ids(t) < size)]
+    if not known:
+        raise BaseModelError(f"{_beyond(tokenizer, tokenizer.pad_token_id, size)}, and no other token to pad with is.")
+    if known[0] != tokenizer.pad_token:
+        tokenizer.pad_token = known[0]
+
+
+def refuse_unknown_tokens(task: Task, examples: Examples, rows: Encoded, tokenizer: Any, model: Any) -> None:
+    """Refuse encoded examples with a token that the model has no embedding for.
+
+    Args:
+        task: of the examples.
+        examples: [E].
+        rows: what they are encoded as; of images, nothing is looked at.
+        tokenizer: which made the tokens.
+        model: a transformers model.
+
+    Raises:
+        DataError: with the example, the token and its number.
+    """
+    if task.takes_images:
+        return
+    sizes = {"input_ids": getattr(model.get_input_embeddings(), "num_embeddings", None)}
+    if task.is_encoder_decoder:
+        sizes["labels"] = getattr(model.get_output_embeddings(), "out_features", None)
+    for number, row in enumerate(rows, start=1):
+        for name, size in sizes.items():
+            if size is not None and (largest := max(row[name], default=0)) >= size:
+                raise DataError(
+                    f"{examples.where(number)}: {_beyond(tokenizer, largest, size)}: leave the example out, or give a base whose "
+                    "embeddings were resized to its tokenizer."
+                )
+
+
+def _beyond(tokenizer: Any, number: int, size: int) -> str:
+    return f"the token {tokenizer.convert_ids_to_tokens(number)!r} ({number}) is not among the base's {size} embeddings"
 
 
 def refuse_slow(tokenizer: Any, task: str) -> None:

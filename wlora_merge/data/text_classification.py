@@ -34,7 +34,7 @@ class TextClassification(Task):
     ) -> Encoded:
         """The tokens of a text or a pair, and what the head is to give for it."""
         columns = ("text", "text_pair") if "text_pair" in examples.columns else ("text",)
-        encoded = tokenized(examples, processor, max_length, *columns)
+        encoded = tokenized(examples, processor, max_length, lambda row: [row[column] for column in columns])
         for item, target in zip(encoded, targets(examples, labels), strict=True):
             item["labels"] = target
         return encoded
@@ -93,5 +93,5 @@ TEXT_CLASSIFICATION = TextClassification(
             "completion",
         )
     },
-    spread_column="text",
+    spread_columns=("text",),
 )

@@ -22,7 +22,8 @@ from ..adapters.adapter import Adapter, load_adapters
 from ..adapters.stacking import stack
 from ..adapters.targets import modules_of, tensors_of
 from ..data.examples import EVAL_SPLITS, Examples, read_examples
-from ..data.task import Task
+from ..data.sources import name_of
+from ..data.task import Task, refuse_unknown_tokens
 from ..data.tasks import get_task
 from ..errors import DataError, MixtureError
 from ..exporters.report import write_report
@@ -42,6 +43,7 @@ from .trackers import tracker_names
 
 if TYPE_CHECKING:
     from ..data.labels import LabelSet
+    from ..data.sources import Source
     from ..distributed import Team
     from ..mixture.record import FitMetrics
     from .candidates import Candidate
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
 def fit(
     base: str | Path,
     adapters: Iterable[str | Path | tuple[str, str | Path]],
-    data: str | Path,
+    data: Source,
     task: str,
     out: str | Path | None = None,
     *,
@@ -65,7 +67,8 @@ def fit(
     Args:
         base: folder or hub id of the base model.
         adapters: two or more, as PATH_OR_ID, `NAME=PATH_OR_ID` or (name, PATH_OR_ID).
-        data: a data file, folder or hub data set with the shots.
+        data: the shots: a data file, folder, URL or hub data set; or a `datasets.Dataset`, a pandas frame or a list of dicts, as
+            `eval_data` may be too.
         task: its name, as on the command line.
         out: folder to write the mixture to; None writes nothing.
         force: replace what is in `out`.
@@ -83,10 +86,12 @@ def fit(
     from .stages import find_mixture
 
     job = get_task(task)
-    request = fit_request({"data": data, "task": task, **options})
+    read = (data, options.pop("eval_data", None))
+    names = [None if source is None else name_of(source) for source in read]
+    request = fit_request({"data": names[0], "eval_data": names[1], "task": task, **options})
     chosen = like_start(request.options)
     tracker_names(chosen)  # refuses before anything is read
-    given = _Given(job, request, chosen, open_base(base), load_adapters(adapters, residual=request.residual))
+    given = _Given(job, request, chosen, open_base(base), load_adapters(adapters, residual=request.residual), read)
     if out is not None:
         refuse_out(Path(out), force=force, inputs=given.sources)
     _refuse_unfit(given)
@@ -117,6 +122,8 @@ class _Given:
     options: FitOptions
     base: BaseModel
     adapters: list[Adapter]
+    read: tuple[Source, Source | None]
+    """The shots and the evaluation data, which the request has by their names."""
 
     @property
     def sources(self) -> list[Path]:
@@ -143,17 +150,12 @@ def _examples(given: _Given) -> tuple[Examples, Examples | None]:
     """The shots, and the evaluation data."""
     asked = given.request
     task, columns = asked.task, asked.columns
-    shots = read_examples(asked.data, task=task, columns=columns, split=asked.split)
+    data, eval_data = given.read
+    shots = read_examples(data, task=task, columns=columns, split=asked.split)
     if not asked.eval_data:
         return shots, None
-    held = read_examples(
-        asked.eval_data, task=task, columns=columns, split=asked.eval_split, default_splits=EVAL_SPLITS
-    )
-    if held.sha256 == shots.sha256:
-        raise MixtureError(
-            f"{asked.eval_data}: holds the very shots ({asked.data}), and says nothing of a model that was trained on them: give "
-            "other examples, or leave --eval-data out."
-        )
+    held = read_examples(eval_data, task=task, columns=columns, split=asked.eval_split, default_splits=EVAL_SPLITS)
+    held.tell_shots(shots)
     return shots, held
 
 
@@ -220,7 +222,7 @@ def _prepare(
         )
     length = max_tokens(model, processor, options.max_length)
     rows, judged = (
-        _encoded(task, examples, processor, length, labels) if examples else [] for examples in (trained, held)
+        _encoded(task, examples, processor, length, labels, model) if examples else [] for examples in (trained, held)
     )
     both = ConcatDataset[Any]([rows, judged])  # read lazily: images are decoded when they are used
     n = len(rows) - (len(trained) - len(shots))
@@ -255,8 +257,11 @@ def _with_names(task: Task, shots: Examples, labels: LabelSet | None, options: F
         return shots
 
 
-def _encoded(task: Task, examples: Examples, processor: Any, length: int | None, labels: LabelSet | None) -> Any:
+def _encoded(
+    task: Task, examples: Examples, processor: Any, length: int | None, labels: LabelSet | None, model: Any
+) -> Any:
     rows = task.encode(examples, processor, max_length=length, labels=labels)
+    refuse_unknown_tokens(task, examples, rows, processor, model)
     for number, row in enumerate(rows if isinstance(rows, list) else [], start=1):  # images are decoded later
         if not task.items(row):
             raise DataError(
