@@ -106,6 +106,9 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+WRONG_IN_4 = ("encoder of a Marian with two vocabularies", "head of a Marian with two vocabularies")
+"""Transformers 4 ties the head of these bases to the encoder's embedding, or does not load them."""
+
 
 def make(kind: str, root: Path) -> tuple[str, dict[str, Any]]:
     """A tiny base of this kind in `root/base`: its class, and the adapter's config."""
@@ -203,8 +206,8 @@ def check(root: Path, name: str, lora: dict[str, Any], tied: bool, old: Old) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_of_a_tied_tensor_gives_what_peft_computes(kind: str, tmp_path: Path, old: Old) -> None:
     name, lora = make(kind, tmp_path)
-    stays = "encoder of" in kind  # whose head transformers 4 ties to the encoder's embedding, of the base too
-    check(tmp_path, name, lora, stays, None if stays else old)
+    stays = "encoder of" in kind
+    check(tmp_path, name, lora, stays, None if kind in WRONG_IN_4 else old)
 
 
 def stored_twice(tensors: dict[str, torch.Tensor]) -> None:
