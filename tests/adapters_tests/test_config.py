@@ -23,7 +23,6 @@ SET: dict[str, Any] = {
     "use_bdlora": {"a": 1},
     "arrow_config": {"a": 1},
     "kasa_config": {"a": 1},
-    "ensure_weight_tying": True,
 }
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.architectures import GATED, LM, TEXT, Case, expected_state, merged
 from support.experts import CASES, EXPERTS, LOCAL, make
+from support.models import make_adapter
 
 from wlora_merge.adapters.adapter import load_adapter
 from wlora_merge.errors import AdapterError, UnsupportedError
@@ -160,3 +162,72 @@ def test_experts_are_measured_tensor_by_tensor(name: str, tmp_path: Path) -> Non
     assert len({c.tensor for c in found}) == len(found)
     values = spectra(inputs.deltas, inputs.mixture)
     assert len(values) == len(inputs.deltas)
+
+
+def olmoe(folder: Path, intermediate: int) -> Any:
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1, "vocab_size": 90}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    model = OlmoeForCausalLM(OlmoeConfig(intermediate_size=intermediate, **sizes, **heads))  # type: ignore[arg-type]
+    model.save_pretrained(folder)
+    return model
+
+
+def old_adapter(folder: Path, intermediate: int, version: str | None) -> tuple[Path, torch.Tensor]:
+    """An adapter of the fused gate_up_proj as PEFT 0.18 writes it, and its delta weight by PEFT 0.18.1's own formula."""
+    torch.manual_seed(1)
+    lora_A, lora_B = torch.randn(4 * 2, 2 * intermediate) * 0.1, torch.randn(32, 4 * 2) * 0.1
+    folder.mkdir()
+    key = "base_model.model.model.layers.0.mlp.experts"
+    tensors = {f"{key}.lora_A.weight": lora_A, f"{key}.lora_B.weight": lora_B}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [], "peft_version": version}
+    config["target_parameters"] = ["mlp.experts.gate_up_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return folder, 2 * torch.einsum("ore,eri->eio", lora_B.reshape(32, 2, 4), lora_A.reshape(4, 2, -1))
+
+
+def gate_up(folder: Path) -> torch.Tensor:
+    from transformers import OlmoeForCausalLM
+
+    model = OlmoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found: torch.Tensor = model.model.layers[0].mlp.experts.gate_up_proj.detach()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("intermediate", "version"),
+    [(16, "0.18.1"), (16, "0.17.0"), (24, "0.18.0"), (24, None), (24, "0.18.2.dev0@0123abc")],
+)
+def test_expert_factors_of_an_older_peft_fold_as_that_version_computes_them(
+    intermediate: int, version: str | None, tmp_path: Path
+) -> None:
+    model = olmoe(tmp_path / "base", intermediate)
+    folder, delta = old_adapter(tmp_path / "old", intermediate, version)
+    export(mix(tmp_path / "base", [folder], weights=[1.0]), "dense", tmp_path / "out")
+    before = gate_up(tmp_path / "base")
+    assert torch.allclose(gate_up(tmp_path / "out") - before, delta, atol=1e-6)
+    new = make_adapter(
+        model, tmp_path / "new", 1, r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]
+    )
+    export(mix(tmp_path / "base", [new], weights=[1.0]), "dense", tmp_path / "one")
+    export(mix(tmp_path / "base", [folder, new], weights=[1.0, 0.5]), "dense", tmp_path / "both")
+    expected = delta + 0.5 * (gate_up(tmp_path / "one") - before)
+    assert torch.allclose(gate_up(tmp_path / "both") - before, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("version", [None, "0.18.2.dev0@0123abc"])
+def test_square_expert_factors_of_an_unknown_peft_are_refused(version: str | None, tmp_path: Path) -> None:
+    olmoe(tmp_path / "base", 16)
+    folder, _ = old_adapter(tmp_path / "old", 16, version)
+    with pytest.raises(UnsupportedError, match=r"gate_up_proj' \[4, 32, 32\] is square.*set its peft_version"):
+        mix(tmp_path / "base", [folder])
+
+
+def test_expert_factors_that_their_version_would_not_write_are_refused(tmp_path: Path) -> None:
+    olmoe(tmp_path / "base", 24)
+    folder, _ = old_adapter(tmp_path / "old", 24, "0.21.2")
+    with pytest.raises(AdapterError, match=r"expected \[8, 32\] and \[48, 8\] of PEFT '0.21.2'"):
+        mix(tmp_path / "base", [folder])

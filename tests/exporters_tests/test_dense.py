@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.models import assert_verified, make_adapter, tiny_bert, tiny_llama
 
-from wlora_merge.errors import WloraMergeError
+from wlora_merge.errors import WloraMergeError, WloraMergeWarning
 from wlora_merge.exporters import dense_format, stream
 from wlora_merge.exporters.export import export
 from wlora_merge.io.safetensors_file import read_header
@@ -253,10 +253,12 @@ def test_a_nan_in_the_base_or_an_overflow_names_the_tensor_and_leaves_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
 
 
+@pytest.mark.parametrize("dtype", [None, "float32"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_a_number_that_is_not_finite_in_a_tensor_that_no_adapter_changes_is_refused_by_name(
-    zoo: tuple[Path, list[Path]], tmp_path: Path, value: float
+def test_of_a_tensor_that_no_adapter_changes_a_nan_is_refused_by_name_and_an_infinity_copied(
+    zoo: tuple[Path, list[Path]], tmp_path: Path, value: float, dtype: str | None
 ) -> None:
+    """Gemma 4 keeps limits of minus and plus infinity in buffers of a sound checkpoint."""
     base, folders = zoo
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -265,9 +267,17 @@ def test_a_number_that_is_not_finite_in_a_tensor_that_no_adapter_changes_is_refu
     name = "model.layers.1.post_attention_layernorm.weight"
     tensors[name][-1] = value
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(WloraMergeError, match=name.replace(".", r"\.") + ".*NaN or an infinity"):
-        export(mix(broken, folders), "dense", tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
+    if value != value:
+        with pytest.raises(WloraMergeError, match=name.replace(".", r"\.") + ".*holds a NaN"):
+            export(mix(broken, folders), "dense", tmp_path / "out", dtype=dtype)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
+        return
+    if dtype is None:
+        with pytest.warns(WloraMergeWarning, match=f"1 tensors of the base hold an infinity, first {name!r}"):
+            export(mix(broken, folders), "dense", tmp_path / "out")
+    else:
+        export(mix(broken, folders), "dense", tmp_path / "out", dtype=dtype)
+    assert torch.equal(tensors_of(tmp_path / "out")[name], tensors[name].to(tensors_of(tmp_path / "out")[name].dtype))
 
 
 def test_a_lora_that_overflows_in_half_precision_names_its_tensor_and_leaves_nothing(
@@ -331,7 +341,7 @@ def test_an_export_with_a_new_head_imports_neither_transformers_nor_peft(tmp_pat
     """The mixture remembers that the base's files have no such tensor: asking transformers would cost seconds."""
     from transformers import BertForSequenceClassification
 
-    tiny_bert().save_pretrained(tmp_path / "base")
+    tiny_bert(max_position_embeddings=24).save_pretrained(tmp_path / "base")
     model = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3).eval()
     folder = make_adapter(model, tmp_path / "a", 1, r=2, target_modules=["query"], modules_to_save=["classifier"])
     attach(model, [folder], head=["classifier"])

@@ -223,27 +223,13 @@ def test_a_tensor_is_found_with_and_without_the_model_prefix(tmp_path: Path) -> 
 # ---------------------------------------------------------------------------------------------------------- tied
 
 
-@pytest.mark.parametrize(
-    ("config", "tied"),
-    [
-        ({}, False),
-        ({"tie_word_embeddings": True}, True),
-        ({"tie_word_embeddings": None}, True),  # left out: None stands for that here
-        ({"tie_word_embeddings": True, "architectures": ["LlamaModel"]}, False),
-        ({"tie_word_embeddings": True, "architectures": ["LlamaForSequenceClassification"]}, False),
-        ({"tie_word_embeddings": True, "architectures": ["GPT2LMHeadModel"]}, True),
-        ({"tie_word_embeddings": True, "architectures": []}, True),
-        ({"tie_word_embeddings": True, "architectures": ["T5Model"], "is_encoder_decoder": True}, True),
-        ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True, "vocab_size": 96}}, True),
-    ],
-)
-def test_tied_embeddings_are_told_by_the_config_and_the_architecture(
-    single: Path, config: dict[str, Any], tied: bool
-) -> None:
-    whole = json.loads((single / "config.json").read_text()) | config
-    whole = {key: value for key, value in whole.items() if value is not None}
-    (single / "config.json").write_text(json.dumps(whole))
-    assert open_base(single).tied == ({"model.embed_tokens.weight", "lm_head.weight"} if tied else frozenset())
+def test_a_base_with_an_adapter_of_its_own_is_refused_by_name(single: Path) -> None:
+    """Transformers adds it when it loads the folder, and a fold would leave it out."""
+    (single / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(
+        BaseModelError, match=r"adapter_config\.json: this base has an adapter of its own beside its weights"
+    ):
+        open_base(single)
 
 
 # ------------------------------------------------------------------------------------------------------- carried
@@ -256,7 +242,7 @@ def test_what_a_server_reads_is_carried_and_weights_and_cards_are_not(single: Pa
         "tokenizer_config.json", "vocab.txt", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors",
     ]  # fmt: skip
     left = [
-        "README.md", "wlora_merge.json", "adapter_config.json", "training_args.bin", "pytorch_model.bin", "tf_model.h5",
+        "README.md", "wlora_merge.json", "training_args.bin", "pytorch_model.bin", "tf_model.h5",
         "model.safetensors.index.json.bak/x", "onnx/model.onnx", ".gitattributes", ".cache/x", "optimizer.pt", "model.gguf",
         "2_Dense/pytorch_model.bin", "checkpoint-5/config.json", "flax_model.msgpack", "pytorch_model.bin.index.json",
     ]  # fmt: skip

@@ -121,3 +121,17 @@ def assert_verified(folder: Path, **inputs: Any) -> None:
     assert not checked.skipped
     assert checked.largest_difference is not None
     assert checked.largest_difference < 1e-4
+
+
+def trained_adapter(model: Any, folder: Path, **config: Any) -> Path:
+    """A PEFT adapter whose every trained number is random; what it trains beside factors moves away from the base's."""
+    from peft import LoraConfig, get_peft_model
+
+    peft = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, **config))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in peft.named_parameters():
+        if parameter.requires_grad:
+            change = torch.randn(parameter.shape, generator=generator) * 0.3
+            parameter.data.copy_(change if "lora_" in name else parameter.data + change)  # in place, as some share it
+    peft.save_pretrained(folder)
+    return folder

@@ -18,22 +18,23 @@ FOLDED: dict[str, Any] = {
     "peft_type": None, "r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
     "fan_in_fan_out": False, "modules_to_save": None, "init_lora_weights": True, "use_dora": False,
     "bias": "none", "lora_bias": False, "trainable_token_indices": None, "target_parameters": None,
+    "peft_version": None,
 }  # fmt: skip
 """Field -> default, for fields that this package reads. Some of their values are refused below."""
 
 INERT: dict[str, Any] = {
-    "task_type": None, "auto_mapping": None, "peft_version": None, "base_model_name_or_path": None, "revision": None,
+    "task_type": None, "auto_mapping": None, "base_model_name_or_path": None, "revision": None,
     "inference_mode": False, "target_modules": None, "exclude_modules": None, "lora_dropout": 0.0,
     "layers_to_transform": None, "layers_pattern": None, "megatron_config": None, "megatron_core": "megatron.core",
     "loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None, "qalora_group_size": 16,
-    "runtime_config": None,
+    "runtime_config": None, "ensure_weight_tying": False,
 }  # fmt: skip
 """Field -> default, for fields that steer training, or say which modules were chosen: the tensors already tell."""
 
 REFUSED: dict[str, Any] = {
     "velora_config": None, "alora_invocation_tokens": None, "use_qalora": False,
     "monteclora_config": None, "layer_replication": None, "use_bdlora": None,
-    "arrow_config": None, "kasa_config": None, "ensure_weight_tying": False,
+    "arrow_config": None, "kasa_config": None,
 }  # fmt: skip
 """Field -> default, for fields whose effect is not folded yet, or cannot be. What gets folded moves to `FOLDED`."""
 

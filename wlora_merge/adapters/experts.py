@@ -9,6 +9,7 @@ Source: `peft.tuners.lora.layer.ParamWrapper`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from ..errors import AdapterError, UnsupportedError
 from ..io.safetensors_file import Entry, read_tensor
 from ..models.module_tree import ModuleTree, Part
+from ..text import short
 from .adapter import Adapter
 from .factors import Factors, Slice
 from .layouts import Layout
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 WRAPPER = ".base_layer"
+SWAPPED = (0, 19)
+"""The version of PEFT from which on expert weights are [experts, out, in], unless the model says that they are transposed."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ def split_factors(adapter: Adapter, name: str, tree: ModuleTree) -> list[PartFac
 
     Raises:
         AdapterError: the shapes do not fit, or the config's target_parameters do not explain the wrappers.
-        UnsupportedError: transformers makes the tensor by more than moving rows; a DoRA.
+        UnsupportedError: transformers makes the tensor by more than moving rows; a DoRA; a square expert weight of which the
+            config does not say which PEFT wrote the factors.
     """
     factors, module = adapter.modules[name], tree.find_module(name.replace(WRAPPER, ""))
     if module is None:
@@ -65,26 +70,54 @@ def split_factors(adapter: Adapter, name: str, tree: ModuleTree) -> list[PartFac
     shape = tree.tensors.get(tensor, ())
     if len(shape) not in (2, 3):
         return []
-    experts, transposed = shape[0] if len(shape) == 3 else 1, len(shape) == 3 and tree.is_transposed(module)
-    rows, cols = shape[-2:]
+    experts, (rows, cols) = shape[0] if len(shape) == 3 else 1, shape[-2:]
     r = factors.r // experts
-    expected = ((r * experts, rows), (cols, r * experts)) if transposed else ((r * experts, cols), (rows, r * experts))
     got = tuple(factors.stored_A.shape), tuple(factors.stored_B.shape)
-    if got != expected:
+    allowed = [False] if len(shape) == 2 else [True] if tree.is_transposed(module) else _orders(adapter)
+    expected = {
+        ((r * experts, rows), (cols, r * experts)) if order else ((r * experts, cols), (rows, r * experts)): order
+        for order in allowed
+    }
+    if got not in expected:
+        wanted = " or ".join(f"{list(lora_A)} and {list(lora_B)}" for lora_A, lora_B in expected)
         raise AdapterError(
             f"{adapter.where}: target module {name!r}: lora_A {list(got[0])} and lora_B {list(got[1])} do not fit {tensor!r} "
-            f"{list(shape)} of the base model: this adapter was trained on another base model."
+            f"{list(shape)} of the base model, expected {wanted}{_written_by(adapter)}: give the base that it was trained on."
         )
+    if len(allowed) > len(expected):
+        raise UnsupportedError(
+            f"{adapter.where}: target module {name!r}: {tensor!r} {list(shape)} is square, PEFT 0.18 and before store its factors "
+            "transposed to later ones, and adapter_config.json does not say which wrote them: set its peft_version."
+        )
+    transposed = expected[got] and tree.is_transposed(module)
+    swapped = expected[got] and not transposed
     scaling = adapter.scaling_of(tensor if adapter.config.get("target_parameters") else name, r)
     layout = Layout.CONV1D if transposed else Layout.LINEAR
     return [
         PartFactors(
             part.entry, part.start, len(part.rows), layout,
-            replace(factors, scaling=scaling, slice=Slice(expert, experts, part.rows % rows, transposed)),
+            replace(factors, scaling=scaling, slice=Slice(expert, experts, part.rows % rows, transposed, swapped)),
         )
         for whole in tree.parts(tensor)
         for expert, part in _by_expert(whole, rows)
     ]  # fmt: skip
+
+
+def _orders(adapter: Adapter) -> list[bool]:
+    """Whether the PEFT that wrote an adapter takes expert weights [experts, out, in] for [experts, in, out], as it did until 0.18;
+    both where its version is not known, and of a development version between them.
+
+    Source: `peft.tuners.lora.layer.ParamWrapper.update_layer`.
+    """
+    match = re.match(r"(\d+)\.(\d+)(\.\d+)*($|@|\+|rc|\.post)", str(adapter.config.get("peft_version") or ""))
+    if match is None:
+        return [False, True]
+    return [(int(match[1]), int(match[2])) < SWAPPED]
+
+
+def _written_by(adapter: Adapter) -> str:
+    version = adapter.config.get("peft_version")
+    return f" of PEFT {short(version)}" if version else ""
 
 
 def _tensor(adapter: Adapter, name: str, module: str, tree: ModuleTree) -> str:

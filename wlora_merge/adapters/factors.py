@@ -18,13 +18,15 @@ class Slice:
     """Which part of stored factors belongs to one expert, and which rows of that expert's delta weight are meant.
 
     lora_A holds the experts one after another, lora_B has them innermost. `rows` [n] counts rows of the delta weight
-    [out, in], or where `transposed` rows of its transpose.
+    [out, in], or where `transposed` rows of its transpose. Where `swapped`, the file has the transpose of what is meant: lora_A is
+    lora_B of the delta weight, and the other way round.
     """
 
     expert: int
     experts: int
     rows: torch.Tensor
     transposed: bool = False
+    swapped: bool = False
 
 
 @dataclass
@@ -49,18 +51,30 @@ class Factors:
         """[r, in], in the file's dtype."""
         if self.slice is None:
             return read_tensor(self.stored_A) if isinstance(self.stored_A, Entry) else self.stored_A
-        part, first = self.slice, self.slice.expert * self.r
-        rows = _held(self.stored_A)[first : first + self.r]
-        return rows[:, part.rows] if part.transposed else rows
+        if self.slice.swapped:
+            return self._expert_B.T
+        return self._expert_A[:, self.slice.rows] if self.slice.transposed else self._expert_A
 
     @property
     def lora_B(self) -> torch.Tensor:
         """[out, r], in the file's dtype."""
         if self.slice is None:
             return read_tensor(self.stored_B) if isinstance(self.stored_B, Entry) else self.stored_B
-        part, stored = self.slice, _held(self.stored_B)
-        columns = stored.reshape(stored.shape[0], self.r, part.experts)[:, :, part.expert]
-        return columns if part.transposed else columns[part.rows]
+        if self.slice.swapped:
+            return self._expert_A.T[self.slice.rows]
+        return self._expert_B if self.slice.transposed else self._expert_B[self.slice.rows]
+
+    @property
+    def _expert_A(self) -> torch.Tensor:
+        """One expert's part of `stored_A`, [r, columns]."""
+        expert = self.slice.expert if self.slice else 0
+        return _held(self.stored_A)[expert * self.r : (expert + 1) * self.r]
+
+    @property
+    def _expert_B(self) -> torch.Tensor:
+        """One expert's part of `stored_B`, [rows, r]."""
+        stored = _held(self.stored_B)
+        return stored.reshape(stored.shape[0], self.r, -1)[:, :, self.slice.expert if self.slice else 0]
 
     @property
     def r(self) -> int:

@@ -103,7 +103,7 @@ def _changes(n: int, adapter: Adapter, name: str, find: Find, model_type: str) -
         return
     parts = split_factors(adapter, name, target.tree)
     if not parts:
-        raise foreign(adapter, name)
+        raise foreign(adapter, name, find)
     for part in parts:
         shape = (part.count, part.entry.shape[-1])
         start = None if shape == part.entry.shape else part.start

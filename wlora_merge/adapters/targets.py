@@ -14,7 +14,8 @@ from ..errors import AdapterError, UnsupportedError
 from ..io.safetensors_file import FLOATING
 from ..models.base_model import BaseModel
 from ..models.quantization import WEIGHT_SUFFIXES
-from ..models.tied_embeddings import twin_of
+from ..models.tied_embeddings import tied_to_input
+from ..text import nearest
 from .adapter import Adapter
 from .experts import WRAPPER
 
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 class Target:
     """A target module as its owner knows it: its name there, and the shape of its weight.
 
-    `tied` says that the model also uses the weight as another embedding, and cannot use two; `read` gives the weight, or the
-    whole tensor; `twin` names the module that uses a tied weight too. `tree` is the module tree, where that knows the module and
+    `tied` says that the model uses the weight in so many places that no file can have one of them apart; `read` gives the weight,
+    or the whole tensor. `twin` names the module that has the same tensor or, of a module, that takes an input embedding's rows too;
+    `is_embedding` says whether it looks rows up. `tree` is the module tree, where that knows the module and
     the files hold its rows in other tensors. Of its rows the last `added` are those of a larger vocabulary;
     `stored` is the file's tensor of a tied weight.
     """
@@ -39,6 +41,7 @@ class Target:
     tied: bool = False
     read: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
     twin: Callable[[], str | None] | None = field(default=None, compare=False)
+    is_embedding: Callable[[], bool] = field(default=lambda: True, compare=False)
     tree: ModuleTree | None = field(default=None, compare=False)
     added: int = 0
     stored: str = field(default="", compare=False)
@@ -61,15 +64,16 @@ def modules_of(base: BaseModel) -> Find:
             return _packed(base, module)
         target = find_whole(f"{module}.weight")
         if target is not None:
-            return replace(target, module=target.module.removesuffix(".weight"))
+            rows = partial(_tied_to_input, base, module)
+            is_embedding = partial(_is_embedding, base, module)
+            return replace(target, module=target.module.removesuffix(".weight"), twin=rows, is_embedding=is_embedding)
         target = find_whole(f"{module}.{ATTENTION}")
         if target is not None:
             return target
         known = base.tree.find_module(module.replace(WRAPPER, "")) if base.tree is not None else None
         if base.tree is None or known is None:
             return None
-        tied = bool(base.config.get("is_encoder_decoder")) and f"{known}.weight" in base.tree.tied
-        return Target(module, (), tied, tree=base.tree)
+        return Target(module, (), f"{known}.weight" in base.tree.ties.groups, tree=base.tree)
 
     find_whole = tensors_of(base)
     return find
@@ -99,17 +103,44 @@ def tensors_of(base: BaseModel) -> Find:
         entry = own or base.find_tied(name)
         if entry is None:
             return None
-        tied = entry.name in base.tied and bool(base.config.get("is_encoder_decoder"))
-        twin = partial(twin_of, base, entry.name) if own and entry.name in base.tied else None
-        called = own.name if own else name
+        called = own.name if own else base.name_in_model(name)
+        names = base.ties_of(called)
         rows, read = base.added_rows(called, entry), partial(base.read, entry.name)
         shape, added = entry.shape, 0
         if rows is not None:
             shape, added = (entry.shape[0] + len(rows), *entry.shape[1:]), len(rows)
             read = partial(_with_rows, base, entry.name, rows)
-        return Target(called, shape, tied, read, twin, added=added, stored=entry.name)
+        return Target(
+            called, shape, len(names) > 2, read, partial(_other, base, called), added=added, stored=entry.name
+        )
 
     return find
+
+
+def _other(base: BaseModel, called: str) -> str | None:
+    """The module that has the other name of a tensor that has two."""
+    names = base.ties_of(called)
+    if not names or base.tree is None:
+        return None
+    entry = base.entries.get(called)
+    own = base.tree.rename(called)[0] if entry else called
+    other = min(names - {own})
+    stored = base.tree.stored(other)
+    return (stored.name if stored else other).removesuffix(".weight")
+
+
+def _tied_to_input(base: BaseModel, module: str) -> str | None:
+    found = base.tree.find_module(module) if base.tree else None
+    if base.tree is None or found is None:
+        return None
+    return tied_to_input(base.tree.model, base.tree.modules[found])
+
+
+def _is_embedding(base: BaseModel, module: str) -> bool:
+    from torch import nn
+
+    found = base.tree.find_module(module) if base.tree else None
+    return base.tree is None or found is None or isinstance(base.tree.modules[found], nn.Embedding)
 
 
 def _with_rows(base: BaseModel, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -124,26 +155,31 @@ def target_of(adapter: Adapter, name: str, find: Find) -> Target:
 
     Raises:
         AdapterError: the base has none.
-        UnsupportedError: an embedding that an encoder-decoder uses in several places.
+        UnsupportedError: a tensor that the model uses in three places or more.
     """
     target = find(name)
     if target is None:
-        raise foreign(adapter, name)
+        raise foreign(adapter, name, find)
     refuse_tied(adapter, name, target)
     return target
 
 
-def foreign(adapter: Adapter, name: str) -> AdapterError:
-    """What to raise for a target module that the base has not."""
+def foreign(adapter: Adapter, name: str, find: Find) -> AdapterError:
+    """What to raise for a target module that the base has not: the base is another only where it lacks most of them."""
+    there = [other for other in adapter.modules if other != name and find(other) is not None]
+    said = f"{adapter.where}: its target module {name!r} is not in the base model"
+    if 2 * len(there) < len(adapter.modules):
+        return AdapterError(f"{said}: this adapter was trained on another base.")
     return AdapterError(
-        f"{adapter.where}: its target module {name!r} is not in the base model: this adapter was trained on another base."
+        f"{said}, which has {len(there)} of its {len(adapter.modules)} target modules: neither the files have a tensor "
+        f"{name + '.weight'!r} nor the model class such a module{nearest(name, there)}: rename it in the adapter, or leave that out."
     )
 
 
 def refuse_tied(adapter: Adapter, name: str, target: Target) -> None:
-    """Refuse a change of an embedding that an encoder-decoder uses in several places."""
+    """Refuse a change of a tensor that a model uses in three places or more, as an encoder-decoder its embedding."""
     if target.tied:
         raise UnsupportedError(
-            f"{adapter.where}: it changes {name!r}, which this encoder-decoder uses in several places "
-            "(tie_word_embeddings) and computes otherwise when they differ: leave this adapter out."
+            f"{adapter.where}: it changes {name!r}, which this model uses in several places (tie_word_embeddings), and which PEFT "
+            "changes in one of them in training and in all of them in a merge: leave this adapter out."
         )

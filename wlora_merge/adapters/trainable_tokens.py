@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterError, UnsupportedError
-from ..models.names import OUTPUT_EMBEDDINGS
 from .adapter import Adapter
 from .factors import Factors, TokenRows
 
@@ -35,7 +34,7 @@ def with_token_rows(adapter: Adapter, find: Callable[[str], Target]) -> Adapter:
     for name, rows in adapter.token_rows.items():
         target = find(name)
         twin = target.twin() if target.twin is not None else None
-        for module in (name, *([twin] if twin else [])):
+        for module in (name, *([twin] if twin and twin not in adapter.token_rows else [])):
             if module in modules:
                 raise UnsupportedError(
                     f"{adapter.where}: it has a LoRA and trained tokens of {module!r}, which cannot both be: leave it out."
@@ -63,6 +62,6 @@ def _row_factors(adapter: Adapter, module: str, rows: TokenRows, target: Target)
     change = rows.values.double() - target.read()[indices].cpu().double()
     pick = torch.zeros(len(indices), vocabulary)
     pick[torch.arange(len(indices)), indices] = 1
-    if module.rpartition(".")[2] in OUTPUT_EMBEDDINGS:
-        return Factors(change, pick.T.contiguous(), 1.0, embedding=False)
-    return Factors(pick, change.T.contiguous(), 1.0, embedding=True)
+    if target.is_embedding():
+        return Factors(pick, change.T.contiguous(), 1.0, embedding=True)
+    return Factors(change, pick.T.contiguous(), 1.0, embedding=False)

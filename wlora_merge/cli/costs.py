@@ -157,7 +157,9 @@ def _export_row(inputs: Inputs, entry: ExportRecipe, speed: float) -> dict[str, 
         memory = IMPORTS + 3 * size
     else:
         dtype = entry.dtype or ("float32" if entry.format == "onnx" else "")
-        files = plan(inputs.base, inputs.deltas, inputs.mixture.head, untied=inputs.untied, dtype=DTYPES.get(dtype))
+        files = plan(
+            inputs.base, inputs.deltas, inputs.mixture.head, untied=inputs.untied.tensors, dtype=DTYPES.get(dtype)
+        )
         size, work = folder_bytes(files), folds
         memory = IMPORTS + max(100 << 20, max((16 * d.R * sum(matrix_shape(d.shape)) for d in stacks), default=0))
         if entry.format == "onnx":

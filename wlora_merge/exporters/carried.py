@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BaseModelError
-from ..io.safetensors_file import Entry
 from ..mixture.inputs import Inputs
 from ..models.base_model import BaseModel
 from ..models.files import INDEX
-from ..models.tied_embeddings import untied_config
 from .dense import OutputFile, changed_config, index_bytes, with_dtype
 
 
@@ -20,7 +18,6 @@ def write_beside(
     files: Sequence[OutputFile],
     out: Path,
     dtype: str | None,
-    split: Mapping[str, Entry],
     config: Mapping[str, Any],
 ) -> None:
     """Write what a dense folder has beside its weights: index, every file that the base carries, and its config.
@@ -30,15 +27,13 @@ def write_beside(
         files: the weight files.
         out: the folder.
         dtype: that the weights are cast to; None: the base's own.
-        split: tensors that are no longer tied.
         config: keys that change beside the mixture's own.
     """
     index = index_bytes(inputs.base, files)
     if index is not None:
         (out / INDEX).write_bytes(index)
     changes = dict(inputs.mixture.config) | dict(config)
-    if split:
-        changes |= untied_config(inputs.base.config | changes)
+    changes |= inputs.untied.config
     if dtype is not None:
         changes = with_dtype(inputs.base, changes, dtype)
     copy_carried(inputs.base, out)

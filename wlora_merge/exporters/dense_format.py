@@ -11,9 +11,9 @@ from ..constants import DTYPES
 from ..distributed import Team
 from ..errors import VerifyError
 from ..export_options import ExportOptions
-from ..io.safetensors_file import Entry
 from ..mixture.inputs import Inputs
 from ..models.base_model import BaseModel, open_base, refuse_quantized
+from ..models.tied_embeddings import Untied
 from .carried import carried_bytes, write_beside
 from .dense import OutputFile, folder_bytes, plan
 from .format import Format, Measures, Plan, Written
@@ -41,19 +41,17 @@ class DenseMeasures(Measures):
 
 @dataclass
 class DensePlan(Plan):
-    """The files, their dtype as `--dtype` names it (None: the base's own), which tied tensors they have apart, and their layer that
-    pools, if they have one."""
+    """The files, their dtype as `--dtype` names it (None: the base's own), and their layer that pools, if they have one."""
 
     inputs: Inputs
     files: list[OutputFile]
     dtype: str | None
-    untied: Mapping[str, Entry]
     layer: PoolingLayer | None = None
 
     def __post_init__(self) -> None:
         """Sum up the bytes, and say what is special."""
         self.nbytes = folder_bytes(self.files) + carried_bytes(self.inputs.base)
-        self.note = " ".join(filter(None, (untied_note(self.untied), self.layer.note if self.layer else "")))
+        self.note = " ".join(filter(None, (untied_note(self.inputs.untied), self.layer.note if self.layer else "")))
 
     def write_shared(self, out: Path, ranks: Team) -> Mapping[str, str]:
         """Write the weight files; with several ranks each takes every n-th of them."""
@@ -64,8 +62,8 @@ class DensePlan(Plan):
     def write(self, out: Path) -> Written:
         """Write index, config, and every file that the base carries."""
         config = self.layer.config if self.layer else {}
-        write_beside(self.inputs, self.files, out, self.dtype, self.untied, config)
-        return Written(DenseMeasures(untied=sorted(self.untied) or None))
+        write_beside(self.inputs, self.files, out, self.dtype, config)
+        return Written(DenseMeasures(untied=sorted(self.inputs.untied.pairs) or None))
 
 
 def plan_dense(
@@ -87,12 +85,12 @@ def plan_dense(
         inputs.base,
         inputs.deltas,
         inputs.mixture.head,
-        untied=inputs.untied,
+        untied=inputs.untied.tensors,
         dtype=None if dtype is None else DTYPES[dtype],
         max_shard_bytes=max_shard_bytes,
         added=layer.pieces if layer else (),
     )
-    return DensePlan(inputs, files, dtype, inputs.untied, layer)
+    return DensePlan(inputs, files, dtype, layer)
 
 
 def plan_pooled(inputs: Inputs, dtype: str | None, max_shard_bytes: int | None = None) -> DensePlan:
@@ -109,13 +107,13 @@ def plan_pooled(inputs: Inputs, dtype: str | None, max_shard_bytes: int | None =
     return plan_dense(inputs, dtype, max_shard_bytes, layer)
 
 
-def untied_note(split: Mapping[str, Entry]) -> str:
+def untied_note(untied: Untied) -> str:
     """Which tensors are no longer one, in words; empty where there are none."""
-    pairs = ", ".join(f"`{name}` and `{entry.name}`" for name, entry in sorted(split.items()))
+    pairs = ", ".join(f"`{name}` and `{other}`" for name, other in sorted(untied.pairs.items()))
     return (
-        f"The base model's {pairs} are one tensor; the adapters change one of the two, so here they are two, and "
+        f"The base model's {pairs} are one tensor in its class; here they are two, as they are no longer equal, and "
         "`tie_word_embeddings` is false."
-        if split
+        if untied
         else ""
     )
 

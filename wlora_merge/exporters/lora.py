@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,9 @@ from ..mixture.fold import lora_product, low_rank_svd, pad_rank, truncate
 from ..mixture.groups import prefixes
 from ..mixture.mixture import Mixture
 from ..models.base_model import BaseModel
+from ..models.loading import class_for, library_errors, quiet
+from ..models.module_tree import empty_model
+from ..models.names import natural_key
 from ..progress import Meter
 
 if TYPE_CHECKING:
@@ -92,7 +95,7 @@ def write_lora(
     import torch
 
     factors, report = as_one_lora(mixture, deltas, rank=rank, energy=energy)
-    tensors = {}
+    factors, tensors = _with_other_experts(base, factors), {}
     names = _live_names(mixture, base, [delta for delta, _ in factors])
     for name, (delta, (lora_A, lora_B)) in zip(names, factors, strict=True):
         for suffix, tensor in factors_to_file(delta.layout, lora_A, lora_B, delta.shape).items():
@@ -244,9 +247,60 @@ def _live_names(mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta]) ->
 
 
 def _target_modules(base: BaseModel, modules: list[str], names: list[str]) -> list[str]:
-    """The short names (`q_proj`) where they select just these modules of the base, else the whole names."""
+    """The short names (`q_proj`) where they select just these modules of the base, else the whole names: PEFT takes a container
+    that is called so for a target too."""
     short = {module.rpartition(".")[2] for module in modules}
     known = {name.removesuffix(".weight") for name in base.entries if name.endswith(".weight")}
     matched = {name for name in known if name.rpartition(".")[2] in short}
     same = all(name.rpartition(".")[2] == m.rpartition(".")[2] for name, m in zip(names, modules, strict=True))
-    return sorted(short) if matched == set(modules) and same else names
+    if matched != set(modules) or not same:
+        return names
+    found = {base.tree.find_module(name) for name in names} if base.tree is not None else set()
+    beside = [m for m in base.tree.modules if m.rpartition(".")[2] in short and m not in found] if base.tree else []
+    return names if beside else sorted(short)
+
+
+def _with_other_experts(base: BaseModel, products: Products) -> Products:
+    """The pairs, and pairs of zeros for every other weight of experts of which one changes: PEFT places a LoRA of experts as a
+    whole."""
+    import torch
+
+    known = {delta.module for delta, _ in products}
+    if not any(".experts." in module for module in known) or base.tree is None:
+        return products
+    found = list(products)
+    for entry in base.tree.beside_experts({f"{module}.weight" for module in known}):
+        first, (lora_A, _) = products[0]
+        zeros = torch.zeros(len(lora_A), entry.shape[1]), torch.zeros(entry.shape[0], len(lora_A))
+        delta = replace(
+            first, module=entry.name.removesuffix(".weight"), shape=entry.shape, layout=Layout.LINEAR, name=""
+        )
+        found.append((delta, zeros))
+    return sorted(found, key=lambda product: natural_key(product[0].module))
+
+
+def check_loads(folder: Path, base: BaseModel, task: str | None, config: Mapping[str, Any]) -> None:
+    """Load a LoRA into the module tree of its base, without memory, and compare every key, if transformers has a class for it.
+
+    Args:
+        folder: an adapter's config and tensors.
+        base: its base.
+        task: what the model is for; None: the class that the base's config names.
+        config: keys of the base's config that the task changes.
+
+    Raises:
+        UnsupportedError: PEFT refuses its config, or has no place for one of its tensors, or no tensor for a place.
+    """
+    from peft import PeftConfig, PeftModel
+
+    where = f"{base.folder}: PEFT cannot load the LoRA over this base"
+    if base.tree is None:
+        return
+    with quiet(), library_errors(where, UnsupportedError):
+        cls, _ = class_for(base.folder, get_task(task).auto_class() if task else None, or_named=True)
+        model = empty_model(base.folder, getattr(cls, "from_config", cls), **config)
+        peft = PeftModel(model, PeftConfig.from_pretrained(str(folder)), low_cpu_mem_usage=True)
+        found = peft.load_adapter(str(folder), "default", torch_device="cpu", low_cpu_mem_usage=True)
+    for what, keys in (("has no tensor for", found.missing_keys), ("has no place for", found.unexpected_keys)):
+        if keys:
+            raise UnsupportedError(f"{where}: it {what} {min(keys)!r}: export with --format dense.")

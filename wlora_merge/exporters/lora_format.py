@@ -18,7 +18,7 @@ from ..models.loading import bounded, library_errors, quiet
 from .carried import carried_bytes, copy_carried
 from .format import Format, Measures, Plan, Written, measured, refuse_added
 from .head import read_stored_head
-from .lora import write_lora
+from .lora import check_loads, write_lora
 from .pooling_layer import VECTORS
 from .probe import outputs_of
 from .serving import check_rank, check_server
@@ -88,6 +88,7 @@ class LoraPlan(Plan):
             energy=asked.energy,
             dtype=asked.dtype or "float32",
         )
+        check_loads(out, inputs.base, inputs.mixture.task, head_options(inputs.mixture.config))
         copy_carried(inputs.base, out, config=False)
         check_rank(report.r, server=asked.server, max_rank=asked.max_rank, exact=asked.rank is None)
         whole = report.overall

@@ -56,7 +56,9 @@ def _token_probe(config: Mapping[str, Any], task: Task) -> dict[str, Any]:
     for _ in range(24):
         state = (1103515245 * state + 12345) % 2**31
         ids.append(state % vocabulary)
-    decoded = {"decoder_input_ids": [ids[4:8], ids[16:20]]}
+    own = config.get("decoder_vocab_size")
+    written = [i % own if isinstance(own, int) and own > 0 else i for i in ids]
+    decoded = {"decoder_input_ids": [written[4:8], written[16:20]]}
     if config.get("model_type") == "whisper":
         sizes = [config.get("num_mel_bins"), 2 * config.get("max_source_positions", 0)]
         return {"input_features": {"shape": [2, *sizes], "seed": 0}, **decoded}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import warnings
 from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapters.deltas import ModuleDelta, TensorDelta
-from ..errors import OutputError, WloraMergeError
+from ..errors import OutputError, WloraMergeError, WloraMergeWarning
 from ..io.direct_write import DirectFile
 from ..io.safetensors_file import FLOATING, Entry, byte_length, opened, read_rows, read_tensor, torch_dtype
 from ..io.tensors import (
@@ -79,14 +80,23 @@ def write_files(
         ThreadPoolExecutor(side_by_side) as writers,
     ):
         crew = Crew(pool, max(1, workers // side_by_side), disk, meter, stop, read_back)
-        jobs = [writers.submit(_write_file, file, out, mixture, crew) for file in files]
+        odd: set[str] = set()
+        jobs = [writers.submit(_write_file, file, out, mixture, crew, odd) for file in files]
         try:
-            return {file.name: job.result() for file, job in zip(files, jobs, strict=True)}
+            digests = {file.name: job.result() for file, job in zip(files, jobs, strict=True)}
         except BaseException:
             stop.set()
             for job in jobs:
                 job.cancel()
             raise
+    if odd:
+        warnings.warn(
+            f"{len(odd)} tensors of the base hold an infinity, first {min(odd)!r}: no adapter changes them, so they are copied as "
+            "they are; if they are weights, the base is broken.",
+            WloraMergeWarning,
+            stacklevel=3,
+        )
+    return digests
 
 
 @dataclass(frozen=True)
@@ -101,8 +111,8 @@ class Crew:
     read_back: bool
 
 
-def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew) -> str:
-    """Stream one file; its digest."""
+def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew, odd: set[str]) -> str:
+    """Stream one file; its digest. `odd` gets the names of copied tensors that hold an infinity."""
     digest, space, at = hashlib.sha256(), Workspace(), 0
     ends = list(accumulate((piece.nbytes for piece in file.pieces), initial=len(file.header)))[1:]
     inputs: dict[Path, int] = {}
@@ -120,7 +130,7 @@ def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew) -> st
 
     try:
         with DirectFile(out / file.name, crew.disk, read_back=crew.read_back) as stream:
-            _in_order(_jobs(space, file, mixture, inputs), put, crew.pool, crew.each)
+            _in_order(_jobs(space, file, mixture, inputs, odd), put, crew.pool, crew.each)
     except OSError as error:
         raise OutputError(f"{out / file.name}: cannot be written ({error.strerror or error}).") from error
     finally:
@@ -177,7 +187,7 @@ def _in_order(
 
 
 def _jobs(
-    space: Workspace, file: OutputFile, mixture: Mixture, inputs: dict[Path, int]
+    space: Workspace, file: OutputFile, mixture: Mixture, inputs: dict[Path, int], odd: set[str]
 ) -> Iterator[Callable[[], memoryview]]:
     header = file.header
     yield lambda: memoryview(header)
@@ -189,7 +199,7 @@ def _jobs(
             while pieces and (after := _continues(run[-1], pieces[0])):
                 run.append(after)
                 pieces.popleft()
-            yield from _copy_jobs(space, _opened(inputs, run[0]), run)
+            yield from _copy_jobs(space, _opened(inputs, run[0]), run, odd)
         else:
             yield from _piece_jobs(space, piece, mixture, inputs)
 
@@ -277,16 +287,18 @@ def _continues(last: Entry, piece: Piece) -> Entry | None:
     return source if follows and piece.untouched else None
 
 
-def _copy_jobs(space: Workspace, fd: int, run: Sequence[Entry]) -> Iterator[Callable[[], memoryview]]:
+def _copy_jobs(space: Workspace, fd: int, run: Sequence[Entry], odd: set[str]) -> Iterator[Callable[[], memoryview]]:
     whole = replace(run[0], end=run[-1].end)
     width = max(1, byte_length(whole.dtype, (1,)))
     step = max(1, BLOCK_BYTES // width) * width
     for offset in range(0, whole.nbytes, step):
         length = min(step, whole.nbytes - offset)
-        yield partial(_copy_block, space, fd, run, whole, offset, length)
+        yield partial(_copy_block, space, fd, run, whole, offset, length, odd)
 
 
-def _copy_block(space: Workspace, fd: int, run: Sequence[Entry], whole: Entry, offset: int, length: int) -> memoryview:
+def _copy_block(
+    space: Workspace, fd: int, run: Sequence[Entry], whole: Entry, offset: int, length: int, odd: set[str]
+) -> memoryview:
     import torch
 
     data = _read(space, fd, whole, offset, length)
@@ -294,10 +306,11 @@ def _copy_block(space: Workspace, fd: int, run: Sequence[Entry], whole: Entry, o
         for entry in run:
             low, high = (min(max(at - whole.start - offset, 0), length) for at in (entry.start, entry.end))
             if low < high and not all_finite(torch.frombuffer(data[low:high], dtype=torch_dtype(entry.dtype))):
-                raise WloraMergeError(
-                    f"{entry.file}: tensor {entry.name!r} holds a NaN or an infinity: the base is broken; "
-                    "fetch it again."
-                )
+                if bool(torch.frombuffer(data[low:high], dtype=torch_dtype(entry.dtype)).isnan().any()):
+                    raise WloraMergeError(
+                        f"{entry.file}: tensor {entry.name!r} holds a NaN: the base is broken; fetch it again."
+                    )
+                odd.add(entry.name)
     return data
 
 
@@ -316,7 +329,7 @@ def _fold_jobs(
     step = max(1, BLOCK_ELEMENTS // max(1, cols))
     for first, end, delta in spans:
         fold = _Fold(
-            space, fd, piece, source, None if delta is None else _terms(source, delta, mixture), whole, first, cols
+            space, fd, piece, source, None if delta is None else _terms(piece, delta, mixture), whole, first, cols
         )
         row = 0
         while row < end - first:
@@ -329,8 +342,8 @@ Terms = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]
 """What `fold_rows` takes beside the base: left, right, factor."""
 
 
-def _terms(source: Entry, delta: ModuleDelta, mixture: Mixture) -> Terms:
-    if source.name == delta.bias_name:
+def _terms(piece: Piece, delta: ModuleDelta, mixture: Mixture) -> Terms:
+    if piece.name == delta.bias_name:
         return (*bias_factors(delta, mixture.whole_gains_of(delta)), None)
     return (*fold_factors(delta, mixture.gains_of(delta)), fold_factor(delta, mixture.whole_gains_of(delta)))
 
@@ -408,12 +421,15 @@ def _rounded(space: Workspace, block: torch.Tensor, piece: Piece, spare: memoryv
     result.copy_(block.reshape(-1))
     if spare is not None and data is not spare:
         space.give_back(spare)
-    _check_finite(result, piece)
+    _check_finite(result, piece, None if piece.deltas else block)
     return data
 
 
-def _check_finite(block: torch.Tensor, piece: Piece) -> None:
+def _check_finite(block: torch.Tensor, piece: Piece, base: torch.Tensor | None = None) -> None:
+    """Refuse a NaN or an infinity; of a tensor that no adapter changes, given as `base`, one that rounding made."""
     if all_finite(block):
+        return
+    if base is not None and bool((block.isinf() == base.reshape(-1).isinf()).all()) and not bool(base.isnan().any()):
         return
     file = piece.source.file if piece.source else "the head"
     if piece.source is not None and not all_finite(read_tensor(piece.source)):

@@ -14,11 +14,11 @@ from ..adapters.keys import parse_adapter_key
 from ..constants import DTYPES, MANIFEST_FILE
 from ..errors import VerifyError
 from ..io.digests import sha256_files
-from ..io.safetensors_file import FLOATING, read_header, read_tensor
+from ..io.safetensors_file import FLOATING, read_header
 from ..io.untrusted import find_file, read_json
 from ..models.base_model import BaseModel, open_base
 from ..models.files import INDEX
-from ..models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
+from ..models.tied_embeddings import stored_apart
 
 if TYPE_CHECKING:
     from .manifest import FileRecord
@@ -114,22 +114,11 @@ def _check_dtype(opened: BaseModel, wanted: str) -> None:
 
 
 def _check_tied(opened: BaseModel) -> None:
-    """Where the config ties them, an output embedding that is stored must be the input embedding."""
-    if opened.config.get("tie_word_embeddings") is not True:
-        return
-    tables = {
-        e.name.removesuffix(".weight").rpartition(".")[2]: e
-        for name, e in opened.entries.items()
-        if name in opened.tied
-    }
-    outputs = [tables[n] for n in OUTPUT_EMBEDDINGS if n in tables]
-    inputs = [tables[n] for n in INPUT_EMBEDDINGS if n in tables]
-    for output in outputs[:1]:
-        for source in inputs[:1]:
-            if output.shape != source.shape or not bool((read_tensor(output) == read_tensor(source)).all()):
-                raise VerifyError(
-                    f"{output.file}: tensor {output.name!r} is not {source.name!r}, though config.json ties them: export again."
-                )
+    """Where the config ties tensors, those that are stored must be equal."""
+    for name, source in sorted(stored_apart(opened).items()):
+        raise VerifyError(
+            f"{opened.folder}: tensor {name!r} is not {source!r}, though config.json ties them (tie_word_embeddings): export again."
+        )
 
 
 def check_adapter(folder: Path) -> None:

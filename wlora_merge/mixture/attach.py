@@ -148,8 +148,8 @@ def _changes(
     for name in trained:
         if (target := find(name)) is not None and target.tied:
             raise UnsupportedError(
-                f"head: {name!r} is an embedding that this encoder-decoder uses in several places (tie_word_embeddings), and it "
-                "computes otherwise when an export has them apart: leave it out of the head."
+                f"head: {name!r} is an embedding that this model uses in several places (tie_word_embeddings), and it computes "
+                "otherwise when an export has them apart: leave it out of the head."
             )
         if model.get_parameter(name).dtype in (torch.bfloat16, torch.float16):
             warnings.warn(

@@ -19,10 +19,9 @@ from ..adapters.targets import modules_of, tensors_of
 from ..constants import NEW_FOLDER
 from ..errors import MixtureError
 from ..io.hub import is_here
-from ..io.safetensors_file import Entry
 from ..io.tensors import one_torch_thread
 from ..models.base_model import BaseModel, open_base
-from ..models.tied_embeddings import untied
+from ..models.tied_embeddings import Untied, untied
 from .mixture import InputRef, Mixture
 
 
@@ -41,11 +40,14 @@ class Inputs:
         return [delta for delta in self.deltas if isinstance(delta, TensorDelta)]
 
     @cached_property
-    def untied(self) -> dict[str, Entry]:
-        """The tensors that an export has because tied embeddings are no longer equal; see `tying.untied`."""
-        changed = [name for d in self.deltas for name in (d.changes if isinstance(d, ModuleDelta) else [d.tensor])]
-        differ = [name for name in self.base.added if name not in self.base.entries]
-        return untied(self.base, [*changed, *self.mixture.head, *differ], self.mixture.config)
+    def untied(self) -> Untied:
+        """What an export has because tied tensors are no longer equal; see `tied_embeddings.untied`."""
+        changed = {name: d.shape for d in self.deltas if isinstance(d, ModuleDelta) for name in d.changes}
+        changed |= {d.tensor: d.shape for d in self.tensors}
+        stored = self.base.stored_names(self.mixture.head)
+        changed |= {stored[name] or name: tuple(tensor.shape) for name, tensor in self.mixture.head.items()}
+        changed |= {name: tuple(rows.shape) for name, rows in self.base.added.items() if name not in self.base.entries}
+        return untied(self.base, changed, self.mixture.config)
 
     @property
     def folders(self) -> list[Path]:

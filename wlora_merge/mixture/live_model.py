@@ -5,6 +5,7 @@ Which layers a fit cannot train through is said here too.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from ..adapters.targets import Find, Target
 from ..errors import UnsupportedError
 from ..models.module_tree import ModuleTree
 from ..models.names import NameResolver
+from ..models.tied_embeddings import tied_to_input
 
 CHANNELS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 """Layers whose output has its rows in dimension 1."""
@@ -29,7 +31,7 @@ def live_modules(model: nn.Module) -> Find:
     """Finds target modules in a live model."""
     layers = dict(model.named_modules())
     names = NameResolver(name for name in layers if name)
-    tied = _tied_embeddings(model) if _is_encoder_decoder(model) else []
+    parameters = _names_of_parameters(model)
 
     def find(name: str) -> Target | None:
         """The module of that name, with or without the model prefix, or as transformers renames it; None where there is none."""
@@ -42,20 +44,16 @@ def live_modules(model: nn.Module) -> Find:
         if found is None:
             return None
         layer = layers[found]
-        tie = any(layer is other for other in tied)
         return Target(
-            found, _weight_shape(found, layer), tie, partial(_weight, layer), twin=partial(_twin, model, layer)
+            found,
+            _weight_shape(found, layer),
+            len(parameters[id(layer.weight)]) > 2,
+            partial(_weight, layer),
+            partial(tied_to_input, model, layer),
+            lambda: isinstance(layer, nn.Embedding),
         )
 
     return find
-
-
-def _twin(model: nn.Module, layer: nn.Module) -> str | None:
-    """The output embedding's name, where this layer is the input embedding and they share one weight."""
-    pair = _tied_embeddings(model)
-    if not pair or layer is not pair[0]:
-        return None
-    return next((str(name) for name, other in model.named_modules() if other is pair[1]), None)
 
 
 def _renamed(model: nn.Module, module: str) -> str:
@@ -69,32 +67,27 @@ def live_tensors(model: nn.Module) -> Find:
     """Finds whole tensors in a live model."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = NameResolver(parameters)
-    tied = [layer.weight for layer in _tied_embeddings(model)] if _is_encoder_decoder(model) else []
+    shared = _names_of_parameters(model)
 
     def find(name: str) -> Target | None:
         """The parameter of that name, with or without the model prefix; None where there is none."""
         found = names.find(name)
         if found is None:
             return None
-        tie = any(parameters[found] is other for other in tied)
         one = parameters[found]
-        other = next((n for n, p in parameters.items() if p is one and n != found and n.endswith(".weight")), None)
-        twin = (lambda: other.removesuffix(".weight")) if other else None
-        return Target(found, tuple(one.shape), tie, lambda: one.detach().cpu(), twin)
+        others = [name for name in shared[id(one)] if name != found]
+        twin = (lambda: others[0].removesuffix(".weight")) if others else None
+        return Target(found, tuple(one.shape), len(others) > 1, lambda: one.detach().cpu(), twin)
 
     return find
 
 
-def _tied_embeddings(model: nn.Module) -> list[nn.Module]:
-    """Input and output embedding where they share one weight."""
-    if not hasattr(model, "get_input_embeddings"):
-        return []
-    pair = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
-    return pair if None not in pair and pair[0].weight is pair[1].weight else []
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """id of each parameter -> all its names."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found[id(parameter)].append(name)
+    return found
 
 
 def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

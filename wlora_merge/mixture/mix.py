@@ -100,7 +100,7 @@ def _config_of(head: Mapping[str, torch.Tensor], base: BaseModel, task: str | No
         UnsupportedError: no model of the task has such a head.
     """
     find = tensors_of(base)
-    own = {name: find(name) for name in head if name in base.entries or name in base.added}
+    own = {name: find(name) for name in head if name in base.entries or name in base.added or base.find_tied(name)}
     if all((target := own.get(name)) is not None and target.shape == tuple(head[name].shape) for name in head):
         return {}
     if task is None:

@@ -19,19 +19,21 @@ from ..io.safetensors_file import Entry, Header, read_header, read_tensor
 from ..io.untrusted import find_file, is_plain_file_name, read_json
 from ..text import short
 from .files import INDEX, SINGLE, TOKENIZER_FILES, carried_files
-from .names import OUTPUT_EMBEDDINGS, NameResolver
+from .names import NameResolver
 from .quantization import quantized_format
+from .tied_embeddings import may_be_tied
 
 if TYPE_CHECKING:
     import torch
 
     from .module_tree import ModuleTree
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""What PEFT calls an adapter's config."""
 SIDES = (
     "hidden_size", "intermediate_size", "vocab_size", "d_model", "d_ff", "n_embd", "n_inner", "ffn_dim", "num_labels",
 )  # fmt: skip
 """Keys of a config that are a side of a tensor."""
-HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForImageClassification")
 
 
 @dataclass
@@ -107,36 +109,24 @@ class BaseModel:
             if entry is not None:
                 return entry.name.removesuffix(part)
         tied = self.find_tied(f"{name}.weight")
-        return name if tied is not None else None
+        return self.name_in_model(f"{name}.weight").removesuffix(".weight") if tied is not None else None
 
     def find_tied(self, name: str) -> Entry | None:
-        """The embedding that a model with tied embeddings uses as its output embedding `name`, where the files lack that."""
-        output = name.endswith(".weight") and name.split(".")[-2] in OUTPUT_EMBEDDINGS
-        if not output or len(self.tied) != 1 or self._names.find(name) is not None:
+        """The tensor that the model uses for `name` too, where the files lack that."""
+        if name in self.known or self.tree is None:
             return None
-        return self.entries[min(self.tied)]
+        return self.tree.ties.source(name)
 
-    @cached_property
-    def tied(self) -> frozenset[str]:
-        """Names of the embeddings that the model uses at its input and at its output; empty where it ties none.
+    def name_in_model(self, name: str) -> str:
+        """How the model itself calls a tensor that the files lack."""
+        found = self.tree.ties.names.find(name) if self.tree is not None else None
+        return found or name
 
-        A config that does not say is one that an older transformers wrote, whose default was to tie. Tables are told by
-        their rows, which are the vocabulary's; a model that has no output embedding ties nothing.
-        """
-        tables = [self.config, *(value for value in self.config.values() if isinstance(value, dict))]
-        said = [bool(table["tie_word_embeddings"]) for table in tables if "tie_word_embeddings" in table]
-        if not any(said or [True]) or self._is_headless():
+    def ties_of(self, name: str) -> frozenset[str]:
+        """All names that the model has for the tensor `name`, as the files or the model call it; empty where it has one."""
+        if not may_be_tied(self.config, name) or self.tree is None:
             return frozenset()
-        sizes = {table.get("vocab_size") for table in tables} - {None}
-        return frozenset(e.name for e in self.entries.values() if len(e.shape) == 2 and e.shape[0] in sizes)
-
-    def _is_headless(self) -> bool:
-        names = self.config.get("architectures") or []
-        plain = [
-            n.endswith(HEADLESS) or (n.endswith("Model") and "LMHead" not in n and "DoubleHeads" not in n)
-            for n in names
-        ]
-        return bool(plain) and all(plain) and not self.config.get("is_encoder_decoder")
+        return self.tree.ties.of(name)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor by its name in the files, in its own dtype."""
@@ -168,7 +158,8 @@ def open_base(path_or_id: str | Path, error: type[WloraMergeError] = BaseModelEr
         error: raised for a config that describes a far larger model than its files hold.
 
     Raises:
-        BaseModelError: no config, no safetensors weights, or an index that does not agree with its files.
+        BaseModelError: no config, no safetensors weights, an adapter of its own beside them, or an index that does not agree with
+            its files.
     """
     source = resolve_source(path_or_id, BASE_PATTERNS)
     folder = source.folder
@@ -176,6 +167,12 @@ def open_base(path_or_id: str | Path, error: type[WloraMergeError] = BaseModelEr
     if config_file is None:
         missing = f"{folder}: has no config.json: give the folder of a Hugging Face model."
         raise BaseModelError(_gguf(folder) or missing)
+    own = find_file(folder, ADAPTER_CONFIG, BaseModelError)
+    if own is not None:
+        raise BaseModelError(
+            f"{own}: this base has an adapter of its own beside its weights, which transformers adds on loading and a fold leaves "
+            "out: move it into a folder of its own, and give that as --adapter too if the other adapters were trained on both."
+        )
     config = read_json(config_file, BaseModelError)
     _check_config(config, config_file)
     single = find_file(folder, SINGLE, BaseModelError)  # where both are there, transformers loads this one

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from ..errors import UnsupportedError
 from ..io.safetensors_file import Entry
 from .loading import bounded, read_config
 from .names import NameResolver
+from .tied_embeddings import Ties
 
 if TYPE_CHECKING:
     import torch
@@ -94,8 +96,13 @@ class ModuleTree:
 
     @property
     def tied(self) -> Mapping[str, str]:
-        """Names of tensors that are not in the files, as the model uses another for them too."""
+        """Name -> name of another tensor that the model uses for it too, as its class and config say."""
         return getattr(self.model, "all_tied_weights_keys", {})
+
+    @cached_property
+    def ties(self) -> Ties:
+        """Which of those are one tensor in this model: two that the files hold with different numbers are not."""
+        return Ties(self)
 
     def find_module(self, name: str) -> str | None:
         """A module of the tree by its name, with or without the model prefix."""
@@ -105,6 +112,14 @@ class ModuleTree:
         """The tensor of the files that the tree calls so; None where there is none, or it is fused or split on loading."""
         found = self._tensor_names.find(name)
         return self.entries[self._renamed[found]] if found in self._renamed else None
+
+    def stored(self, name: str) -> Entry | None:
+        """The tensor of the files that the tree calls just so."""
+        return self.entries[self._renamed[name]] if name in self._renamed else None
+
+    def holds(self, name: str) -> bool:
+        """Whether the files hold this tensor of the tree, as it is or in parts."""
+        return name in self._renamed or name in self._fused
 
     def parts(self, name: str) -> list[Part]:
         """The tensors of the files that hold the rows of one tensor of the tree; empty where there are none.
@@ -151,6 +166,14 @@ class ModuleTree:
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # not made for row numbers
             return {}
         return {name: t[0] if isinstance(t, list) else t for name, t in found.items()}
+
+    def beside_experts(self, names: Collection[str]) -> list[Entry]:
+        """The tensors of the files that become experts' parameters of a module for which these ones, too, are read, without them."""
+        experts = [n for n in self._fused if len(self.tensors.get(n, ())) == 3]
+        sources = {n: {source for source, _ in self._fused[n].sources} for n in experts}
+        touched = {n.rpartition(".")[0] for n in experts if not sources[n].isdisjoint(names)}
+        found = {source for n in experts if n.rpartition(".")[0] in touched for source in sources[n]}
+        return [self.entries[source] for source in sorted(found - set(names))]
 
     def wrapped_parameters(self, module: str, targets: Iterable[str]) -> list[str]:
         """The parameters of a module that PEFT's `target_parameters` wraps, innermost first.
