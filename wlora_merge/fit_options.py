@@ -103,7 +103,7 @@ class FitOptions:
     new_adapter_interpolation: float | None = option(
         None, Topic.MIXED, bounds=SHARE, of=LEARNED,
         help="How far the new adapter goes from nothing (0) to what was trained (1). Default: 1 if there is a new head or "
-        "completions repeat, else 0.5, unless the folds prefer 0.25 or 1.",
+        "completions repeat, else 0.5, unless the folds prefer 0.25 or 1; of a language model they are not asked.",
         detail="As in WiSE-FT (https://arxiv.org/abs/2109.01903). The folds prefer the better metric, or with the same metric the "
         "lower loss.")
     delta_scale: float | str | None = option(
@@ -147,7 +147,7 @@ class FitOptions:
         help="Parts of the shots, each held out once; 0: none. Default: 3, on which a learned mixture is trained only where they "
         "decide something.",
         detail="A class with one shot is never held out, nor are fewer than four different examples. They decide with --settings 2, "
-        "--select best or --method auto, and where no head is new and no completions repeat.")
+        "--select best or --method auto, and where no head is new and no language model is fitted.")
     settings: int = option(
         1, Topic.JUDGED, bounds=COUNT, of=LEARNED,
         help="Learned settings that the folds compare at most; each costs --folds trainings.",
@@ -158,7 +158,8 @@ class FitOptions:
         None, Topic.TRAINED, bounds=ABOVE_0, help="Passes over the shots, in place of --max-steps.")
     max_steps: int | None = option(
         None, Topic.TRAINED, bounds=COUNT,
-        help="Optimizer steps. Default: 100 if a head is trained, else 20 epochs, but 40 to 100 steps, or fewer by the folds.")
+        help="Optimizer steps. Default: 100 if a head is trained, else 20 epochs, but 40 to 100 steps, or fewer by the folds; where "
+        "examples or completions are classes at most 15 or as many, until the shots are told apart.")
     max_minutes: float | None = option(
         None, Topic.TRAINED, bounds=ABOVE_0,
         help="Wall-clock budget in minutes, seen to between steps; half of it for folds.",

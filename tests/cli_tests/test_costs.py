@@ -51,8 +51,9 @@ def test_a_check_predicts_as_many_judgements_as_the_fit_of_a_language_model_make
             read_examples(llamas[2], task="causal-lm"),
             FitRequest(data="shots.jsonl", task="causal-lm", **given),
         )
-        now = Situation(head=False, enough=True)
-        _, passes = _trainings(fit_options({"granularity": "module"}), recipe, examples, None, ["a0", "a1"], now)
+        now = Situation(head=False, enough=True, generates=True)
+        asked = fit_options({"granularity": "module", "folds": 3})
+        _, passes = _trainings(asked, recipe, examples, None, ["a0", "a1"], now)
         assert sum(judged) == passes * len(ROWS)
 
 
@@ -139,7 +140,8 @@ def test_a_check_predicts_a_fit(llama_zoo: Callable[..., Any], tmp_path: Path, m
         return found
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "about 4 trainings of at most 40 steps" in row()["step"]
+    assert "about 1 trainings of at most 40 steps" in row()["step"]
+    assert "about 4 trainings of at most 40 steps" in row(folds=3)["step"]
     assert "about 1 trainings of at most 7 steps" in row(folds=0, max_steps=7)["step"]
     assert row(quantize="4bit")["memory"] < row()["memory"]
     assert row(device="cuda")["seconds"] is None

@@ -13,7 +13,7 @@ from support.fits import zoo as zoo
 
 from wlora_merge.exporters.export import export
 from wlora_merge.fit_options import FitOptions, fit_options
-from wlora_merge.training.candidates import Candidate, Situation, learned_settings, steps_of
+from wlora_merge.training.candidates import Candidate, Situation, learned_settings, on_folds, steps_of
 
 # ---------------------------------------------------------------------------------------------------- the methods
 
@@ -110,6 +110,11 @@ def test_what_the_settings_are_follows_from_the_head_and_the_shots() -> None:
     assert settings(True, False, initial_logits=[1.0, 0.0])[0] == ("all", 0, 1.0)
     assert new_interpolations(False, True) == [(0.5, 0.25, 1.0), (1.0,)]  # none is trained in the second
     assert new_interpolations(True, True) == [(1.0,), (1.0,)]
+    writes, chooses = (Situation(False, True, generates=True, choice=choice) for choice in (False, True))
+    assert learned_settings(FitOptions(), writes)[0].new_interpolations == (0.5,)
+    assert learned_settings(FitOptions(), chooses)[0].new_interpolations == (1.0,)
+    assert on_folds(FitOptions(), learned_settings(FitOptions(), writes), writes) == []
+    assert len(on_folds(FitOptions(folds=3), learned_settings(FitOptions(), writes), writes)) == 1
     assert new_interpolations(False, True, new_adapter_interpolation=0.7) == [(0.7,), (1.0,)]
     assert new_interpolations(True, True, new_adapter_interpolation=0.7) == [(0.7,), (1.0,)]
 

@@ -128,8 +128,14 @@ def _situation(options: FitOptions, fit: FitRequest, examples: Examples, labels:
 
     task = get_task(fit.task)
     suffice = enough(examples.classes(labels), examples.twins, head=task.has_head)
-    choice = not task.has_head and any(name for row in examples.classes(labels) for name in row)
-    return Situation(task.has_head, suffice, solved=task.has_head, left_out=task.classifies_examples, choice=choice)
+    return Situation(
+        task.has_head,
+        suffice,
+        solved=task.has_head,
+        left_out=task.classifies_examples,
+        generates=task.generates,
+        choice=task.is_decoder and any(name for row in examples.classes(labels) for name in row),
+    )
 
 
 def _tokens(fit: FitRequest, examples: Examples) -> int:

@@ -22,7 +22,8 @@ PULLS = (0.0, 0.3)
 NEW_RANK = 8
 NEW_INTERPOLATIONS = (0.5, 0.25, 1.0)
 """How far the new adapter goes to what was trained, where it is trained to its last step: half-way it keeps what it gains far from
-the given adapters, and loses little near them; the folds may prefer less or all of it (recipes/bench_fit/README.md)."""
+the given adapters, and loses little near them. The folds may prefer less or all of it, but of a language model, whose trainings are
+long: there their choice was worth a point (recipes/bench_fit/README.md)."""
 ONE_SHOT = 0.5
 """How far from uniform composition a new head and weights go on one shot per class, where nothing can be held out: half-way costs
 nothing near the adapters, and has most of the gain far from them (recipes/bench_fit/README.md)."""
@@ -136,7 +137,8 @@ class Situation:
         enough: whether the examples are enough for a new adapter (`cross_validation.enough`).
         solved: whether that head is solved and not trained.
         left_out: whether what is learned under it is trained by how each example is predicted from the others.
-        choice: whether a language model chooses among completions that repeat.
+        generates: whether it is a language model.
+        choice: whether that chooses among completions that repeat.
         near: the mean accuracy of the classes, each shot given to the nearest mean of the others; None where it is not known.
     """
 
@@ -144,6 +146,7 @@ class Situation:
     enough: bool
     solved: bool = False
     left_out: bool = False
+    generates: bool = False
     choice: bool = False
     near: float | None = None
 
@@ -223,7 +226,9 @@ def _interpolations(options: FitOptions, now: Situation) -> tuple[float, tuple[f
     given = options.new_adapter_interpolation
     if given is not None:
         return share, (given,)
-    return share, (1.0,) if now.head or now.stops else NEW_INTERPOLATIONS
+    if now.head or now.stops:
+        return share, (1.0,)
+    return share, NEW_INTERPOLATIONS[:1] if now.generates else NEW_INTERPOLATIONS
 
 
 def setting_name(candidate: Candidate) -> str:
@@ -255,7 +260,7 @@ def steps_of(options: FitOptions, shots: int, now: Situation) -> int:
 
 def checkpoints(options: FitOptions, now: Situation) -> tuple[float, ...]:
     """Shares of the steps after which the folds judge a candidate."""
-    once = now.head or now.stops or options.max_steps is not None or options.epochs is not None
+    once = now.head or now.generates or options.max_steps is not None or options.epochs is not None
     return (1.0,) if once else CHECKPOINTS
 
 

@@ -173,7 +173,14 @@ class Learner:
     def situation(self) -> Situation:
         """What decides the defaults of this fit, but for how near the shots are to what the adapters know."""
         left_out = self.solved is not None and self.run.task.classifies_examples
-        return Situation(bool(self.head), self.enough, self.solved is not None, left_out, self.completions is not None)
+        return Situation(
+            bool(self.head),
+            self.enough,
+            solved=self.solved is not None,
+            left_out=left_out,
+            generates=self.run.task.generates,
+            choice=self.completions is not None,
+        )
 
     def uniform_features(self) -> Features:
         """What the head sees of every row under uniform composition."""
