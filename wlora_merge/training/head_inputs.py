@@ -174,26 +174,30 @@ def find_head_inputs(model: Any, head: list[str], inputs: dict[str, Any], *, cla
         inputs: of one batch, without labels.
         classifies: whether the head sees one vector for each example.
     """
-    with torch.no_grad(), _watched(model, lambda name, module: isinstance(module, nn.Linear)) as seen:
-        output = model(**inputs)
-    logits = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], dim=-1)
-    mask = inputs.get("attention_mask")
-    out, picks = None, False
-    for name, (_, result) in seen.items():
-        every = classifies and result.ndim == 3 and mask is not None and result.shape[:2] == mask.shape
-        last = every and _same(pool_tokens(result, inputs["attention_mask"], "lasttoken"), logits)
-        if last or _same(result, logits):
-            out, picks = name, last
-    if out is None or not any(out == name or out.startswith(f"{name}.") for name in head):
+    out, picks = _last_layer(model, inputs, classifies=classifies)
+    if not any(out == name or out.startswith(f"{name}.") for name in head):
         return None
-    new = [
-        f"{name}.{part}" if part else name for name in head for part, _ in model.get_submodule(name).named_parameters()
-    ]
+    new = [part for name in head for part, _ in model.get_submodule(name).named_parameters(prefix=name)]
     own = all(name.rpartition(".")[0] == out for name in new)
     reader = _find_reader(model, out, inputs) if classifies else None
     found = HeadInputs(model, out, own, picks, reader)
     found._catch()
     return found if found.poolings else None
+
+
+def _last_layer(model: Any, inputs: dict[str, Any], *, classifies: bool) -> tuple[str, bool]:
+    """The linear layer whose output are the logits, and whether the class takes those of the last token; else an empty name."""
+    with torch.no_grad(), _watched(model, lambda name, module: isinstance(module, nn.Linear)) as seen:
+        output = model(**inputs)
+    logits = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], dim=-1)
+    mask: torch.Tensor | None = inputs.get("attention_mask") if classifies else None
+    found = "", False
+    for name, (_, result) in seen.items():
+        every = mask is not None and result.ndim == 3 and result.shape[:2] == mask.shape
+        last = mask is not None and every and _same(pool_tokens(result, mask, "lasttoken"), logits)
+        if last or _same(result, logits):
+            found = name, last
+    return found
 
 
 def _find_reader(model: Any, out: str, inputs: dict[str, Any]) -> _Reader | None:
@@ -203,29 +207,12 @@ def _find_reader(model: Any, out: str, inputs: dict[str, Any]) -> _Reader | None
     except UnsupportedError:
         return None
     under = next(name for name, module in model.named_modules() if module is part)
-    handed: list[torch.Tensor] = []
 
-    def replace(module: Any, given: Any, output: Any) -> Any:
-        """Noise in the place of the token vectors."""
-        tokens = output[0]
-        if not isinstance(tokens, torch.Tensor) or tokens.ndim != 3:
-            return output
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(tokens.shape, generator=generator).to(tokens)
-        handed.append(noise)
-        return with_tokens(output, noise)
+    def outside(name: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and not name.startswith(f"{under}.")
 
-    handle = part.register_forward_hook(replace)
-    try:
-        with (
-            torch.no_grad(),
-            _watched(
-                model, lambda name, module: isinstance(module, nn.Linear) and not name.startswith(f"{under}.")
-            ) as seen,
-        ):
-            model(**inputs)
-    finally:
-        handle.remove()
+    with torch.no_grad(), _noise_after(part) as handed, _watched(model, outside) as seen:
+        model(**inputs)
     if not handed or out not in seen:
         return None
     noise, mask = handed[0].float(), inputs.get("attention_mask")
@@ -236,11 +223,37 @@ def _find_reader(model: Any, out: str, inputs: dict[str, Any]) -> _Reader | None
         if _same(read, vector):
             return _Reader(first)
         for name, (given, result) in seen.items():
-            if _same(given, vector) and result.shape == vector.shape and model.get_submodule(name).bias is not None:
-                kind = next((k for k, f in ACTIVATIONS.items() if _same(read, f(result.float()))), "")
-                if kind:
-                    return _Reader(first, name, kind)
+            between = _same(given, vector) and result.shape == vector.shape
+            if between and (kind := _activation(model.get_submodule(name), result, read)):
+                return _Reader(first, name, kind)
     return None
+
+
+def _activation(layer: nn.Module, result: torch.Tensor, read: torch.Tensor) -> str:
+    """What stands between a layer with a bias and what is read: a key of `ACTIVATIONS`, or an empty text."""
+    if layer.bias is None:
+        return ""
+    return next((kind for kind, function in ACTIVATIONS.items() if _same(read, function(result.float()))), "")
+
+
+@contextmanager
+def _noise_after(part: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Put random vectors in the place of all tokens behind a part of a model; the list gets them."""
+    handed: list[torch.Tensor] = []
+
+    def replace(module: Any, given: Any, output: Any) -> Any:
+        tokens = output[0]
+        if not isinstance(tokens, torch.Tensor) or tokens.ndim != 3:
+            return output
+        noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(0)).to(tokens)
+        handed.append(noise)
+        return with_tokens(output, noise)
+
+    handle = part.register_forward_hook(replace)
+    try:
+        yield handed
+    finally:
+        handle.remove()
 
 
 @contextmanager

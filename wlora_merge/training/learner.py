@@ -29,6 +29,8 @@ from .completions import Completions, find_completions, next_token_loss
 from .head_inputs import MODEL, find_head_inputs, pool_by_config, refuse_pooling
 from .initial_logits import Start
 from .loop import Loop, Trained, restore
+from .model import quiet
+from .packing import refuse_packing
 from .placement import Placement
 from .run import Rows, Run, Split, halfway
 from .scoring import Judged, join_batches
@@ -40,11 +42,6 @@ TOLD_APART = 0.2
 (recipes/bench_fit/README.md)."""
 CHOSEN = 0.1
 """The same of the loss by which a language model chooses among completions, the mean of a pass over the shots."""
-PACKED_TOLERANCE = {None: 1e-4, "bf16": 2e-2, "4bit": 2e-2, "8bit": 1e-1}
-"""By how much, relative to it, the loss of packed examples may differ: by rounding alone. 8bit chooses its outliers in the batch, and
-its loss is off by 4e-2 on SmolLM2."""
-PACKED_INFLUENCE = {"8bit": 1e-1}
-"""The same of what the example before it may change in an example's logits: nothing, else 1e-4."""
 
 
 class Learner:
@@ -75,7 +72,7 @@ class Learner:
         self.collate = run.task.collator(processor)
         self.device = attachment_of(model).weights.device
         self.log: Callable[[dict[str, float], int], None] | None = None
-        _quiet(model, run.options.gradient_checkpointing)
+        quiet(model, run.options.gradient_checkpointing)
         self._try_out()
         self.solved = self._find_solved(own_pooling)
         self.completions = self._find_completions(given.classes)
@@ -86,7 +83,8 @@ class Learner:
             from transformers import DataCollatorWithFlattening
 
             self.pack = DataCollatorWithFlattening()  # type: ignore[no-untyped-call]
-            self._check_packing()
+            few = [self.rows[row] for row in range(min(2, len(self.rows)))]
+            refuse_packing(model, few, self.collate, self.pack, run.options)
 
     def _try_out(self) -> None:
         """Run the model once, to refuse what would not train."""
@@ -144,28 +142,6 @@ class Learner:
         """The model's inputs for some rows, without labels."""
         labels = ("labels", "start_positions", "end_positions")
         return {name: value for name, value in self._inputs(rows).items() if name not in labels}
-
-    def _check_packing(self) -> None:
-        """Refuse a model for which an example in a packed row is not what it is alone: its layers mix what stands in one row."""
-        rows = [self.rows[r] for r in range(min(2, len(self.rows)))]
-        first = rows[0] | {"input_ids": rows[0]["input_ids"][::-1]}
-        length = len(rows[-1]["input_ids"])
-        with torch.no_grad():
-            padded, packed, other = (
-                self.model(**{k: v.to(self.device) for k, v in collate(part).items()})
-                for collate, part in ((self.collate, rows), (self.pack, rows), (self.pack, [first, *rows[1:]]))
-            )
-        kind = self.run.options.quantize or ("bf16" if self.run.options.precision == "bf16" else None)
-        tolerance, influence = PACKED_TOLERANCE[kind], PACKED_INFLUENCE.get(kind or "", 1e-4)
-        same = math.isclose(float(padded.loss), float(packed.loss), rel_tol=tolerance)
-        if len(rows) > 1:  # nor may what stands before an example change it
-            one, two = (result.logits[0, -length:].float() for result in (packed, other))
-            same = same and bool((one - two).abs().max() <= influence * one.abs().max())
-        if not same:
-            raise MixtureError(
-                f"packing: two examples in one row do not give what each gives alone: {type(self.model).__name__} does not keep "
-                "packed examples apart, so leave --packing out."
-            )
 
     # ------------------------------------------------------------------------------------------------ candidates
 
@@ -450,31 +426,6 @@ class Learner:
         return (
             torch.autocast(self.device.type, torch.float16) if self.run.options.precision == "fp16" else nullcontext()
         )
-
-
-def _quiet(model: nn.Module, gradient_checkpointing: bool) -> None:
-    """Dropout off, caches off; layers that are checkpointed must think that they train."""
-    model.eval()
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.training = (
-                True  # else, on some CPUs, a pass without gradients packs its weight, and no gradient comes after it
-            )
-    config = getattr(model, "config", None)
-    if config is not None and getattr(config, "use_cache", False):
-        config.use_cache = False
-    if gradient_checkpointing:
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            raise MixtureError(
-                f"{type(model).__name__} has no gradient checkpointing: leave --gradient-checkpointing out."
-            )
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        for module in model.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.training = True  # of this module alone: dropout modules inside it stay off
-                for name, value in vars(module).items():
-                    if "drop" in name and isinstance(value, float):
-                        setattr(module, name, 0.0)  # what it hands to functional.dropout, and a layerdrop
 
 
 def _on_cpu(value: Any) -> Any:

@@ -67,6 +67,31 @@ def attached_model(
     return model, head, labels
 
 
+def quiet(model: nn.Module, gradient_checkpointing: bool) -> None:
+    """Dropout off, caches off; layers that are checkpointed must think that they train."""
+    model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.training = (
+                True  # else, on some CPUs, a pass without gradients packs its weight, and no gradient comes after it
+            )
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, "use_cache", False):
+        config.use_cache = False
+    if gradient_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise MixtureError(
+                f"{type(model).__name__} has no gradient checkpointing: leave --gradient-checkpointing out."
+            )
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.training = True  # of this module alone: dropout modules inside it stay off
+                for name, value in vars(module).items():
+                    if "drop" in name and isinstance(value, float):
+                        setattr(module, name, 0.0)  # what it hands to functional.dropout, and a layerdrop
+
+
 def _widen(model: Any, head: list[str]) -> None:
     """Keep what stands beside the body, and what is new, in float32 over a body of 16 bits: it is trained in it, and so are losses.
 
