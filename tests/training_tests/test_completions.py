@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 4.0}, "gpt2": GPT, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "bloom": {},
     "mamba": {},
 }  # fmt: skip
+OWN_CACHE = {"mamba"}
 TOKENS = [(5,), (6, 7), (6, 7, 8), (9, 10)]
 PROMPTS = [[1, 20, 21], [1, 30, 31, 32, 33], [1, 40]]
 
@@ -41,12 +42,16 @@ def _padded(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([row[name] + [0] * (width - len(row[name])) for row in batch]) for name in batch[0]}
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_completion_has_the_log_probability_of_all_of_its_tokens(family: str) -> None:
+def test_a_completion_has_the_log_probability_of_all_of_its_tokens(family: str, shared: bool) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL, **FAMILIES[family])).eval()
     rows = [_row(prompt, TOKENS[number]) for number, prompt in enumerate(PROMPTS)]
-    completions = Completions(model, rows, TOKENS, _padded, torch.device("cpu"))
+    completions = Completions(model, rows, TOKENS, torch.device("cpu"))
+    if shared:
+        completions.try_sharing(1e-3)
+        assert completions.shares == (family not in OWN_CACHE)
     expected = torch.zeros(len(PROMPTS), len(TOKENS))
     with torch.no_grad():
         scores = completions.scores([2, 0, 1])
@@ -60,13 +65,30 @@ def test_a_completion_has_the_log_probability_of_all_of_its_tokens(family: str) 
     assert completions.classes([2, 0, 1]).tolist() == [2, 0, 1]
 
 
+def test_a_prompt_runs_once_for_all_completions_and_gradients_go_through_it() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL)).eval()
+    rows = [_row(prompt, TOKENS[number]) for number, prompt in enumerate(PROMPTS)]
+    completions = Completions(model, rows, TOKENS, torch.device("cpu"))
+    tokens, gradients = [], []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[:2].numel()))
+    for shares in (False, True):
+        completions.shares = shares
+        tokens.append(0)
+        cross_entropy(completions.scores([0, 1, 2]), completions.classes([0, 1, 2])).backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+        model.zero_grad()
+    assert tokens == [0, 3 * 2 * 7, 0, 3 * 5, 3 * 2 * 2]  # two branches of each prompt: (6, 7) and (9,)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
+
+
 def test_no_logits_are_computed_that_nothing_looks_at() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL)).eval()
     seen = []
     model.lm_head.register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))
     inputs = _padded([_row(prompt, ()) for prompt in PROMPTS])
     at = (torch.tensor([0, 2]), torch.tensor([2, 1]))
-    found = logits_at(model, {"input_ids": inputs["input_ids"]}, at)
+    found, _ = logits_at(model, {"input_ids": inputs["input_ids"]}, at)
     assert seen == [(2, 97)]
     assert torch.allclose(found, model(input_ids=inputs["input_ids"]).logits[at], rtol=0, atol=1e-5)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import AdapterError, BaseModelError, UnsupportedError, WloraMergeWarning
 from ..io.hub import resolve_source
+from ..io.safetensors_file import Entry
 from ..io.tensors import equal
 from ..io.untrusted import find_file, read_json
 from ..models.base_model import BaseModel
@@ -51,7 +52,7 @@ def resized(base: BaseModel, adapters: Sequence[Adapter], name: str | None) -> B
     saved = NameResolver(adapter.tensors)
     for tensor, shape in sorted(_grown(base, old, new).items(), key=lambda item: base.find_tensor(item[0]) is None):
         found, own = _saved_name(adapter, saved, tensor, shape, new - old), base.find_tensor(tensor)
-        rows, source = adapter.tensors[found][old:], own or base.find_tied(tensor)
+        rows, source = adapter.tensors[found][old:], own or _tied(base, tensor)
         if source is None:
             raise UnsupportedError(f"--resize-vocab {name}: {base.folder} has no tensor {tensor!r} to add rows to.")
         same = result.added.get(source.name)
@@ -59,6 +60,11 @@ def resized(base: BaseModel, adapters: Sequence[Adapter], name: str | None) -> B
             result.added[own.name if own else tensor] = rows
     result.tokenizer = _tokenizer_files(adapter, new)
     return result
+
+
+def _tied(base: BaseModel, name: str) -> Entry | None:
+    """The tensor of the files that is tied to one that they lack: asked of the class, whatever a mixture knows of its own names."""
+    return base.tree.ties.source(name) if base.tree is not None else None
 
 
 def _saved_name(adapter: Adapter, saved: NameResolver, tensor: str, shape: tuple[int, ...], added: int) -> str:
@@ -110,7 +116,7 @@ def _sizes(base: BaseModel, adapter: Adapter) -> tuple[int, int]:
     """Rows of the base's embeddings, and of the adapter's."""
     found = set()
     for name, tensor in adapter.tensors.items():
-        entry = base.find_tensor(name) or base.find_tied(name)
+        entry = base.find_tensor(name) or _tied(base, name)
         if entry is not None and entry.shape[1:] == tuple(tensor.shape[1:]) and len(tensor) > entry.shape[0]:
             found.add((entry.shape[0], len(tensor)))
     if len(found) != 1:

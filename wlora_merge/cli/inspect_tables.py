@@ -111,6 +111,11 @@ def base_rows(base: BaseModel) -> Rows:
     ]
 
 
+def _pooling(mixture: Mixture) -> str | None:
+    """What the head sees of a text, where a fit has said so."""
+    return mixture.pooling or mixture.metrics.get("chosen", {}).get("pooling")
+
+
 def mixture_rows(mixture: Mixture) -> Rows:
     """What a mixture was made from and how."""
     return [
@@ -121,6 +126,7 @@ def mixture_rows(mixture: Mixture) -> Rows:
         {"what": "normalize", "value": mixture.normalize},
         {"what": "delta_scale", "value": f"{mixture.delta_scale:g}"},
         {"what": "head", "value": " ".join(mixture.head) or "none"},
+        *([{"what": "pooling", "value": pooling}] if (pooling := _pooling(mixture)) else []),
     ]
 
 

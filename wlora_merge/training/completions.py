@@ -6,7 +6,8 @@ as T-Few's (Liu et al. 2022, https://arxiv.org/abs/2205.05638). It knows one loa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,11 @@ from torch import nn
 from ..data.metrics import IGNORED
 
 Tokens = tuple[int, ...]
+Places = dict[tuple[int, Tokens], int]
+"""{(row, beginning of a completion): which of the logits stand behind it}."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Completions:
     """What a causal language model chooses from.
 
@@ -27,45 +30,54 @@ class Completions:
         model: it.
         rows: encoded examples, each a prompt with one of the completions.
         tokens: of each completion.
-        collate: encoded rows -> one padded batch.
         device: where the model takes its inputs.
+        shares: whether a prompt runs once for all completions, which `try_sharing` finds out; else once for each branch.
     """
 
     model: nn.Module
     rows: Sequence[Mapping[str, Any]]
     tokens: list[Tokens]
-    collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
     device: torch.device
+    shares: bool = False
 
     def classes(self, rows: Sequence[int]) -> torch.Tensor:
         """The number of each row's completion [n], int64."""
         return torch.tensor([self.tokens.index(_learned(self.rows[row])) for row in rows], device=self.device)
 
     def scores(self, rows: Sequence[int]) -> torch.Tensor:
-        """The log-probability of each completion behind the prompt of each row [n, K], float32; gradients flow where they are on.
-
-        A prompt runs once where all completions but their last tokens begin one another, as those of one token do; else once for
-        each that does not.
-        """
-        places: dict[tuple[int, Tokens], int] = {}
-        batch, at = list[dict[str, list[int]]](), list[tuple[int, int]]()
-        for row in rows:
-            prompt = self._prompt(row)
-            for branch in self._branches():
-                ids = [*prompt, *branch]
-                for size in range(len(branch) + 1):
-                    if (row, branch[:size]) not in places:
-                        places[row, branch[:size]] = len(at)
-                        at.append((len(batch), len(prompt) - 1 + size))
-                batch.append({"input_ids": ids, "attention_mask": [1] * len(ids)})
+        """The log-probability of each completion behind the prompt of each row [n, K], float32; gradients flow where they are on."""
+        prompts, branches = [self._prompt(row) for row in rows], self._branches()
+        found, places = (self._from_cache if self.shares and any(branches) else self._in_full)(prompts, branches)
         steps = [
             (number, places[row, word[:size]], token)
-            for number, (row, word) in enumerate((row, word) for row in rows for word in self.tokens)
+            for number, (row, word) in enumerate((row, word) for row in range(len(rows)) for word in self.tokens)
             for size, token in enumerate(word)
         ]
         where, place, token = torch.tensor(steps, device=self.device).unbind(1)
-        each = self._logits(batch, at).float().log_softmax(-1)[place, token]
+        each = found.float().log_softmax(-1)[place, token]
         return each.new_zeros(len(rows) * len(self.tokens)).index_add(0, where, each).view(len(rows), -1)
+
+    def try_sharing(self, tolerance: float) -> None:
+        """Let prompts run once for all completions, if the model's cache allows it: then some scores are as they are without.
+
+        Args:
+            tolerance: by how much a log-probability may differ, through rounding alone.
+        """
+        lengths = [len(self._prompt(row)) for row in range(len(self.rows))]
+        few = sorted({lengths.index(min(lengths)), lengths.index(max(lengths))})
+        with torch.no_grad():
+            expected = self.scores(few)
+            self.shares = True
+            try:
+                self.shares = bool((self.scores(few) - expected).abs().max() <= tolerance)
+            except (
+                AttributeError,
+                TypeError,
+                ValueError,
+                RuntimeError,
+                NotImplementedError,
+            ):  # it has no cache, or one of its own
+                self.shares = False
 
     def _prompt(self, row: int) -> list[int]:
         ids = self.rows[row]["input_ids"]
@@ -76,13 +88,68 @@ class Completions:
         starts = {word[:-1] for word in self.tokens}
         return sorted(a for a in starts if not any(a != b and b[: len(a)] == a for b in starts))
 
-    def _logits(self, batch: list[dict[str, Any]], at: list[tuple[int, int]]) -> torch.Tensor:
-        """The logits at some (row, token) of a batch [n, V]."""
-        inputs = {name: value.to(self.device) for name, value in self.collate(batch).items()}
-        return logits_at(self.model, inputs, torch.tensor(at, device=self.device).unbind(1))
+    def _in_full(self, prompts: list[list[int]], branches: list[Tokens]) -> tuple[torch.Tensor, Places]:
+        """The logits behind each prompt and each beginning of a completion, every branch behind a prompt of its own."""
+        places, at = Places(), list[tuple[int, int]]()
+        for row, prompt in enumerate(prompts):
+            for number, branch in enumerate(branches):
+                for size in range(len(branch) + 1):
+                    if places.setdefault((row, branch[:size]), len(at)) == len(at):
+                        at.append((row * len(branches) + number, len(prompt) - 1 + size))
+        ids, mask = _padded([[*prompt, *branch] for prompt in prompts for branch in branches], self.device)
+        logits, _ = logits_at(self.model, {"input_ids": ids, "attention_mask": mask}, self._columns(at))
+        return logits, places
+
+    def _from_cache(self, prompts: list[list[int]], branches: list[Tokens]) -> tuple[torch.Tensor, Places]:
+        """The same, each prompt once: the branches go on from its keys and values."""
+        ids, mask = _padded(prompts, self.device, left=True)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs = {"input_ids": ids, "attention_mask": mask, **self._positions(positions), "use_cache": True}
+        ends = [(row, ids.shape[1] - 1) for row in range(len(prompts))]
+        behind, output = logits_at(self.model, inputs, self._columns(ends))
+        cache = output.past_key_values
+        cache.batch_repeat_interleave(len(branches))
+        places = Places({(row, ()): row for row in range(len(prompts))})
+        at = list[tuple[int, int]]()
+        for row in range(len(prompts)):
+            for number, branch in enumerate(branches):
+                for size in range(1, len(branch) + 1):
+                    if places.setdefault((row, branch[:size]), len(prompts) + len(at)) == len(prompts) + len(at):
+                        at.append((row * len(branches) + number, size - 1))
+        ids, own = _padded([list(branch) for _ in prompts for branch in branches], self.device)
+        positions = (
+            positions[:, -1:].repeat_interleave(len(branches), 0) + 1 + torch.arange(ids.shape[1], device=self.device)
+        )
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.cat([mask.repeat_interleave(len(branches), 0), own], 1),
+            **self._positions(positions),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        after, _ = logits_at(self.model, inputs, self._columns(at))
+        return torch.cat([behind, after]), places
+
+    def _positions(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Where the tokens stand, for a model that is told so."""
+        told = "position_ids" in inspect.signature(self.model.forward).parameters
+        return {"position_ids": positions} if told else {}
+
+    def _columns(self, pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+        return torch.tensor(pairs, device=self.device).unbind(1)
 
 
-def logits_at(model: nn.Module, inputs: Mapping[str, Any], at: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _padded(rows: list[list[int]], device: torch.device, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids in one batch [B, T], and which of them count."""
+    width = max(map(len, rows))
+    pads = [[0] * (width - len(row)) for row in rows]
+    ids = [pad + row if left else row + pad for row, pad in zip(rows, pads, strict=True)]
+    ones = [[1] * len(row) for row in rows]
+    mask = [pad + one if left else one + pad for one, pad in zip(ones, pads, strict=True)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def logits_at(model: nn.Module, inputs: Mapping[str, Any], at: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Any]:
     """The logits of a language model at some tokens of a batch, computed for these alone where its class allows it.
 
     Args:
@@ -91,11 +158,11 @@ def logits_at(model: nn.Module, inputs: Mapping[str, Any], at: tuple[torch.Tenso
         at: the batch's rows and the tokens in them, [n] each.
 
     Returns:
-        [n, V], in the model's dtype.
+        [n, V], in the model's dtype; and all that the model gave.
     """
     with _narrowed(model, at):
-        logits: torch.Tensor = model(**inputs).logits
-    return logits if logits.ndim == 2 else logits[at]
+        output = model(**inputs)
+    return (output.logits if output.logits.ndim == 2 else output.logits[at]), output
 
 
 def next_token_loss(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -111,7 +178,7 @@ def next_token_loss(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor
     labels = inputs["labels"][:, 1:]
     at = (labels != IGNORED).nonzero().unbind(1)
     others = {name: value for name, value in inputs.items() if name != "labels"}
-    return nn.functional.cross_entropy(logits_at(model, others, at).float(), labels[at])
+    return nn.functional.cross_entropy(logits_at(model, others, at)[0].float(), labels[at])
 
 
 @contextmanager

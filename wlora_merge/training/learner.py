@@ -127,16 +127,18 @@ class Learner:
 
     def _find_completions(self, classes: Sequence[Sequence[str]]) -> Completions | None:
         """The completions of the shots, where they repeat and the model chooses among them."""
-        from transformers import DataCollatorWithPadding
-
         if self.head or not self.run.task.is_decoder or self.run.options.packing:
             return None
         every: Any = self.rows
+        options = self.run.options
         tokens = find_completions(classes, [every[number] for number in range(len(every))])
         if tokens is None:
             return None
         self.metric = choice_metric()
-        return Completions(self.model, every, tokens, DataCollatorWithPadding(self.processor), self.device)
+        found = Completions(self.model, every, tokens, self.device)
+        with self._autocast():
+            found.try_sharing(1e-3 if (options.quantize, options.precision) == (None, "float32") else 0.2)
+        return found
 
     def _unlabelled(self, rows: list[int]) -> dict[str, Any]:
         """The model's inputs for some rows, without labels."""

@@ -96,7 +96,7 @@ def _said_of_stop(kept: Kept) -> list[str]:
     if 0 < made < steps and not done.complete:
         said.append(f"Stopped after {made} of {steps} steps, for want of time.")
     if done.learned:
-        said.append(f"Trained for {made} of {steps} steps, by when each shot is told from the others.")
+        said.append(f"Trained for {made} of {steps} steps, by when the shots are told apart.")
     elif done.steps < made or (0 < made < steps and done.complete):
         said.append(
             f"The weights are those of step {done.steps} of {steps}, where the loss on the evaluation data was lowest."
