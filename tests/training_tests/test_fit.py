@@ -14,7 +14,7 @@ import torch
 from support.models import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
 from support.shots import WORDS, others, save_tokenizer
 
-from wlora_merge.cli.inspect_tables import setting_rows
+from wlora_merge.cli.inspect_tables import mixture_rows, setting_rows
 from wlora_merge.errors import DataError, MixtureError, OutputError, UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
@@ -525,6 +525,7 @@ def test_a_head_on_the_mean_is_saved_exported_and_verified(
     )
     again = Mixture.load(tmp_path / "m")
     assert again.pooling == mixture.pooling == "mean"
+    assert {"what": "pooling", "value": "mean"} in mixture_rows(again)
     new = [f"new={tmp_path / 'm' / 'new_adapter'}"] if "new" in mixture.adapter_names else []
     for kind in ("dense", "onnx"):
         export(tmp_path / "m", kind, tmp_path / kind)
