@@ -36,7 +36,7 @@ def attached_model(
     team: Team,
 ) -> tuple[nn.Module, list[str], LabelSet | None]:
     """The model with its adapters attached; the names of the head's modules, where it is new; the labels in the head's order."""
-    from ..mixture.attach import attach
+    from ..mixture.attach import attach_loaded
 
     sharded = team.size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     if sharded and options.quantize == "8bit":
@@ -50,9 +50,10 @@ def attached_model(
     head = sorted({name.rpartition(".")[0] for name in new})
     if options.precision == "bf16":
         _widen(model, head)
-    attach(
+    attach_loaded(
         model,
         adapters,
+        base,
         granularity=options.granularity or "module",
         normalize=options.normalize or "all",
         delta_scale=1.0 if options.delta_scale is None else options.delta_scale,
