@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, pstdev
 from typing import Any
 
 from ..constants import MULTI, PROBLEM_TYPES, REGRESSION, SINGLE
@@ -27,10 +28,14 @@ class LabelSet:
     Attributes:
         names: the class names, whole numbers in numeric order and other names sorted; empty for a regression.
         problem_type: one of `PROBLEM_TYPES`, as a transformers config spells it.
+        mean, spread: of a regression, the mean and standard deviation of the numbers: it is fitted to (number - mean) / spread, so
+            that their unit does not matter.
     """
 
     names: tuple[str, ...]
     problem_type: str = SINGLE
+    mean: float = 0.0
+    spread: float = 1.0
 
     @property
     def size(self) -> int:
@@ -70,9 +75,8 @@ def label_set(values: Sequence[Any], problem_type: str | None = None) -> LabelSe
             f"{kind} needs {'lists of names' if kind == MULTI else 'one value for each example'} as labels."
         )
     if kind == REGRESSION:
-        for value in values:
-            to_number(value)
-        return LabelSet((), REGRESSION)
+        numbers = [to_number(value) for value in values]
+        return LabelSet((), REGRESSION, fmean(numbers), pstdev(numbers) or 1.0)
     names = order_names(_class_names(values))
     if len(names) < 2:
         raise DataError(

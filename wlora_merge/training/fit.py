@@ -278,6 +278,7 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetri
 
     from ..mixture.attachment import attachment_of
     from ..mixture.new_lora import add_new, new_files
+    from .model import in_own_unit, last_layer
 
     mixture = Mixture.from_model(learner.model, given.base)
     logits = mixture.wlora_weights
@@ -291,6 +292,9 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetri
         )
     mixture.task, mixture.metrics, mixture.modules_to_save = given.task.name, metrics, given.request.modules_to_save
     mixture.config = _config(learner, given.base)
+    labels = learner.run.labels
+    if labels is not None and (layer := last_layer(learner.model, mixture.head)):
+        in_own_unit(mixture.head, layer, labels)
     mixture.pooling = learner.solved.seen.layer_pooling if learner.solved else None
     mixture.data = {
         "method": given.options.method,

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapter import Adapter
+from ..constants import REGRESSION
 from ..data.task import Task, token_limit
 from ..distributed import Team
-from ..errors import BaseModelError, MixtureError, UnsupportedError
+from ..errors import BaseModelError, MixtureError, UnsupportedError, WloraMergeWarning
 from ..fit_options import FitOptions
 from ..models.base_model import BaseModel
 from ..models.loading import LoadingReport, class_for, load
 from ..models.module_tree import empty_model
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from ..data.labels import LabelSet
@@ -218,7 +221,54 @@ def _load(
             "labels: use a base without a head."
         )
     _draw_again(model, new - set(absent))
-    return model, sorted(new), labels
+    return model, sorted(new), _with_unit(labels, model, new)
+
+
+def last_layer(model: nn.Module, head: Iterable[str]) -> str | None:
+    """The name of the linear layer that gives a regression's one number; None where it cannot be told.
+
+    Args:
+        model: with the head.
+        head: names of the head's parameters.
+    """
+    from torch import nn
+
+    names = {name.rpartition(".")[0] for name in head}
+    layers = ((name, model.get_submodule(name)) for name in sorted(names))
+    found = [name for name, layer in layers if isinstance(layer, nn.Linear) and layer.out_features == 1]
+    return found[0] if len(found) == 1 else None
+
+
+def in_own_unit(head: dict[str, torch.Tensor], layer: str, labels: LabelSet) -> None:
+    """Give a head that predicts standardized numbers the unit of the labels, in place: spread · (weight · x + bias) + mean.
+
+    Args:
+        head: the head's tensors by name.
+        layer: its last layer's name.
+        labels: of a regression; their mean is 0 where the layer has no bias.
+    """
+    for name, shift in ((f"{layer}.weight", 0.0), (f"{layer}.bias", labels.mean)):
+        if name in head:
+            head[name] = (head[name].double() * labels.spread + shift).to(head[name].dtype)
+
+
+def _with_unit(labels: LabelSet | None, model: nn.Module, new: Iterable[str]) -> LabelSet | None:
+    """The labels with the mean and spread that `in_own_unit` can give the head in the end."""
+    if labels is None or labels.problem_type != REGRESSION:
+        return labels
+    layer = last_layer(model, new)
+    if layer is None:
+        return replace(labels, mean=0.0, spread=1.0)
+    if f"{layer}.bias" in dict(model.named_parameters()):
+        return labels
+    if abs(labels.mean) > labels.spread:
+        warnings.warn(
+            f"the head of {type(model).__name__} has no bias, and the labels lie around {labels.mean:.6g} with a deviation of "
+            f"{labels.spread:.6g}: it predicts them better if you subtract {labels.mean:.6g} from each.",
+            WloraMergeWarning,
+            stacklevel=2,
+        )
+    return replace(labels, mean=0.0)
 
 
 def _absent(base: BaseModel, task: Task, model: Any, report: LoadingReport) -> tuple[set[str], set[str]]:
