@@ -90,6 +90,12 @@ def class_name(value: str | float) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
+def spelling(name: str) -> str:
+    """What two spellings of one class have in common: `NOT_SPAM` and `not spam`, `LABEL_0` and `0`."""
+    plain = re.sub(r"[\s_-]+", "_", name.strip().casefold())
+    return plain.removeprefix("label_") if _MADE_UP.fullmatch(name) else plain
+
+
 def words_of(name: str) -> str:
     """The name of a class as words, `card_not-working` as `card not working`; a `DataError` where it has none."""
     words = " ".join(_WORD.findall(name))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapter import Adapter
 from ..constants import REGRESSION
+from ..data.labels import spelling
 from ..data.task import Task, token_limit
 from ..distributed import Team
 from ..errors import BaseModelError, MixtureError, UnsupportedError, WloraMergeWarning
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from ..data.labels import LabelSet
 
+SHOWN = 4
+"""How many names of classes a message shows."""
 POSITIONS = ("position_embeddings", "position_embedding", "wpe", "embed_positions", "positions_embed")
 """How models call their table of learned positions."""
 
@@ -192,11 +195,11 @@ def _load(
 ) -> tuple[Any, list[str], LabelSet | None]:
     """The base with the task's head; the names of the parameters that are new; the labels in the head's order.
 
-    A head that the base has for these very labels is kept, frozen; otherwise a new one is trained.
+    A head that the base has for these labels is kept, frozen; otherwise a new one is trained, and it is said where it replaces one.
     """
     import torch
 
-    kept = None if labels is None else _kept_labels(base, labels)
+    kept = None if labels is None else _kept_labels(base, task, labels)
     labels = kept or labels
     auto = task.auto_class()
     cls, model_type = class_for(base.folder, auto)
@@ -220,6 +223,8 @@ def _load(
             f"{base.folder}: which part of {type(model).__name__} is its head cannot be told, so no new one can be trained for these "
             "labels: use a base without a head."
         )
+    if labels is not None and not kept and _is_of(base, task) and not new <= report.missing:
+        _tell_replaced(base, task, labels)
     _draw_again(model, new - set(absent))
     return model, sorted(new), _with_unit(labels, model, new)
 
@@ -332,18 +337,46 @@ def _draw_again(model: Any, names: Collection[str]) -> None:
         model._init_weights(module)
 
 
-def _kept_labels(base: BaseModel, labels: LabelSet) -> LabelSet | None:
-    """The labels in the order of the base's own head, where it has one for them, of this problem type as far as it says."""
-    own = _own_labels(base)
+def _kept_labels(base: BaseModel, task: Task, labels: LabelSet) -> LabelSet | None:
+    """The labels in the order of the base's own head, where it has one for them, of this problem type as far as it says.
+
+    The names are the head's, or are all of them under another spelling.
+    """
+    own = _own_labels(base, task)
     problem = base.config.get("problem_type") in (None, labels.problem_type)
-    if own is None or not problem or not labels.names or not set(labels.names) <= set(own):
+    if not own or not problem or not labels.names:
         return None
-    return replace(labels, names=tuple(own))
+    if set(labels.names) <= set(own):
+        return replace(labels, names=tuple(own))
+    spelled = {spelling(name): name for name in labels.names}
+    names = tuple(spelled.get(spelling(name), name) for name in own)
+    return replace(labels, names=names) if sorted(names) == sorted(labels.names) else None
 
 
-def _own_labels(base: BaseModel) -> list[str] | None:
-    """The label names of the base's own config, in the head's order; None where it has none of its own."""
+def _own_labels(base: BaseModel, task: Task) -> list[str]:
+    """The label names of the base's own head, in its order; empty where its config speaks of none."""
     table = base.config.get("id2label")
-    if not isinstance(table, dict) or not table:
-        return None
-    return [str(table[key]) for key in sorted(table, key=int)]
+    if isinstance(table, dict) and table:
+        return [str(table[key]) for key in sorted(table, key=int)]
+    return ["LABEL_0", "LABEL_1"] if _is_of(base, task) else []  # the names that transformers does not store
+
+
+def _is_of(base: BaseModel, task: Task) -> bool:
+    """Whether a base's config names a class of this task, so that its files have a head for it."""
+    kind = task.auto_class_name.removeprefix("AutoModel")
+    return any(name.endswith(kind) for name in base.config.get("architectures") or [])
+
+
+def _tell_replaced(base: BaseModel, task: Task, labels: LabelSet) -> None:
+    """Say that the base's own head gives way to a new one."""
+    own, names = (
+        ", ".join(map(repr, part[:SHOWN])) + (", ..." if len(part) > SHOWN else "")
+        for part in (_own_labels(base, task), labels.names)
+    )
+    wanted = f"the classes {names} ({labels.problem_type})" if names else "a regression"
+    advice = ": to keep it, call the classes as it does" if names else ""
+    warnings.warn(
+        f"{base.folder}: its own head, for {own}, is replaced by a new one for {wanted}{advice}.",
+        WloraMergeWarning,
+        stacklevel=2,
+    )
