@@ -8,6 +8,8 @@ PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
 GRANULARITIES = ("module", "layer", "global")
 MIXTURE_FILE, MIXTURE_TENSORS = "mixture.json", "mixture.safetensors"
 MANIFEST_FILE = "wlora_merge.json"
+PARAMETER, SCALE_PARAMETER = "wlora_weights", "wlora_delta_scale"
+"""The parameters of an attached model that are the mixture's own; its checkpoints hold them beside the base's tensors."""
 NEW_ADAPTER = "new"
 """What a mixture calls the adapter that its fit trained."""
 NEW_FOLDER = "new_adapter"

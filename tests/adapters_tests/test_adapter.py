@@ -336,3 +336,19 @@ def test_the_base_is_the_residual_of_the_adapter_that_is_named_and_of_no_other(
 def test_adapters_in_half_precision_keep_their_dtype(tmp_path: Path) -> None:
     make_adapter(tiny_llama(), tmp_path / "a", 1, dtype=torch.bfloat16, r=2, target_modules=["q_proj"])
     assert all(f.lora_A.dtype is torch.bfloat16 for f in load_adapter(tmp_path / "a").modules.values())
+
+
+def test_an_adapter_that_peft_saved_under_a_name_is_found(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False), adapter_name="mytask"
+    )
+    model.save_pretrained(tmp_path / "run")
+    found = load_adapter(tmp_path / "run")
+    assert (found.name, found.source.folder) == ("mytask", tmp_path / "run" / "mytask")
+    assert load_adapter(tmp_path / "run", "other").name == "other"
+    model.add_adapter("second", LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "run")
+    with pytest.raises(AdapterError, match=r"2 adapters \(mytask, second\): give .*mytask, or another"):
+        load_adapter(tmp_path / "run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from wlora_merge.constants import MULTI, REGRESSION, SINGLE
@@ -25,7 +26,15 @@ from wlora_merge.errors import DataError
     ],
 )
 def test_labels_tell_the_problem(values: list[Any], expected: LabelSet) -> None:
-    assert label_set(values) == expected
+    found = label_set(values)
+    assert (found.names, found.problem_type) == (expected.names, expected.problem_type)
+
+
+def test_a_regressions_mean_and_spread_are_those_of_its_numbers() -> None:
+    numbers = [1.5, 2.0, 7.25]
+    found = label_set(numbers)
+    assert (found.mean, found.spread) == pytest.approx((np.mean(numbers), np.std(numbers)))
+    assert label_set([2.5, 2.5]).spread == 1.0
 
 
 def test_labels_that_could_be_two_things_are_refused_until_the_problem_type_is_given() -> None:

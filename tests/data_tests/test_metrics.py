@@ -33,6 +33,7 @@ def test_token_sums_equal_the_loss_and_accuracy_counted_by_hand() -> None:
         (LabelSet(("a", "b"), MULTI), [[0.3, -0.2], [0.1, 1]], [[1, 0], [0, 1]], {"f1": 0.8, "accuracy": 0.5}),
         (LabelSet((), REGRESSION), [[1], [2], [3]], [2, 4, 6], {"mse": 14 / 3, "pearson": 1.0}),
         (LabelSet((), REGRESSION), [[1], [2], [3]], [6, 4, 2], {"mse": 10.0, "pearson": -1.0}),
+        (LabelSet((), REGRESSION, 7.0, 2.0), [[1], [2], [3]], [6, 4, 2], {"mse": 40.0, "pearson": -1.0}),
         (LabelSet((), REGRESSION), [[1], [1]], [2, 4], {"mse": 5.0, "pearson": 0.0}),
     ],
 )

@@ -29,11 +29,11 @@ def test_texts_become_inputs_and_class_numbers(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_regression_and_multi_label_targets_are_floats(tmp_path: Path) -> None:
+def test_targets_of_a_regression_are_standardized_and_of_several_classes_floats(tmp_path: Path) -> None:
     task, tok = get_task("text-classification"), tokenizer()
     data = examples(tmp_path, task.name, {"text": "a", "label": 1.5}, {"text": "b", "label": 2})
     batch = task.collator(tok)(list(task.encode(data, tok, labels=task.labels(data))))
-    assert torch.equal(batch["labels"], torch.tensor([1.5, 2.0]))
+    assert torch.equal(batch["labels"], torch.tensor([-1.0, 1.0]))
     assert task.config_changes(task.labels(data))["id2label"] == {0: "LABEL_0"}
     data = examples(tmp_path, task.name, {"text": "a", "label": ["x"]}, {"text": "b", "label": ["y", "x"]})
     batch = task.collator(tok)(list(task.encode(data, tok, labels=task.labels(data))))

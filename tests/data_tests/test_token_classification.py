@@ -82,7 +82,22 @@ def test_the_f1_of_entities_is_seqevals(names: tuple[str, ...]) -> None:
     assert judge_tags(names, predicted.tolist(), wanted.tolist()) == pytest.approx(expected, rel=1e-12)
 
 
-def test_tags_without_prefixes_are_counted_token_by_token() -> None:
-    # seqeval would read the two NN as one entity
-    assert judge_tags(("NN", "O", "VB"), [[0, 0, 2, 1]], [[0, 0, 2, 2]]) == {"f1": 2 * 3 / (3 + 4), "accuracy": 3 / 4}
-    assert judge_tags(("NN", "O"), [[1, 1]], [[1, 1]]) == {"f1": 0.0, "accuracy": 1.0}
+@pytest.mark.parametrize("names", [("LOC", "O", "PER"), ("EVENT", "O", "ORG"), ("B-PER", "BRAND", "I-PER", "O")])
+def test_a_tag_without_a_prefix_is_inside_an_entity_as_seqeval_counts_io(names: tuple[str, ...]) -> None:
+    from seqeval.metrics import f1_score
+
+    draw = np.random.default_rng(1)
+    wanted = draw.integers(len(names), size=(40, 9))
+    predicted = np.where(draw.random(wanted.shape) < 0.7, wanted, draw.integers(len(names), size=wanted.shape))
+    marked = [name if name == "O" or "-" in name else f"I-{name}" for name in names]
+    tags = [[[marked[n] for n in row] for row in table] for table in (wanted, predicted)]
+    assert judge_tags(names, predicted.tolist(), wanted.tolist())["f1"] == pytest.approx(f1_score(*tags), rel=1e-12)
+
+
+def test_without_an_outside_tag_no_f1_is_reported() -> None:
+    with pytest.warns(WloraMergeWarning, match="the tags are numbers"):
+        assert judge_tags(("0", "1"), [[0, 0, 0, 1]], [[0, 0, 1, 1]]) == {"accuracy": 3 / 4}
+    assert judge_tags(("NN", "VB"), [[0, 0, 1, 1]], [[0, 0, 1, -100]]) == {"accuracy": 1.0}
+    assert judge_tags(("B-PER", "I-PER", "_"), [[0, 1, 2]], [[0, 1, 2]]) == {"accuracy": 1.0}
+    assert judge_tags(("B-PER", "I-PER"), [[0, 1, 0]], [[0, 1, 0]]) == {"f1": 1.0, "accuracy": 1.0}
+    assert get_task("token-classification").metric(LabelSet(("NN", "VB"))).name == "accuracy"

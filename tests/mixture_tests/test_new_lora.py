@@ -22,14 +22,13 @@ from support.models import (
 )
 from support.shots import save_tokenizer
 
-from wlora_merge.adapters.adapter import load_adapter
-from wlora_merge.constants import NEW_FOLDER
+from wlora_merge.adapters.adapter import load_adapter, load_adapters
+from wlora_merge.constants import NEW_FOLDER, PARAMETER
 from wlora_merge.errors import MixtureError, UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
 from wlora_merge.fit_options import fit_options
-from wlora_merge.mixture.attach import attach, detach
-from wlora_merge.mixture.attachment import PARAMETER
+from wlora_merge.mixture.attach import attach, attach_loaded, detach
 from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.mixture.new_lora import new_files, new_targets, place_new
 from wlora_merge.training.fit import fit
@@ -44,6 +43,11 @@ def classifier(zoo: Zoo) -> Any:
 
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_pretrained(zoo[0], num_labels=2).eval()
+
+
+def attached(model: Any, zoo: Zoo) -> None:
+    """Attach the adapters to a model whose new head stays as it is."""
+    attach_loaded(model, load_adapters(zoo[1]), None, modules_to_save="drop")
 
 
 def checked(zoo: Zoo, folder: Path) -> float:
@@ -87,7 +91,7 @@ def test_the_dense_export_is_the_sum_of_pefts_merges_the_new_adapters_among_them
 def test_the_given_adapters_and_the_base_stay_frozen(zoo: Zoo) -> None:
     model = classifier(zoo)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    attach(model, zoo[1], modules_to_save="drop")
+    attached(model, zoo)
     stacks = {name: buffer.clone() for name, buffer in model.named_buffers()}
     parameters = place_new(model, 4, seed=0)
     trained = [name for name, p in model.named_parameters() if p.requires_grad and name != PARAMETER]
@@ -109,7 +113,7 @@ def test_the_given_adapters_and_the_base_stay_frozen(zoo: Zoo) -> None:
 
 def test_it_starts_from_the_mixture_alone_and_the_same_seed_gives_the_same_files(zoo: Zoo) -> None:
     model, ids = classifier(zoo), torch.arange(5, 15).view(2, 5)
-    attach(model, zoo[1], modules_to_save="drop")
+    attached(model, zoo)
     with torch.no_grad():
         alone = model(input_ids=ids).logits
         place_new(model, 4, seed=3)

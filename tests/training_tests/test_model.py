@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from support.models import make_adapter, tiny_bert, tiny_llama
 from support.shots import WORDS, save_tokenizer
 
-from wlora_merge.errors import BaseModelError, MixtureError, UnsupportedError
+from wlora_merge.data.text_classification import TEXT_CLASSIFICATION
+from wlora_merge.errors import BaseModelError, MixtureError, UnsupportedError, WloraMergeWarning
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
 from wlora_merge.fit_options import fit_options
@@ -94,6 +95,7 @@ def bert_classifier(**config: Any) -> Any:
     return model.eval()
 
 
+@pytest.mark.filterwarnings("ignore:.*its own head, for")
 def test_a_head_for_other_labels_is_new(tmp_path: Path) -> None:
     model = bert_classifier()
     folders = placed(model, tmp_path, target_modules=["query"])
@@ -123,7 +125,54 @@ def test_a_head_that_is_kept_has_its_classes_in_the_order_of_its_config(tmp_path
 def test_labels_of_a_config_are_in_the_order_of_their_numbers() -> None:
     table = {str(i): f"c{i}" for i in (10, 2, 0, 1, *range(3, 10))}
     base = SimpleNamespace(config={"id2label": table})
-    assert _own_labels(base) == [f"c{i}" for i in range(11)]  # type: ignore[arg-type]
+    assert _own_labels(base, TEXT_CLASSIFICATION) == [f"c{i}" for i in range(11)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("own", "labels"),
+    [
+        (("NEGATIVE", "POSITIVE"), ["positive", "Negative"]),
+        (("not spam", "spam"), ["spam", "NOT_SPAM"]),
+        (("LABEL_1", "LABEL_0"), [0, 1]),
+        (None, [1, 0]),
+        (None, ["LABEL_0", "LABEL_1"]),
+    ],
+)
+def test_a_head_for_the_same_classes_under_another_spelling_is_kept(
+    own: tuple[str, str] | None, labels: list[Any], tmp_path: Path
+) -> None:
+    names = {"id2label": dict(enumerate(own)), "label2id": {n: i for i, n in enumerate(own)}} if own else {}
+    model = bert_classifier(
+        **(names or {"id2label": {0: "LABEL_0", 1: "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}})
+    )
+    with torch.no_grad():  # the second class, whatever is read
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([-5.0, 5.0]))
+    folders = placed(model, tmp_path, target_modules=["query"])
+    assert ("id2label" in json.loads((tmp_path / "base" / "config.json").read_text())) == (own is not None)
+    second = next(x for x in labels if str(x).casefold().replace("_", " ") in ("positive", "spam", "label 1", "1"))
+    second = 0 if own == ("LABEL_1", "LABEL_0") else second
+    (tmp_path / "held.csv").write_text("text,label\n" + "".join(f"w{i} w{i + 2},{second}\n" for i in range(4)))
+    mixture = classifier(tmp_path, folders, labels, eval_data=tmp_path / "held.csv", max_steps=1)
+    assert mixture.head == {}
+    assert mixture.config.get("id2label") is None
+    assert mixture.metrics["candidates"]["base"]["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (
+            [0, 1],
+            "for 'p', 'q', is replaced by a new one for the classes '0', '1' .*to keep it, call the classes as it does",
+        ),
+        ([0.5, 1.25], "for 'p', 'q', is replaced by a new one for a regression"),
+    ],
+)
+def test_a_head_of_the_base_that_is_replaced_is_told(labels: list[Any], words: str, tmp_path: Path) -> None:
+    folders = placed(bert_classifier(), tmp_path, target_modules=["query"])
+    with pytest.warns(WloraMergeWarning, match=words):
+        assert classifier(tmp_path, folders, labels, max_steps=1).head
 
 
 @pytest.mark.parametrize(
@@ -131,7 +180,8 @@ def test_labels_of_a_config_are_in_the_order_of_their_numbers() -> None:
 )  # fmt: skip
 def test_a_head_of_another_problem_type_is_not_kept(problem_type: str, labels: list[Any], tmp_path: Path) -> None:
     folders = placed(bert_classifier(problem_type=problem_type), tmp_path, target_modules=["query"])
-    mixture = classifier(tmp_path, folders, labels, pooling="model")
+    with pytest.warns(WloraMergeWarning, match="its own head, for 'p', 'q', is replaced"):
+        mixture = classifier(tmp_path, folders, labels, pooling="model")
     assert set(mixture.head) == {"classifier.weight", "classifier.bias"}
     assert mixture.config["problem_type"] != problem_type
 

@@ -90,7 +90,7 @@ def load_adapter(path_or_id: str | Path, name: str | None = None, *, base_is_res
 
 
 def _load(path_or_id: str | Path, name: str | None, is_residual: Callable[[str], bool]) -> Adapter:
-    source = resolve_source(path_or_id, ADAPTER_PATTERNS)
+    source = _named_folder(resolve_source(path_or_id, ADAPTER_PATTERNS))
     name = check_adapter_name(name or source.name.rpartition("/")[2])
     where = f"adapter {name!r} ({source.folder})"
     config = _read_config(source.folder, where)
@@ -155,6 +155,23 @@ def split_adapter_spec(spec: str | Path) -> tuple[str | None, str]:
     if not equals or "/" in name or is_here(text):
         return None, text
     return name, path
+
+
+def _named_folder(source: Source) -> Source:
+    """The folder in which PEFT saved an adapter that has a name of its own: the one below `source` that has a config.
+
+    Raises:
+        AdapterError: there are several.
+    """
+    if source.hub_id or find_file(source.folder, CONFIG_FILE, AdapterError) is not None:
+        return source
+    named = sorted(file.parent for file in source.folder.glob(f"*/{CONFIG_FILE}"))
+    if len(named) > 1:
+        found = ", ".join(folder.name for folder in named)
+        raise AdapterError(
+            f"{source.folder}: has no {CONFIG_FILE}, but {len(named)} adapters ({found}): give {named[0]}, or another."
+        )
+    return Source(named[0]) if named else source
 
 
 def _read_config(folder: Path, where: str) -> dict[str, Any]:

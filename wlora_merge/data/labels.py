@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, pstdev
 from typing import Any
 
 from ..constants import MULTI, PROBLEM_TYPES, REGRESSION, SINGLE
@@ -27,10 +28,14 @@ class LabelSet:
     Attributes:
         names: the class names, whole numbers in numeric order and other names sorted; empty for a regression.
         problem_type: one of `PROBLEM_TYPES`, as a transformers config spells it.
+        mean, spread: of a regression, the mean and standard deviation of the numbers: it is fitted to (number - mean) / spread, so
+            that their unit does not matter.
     """
 
     names: tuple[str, ...]
     problem_type: str = SINGLE
+    mean: float = 0.0
+    spread: float = 1.0
 
     @property
     def size(self) -> int:
@@ -70,9 +75,8 @@ def label_set(values: Sequence[Any], problem_type: str | None = None) -> LabelSe
             f"{kind} needs {'lists of names' if kind == MULTI else 'one value for each example'} as labels."
         )
     if kind == REGRESSION:
-        for value in values:
-            to_number(value)
-        return LabelSet((), REGRESSION)
+        numbers = [to_number(value) for value in values]
+        return LabelSet((), REGRESSION, fmean(numbers), pstdev(numbers) or 1.0)
     names = order_names(_class_names(values))
     if len(names) < 2:
         raise DataError(
@@ -84,6 +88,12 @@ def label_set(values: Sequence[Any], problem_type: str | None = None) -> LabelSe
 def class_name(value: str | float) -> str:
     """The name of a class that was given as text or as a number: 2.0 is `2`."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def spelling(name: str) -> str:
+    """What two spellings of one class have in common: `NOT_SPAM` and `not spam`, `LABEL_0` and `0`."""
+    plain = re.sub(r"[\s_-]+", "_", name.strip().casefold())
+    return plain.removeprefix("label_") if _MADE_UP.fullmatch(name) else plain
 
 
 def words_of(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..constants import MULTI, REGRESSION
@@ -40,9 +41,9 @@ class Metric:
 
 
 def classification_metric(labels: LabelSet) -> Metric:
-    """Accuracy; micro F1 for multi-label; mean squared error and Pearson's r for a regression."""
+    """Accuracy; micro F1 for multi-label; for a regression Pearson's r, and the mean squared error in the labels' own unit."""
     if labels.problem_type == REGRESSION:
-        return Metric("mse", False, _regression, first_output)
+        return Metric("mse", False, partial(_regression, spread=labels.spread), first_output)
     if labels.problem_type == MULTI:
         return Metric("f1", True, _multi_label, first_output)
     return choice_metric()
@@ -104,14 +105,15 @@ def _multi_label(prediction: EvalPrediction) -> dict[str, float]:
     return {"f1": _f1(predicted, wanted), "accuracy": float((predicted == wanted).all(-1).mean())}
 
 
-def _regression(prediction: EvalPrediction) -> dict[str, float]:
+def _regression(prediction: EvalPrediction, spread: float) -> dict[str, float]:
     import numpy as np
 
     predicted = np.asarray(prediction.predictions, np.float64).reshape(-1)
     wanted = np.asarray(prediction.label_ids, np.float64).reshape(-1)
-    spread = predicted.std() * wanted.std()
+    product = predicted.std() * wanted.std()
     covariance = ((predicted - predicted.mean()) * (wanted - wanted.mean())).mean()
-    return {"mse": float(((predicted - wanted) ** 2).mean()), "pearson": float(covariance / spread) if spread else 0.0}
+    error = float((((predicted - wanted) * spread) ** 2).mean())
+    return {"mse": error, "pearson": float(covariance / product) if product else 0.0}
 
 
 def _token_sums(prediction: EvalPrediction) -> dict[str, float]:

@@ -44,13 +44,13 @@ class TextClassification(Task):
 
 
 def targets(examples: Examples, labels: LabelSet | None) -> list[Any]:
-    """What the head is to give for each example: a class number, a number, or a 0/1 vector (float) over the classes."""
+    """What the head is to give for each example: a class number, a standardized number, or a 0/1 vector (float) over the classes."""
     known, task = needed_labels(labels, examples.task), examples.task
     numbers: list[Any] = []
     for number, value in enumerate(examples.column("label"), start=1):
         where = f"{task} {examples.where(number)}"
         if known.problem_type == REGRESSION:
-            numbers.append(to_number(value, where))
+            numbers.append((to_number(value, where) - known.mean) / known.spread)
         elif known.problem_type == MULTI:
             present = {known.index(name, where) for name in value}
             numbers.append([float(index in present) for index in range(known.size)])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..errors import DataError, WloraMergeWarning
 from .columns import Form
 from .labels import LabelSet, order_names
 from .metrics import IGNORED, Metric, first_output
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from .examples import Examples
 
 OUTSIDE = "O"
-PREFIXES = ("B-", "I-", "E-", "S-")
+BARE = frozenset("BIESLUO")
+"""Tags that say where an entity begins and ends, and not of which type it is."""
 
 
 class TokenClassification(Task):
@@ -61,13 +63,23 @@ class TokenClassification(Task):
         return counted(row["labels"])
 
     def metric(self, labels: LabelSet | None = None) -> Metric:
-        """Micro F1 of entities, as seqeval defines it, and token accuracy.
+        """Micro F1 of entities, as seqeval defines it, and token accuracy; accuracy alone where no tag is known to be outside.
 
         An entity is right where its type, its first and its last word are; tags are IOB1, IOB2 or IOBES, as seqeval reads them
-        by default. Where no tag has a prefix (`B-`), each token with a tag but `O` counts as an entity: micro F1 of tokens.
+        by default. A tag without a prefix (`B-`) is inside an entity of its type, as in IO. Tags that are numbers, or parts of
+        speech, mark no entities.
         """
         names = needed_labels(labels, self.name).names
-        return Metric("f1", True, _score, lambda logits, labels: count_entities(first_output(logits), labels, names))
+        name = "f1" if knows_outside(names) else "accuracy"
+        if name == "accuracy" and all(tag.isdecimal() for tag in names):
+            warnings.warn(
+                "the tags are numbers, of which none is known to be the outside one (O): they are judged by accuracy; give the tags' "
+                "names (O, B-PER, ...) for the F1 of entities.",
+                WloraMergeWarning,
+                stacklevel=2,
+            )
+        score = partial(_score, entities=name == "f1")
+        return Metric(name, True, score, lambda logits, labels: count_entities(first_output(logits), labels, names))
 
 
 def count_entities(logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
@@ -95,25 +107,27 @@ def count_entities(logits: torch.Tensor, labels: torch.Tensor, names: Sequence[s
 
 def _entities(tags: list[str], names: Sequence[str]) -> set[tuple[str, int, int]]:
     """Type, first and last position of each entity."""
-    if not has_prefixes(names):
-        return {(tag, at, at) for at, tag in enumerate(tags) if tag != OUTSIDE}
     from seqeval.metrics.sequence_labeling import get_entities
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a tag without a prefix among others
-        return set(get_entities(tags))
+    bare = BARE.issuperset(names)
+    return set(get_entities([tag if bare or tag == OUTSIDE or _has_prefix(tag) else f"I-{tag}" for tag in tags]))
 
 
-def has_prefixes(names: Iterable[str]) -> bool:
-    """Whether tags say where an entity begins: `B-PER` and its kind, or bare `B`, `I`, `O`."""
-    return any(name[:2] in PREFIXES for name in names) or set(names) <= set("BIESO")
+def knows_outside(names: Sequence[str]) -> bool:
+    """Whether it is known which tags belong to no entity: `O`, or none as all have a prefix."""
+    return OUTSIDE in names or all(map(_has_prefix, names))
 
 
-def _score(prediction: EvalPrediction) -> dict[str, float]:
+def _has_prefix(tag: str) -> bool:
+    return tag[:1] in BARE and tag[1:2] == "-"
+
+
+def _score(prediction: EvalPrediction, entities: bool) -> dict[str, float]:
     import numpy as np
 
     hits, found, true, right, count = np.asarray(prediction.predictions, np.float64).sum(0)
-    return {"f1": float(2 * hits / (found + true)) if found + true else 0.0, "accuracy": float(right / count)}
+    f1 = {"f1": float(2 * hits / (found + true)) if found + true else 0.0} if entities else {}
+    return f1 | {"accuracy": float(right / count)}
 
 
 TOKEN_CLASSIFICATION = TokenClassification(

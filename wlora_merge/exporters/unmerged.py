@@ -81,7 +81,7 @@ def attach_mixture(
     import torch
 
     from ..adapters.targets import tensors_of
-    from ..mixture.attach import attach
+    from ..mixture.attach import attach_loaded
     from ..mixture.attachment import attachment_of
     from ..mixture.fold import fold_saved
     from ..mixture.groups import rows_of
@@ -90,8 +90,8 @@ def attach_mixture(
 
     with torch.no_grad():
         _resize(model, base)
-        attach(
-            model, [replace(a, tensors={}) for a in adapters], granularity=mixture.granularity, normalize=mixture.normalize,
+        attach_loaded(
+            model, [replace(a, tensors={}) for a in adapters], base, granularity=mixture.granularity, normalize=mixture.normalize,
             delta_scale=mixture.delta_scale,
         )  # fmt: skip
         weights = mixture.mixture_weights

@@ -85,6 +85,18 @@ def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
     return _fetched(text, patterns)
 
 
+def folder_here(path_or_id: str, revision: str | None = None) -> Path | None:
+    """The folder of an input that is on this machine: a path as it is, a hub id's in the hub's cache; None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if is_here(path_or_id):
+        return Path(path_or_id).expanduser() if Path(path_or_id).expanduser().is_dir() else None
+    if not HUB_ID.fullmatch(path_or_id):
+        return None
+    found = try_to_load_from_cache(path_or_id, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def _fetched(text: str, patterns: Sequence[str]) -> Source:
     """The folder of a hub id in the hub's cache."""
     from huggingface_hub import snapshot_download

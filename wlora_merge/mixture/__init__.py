@@ -17,5 +17,6 @@ attachment      Attachment: what was attached, the owner of layers and hooks
 stacked_lora    StackedLora: the module that a fit trains through
 new_lora        NewLora: the LoRA that a fit trains from zero, and its PEFT files
 live_model      which module or tensor of a model in memory a name means
+live_base       whether a model in memory is what its base's files say
 whole_tensors   whole tensors as factors, for a fit
 """

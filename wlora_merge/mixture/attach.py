@@ -20,24 +20,19 @@ from torch import nn
 from ..adapters.adapter import Adapter, load_adapters
 from ..adapters.modules_to_save import join_changes, stack_tensors
 from ..adapters.stacking import stack
+from ..constants import PARAMETER, SCALE_PARAMETER
 from ..errors import AdapterError, MixtureError, UnsupportedError, WloraMergeWarning
 from ..mix_options import AdapterOptions
 from ..option_fields import checked
-from .attachment import (
-    PARAMETER,
-    SCALE_PARAMETER,
-    Attachment,
-    attachment_of,
-    check_normalize,
-    uniform_weights,
-    whole_model,
-)
+from .attachment import Attachment, attachment_of, check_normalize, uniform_weights, whole_model
 from .groups import make_groups
+from .live_base import base_of, refuse_wrapped
 from .live_model import check_bias, live_modules, live_tensors, set_parameter
 from .whole_tensors import with_whole_tensors
 
 if TYPE_CHECKING:
     from ..adapters.deltas import ModuleDelta, TensorDelta
+    from ..models.base_model import BaseModel
 
 LEARNED = "learned"
 
@@ -55,7 +50,8 @@ def attach(
 ) -> nn.Module:
     """Attach adapters to a model, in place: only `wlora_weights`, and the head if asked, require gradients afterwards.
 
-    The logits start at zero (free weights at 1/N), so the model starts from uniform composition.
+    The logits start at zero (free weights at 1/N), so the model starts from uniform composition. A model that was loaded from a
+    checkpoint of an attached one starts from the `wlora_weights` there.
 
     Args:
         model: a transformers model, or any model with the adapters' module names.
@@ -75,6 +71,55 @@ def attach(
 
     Raises:
         AdapterError, UnsupportedError: an adapter that does not fit the model, or a feature that is not supported.
+        MixtureError: the model has other weights than its base's files, a head that they lack and `head` does not name, or an adapter
+            of PEFT's in it; or a checkpoint's `wlora_weights` are those of other adapters or groups.
+    """
+    base = base_of(model)
+    attach_loaded(
+        model, adapters, base, granularity=granularity, normalize=normalize, delta_scale=delta_scale, temperature=temperature,
+        head=head, **options,
+    )  # fmt: skip
+    attachment = attachment_of(model)
+    try:
+        if base is not None:
+            attachment.refuse_other_weights(model, base)
+            attachment.take_up(base)
+    except BaseException:
+        detach(model)
+        raise
+    return model
+
+
+def attach_loaded(
+    model: nn.Module,
+    adapters: Iterable[str | Path | tuple[str, str | Path] | Adapter],
+    base: BaseModel | None,
+    *,
+    granularity: str = "module",
+    normalize: str = "all",
+    delta_scale: float | str = 1.0,
+    temperature: float = 1.0,
+    head: Sequence[str] = (),
+    **options: Any,
+) -> nn.Module:
+    """As `attach`, to a model that is known to have the weights of its base's files; it starts from uniform composition.
+
+    Args:
+        model: as of `attach`, and so the others.
+        adapters: one or more.
+        base: whose files it was loaded from, where they are on this machine.
+        granularity: of the groups.
+        normalize: of the weights.
+        delta_scale: factor of the whole delta weight.
+        temperature: of the softmax.
+        head: what is trained along.
+        options: fields of `AdapterOptions`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        AdapterError, UnsupportedError, MixtureError: an adapter that does not fit the model, or a feature that is not supported.
     """
     asked: AdapterOptions = checked(AdapterOptions, options, "attach", MixtureError)
     given = list(adapters)
@@ -83,7 +128,7 @@ def attach(
     _check_model(model)
     _check_options(loaded, normalize, delta_scale, temperature)
     trained = _head_parameters(model, head)
-    deltas, taken = _changes(model, loaded, trained, asked.modules_to_save)
+    deltas, taken = _changes(model, base, loaded, trained, asked.modules_to_save)
     groups = make_groups([d.module for d in deltas], granularity)
     device = next(model.parameters()).device
     model.requires_grad_(False)
@@ -95,8 +140,9 @@ def attach(
     for name in trained:
         model.get_parameter(name).requires_grad_(True)
     attachment = Attachment(
-        loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken, asked.modules_to_save
-    )
+        loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken, asked.modules_to_save,
+        base.folder if base else None,
+    )  # fmt: skip
     model.wlora = attachment  # type: ignore[assignment]
     try:
         for delta in deltas:
@@ -122,6 +168,7 @@ def _check_model(model: nn.Module) -> None:
         )
     if hasattr(model, "wlora"):
         raise MixtureError("the model has adapters attached already: call wlora_merge.detach(model) first.")
+    refuse_wrapped(model)
 
 
 def _check_options(adapters: Sequence[Adapter], normalize: str, delta_scale: float | str, temperature: float) -> None:
@@ -141,7 +188,11 @@ def _check_options(adapters: Sequence[Adapter], normalize: str, delta_scale: flo
 
 
 def _changes(
-    model: nn.Module, adapters: list[Adapter], trained: Sequence[str], modules_to_save: str | None
+    model: nn.Module,
+    base: BaseModel | None,
+    adapters: list[Adapter],
+    trained: Sequence[str],
+    modules_to_save: str | None,
 ) -> tuple[list[ModuleDelta], list[str]]:
     """What the adapters change, stacked module by module; the parameters that became one adapter's, as the user chose."""
     find, layers = live_tensors(model), dict(model.named_modules())
@@ -162,7 +213,7 @@ def _changes(
     tensors, saved = stack_tensors(adapters, modules_to_save, trained, find)
     join_changes(deltas, tensors, trained, find)
     if tensors:
-        _refuse_new(model, tensors)
+        _refuse_new(base, tensors)
         changed = with_whole_tensors(adapters, tensors, layers, find)
         deltas = stack(changed, live_modules(model), find, model_type=model_type)
     for delta in deltas:
@@ -206,12 +257,8 @@ def _head_parameters(model: nn.Module, head: Sequence[str]) -> list[str]:
     return trained
 
 
-def _refuse_new(model: nn.Module, tensors: Sequence[TensorDelta]) -> None:
+def _refuse_new(base: BaseModel | None, tensors: Sequence[TensorDelta]) -> None:
     """Refuse to mix tensors against values that the model's base does not have, but that were drawn when it was loaded."""
-    from ..models.base_model import open_base
-
-    source = getattr(getattr(model, "config", None), "_name_or_path", "")
-    base = open_base(source) if source and Path(source).is_dir() else None
     for delta in tensors:
         if base is not None and base.find_tensor(delta.tensor) is None and base.find_tied(delta.tensor) is None:
             raise UnsupportedError(

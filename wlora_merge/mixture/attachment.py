@@ -20,9 +20,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapters.adapter import Adapter
 from ..adapters.deltas import ModuleDelta
-from ..constants import NORMALIZE
+from ..constants import NORMALIZE, PARAMETER, SCALE_PARAMETER
 from ..errors import MixtureError
 from .groups import make_groups, prefixes, rows_of
+from .live_base import refuse_other_weights, take_up
 from .mixture import NOT_ATTACHED, TRAINING_LOOP, Mixture, adapter_ref, base_ref
 from .stacked_lora import StackedLora, add_delta
 from .weights import at_module, mixture_weights, uniform_start
@@ -30,9 +31,6 @@ from .weights import at_module, mixture_weights, uniform_start
 if TYPE_CHECKING:
     from ..models.base_model import BaseModel
     from .new_lora import NewLora
-
-PARAMETER = "wlora_weights"
-SCALE_PARAMETER = "wlora_delta_scale"
 
 
 @dataclass
@@ -47,6 +45,7 @@ class Attachment:
         taken: names of the parameters that became one adapter's.
         layers: the target modules by name.
         new: the modules that a new adapter changes, with its factors.
+        base_folder: of the base whose weights the model is known to have; None where it did not say which.
     """
 
     adapters: list[Adapter]
@@ -59,6 +58,7 @@ class Attachment:
     head: list[str]
     taken: list[str] = field(default_factory=list)
     modules_to_save: str | None = None
+    base_folder: Path | None = None
     layers: dict[str, nn.Module] = field(default_factory=dict)
     new: dict[str, NewLora] = field(default_factory=dict)
     _hooks: list[RemovableHandle] = field(default_factory=list)
@@ -127,6 +127,24 @@ class Attachment:
         self.weights = uniform_weights(len(self.groups), len(self.adapters), normalize, self.weights.device)
         return self.weights
 
+    # ----------------------------------------------------------------------------------------------------------- base
+
+    def refuse_other_weights(self, model: nn.Module, base: BaseModel) -> None:
+        """Refuse a model whose weights, but for those that a mixture keeps, are not those of its base's files.
+
+        Raises:
+            MixtureError: with the first tensor that differs.
+        """
+        refuse_other_weights(model, base, [*self.head, *self.taken])
+
+    def take_up(self, base: BaseModel) -> None:
+        """Take the parameters of a mixture that a base holds, where it is a checkpoint of an attached model.
+
+        Raises:
+            MixtureError: they are those of other adapters or groups.
+        """
+        take_up(base, self.weights, self.delta_scale if isinstance(self.delta_scale, nn.Parameter) else None)
+
     # -------------------------------------------------------------------------------------------------------- mixture
 
     def to_mixture(self, model: nn.Module, base: str | Path | BaseModel | None = None) -> Mixture:
@@ -142,6 +160,8 @@ class Attachment:
             )
         opened = source if isinstance(source, BaseModel) else open_base(source)
         _check_trained(model, self)
+        if self.base_folder is None or self.base_folder.resolve() != opened.folder.resolve():
+            self.refuse_other_weights(model, opened)
         names = {m: _base_name(opened, m) for modules in self.groups.values() for m in modules}
         groups = make_groups(names.values(), self.granularity)
         row = {names[m]: g for g, modules in enumerate(self.groups.values()) for m in modules}

@@ -15,7 +15,7 @@ from ..adapters.targets import modules_of, tensors_of
 from ..data.tasks import get_task
 from ..errors import AdapterError, UnsupportedError
 from ..mix_options import mix_options
-from ..models.base_model import BaseModel, open_base
+from ..models.base_model import BaseModel, open_base, refuse_attached
 from ..text import first_line
 from .groups import make_groups, prefixes
 from .mixture import Mixture, adapter_ref, base_ref
@@ -55,6 +55,7 @@ def mix(
 
     asked = mix_options(options)
     opened, loaded = open_base(base), load_adapters(adapters, residual=asked.residual)
+    refuse_attached(opened)
     opened = resized(opened, loaded, asked.resize_vocab)
     warn_of_end(opened)
     normalize = asked.normalize or ("all" if asked.weights is None else "none")

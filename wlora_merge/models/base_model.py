@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..constants import PARAMETER, SCALE_PARAMETER
 from ..errors import BaseModelError, UnsupportedError, WloraMergeError
 from ..io.digests import sha256_files
 from ..io.hub import BASE_PATTERNS, Source, resolve_source
@@ -42,7 +43,8 @@ class BaseModel:
 
     Where its vocabulary is made larger, `added` holds the rows [k, ...] that stand behind a tensor's own, by the tensor's name,
     and `tokenizer` the files (name -> path) that take the place of its tokenizer's; see `added_tokens`. `known` has a model's
-    names of tensors that a mixture has recorded -> their names in the files, None for those that are not there.
+    names of tensors that a mixture has recorded -> their names in the files, None for those that are not there. `mixture` has the
+    parameters of a mixture that a checkpoint of an attached model holds: no tensors of the base, and never exported.
     """
 
     source: Source
@@ -53,6 +55,7 @@ class BaseModel:
     added: dict[str, torch.Tensor] = field(default_factory=dict)
     tokenizer: dict[str, Path] = field(default_factory=dict)
     known: dict[str, str | None] = field(default_factory=dict)
+    mixture: dict[str, Entry] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -189,7 +192,8 @@ def open_base(path_or_id: str | Path, error: type[WloraMergeError] = BaseModelEr
         # it says where a tensor that lies in two shards is read; what it forgets is loaded all the same
         entries |= {name: headers[file].entries[name] for name, file in index["weight_map"].items()}
     _check_size(config, config_file, entries.values(), error)
-    return BaseModel(source, config, headers, index, entries)
+    mixture = {name: entries.pop(name) for name in (PARAMETER, SCALE_PARAMETER) if name in entries}
+    return BaseModel(source, config, headers, index, entries, mixture=mixture)
 
 
 def refuse_quantized(base: BaseModel) -> None:
@@ -202,6 +206,19 @@ def refuse_quantized(base: BaseModel) -> None:
         raise UnsupportedError(
             f"{base.folder}: this base is quantized ({base.quantized}), and a fold into it would not be exact: give the original "
             "16-bit base, or export with --format lora."
+        )
+
+
+def refuse_attached(base: BaseModel) -> None:
+    """Refuse a checkpoint of a model with adapters attached, whose mixture would be left out.
+
+    Raises:
+        UnsupportedError: with what to give instead.
+    """
+    for entry in base.mixture.values():
+        raise UnsupportedError(
+            f"{entry.file}: has {entry.name!r}: it is a checkpoint of a model with adapters attached, whose mixture would be lost: "
+            "give the base that it was trained on; or load it and call wlora_merge.attach and Mixture.from_model, which take it up."
         )
 
 

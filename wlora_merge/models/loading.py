@@ -122,9 +122,9 @@ def load(
             output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
     report = LoadingReport(
-        frozenset(str(name) for name in info["missing_keys"] if not _is_made(model, str(name))),
+        frozenset(str(name) for name in info["missing_keys"] if not is_made(model, str(name))),
         frozenset(map(str, info["unexpected_keys"])),
-        {str(name): list(shape) for name, shape, _ in info["mismatched_keys"] if not _is_made(model, str(name))},
+        {str(name): list(shape) for name, shape, _ in info["mismatched_keys"] if not is_made(model, str(name))},
     )
     if complete:
         left = {
@@ -141,7 +141,7 @@ def load(
     return model.eval(), report
 
 
-def _is_made(model: Any, name: str) -> bool:
+def is_made(model: Any, name: str) -> bool:
     """Whether a parameter that the files lack is computed and no weight (a sinusoidal table), or used by other tasks alone."""
     module = model.get_submodule(name.rpartition(".")[0])
     sinusoidal = getattr(model.config, "sinusoidal_pos_embds", False) and name.endswith("position_embeddings.weight")

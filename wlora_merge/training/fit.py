@@ -33,7 +33,7 @@ from ..io.hub import is_here
 from ..io.staging import refuse_out
 from ..mixture.inputs import find_inputs
 from ..mixture.mixture import Mixture, adapter_ref
-from ..models.base_model import BaseModel, open_base, refuse_quantized
+from ..models.base_model import BaseModel, open_base, refuse_attached, refuse_quantized
 from ..text import first_line
 from .initial_logits import find_start, like_start
 from .record import FitJob, data_ref, held_out, recorded
@@ -141,6 +141,7 @@ def _refuse_unfit(given: _Given) -> None:
         logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)  # which the command line keeps quiet
     _check_adapters(given.adapters, given.options)
     refuse_quantized(given.base)
+    refuse_attached(given.base)
     stack(  # refuses what no export could write
         given.adapters, modules_of(given.base), tensors_of(given.base), model_type=given.base.model_type
     )
@@ -277,6 +278,7 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetri
 
     from ..mixture.attachment import attachment_of
     from ..mixture.new_lora import add_new, new_files
+    from .model import in_own_unit, last_layer
 
     mixture = Mixture.from_model(learner.model, given.base)
     logits = mixture.wlora_weights
@@ -290,6 +292,9 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetri
         )
     mixture.task, mixture.metrics, mixture.modules_to_save = given.task.name, metrics, given.request.modules_to_save
     mixture.config = _config(learner, given.base)
+    labels = learner.run.labels
+    if labels is not None and (layer := last_layer(learner.model, mixture.head)):
+        in_own_unit(mixture.head, layer, labels)
     mixture.pooling = learner.solved.seen.layer_pooling if learner.solved else None
     mixture.data = {
         "method": given.options.method,

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapter import Adapter
+from ..constants import REGRESSION
+from ..data.labels import spelling
 from ..data.task import Task, token_limit
 from ..distributed import Team
-from ..errors import BaseModelError, MixtureError, UnsupportedError
+from ..errors import BaseModelError, MixtureError, UnsupportedError, WloraMergeWarning
 from ..fit_options import FitOptions
 from ..models.base_model import BaseModel
 from ..models.loading import LoadingReport, class_for, load
 from ..models.module_tree import empty_model
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from ..data.labels import LabelSet
 
+SHOWN = 4
+"""How many names of classes a message shows."""
 POSITIONS = ("position_embeddings", "position_embedding", "wpe", "embed_positions", "positions_embed")
 """How models call their table of learned positions."""
 
@@ -36,7 +42,7 @@ def attached_model(
     team: Team,
 ) -> tuple[nn.Module, list[str], LabelSet | None]:
     """The model with its adapters attached; the names of the head's modules, where it is new; the labels in the head's order."""
-    from ..mixture.attach import attach
+    from ..mixture.attach import attach_loaded
 
     sharded = team.size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     if sharded and options.quantize == "8bit":
@@ -50,9 +56,10 @@ def attached_model(
     head = sorted({name.rpartition(".")[0] for name in new})
     if options.precision == "bf16":
         _widen(model, head)
-    attach(
+    attach_loaded(
         model,
         adapters,
+        base,
         granularity=options.granularity or "module",
         normalize=options.normalize or "all",
         delta_scale=1.0 if options.delta_scale is None else options.delta_scale,
@@ -213,11 +220,11 @@ def _load(
 ) -> tuple[Any, list[str], LabelSet | None]:
     """The base with the task's head; the names of the parameters that are new; the labels in the head's order.
 
-    A head that the base has for these very labels is kept, frozen; otherwise a new one is trained.
+    A head that the base has for these labels is kept, frozen; otherwise a new one is trained, and it is said where it replaces one.
     """
     import torch
 
-    kept = None if labels is None else _kept_labels(base, labels)
+    kept = None if labels is None else _kept_labels(base, task, labels)
     labels = kept or labels
     auto = task.auto_class()
     cls, model_type = class_for(base.folder, auto)
@@ -241,8 +248,57 @@ def _load(
             f"{base.folder}: which part of {type(model).__name__} is its head cannot be told, so no new one can be trained for these "
             "labels: use a base without a head."
         )
+    if labels is not None and not kept and _is_of(base, task) and not new <= report.missing:
+        _tell_replaced(base, task, labels)
     _draw_again(model, new - set(absent))
-    return model, sorted(new), labels
+    return model, sorted(new), _with_unit(labels, model, new)
+
+
+def last_layer(model: nn.Module, head: Iterable[str]) -> str | None:
+    """The name of the linear layer that gives a regression's one number; None where it cannot be told.
+
+    Args:
+        model: with the head.
+        head: names of the head's parameters.
+    """
+    from torch import nn
+
+    names = {name.rpartition(".")[0] for name in head}
+    layers = ((name, model.get_submodule(name)) for name in sorted(names))
+    found = [name for name, layer in layers if isinstance(layer, nn.Linear) and layer.out_features == 1]
+    return found[0] if len(found) == 1 else None
+
+
+def in_own_unit(head: dict[str, torch.Tensor], layer: str, labels: LabelSet) -> None:
+    """Give a head that predicts standardized numbers the unit of the labels, in place: spread · (weight · x + bias) + mean.
+
+    Args:
+        head: the head's tensors by name.
+        layer: its last layer's name.
+        labels: of a regression; their mean is 0 where the layer has no bias.
+    """
+    for name, shift in ((f"{layer}.weight", 0.0), (f"{layer}.bias", labels.mean)):
+        if name in head:
+            head[name] = (head[name].double() * labels.spread + shift).to(head[name].dtype)
+
+
+def _with_unit(labels: LabelSet | None, model: nn.Module, new: Iterable[str]) -> LabelSet | None:
+    """The labels with the mean and spread that `in_own_unit` can give the head in the end."""
+    if labels is None or labels.problem_type != REGRESSION:
+        return labels
+    layer = last_layer(model, new)
+    if layer is None:
+        return replace(labels, mean=0.0, spread=1.0)
+    if f"{layer}.bias" in dict(model.named_parameters()):
+        return labels
+    if abs(labels.mean) > labels.spread:
+        warnings.warn(
+            f"the head of {type(model).__name__} has no bias, and the labels lie around {labels.mean:.6g} with a deviation of "
+            f"{labels.spread:.6g}: it predicts them better if you subtract {labels.mean:.6g} from each.",
+            WloraMergeWarning,
+            stacklevel=2,
+        )
+    return replace(labels, mean=0.0)
 
 
 def _absent(base: BaseModel, task: Task, model: Any, report: LoadingReport) -> tuple[set[str], set[str]]:
@@ -306,18 +362,46 @@ def _draw_again(model: Any, names: Collection[str]) -> None:
         model._init_weights(module)
 
 
-def _kept_labels(base: BaseModel, labels: LabelSet) -> LabelSet | None:
-    """The labels in the order of the base's own head, where it has one for them, of this problem type as far as it says."""
-    own = _own_labels(base)
+def _kept_labels(base: BaseModel, task: Task, labels: LabelSet) -> LabelSet | None:
+    """The labels in the order of the base's own head, where it has one for them, of this problem type as far as it says.
+
+    The names are the head's, or are all of them under another spelling.
+    """
+    own = _own_labels(base, task)
     problem = base.config.get("problem_type") in (None, labels.problem_type)
-    if own is None or not problem or not labels.names or not set(labels.names) <= set(own):
+    if not own or not problem or not labels.names:
         return None
-    return replace(labels, names=tuple(own))
+    if set(labels.names) <= set(own):
+        return replace(labels, names=tuple(own))
+    spelled = {spelling(name): name for name in labels.names}
+    names = tuple(spelled.get(spelling(name), name) for name in own)
+    return replace(labels, names=names) if sorted(names) == sorted(labels.names) else None
 
 
-def _own_labels(base: BaseModel) -> list[str] | None:
-    """The label names of the base's own config, in the head's order; None where it has none of its own."""
+def _own_labels(base: BaseModel, task: Task) -> list[str]:
+    """The label names of the base's own head, in its order; empty where its config speaks of none."""
     table = base.config.get("id2label")
-    if not isinstance(table, dict) or not table:
-        return None
-    return [str(table[key]) for key in sorted(table, key=int)]
+    if isinstance(table, dict) and table:
+        return [str(table[key]) for key in sorted(table, key=int)]
+    return ["LABEL_0", "LABEL_1"] if _is_of(base, task) else []  # the names that transformers does not store
+
+
+def _is_of(base: BaseModel, task: Task) -> bool:
+    """Whether a base's config names a class of this task, so that its files have a head for it."""
+    kind = task.auto_class_name.removeprefix("AutoModel")
+    return any(name.endswith(kind) for name in base.config.get("architectures") or [])
+
+
+def _tell_replaced(base: BaseModel, task: Task, labels: LabelSet) -> None:
+    """Say that the base's own head gives way to a new one."""
+    own, names = (
+        ", ".join(map(repr, part[:SHOWN])) + (", ..." if len(part) > SHOWN else "")
+        for part in (_own_labels(base, task), labels.names)
+    )
+    wanted = f"the classes {names} ({labels.problem_type})" if names else "a regression"
+    advice = ": to keep it, call the classes as it does" if names else ""
+    warnings.warn(
+        f"{base.folder}: its own head, for {own}, is replaced by a new one for {wanted}{advice}.",
+        WloraMergeWarning,
+        stacklevel=2,
+    )

@@ -10,9 +10,10 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import nn
 
+from ..constants import SCALE_PARAMETER
 from ..fit_options import FitOptions
 from ..mixture.attach import regroup
-from ..mixture.attachment import SCALE_PARAMETER, attachment_of
+from ..mixture.attachment import attachment_of
 from ..mixture.new_lora import place_new
 from ..mixture.weights import mixture_weights, uniform_start
 from .candidates import Candidate

@@ -216,13 +216,12 @@ class SolvedHead:
         return torch.stack([self._target(row) for row in rows])
 
     def targets(self, rows: Sequence[int]) -> torch.Tensor:
-        """[n, k] float32: one-hot rows of classes, or what is to be predicted, of a regression with mean 0 and variance 1."""
+        """[n, k] float32: one-hot rows of classes, or what is to be predicted, with mean 0."""
         given = self.classes(rows)
         if self.kind == SINGLE:
             return nn.functional.one_hot(given, self.outputs).float()
         every = torch.stack([self._target(row) for row in range(self.shots)]).reshape(self.shots, -1).float()
-        wanted = given.reshape(len(rows), -1).float() - every.mean(0)
-        return wanted / every.std(0, correction=0).clamp(min=1e-6) if self.kind == REGRESSION else wanted
+        return given.reshape(len(rows), -1).float() - every.mean(0)
 
     def solve(self, features: Features, rows: Sequence[int], l2: float | None = None) -> Solved:
         """The head of these rows at its optimum, for features as the model gives them."""
