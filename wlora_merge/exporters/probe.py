@@ -98,7 +98,9 @@ def outputs_of(model: nn.Module, probe: Mapping[str, Any]) -> dict[str, torch.Te
 
     Meter("comparing outputs")
     with torch.no_grad(), library_errors("the model does not run on the probe", VerifyError):
-        result = model(**probe_tensors(probe), return_dict=True)
+        dtype = next(model.parameters()).dtype
+        inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in probe_tensors(probe).items()}
+        result = model(**inputs, return_dict=True)
     wanted = (
         "logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output", "token_embeddings",
         "sentence_embedding", "text_embeds", "image_embeds",

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from ..data.causal_lm import CAUSAL_LM
 from ..data.task import Task
 from ..errors import UnsupportedError, VerifyError
+from ..io.tensors import refuse_not_finite
 from ..models.loading import quiet
 from ..progress import Meter
 from ..text import first_line
 from .dummy_inputs import DENSE_INSTEAD, load_model, sentence_tokens
+from .validate import MIXTURE_ADVICE
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +92,7 @@ def compare_genai(folder: Path, model: Any) -> float:
 
     Raises:
         VerifyError: the library cannot load or run the folder.
+        NotFiniteError: PyTorch's own scores are not finite.
     """
     import torch
 
@@ -100,6 +103,7 @@ def compare_genai(folder: Path, model: Any) -> float:
         for _ in range(GENERATED):
             row.append(int(model(input_ids=torch.tensor([row])).logits[0, -1].argmax()))
         scores: torch.Tensor = model(input_ids=torch.tensor([row])).logits[0]
+    refuse_not_finite(scores, "PyTorch's own output 'logits' in float32", MIXTURE_ADVICE)
     given = _greedy(folder, row, len(tokens))
     same = 0
     for at, token in enumerate(given, len(tokens)):
