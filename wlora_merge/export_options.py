@@ -36,6 +36,8 @@ class ExportOptions:
         help="dense: file size, as 5GB. Default: the base's own shards.")
     base_name: str | None = option(
         None, Topic.FORMAT, help="What the card and a lora's config call the base. Default: hub id or folder name.")
+    tokenizer_from: str | None = option(
+        None, Topic.INPUTS, metavar="NAME", help="Carry the tokenizer and chat template beside adapter NAME, not the base's.")
     server: str | None = option(
         None, Topic.FORMAT, of=("lora",), choices=SERVERS, flag="--for", help="lora: refuse what this server would not load.")
     max_rank: int | None = option(

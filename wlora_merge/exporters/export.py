@@ -19,6 +19,7 @@ from ..io.staging import Staging, staged
 from ..mixture.inputs import Inputs, find_inputs
 from ..mixture.mixture import Mixture
 from ..progress import LOG
+from .beside import left_out, take_tokenizer
 from .format import Format, Measures
 from .formats import FORMATS
 from .manifest import build_manifest, versions, write_manifest
@@ -73,9 +74,11 @@ def export(
     """
     asked = export_options({"format": format, **options})
     kind, inputs = FORMATS[format], find_inputs(mixture, base=base, adapters=adapters, any_digest=any_digest)
+    take_tokenizer(inputs, asked.tokenizer_from)
     planned = kind.plan(inputs, asked)
-    if planned.note:
-        LOG.info(planned.note)
+    note = " ".join(filter(None, (planned.note, left_out(inputs))))
+    if note:
+        LOG.info(note)
     folders = [*inputs.folders, *(Path(p) for p in (mixture, asked.onnx_base) if isinstance(p, str | Path))]
     with (
         team() as ranks,
@@ -86,7 +89,7 @@ def export(
             return ExportResult(staging.out, format, None, 0, {})
         written = planned.write(staging.path)
         how = asdict(asked) | {"any_digest": any_digest, "report": report}
-        _describe(inputs, kind, how, planned.note, written.measures, staging.path, {**known, **written.digests})
+        _describe(inputs, kind, how, note, written.measures, staging.path, {**known, **written.digests})
         total = sum(p.stat().st_size for p in staging.path.rglob("*") if p.is_file())
     measures = written.measures
     return ExportResult(staging.out, format, staging.swap, total, measures.table(), measures.line(asked))
