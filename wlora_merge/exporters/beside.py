@@ -45,7 +45,7 @@ def take_tokenizer(inputs: Inputs, name: str | None) -> None:
 
 
 def left_out(inputs: Inputs) -> str:
-    """What lies beside the adapters and is left out, though the export has it otherwise or not, in sentences; empty where nothing is."""
+    """What lies beside the adapters, differs from what the export has, and is left out, in sentences; empty where nothing is."""
     carried = {str(name): path for name, path in inputs.base.carried_files().items()}
     own = _tokenizer_facts(carried)
     others = {a.name: _differing(_tokenizer_facts(_files_of(a)), own) for a in inputs.adapters}

@@ -287,9 +287,11 @@ class OnnxFormat(Format):
         self, folder: Path, manifest: Manifest, model: nn.Module, base: BaseModel, checked: Checked
     ) -> None:
         """At several shapes and in a greedy generation, then on the probe; of a genai folder, the tokens."""
+        from ..onnx.convert import refuse_provider, require_extra
         from ..onnx.genai import compare_genai
         from ..onnx.validate import compare_with
 
+        require_extra()
         report = manifest.report
         if isinstance(report, GenaiMeasures):
             share = compare_genai(folder, model)
@@ -300,6 +302,7 @@ class OnnxFormat(Format):
                 )
             checked.done.append(f"{share:.1%} of the greedy tokens are the unmerged mixture's")
             return
+        refuse_provider(manifest.options.get("ort_fusions"))
         task = get_task(manifest.mixture.task)
         compare_with(folder, model, task=task, halved=lambda: copy.deepcopy(model).half())
         generated = ", and in a greedy generation" if task.generates else ""

@@ -79,6 +79,10 @@ def _check_asked(task: Task, dtype: str, quantize: str | None) -> None:
             "ONNX Runtime's CPU provider does not run the float16 folder that onnxruntime-genai's builder makes, so it could not be "
             "checked: use float32 or --quantize int4."
         )
+    _require_genai()
+
+
+def _require_genai() -> None:
     if find_spec("onnxruntime_genai") is None:
         raise UnsupportedError("onnxruntime-genai is not installed: pip install onnxruntime-genai.")
 
@@ -91,11 +95,13 @@ def compare_genai(folder: Path, model: Any) -> float:
         model: the PyTorch model in float32, or one with the adapters attached.
 
     Raises:
+        UnsupportedError: the library is not installed.
         VerifyError: the library cannot load or run the folder.
         NotFiniteError: PyTorch's own scores are not finite.
     """
     import torch
 
+    _require_genai()
     limit = model.config.get_text_config().vocab_size
     tokens = [token for token in sentence_tokens(folder) or range(3, 40) if token < limit][:12] or [1, 2, 3]
     with quiet(), torch.no_grad():
