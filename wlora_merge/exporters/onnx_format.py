@@ -140,7 +140,7 @@ class TracedPlan(Plan):
         """Write the dense folder, trace it or let genai build it, and take it away."""
         mixture, asked, dtype = self.dense.inputs.mixture, self.asked, self.asked.dtype or "float32"
         if mixture.task is None:
-            raise UnsupportedError("an ONNX export needs the mixture's task: make the mixture with --task TASK.")
+            raise UnsupportedError("an ONNX export needs a task: say --task TASK.")
         from ..onnx.convert import refuse_provider, require_extra, write_onnx
         from ..onnx.quantize import refuse_quantize
 
@@ -223,6 +223,7 @@ class OnnxFormat(Format):
     packages = ("torch", "transformers", "onnx", "onnxscript")
     library = "transformers.js"
     summary = "folded into the base model and exported to ONNX"
+    needs_task = True
     gives_all_outputs = False  # a graph has no pooler
 
     def plan(self, inputs: Inputs, asked: ExportOptions) -> Plan:
