@@ -74,9 +74,11 @@ class TracedMeasures(Measures):
         """How far it is from PyTorch, and the quantized graph from it."""
         said = f"ONNX Runtime's outputs are within {self.largest_difference:.2e} of PyTorch's."
         if q := self.quantized:
+            from ..onnx.quantize import JS_DTYPES
+
             said += (
                 f" `{q.file}` has quantized weights: its outputs are off by {q.relative:.2e} of the largest, the choice is the "
-                f"same in {q.same_choice:.1%}; transformers.js loads it with `dtype: '{Path(q.file).stem.rpartition('_')[2]}'`."
+                f"same in {q.same_choice:.1%}; transformers.js loads it with `dtype: '{JS_DTYPES[Path(q.file).stem.removeprefix('model')]}'`."
             )
         return said
 
