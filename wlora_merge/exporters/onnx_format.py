@@ -76,9 +76,10 @@ class TracedMeasures(Measures):
         if q := self.quantized:
             from ..onnx.quantize import JS_DTYPES
 
+            js = JS_DTYPES[Path(q.file).stem.removeprefix("model")]
             said += (
                 f" `{q.file}` has quantized weights: its outputs are off by {q.relative:.2e} of the largest, the choice is the "
-                f"same in {q.same_choice:.1%}; transformers.js loads it with `dtype: '{JS_DTYPES[Path(q.file).stem.removeprefix('model')]}'`."
+                f"same in {q.same_choice:.1%}; transformers.js loads it with `dtype: '{js}'`."
             )
         return said
 
