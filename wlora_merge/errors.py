@@ -38,6 +38,10 @@ class VerifyError(WloraMergeError):
     """An export is not what its manifest says, or does not compute what its mixture does."""
 
 
+class NotFiniteError(VerifyError):
+    """A model's own outputs are NaN or infinite, so that no export can be compared with them."""
+
+
 class RecipeError(WloraMergeError):
     """A recipe has an unknown key, a wrong value, or lacks one that it needs."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .constants import DTYPES, FORMATS, ONNX_DTYPES, ONNX_PROVIDERS, ONNX_QUANTIZE, ONNX_RUNTIMES, SERVERS
+from .data.tasks import TASKS
 from .errors import UnsupportedError
 from .option_fields import REQUIRED, SHARE, Range, Rule, Topic, checked, flag, option, refuse, spec
 
@@ -36,6 +37,11 @@ class ExportOptions:
         help="dense: file size, as 5GB. Default: the base's own shards.")
     base_name: str | None = option(
         None, Topic.FORMAT, help="What the card and a lora's config call the base. Default: hub id or folder name.")
+    task: str | None = option(
+        None, Topic.INPUTS, choices=tuple(TASKS),
+        help="What the exported model is for. Default: the mixture's; for onnx else as the inputs say.")
+    tokenizer_from: str | None = option(
+        None, Topic.INPUTS, metavar="NAME", help="Carry the tokenizer and chat template beside adapter NAME, not the base's.")
     server: str | None = option(
         None, Topic.FORMAT, of=("lora",), choices=SERVERS, flag="--for", help="lora: refuse what this server would not load.")
     max_rank: int | None = option(

@@ -19,7 +19,7 @@ class WeightOptions:
 
     # fmt: off
     task: str | None = option(
-        None, Topic.INPUTS, choices=tuple(TASKS), help="What the exported model is for; an ONNX export needs it."
+        None, Topic.INPUTS, choices=tuple(TASKS), help="What the exported model is for. Default: as the inputs say, for onnx."
     )
     weights: Sequence[float] | None = option(
         None, Topic.MIXED, metavar="W,W,...", help="One weight for each adapter. Default: uniform composition."

@@ -85,9 +85,15 @@ def test_onnxruntime_genai_in_int4_says_how_many_tokens_are_pytorchs(mixture: Pa
 def test_quantized_graphs_stand_beside_the_float_one_and_their_error_is_reported(
     mixture: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for kind, name, operator, most in (
-        ("int8", "model_int8.onnx", "MatMulInteger", 0.2),  # on any CPU: 8-bit weights would overflow without VNNI
-        ("int4", "model_q4.onnx", "MatMulNBits", 0.6),
+    for (
+        kind,
+        name,
+        js,
+        operator,
+        most,
+    ) in (  # transformers.js's names
+        ("int8", "model_quantized.onnx", "q8", "MatMulInteger", 0.2),  # on any CPU: 8 bits would overflow without VNNI
+        ("int4", "model_q4.onnx", "q4", "MatMulNBits", 0.6),
     ):
         arguments = ["export", str(mixture), "--format", "onnx", "--quantize", kind, "--out", str(tmp_path / kind)]
         done = CliRunner().invoke(main, arguments)
@@ -96,6 +102,7 @@ def test_quantized_graphs_stand_beside_the_float_one_and_their_error_is_reported
         assert "root" not in {record.name for record in caplog.records}  # where ONNX Runtime's quantizer warns
         assert f"{error['file']}: off by {error['relative']:.2e}" in done.output
         assert error["file"] == f"onnx/{name}"
+        assert f"with `dtype: '{js}'`" in (tmp_path / kind / "README.md").read_text()
         assert 0 < error["relative"] < most
         assert 0 < error["same_choice"] <= 1
         graph = onnx.load(tmp_path / kind / "onnx" / name).graph

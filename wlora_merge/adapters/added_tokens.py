@@ -58,7 +58,7 @@ def resized(base: BaseModel, adapters: Sequence[Adapter], name: str | None) -> B
         same = result.added.get(source.name)
         if own is not None or same is None or not equal(same, rows):
             result.added[own.name if own else tensor] = rows
-    result.tokenizer = _tokenizer_files(adapter, new)
+    result.tokenizer = tokenizer_files(adapter, new, "--resize-vocab")
     return result
 
 
@@ -145,8 +145,18 @@ def _grown(base: BaseModel, old: int, new: int) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if shape != base.tree.tensors.get(name)}
 
 
-def _tokenizer_files(adapter: Adapter, new: int) -> dict[str, Path]:
-    """File name -> path of the tokenizer that lies in the adapter's folder."""
+def tokenizer_files(adapter: Adapter, rows: int | None, asked: str) -> dict[str, Path]:
+    """File name -> path of the tokenizer that lies in the adapter's folder.
+
+    Args:
+        adapter: whose tokenizer is wanted.
+        rows: of the model's embedding; None where they are not known.
+        asked: the option that wants it.
+
+    Raises:
+        UnsupportedError: it has none.
+        AdapterError: it has a token that the embedding has no row for.
+    """
     source = adapter.source
     if source.hub_id:  # what was fetched of it is the adapter alone
         source = resolve_source(
@@ -156,16 +166,24 @@ def _tokenizer_files(adapter: Adapter, new: int) -> dict[str, Path]:
     files = {name: path for name in TOKENIZER_FILES if (path := find_file(folder, name, AdapterError)) is not None}
     if "tokenizer_config.json" not in files:
         raise UnsupportedError(
-            f"--resize-vocab {adapter.name}: {folder} has no tokenizer, and the base's lacks the added tokens: save the one that the "
-            "adapter was trained with there: tokenizer.save_pretrained(folder)."
+            f"{asked} {adapter.name}: {folder} has no tokenizer (tokenizer_config.json): save the one that the adapter was trained "
+            "with there: tokenizer.save_pretrained(folder)."
         )
-    largest = max((number for number, _ in _added(files)), default=-1)
-    if largest >= new:
+    largest = max((number for number, _ in [*_added(files), *_vocabulary(files)]), default=-1)
+    if rows is not None and largest >= rows:
         raise AdapterError(
-            f"{folder}: its tokenizer has a token {largest}, and its embeddings have {new} rows: it is not the tokenizer that this "
-            "adapter was trained with."
+            f"{folder}: its tokenizer has a token {largest}, and its embeddings have {rows} rows: it is not the tokenizer that this "
+            "adapter was trained with, or --resize-vocab brings its rows."
         )
     return files
+
+
+def _vocabulary(files: Mapping[str, Path]) -> list[tuple[int, str]]:
+    """Ids and contents of a tokenizer's own tokens, where its file is a table of them."""
+    model = read_json(files["tokenizer.json"], AdapterError).get("model") if "tokenizer.json" in files else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    rows = vocabulary.items() if isinstance(vocabulary, dict) else ()
+    return [(number, content) for content, number in rows if isinstance(number, int)]
 
 
 def _added(files: Mapping[str, Path]) -> list[tuple[int, Any]]:

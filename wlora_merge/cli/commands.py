@@ -267,6 +267,9 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
             for name, done in result.exports.items()
         ],
     )
+    for name, verified_export in result.checked.items():
+        for item, reason in verified_export.skipped.items():
+            click.echo(f"{name}: skipped: {item} ({reason})")
 
 
 # ------------------------------------------------------------------------------------------------------- inspect

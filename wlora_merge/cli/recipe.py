@@ -172,11 +172,9 @@ def _check(recipe: Recipe, path: Path) -> None:
     with _named(f"{path}: mix"):
         if recipe.mix is not None:
             checked(MixOptions, vars(recipe.mix), "mix", RecipeError)
-    task = recipe.fit.task if recipe.fit else recipe.mix.task if recipe.mix else None
     for i, entry in enumerate(recipe.exports):
         with _named(f"{path}: exports[{i}]"):
-            if export_options(options_of(entry, ExportOptions)).format == "onnx" and task is None:
-                raise RecipeError("an ONNX export needs the mixture's task: set mix.task.")
+            export_options(options_of(entry, ExportOptions))
 
 
 @contextmanager

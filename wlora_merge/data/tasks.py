@@ -56,8 +56,13 @@ def task_of(model: Any) -> str | None:
         return None
     classes = type(model).__mro__  # FSDP and the like make subclasses
     name = next((c.__name__ for c in classes if c.__module__.startswith("transformers.models.")), "")
-    found = [task.name for task in TASKS.values() if name in _class_names(task.auto_class())]
+    found = tasks_of_class(name)
     return found[0] if len(found) == 1 else None
+
+
+def tasks_of_class(name: str) -> list[str]:
+    """The tasks for which transformers builds the class of that name (`LlamaForCausalLM`); none of a class that it does not know."""
+    return [task.name for task in TASKS.values() if name in _class_names(task.auto_class())]
 
 
 def _class_names(auto: Any) -> set[str]:

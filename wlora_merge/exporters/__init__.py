@@ -8,6 +8,7 @@ formats          the list of them: FORMATS
 dense_format     safetensors, planned, written, described and verified
 lora_format      one PEFT adapter
 onnx_format      graphs, traced or refolded, or a folder of genai
+beside           what lies beside the adapters, carried or named
 dense            which tensors go into which files: plan
 pooling_layer    mean pooling as one more layer of a dense export
 stream           the bytes of those files: write_files

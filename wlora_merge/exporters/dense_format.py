@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..constants import DTYPES
 from ..distributed import Team
-from ..errors import VerifyError
+from ..errors import VerifyError, WloraMergeWarning
 from ..export_options import ExportOptions
+from ..io.tensors import all_finite
 from ..mixture.inputs import Inputs
 from ..models.base_model import BaseModel, open_base, refuse_quantized
 from ..models.tied_embeddings import Untied
@@ -23,7 +25,7 @@ from .probe import outputs_of
 from .stream import write_files
 from .unmerged import load_checked, unused_by
 from .verify_files import check_checkpoint
-from .verify_outputs import Tolerance, stored_dtypes, tolerance_of
+from .verify_outputs import Checked, Tolerance, stored_dtypes, tolerance_of
 from .verify_weights import check_added, check_folded, check_untouched
 
 if TYPE_CHECKING:
@@ -177,6 +179,26 @@ class DenseFormat(Format):
     def tolerance(self, folder: Path, manifest: Manifest, effect: float) -> Tolerance:
         """Rounding to the dtype of its weights."""
         return tolerance_of(stored_dtypes(folder), effect, pooled=manifest.mixture.pooling is not None)
+
+    def check_outputs(
+        self, folder: Path, manifest: Manifest, model: nn.Module, base: BaseModel, checked: Checked
+    ) -> None:
+        """On the probe in float32; of float16 weights it is said where the model overflows in float16."""
+        super().check_outputs(folder, manifest, model, base, checked)
+        if "F16" not in stored_dtypes(folder):
+            return
+        try:
+            half = outputs_of(self._load(folder, manifest).half(), manifest.probe)
+        except VerifyError as error:
+            checked.skipped["outputs in float16"] = str(error)
+            return
+        if bad := [name for name, tensor in half.items() if not all_finite(tensor)]:
+            warnings.warn(
+                f"{folder}: in float16 PyTorch's own {bad[0]!r} is NaN or infinite, as numbers pass 65504: the weights are right, "
+                "but serve them in float32 or bfloat16.",
+                WloraMergeWarning,
+                stacklevel=2,
+            )
 
     def _load(self, folder: Path, manifest: Manifest) -> nn.Module:
         return load_checked(folder, manifest.mixture.task, unused=unused_by(manifest.mixture))

@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..distributed import Team, team
-from ..export_options import export_options
+from ..errors import UnsupportedError
+from ..export_options import ExportOptions, export_options
 from ..io.staging import Staging, staged
 from ..mixture.inputs import Inputs, find_inputs
 from ..mixture.mixture import Mixture
+from ..mixture.told_task import told_task
 from ..progress import LOG
+from .beside import left_out, take_tokenizer
 from .format import Format, Measures
 from .formats import FORMATS
 from .manifest import build_manifest, versions, write_manifest
@@ -73,9 +76,13 @@ def export(
     """
     asked = export_options({"format": format, **options})
     kind, inputs = FORMATS[format], find_inputs(mixture, base=base, adapters=adapters, any_digest=any_digest)
+    if (task := _task_of(inputs, kind, asked)) != inputs.mixture.task:
+        inputs = replace(inputs, mixture=replace(inputs.mixture, task=task))
+    take_tokenizer(inputs, asked.tokenizer_from)
     planned = kind.plan(inputs, asked)
-    if planned.note:
-        LOG.info(planned.note)
+    note = " ".join(filter(None, (planned.note, left_out(inputs))))
+    if note:
+        LOG.info(note)
     folders = [*inputs.folders, *(Path(p) for p in (mixture, asked.onnx_base) if isinstance(p, str | Path))]
     with (
         team() as ranks,
@@ -86,10 +93,25 @@ def export(
             return ExportResult(staging.out, format, None, 0, {})
         written = planned.write(staging.path)
         how = asdict(asked) | {"any_digest": any_digest, "report": report}
-        _describe(inputs, kind, how, planned.note, written.measures, staging.path, {**known, **written.digests})
+        _describe(inputs, kind, how, note, written.measures, staging.path, {**known, **written.digests})
         total = sum(p.stat().st_size for p in staging.path.rglob("*") if p.is_file())
     measures = written.measures
     return ExportResult(staging.out, format, staging.swap, total, measures.table(), measures.line(asked))
+
+
+def _task_of(inputs: Inputs, kind: Format, asked: ExportOptions) -> str | None:
+    """The task as `--task` says, as the mixture says, or, for a format that needs one, as its inputs say.
+
+    Raises:
+        UnsupportedError: the mixture's head was trained for another task, or the inputs do not agree on one.
+    """
+    mixture = inputs.mixture
+    if asked.task is None:
+        wanted = kind.needs_task and mixture.task is None and asked.onnx_base is None
+        return told_task(inputs.base, inputs.adapters, mixture.config) if wanted else mixture.task
+    if mixture.head and mixture.task not in (None, asked.task):
+        raise UnsupportedError(f"--task {asked.task}: the mixture has a head for {mixture.task}: leave --task out.")
+    return asked.task
 
 
 def _describe(

@@ -79,6 +79,7 @@ class Format(ABC):
         library: what the hub calls the library that loads it.
         is_adapter: whether it needs its base to be loaded; else it is a whole model.
         keeps_tensors: whether its files have the base's tensors under the base's names.
+        needs_task: whether its model is made for one task.
         gives_all_outputs: whether it gives each output that the model gives.
         summary: what became of the adapters, for the card.
     """
@@ -89,6 +90,7 @@ class Format(ABC):
     summary: ClassVar[str]
     is_adapter: ClassVar[bool] = False
     keeps_tensors: ClassVar[bool] = False
+    needs_task: ClassVar[bool] = False
     gives_all_outputs: ClassVar[bool] = True
 
     @abstractmethod

@@ -74,9 +74,12 @@ class TracedMeasures(Measures):
         """How far it is from PyTorch, and the quantized graph from it."""
         said = f"ONNX Runtime's outputs are within {self.largest_difference:.2e} of PyTorch's."
         if q := self.quantized:
+            from ..onnx.quantize import JS_DTYPES
+
+            js = JS_DTYPES[Path(q.file).stem.removeprefix("model")]
             said += (
                 f" `{q.file}` has quantized weights: its outputs are off by {q.relative:.2e} of the largest, the choice is the "
-                f"same in {q.same_choice:.1%}; transformers.js loads it with `dtype: '{Path(q.file).stem.rpartition('_')[2]}'`."
+                f"same in {q.same_choice:.1%}; transformers.js loads it with `dtype: '{js}'`."
             )
         return said
 
@@ -140,7 +143,7 @@ class TracedPlan(Plan):
         """Write the dense folder, trace it or let genai build it, and take it away."""
         mixture, asked, dtype = self.dense.inputs.mixture, self.asked, self.asked.dtype or "float32"
         if mixture.task is None:
-            raise UnsupportedError("an ONNX export needs the mixture's task: make the mixture with --task TASK.")
+            raise UnsupportedError("an ONNX export needs a task: say --task TASK.")
         from ..onnx.convert import refuse_provider, require_extra, write_onnx
         from ..onnx.quantize import refuse_quantize
 
@@ -223,6 +226,7 @@ class OnnxFormat(Format):
     packages = ("torch", "transformers", "onnx", "onnxscript")
     library = "transformers.js"
     summary = "folded into the base model and exported to ONNX"
+    needs_task = True
     gives_all_outputs = False  # a graph has no pooler
 
     def plan(self, inputs: Inputs, asked: ExportOptions) -> Plan:
@@ -287,9 +291,11 @@ class OnnxFormat(Format):
         self, folder: Path, manifest: Manifest, model: nn.Module, base: BaseModel, checked: Checked
     ) -> None:
         """At several shapes and in a greedy generation, then on the probe; of a genai folder, the tokens."""
+        from ..onnx.convert import refuse_provider, require_extra
         from ..onnx.genai import compare_genai
         from ..onnx.validate import compare_with
 
+        require_extra()
         report = manifest.report
         if isinstance(report, GenaiMeasures):
             share = compare_genai(folder, model)
@@ -300,6 +306,7 @@ class OnnxFormat(Format):
                 )
             checked.done.append(f"{share:.1%} of the greedy tokens are the unmerged mixture's")
             return
+        refuse_provider(manifest.options.get("ort_fusions"))
         task = get_task(manifest.mixture.task)
         compare_with(folder, model, task=task, halved=lambda: copy.deepcopy(model).half())
         generated = ", and in a greedy generation" if task.generates else ""

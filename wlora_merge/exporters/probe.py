@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.task import Task
 from ..data.tasks import get_task
-from ..errors import VerifyError
+from ..errors import VerifyError, WloraMergeError
 from ..models.loading import library_errors
 from ..progress import Meter
 
@@ -92,13 +92,21 @@ def probe_tensors(probe: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def outputs_of(model: nn.Module, probe: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The model's floating outputs on the probe (logits, start_logits, last_hidden_state, ...)."""
+def outputs_of(
+    model: nn.Module, probe: Mapping[str, Any], error: type[WloraMergeError] = VerifyError
+) -> dict[str, torch.Tensor]:
+    """The model's floating outputs on the probe (logits, start_logits, last_hidden_state, ...).
+
+    Raises:
+        error: the model does not run on it.
+    """
     import torch
 
     Meter("comparing outputs")
-    with torch.no_grad(), library_errors("the model does not run on the probe", VerifyError):
-        result = model(**probe_tensors(probe), return_dict=True)
+    with torch.no_grad(), library_errors("the model does not run on the probe", error):
+        dtype = next(model.parameters()).dtype
+        inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in probe_tensors(probe).items()}
+        result = model(**inputs, return_dict=True)
     wanted = (
         "logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output", "token_embeddings",
         "sentence_embedding", "text_embeds", "image_embeds",

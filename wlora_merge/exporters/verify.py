@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..constants import MANIFEST_FILE
 from ..errors import UnsupportedError, VerifyError, WloraMergeError
-from ..io.digests import path_of
+from ..io.digests import path_of, sha256_file
+from ..io.hub import ADAPTER_PATTERNS, BASE_PATTERNS, resolve_source
 from ..mixture.inputs import Inputs, find_inputs
 from ..mixture.mixture import Mixture
 from ..models.base_model import BaseModel, open_base
@@ -59,9 +61,19 @@ def verify(
     checked = Checked(files=check_files(folder, manifest.files), done=["digests", "structure"])
     kind.check_structure(folder, manifest)
     if not quick:
-        checked.done += kind.check_loads(folder, manifest)
+        with _skipped_where_unsupported("loading", checked):
+            checked.done += kind.check_loads(folder, manifest)
         _check_against_inputs(folder, manifest, _find_inputs(manifest, base, adapters), checked)
     return checked
+
+
+@contextmanager
+def _skipped_where_unsupported(check: str, checked: Checked) -> Iterator[None]:
+    """Skip a check that cannot run here, with its reason: a model with code of its own, a package that is not installed."""
+    try:
+        yield
+    except UnsupportedError as error:
+        checked.skipped[check] = str(error)
 
 
 def _check_against_inputs(
@@ -74,22 +86,15 @@ def _check_against_inputs(
         checked.skipped["outputs"] = f"not found here: {', '.join(missing)}; say --base PATH and --adapter NAME=PATH"
         return
     kind = FORMATS[manifest.format]
-    try:
+    with _skipped_where_unsupported("outputs", checked):
         mixture = _recorded(manifest, open_base(str(base_folder)), adapters, folder)
-    except UnsupportedError as error:
-        checked.skipped["outputs"] = str(error)
-        return
-    found = find_inputs(mixture)
-    checked.done += kind.check_weights(folder, manifest, found)
-    if not manifest.probe:
-        checked.skipped["outputs"] = "the manifest has no probe inputs for this kind of model"
-        return
-    try:
+        found = find_inputs(mixture, instead="as --base PATH or --adapter NAME=PATH")
+        with _skipped_where_unsupported("weights", checked):
+            checked.done += kind.check_weights(folder, manifest, found)
+        if not manifest.probe:
+            raise UnsupportedError("the manifest has no probe inputs for this kind of model")
         model = kind.unmerged(_unmerged(manifest, found), folder, manifest)
-    except UnsupportedError as error:
-        checked.skipped["outputs"] = f"the unmerged mixture does not run: {error}"
-        return
-    kind.check_outputs(folder, manifest, model, found.base, checked)
+        kind.check_outputs(folder, manifest, model, found.base, checked)
 
 
 def _unmerged(manifest: Manifest, found: Inputs) -> nn.Module:
@@ -110,7 +115,7 @@ def _unmerged(manifest: Manifest, found: Inputs) -> nn.Module:
         **head_options(mixture.config),
     )
     attach_mixture(model, mixture, found.adapters, found.base, found.tensors)
-    refuse_uncalled(model, attachment_of(model).layers, lambda: outputs_of(model, manifest.probe))
+    refuse_uncalled(model, attachment_of(model).layers, lambda: outputs_of(model, manifest.probe, UnsupportedError))
     return model
 
 
@@ -128,16 +133,25 @@ def _find_inputs(
             raise WloraMergeError(
                 f"--adapter {spec}: the export has no adapter of that name{nearest(str(name), names)}."
             )
-        given[str(name)] = Path(path)
+        given[str(name)] = resolve_source(path, ADAPTER_PATTERNS).folder
     for adapter in manifest.mixture.adapters:
-        file = path_of(adapter.sha256.get("adapter_model.safetensors", ""))
-        if adapter.name not in given and file is not None:
-            given[adapter.name] = file.parent
+        if adapter.name not in given and (folder := _remembered(adapter.sha256)):
+            given[adapter.name] = folder
     if base is not None:
-        return Path(base), given
-    files = [path_of(digest) for digest in manifest.mixture.base_model.sha256.values()]
-    folders = {file.parent for file in files if file is not None}
-    return (folders.pop() if len(folders) == 1 and all(files) else None), given
+        return resolve_source(base, BASE_PATTERNS).folder, given
+    return _remembered(manifest.mixture.base_model.sha256), given
+
+
+def _remembered(digests: Mapping[str, str]) -> Path | None:
+    """A folder that this machine remembers with every one of these files; of a copy with another config it says nothing."""
+
+    def has_all(file: Path) -> bool:
+        folder = file.parent
+        return all((folder / name).is_file() and sha256_file(folder / name) == digests[name] for name in digests)
+
+    weights = [name for name in digests if name.endswith(".safetensors")]
+    file = path_of(digests[weights[0]], has_all) if weights else None
+    return file.parent if file is not None else None
 
 
 def _absent(manifest: Manifest, adapters: Mapping[str, Path]) -> list[str]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import VerifyError
+from ..errors import UnsupportedError, VerifyError
 from ..io.safetensors_file import TORCH_NAMES, read_header
+from ..io.tensors import refuse_not_finite
 from .probe import difference_of, outputs_of
 
 if TYPE_CHECKING:
@@ -95,12 +96,22 @@ def stored_dtypes(folder: Path) -> set[str]:
 
 
 def expected_outputs(model: nn.Module, probe: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], float]:
-    """Outputs of the unmerged mixture, which loses its adapters, and how much they change them, relative to the largest."""
+    """Outputs of the unmerged mixture, which loses its adapters, and how much they change them, relative to the largest.
+
+    Raises:
+        UnsupportedError: the unmerged mixture does not run on the probe.
+        NotFiniteError: outputs with or without the adapters are NaN or infinite.
+    """
     from ..mixture.attachment import attachment_of
 
-    expected = outputs_of(model, probe)
+    expected = outputs_of(model, probe, UnsupportedError)
     attachment_of(model).delta_scale = 0.0  # gives the base model
-    without = outputs_of(model, probe)
+    without = outputs_of(model, probe, UnsupportedError)
+    for who, outputs in (("the unmerged mixture", expected), ("the base model", without)):
+        for name, tensor in outputs.items():
+            refuse_not_finite(
+                tensor, f"output {name!r} of {who} on the probe", "look at its weights and the delta_scale"
+            )
     return expected, max(difference_of(without[name], tensor) for name, tensor in expected.items())
 
 

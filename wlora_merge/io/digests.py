@@ -19,7 +19,7 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -87,11 +87,12 @@ def remember(path: Path, sha256: str) -> None:
         _remember({"path": real, "name": os.path.abspath(path), **_seen(real), "sha256": sha256})
 
 
-def path_of(sha256: str) -> Path | None:
+def path_of(sha256: str, fits: Callable[[Path], bool] = lambda _: True) -> Path | None:
     """Find a file by its content: one whose digest is remembered and which has not changed since.
 
     Args:
         sha256: 64 hexadecimal digits.
+        fits: whether a file of that content is the one that is looked for: several may be copies of each other.
 
     Returns:
         The path under which it was last seen (of a hub file the one in ``snapshots``), or None.
@@ -99,7 +100,8 @@ def path_of(sha256: str) -> Path | None:
     for record in _records(sha256):
         for name in (record["name"], record["path"]):
             with suppress(OSError, ValueError):
-                if record["sha256"] == sha256 and _seen(name) == {key: record[key] for key in _SEEN}:
+                same = record["sha256"] == sha256 and _seen(name) == {key: record[key] for key in _SEEN}
+                if same and fits(Path(name)):
                     return Path(name)
     return None
 

@@ -20,7 +20,12 @@ BASE_PATTERNS = (
 )  # fmt: skip
 NOT_FETCHED = ("consolidated*", "original/*")
 """A second copy of the weights in another layout."""
-ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+ADAPTER_PATTERNS = (
+    "adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "modules.json", "*_Pooling/config.json",
+)  # fmt: skip
+"""An adapter, and the small files beside it that say whether it was trained with another tokenizer or pooling than its base's."""
 
 
 @dataclass(frozen=True)

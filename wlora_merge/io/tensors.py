@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..errors import NotFiniteError
 from .safetensors_file import safetensors_dtype
 
 if TYPE_CHECKING:
@@ -34,6 +35,24 @@ def all_finite(tensor: torch.Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)  # both are NaN if one element is
     return bool(low.isfinite() & high.isfinite())
+
+
+def refuse_not_finite(tensor: torch.Tensor, where: str, advice: str) -> None:
+    """Refuse outputs that hold a NaN or an infinity: a difference from them says nothing, and a tolerance made of them allows all.
+
+    Args:
+        tensor: outputs of any shape and floating dtype.
+        where: the model and the output, as the message names it.
+        advice: what to do.
+
+    Raises:
+        NotFiniteError: with how many of its numbers are not finite.
+    """
+    if not all_finite(tensor):
+        bad = int((~tensor.isfinite()).sum())
+        raise NotFiniteError(
+            f"{where}: {bad} of {tensor.numel()} numbers are NaN or infinite, expected none: {advice}."
+        )
 
 
 def overflow_advice(dtype: torch.dtype) -> str:

@@ -11,6 +11,7 @@ groups          which modules share mixture weights
 inputs          a mixture's inputs, found again and checked: find_inputs, Inputs
 fold            the sum, and its low-rank forms: fold_*
 mix             a mixture without fitting: mix
+told_task       what the mixture is for, where nobody says it: told_task
 compatibility   can these adapters be mixed on this base?
 attach          adapters on a model in memory: attach, detach
 attachment      Attachment: what was attached, the owner of layers and hooks

@@ -61,8 +61,16 @@ def find_inputs(
     base: str | Path | None = None,
     adapters: Iterable[str | Path] = (),
     any_digest: bool = False,
+    instead: str = "make the mixture again, or say --any-digest",
 ) -> Inputs:
     """Open the base and the adapters that a mixture was made from, and stack the adapters on the base.
+
+    Args:
+        mixture: a mixture folder, or a Mixture.
+        base: the base model, if it has moved.
+        adapters: adapters that have moved, as NAME=PATH.
+        any_digest: accept inputs whose bytes are others.
+        instead: what the caller lets people do about an input that is not the original.
 
     Raises:
         MixtureError: an input that has moved, or whose sha256 is another one.
@@ -82,7 +90,7 @@ def find_inputs(
             for a in made.adapters
         ]
         if not any_digest:
-            _check_digests(made, opened, loaded)
+            _check_digests(made, opened, loaded, instead)
         opened = resized(opened, loaded, made.resize_vocab)
         deltas = _deltas(made, opened, loaded)
     _refuse_unknown(made, opened, {delta.module for delta in deltas})
@@ -144,7 +152,7 @@ def _moved(specs: Iterable[str | Path], names: Sequence[str]) -> dict[str, str]:
     return moved
 
 
-def _check_digests(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter]) -> None:
+def _check_digests(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter], instead: str) -> None:
     found: dict[str, tuple[str, Mapping[str, str], Mapping[str, str]]] = {
         "base model": (str(base.folder), mixture.base.sha256, base.sha256())
     }
@@ -155,6 +163,5 @@ def _check_digests(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter
             if expected.get(file) != got.get(file):
                 raise MixtureError(
                     f"{folder}/{file}: the {what} is not the one that the mixture was made from (sha256 "
-                    f"{str(got.get(file))[:12]}…, expected {str(expected.get(file))[:12]}…): give the original, make the mixture "
-                    "again, or say --any-digest."
+                    f"{str(got.get(file))[:12]}…, expected {str(expected.get(file))[:12]}…): give the original, {instead}."
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,14 @@ from ..adapters.added_tokens import resized, resized_config, warn_of_end
 from ..adapters.modules_to_save import join_changes, stack_tensors
 from ..adapters.stacking import stack
 from ..adapters.targets import modules_of, tensors_of
-from ..data.tasks import get_task
+from ..data.tasks import TASKS, get_task
 from ..errors import AdapterError, UnsupportedError
 from ..mix_options import mix_options
 from ..models.base_model import BaseModel, open_base, refuse_attached
 from ..text import first_line
 from .groups import make_groups, prefixes
 from .mixture import Mixture, adapter_ref, base_ref
+from .told_task import told_task
 from .weights import mixture_weights, uniform
 
 if TYPE_CHECKING:
@@ -68,6 +70,9 @@ def mix(
             f"{', '.join(a.where for a in loaded)}: no module of the base is changed, by factors or by mixed tensors, so there is "
             "nothing to mix: give other adapters, or say --modules-to-save mix."
         )
+    task = asked.task
+    if task is None and _is_new(head, opened):
+        task = told_task(opened, loaded, {}, _tasks_with(head, opened))
     groups = make_groups([d.module for d in changed], "global")
     values = torch.tensor([row], dtype=torch.float32)
     logits = torch.zeros_like(values) if asked.weights is None else values
@@ -80,11 +85,11 @@ def mix(
         groups=groups,
         mixture_weights=mixture_weights(logits, normalize),
         wlora_weights=logits,
-        task=asked.task,
+        task=task,
         head=head,
         head_tensors=opened.stored_names(head),
         modules_to_save=asked.modules_to_save,
-        config=_config_of(head, opened, asked.task) | resized_config(opened),
+        config=_config_of(head, opened, task) | resized_config(opened),
         resize_vocab=asked.resize_vocab,
         prefixes=prefixes((d.module, d.name or d.module) for d in deltas),
         data=_made_from(asked.weights, asked.residual),
@@ -100,15 +105,8 @@ def _config_of(head: Mapping[str, torch.Tensor], base: BaseModel, task: str | No
     Raises:
         UnsupportedError: no model of the task has such a head.
     """
-    find = tensors_of(base)
-    own = {name: find(name) for name in head if name in base.entries or name in base.added or base.find_tied(name)}
-    if all((target := own.get(name)) is not None and target.shape == tuple(head[name].shape) for name in head):
+    if task is None or not _is_new(head, base):
         return {}
-    if task is None:
-        raise UnsupportedError(
-            f"{base.folder}: lacks tensor {min(head)!r} in the shape that the adapter has it, so the model's class matters: say "
-            "--task TASK, or --modules-to-save drop."
-        )
     for n in sorted({len(tensor) for tensor in head.values() if tensor.ndim}):
         architecture, shapes = _shapes_of(base, task, n)
         if all(shapes.get(name) == tuple(tensor.shape) for name, tensor in head.items()):
@@ -123,6 +121,25 @@ def _config_of(head: Mapping[str, torch.Tensor], base: BaseModel, task: str | No
     raise UnsupportedError(
         f"{base.folder}: its {task} model has no head with {shapes_text}: take another adapter's, or say --modules-to-save drop."
     )
+
+
+def _is_new(head: Mapping[str, torch.Tensor], base: BaseModel) -> bool:
+    """Whether a head taken from an adapter is none that the base has in that shape, so that the model's class matters."""
+    find = tensors_of(base)
+    own = {name: find(name) for name in head if name in base.entries or name in base.added or base.find_tied(name)}
+    return not all((target := own.get(name)) is not None and target.shape == tuple(head[name].shape) for name in head)
+
+
+def _tasks_with(head: Mapping[str, torch.Tensor], base: BaseModel) -> list[str]:
+    """The tasks whose model of this base has such a head: found by building each."""
+    sizes = sorted({len(tensor) for tensor in head.values() if tensor.ndim})
+    wanted = {name: tuple(tensor.shape) for name, tensor in head.items()}
+    found = []
+    for task in TASKS.values():
+        with suppress(UnsupportedError):
+            if any(wanted.items() <= _shapes_of(base, task.name, n)[1].items() for n in sizes):
+                found.append(task.name)
+    return found
 
 
 def _shapes_of(base: BaseModel, task: str, n_labels: int) -> tuple[str, dict[str, tuple[int, ...]]]:

@@ -19,7 +19,7 @@ from ..io.hub import BASE_PATTERNS, Source, resolve_source
 from ..io.safetensors_file import Entry, Header, read_header, read_tensor
 from ..io.untrusted import find_file, is_plain_file_name, read_json
 from ..text import short
-from .files import INDEX, SINGLE, TOKENIZER_FILES, carried_files
+from .files import CHAT_TEMPLATES, INDEX, SINGLE, TOKENIZER_FILES, carried_files
 from .names import NameResolver
 from .quantization import quantized_format
 from .tied_embeddings import may_be_tied
@@ -149,7 +149,7 @@ class BaseModel:
         own = {name: self.folder / name for name in carried_files(self.folder)}
         if not self.tokenizer:
             return own
-        kept = {name: path for name, path in own.items() if str(name) not in TOKENIZER_FILES}
+        kept = {n: path for n, path in own.items() if str(n) not in TOKENIZER_FILES and n.parts[0] != CHAT_TEMPLATES}
         return kept | {Path(name): path for name, path in self.tokenizer.items()}
 
 

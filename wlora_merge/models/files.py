@@ -33,6 +33,8 @@ CARRIED_FOLDERS = re.compile(r"additional_chat_templates|\d+_(Pooling|Normalize|
 """Folders of a base that are copied, beside those that `modules.json` names: chat templates, and modules of sentence-transformers
 behind the model."""
 MODULES = "modules.json"
+GENERATION = "generation_config.json"
+CHAT_TEMPLATES = "additional_chat_templates"
 
 
 def carried_files(folder: Path) -> list[Path]:

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BaseModelError, WloraMergeError
+from ..errors import BaseModelError, UnsupportedError, WloraMergeError
 from ..io.safetensors_file import read_header
+from ..io.untrusted import read_json
+from ..text import first_line, short
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,7 @@ ELEMENTS_PER_BYTE, PACKED_ELEMENTS_PER_BYTE = 2, 16
 """Of the files, that a model may have at most. Packed weights have up to eight numbers in a byte, and are built twice."""
 OF_OTHER_TASKS = ("contact_head.", "mask_token")
 """Parts of bodies that only other tasks use, and that some bases lack."""
+OWN_CODE = "needs code of its own (auto_map), which is never run here"
 TALKATIVE = ("transformers", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
@@ -69,9 +72,11 @@ def class_for(
 
     Raises:
         error: transformers cannot read the config.
+        UnsupportedError: the model needs code of its own, or a type that this transformers does not know.
     """
     import transformers
 
+    refuse_unknown_type(folder, error)
     with quiet(), library_errors(f"{folder}: transformers cannot load it", error):
         config = read_config(folder)
     name = (getattr(config, "architectures", None) or [""])[0]
@@ -81,7 +86,26 @@ def class_for(
     auto = auto or transformers.AutoModel
     if type(config) in auto._model_mapping:
         return auto, config.model_type
+    if named is None and auto.__name__ in (getattr(config, "auto_map", None) or {}):
+        raise UnsupportedError(f"{folder / 'config.json'}: its {auto.__name__} {OWN_CODE}.")
     return (named or auto) if or_named else None, config.model_type
+
+
+def refuse_unknown_type(folder: Path, error: type[WloraMergeError] = BaseModelError) -> None:
+    """Refuse a model whose type this transformers does not know: it cannot be loaded, whatever its weights are.
+
+    Raises:
+        error: the config cannot be read.
+        UnsupportedError: with the type, and whether the model comes with code of its own, which is never run.
+    """
+    import transformers
+
+    config = read_json(folder / "config.json", error)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind in transformers.CONFIG_MAPPING:
+        return
+    why = OWN_CODE if config.get("auto_map") else f"is none that transformers {transformers.__version__} knows"
+    raise UnsupportedError(f"{folder / 'config.json'}: its model_type {short(kind)} {why}.")
 
 
 def load(
@@ -240,7 +264,7 @@ def quiet() -> Iterator[None]:
 def library_errors(what: str, error: type[WloraMergeError]) -> Iterator[None]:
     """What a library says of a folder from elsewhere, in one sentence: its loaders let errors of any kind through.
 
-    Too little memory is no fault of the folder's, and passes.
+    Too little memory is no fault of the folder's, and passes; neither is a package that is not installed: an UnsupportedError.
     """
     from torch import OutOfMemoryError
 
@@ -248,6 +272,8 @@ def library_errors(what: str, error: type[WloraMergeError]) -> Iterator[None]:
         yield
     except (WloraMergeError, MemoryError, OutOfMemoryError):
         raise
+    except ImportError as failure:
+        raise UnsupportedError(f"{what}: {first_line(failure)}.") from failure
     except Exception as failure:
         said = " ".join(str(failure).split()) or type(failure).__name__
         raise error(f"{what}: {said[:500].rstrip('.')}.") from failure

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.tasks import get_task
-from ..errors import OutputError, UnsupportedError, VerifyError
+from ..errors import NotFiniteError, OutputError, UnsupportedError, VerifyError
 from ..export_options import export_options
 from ..models.files import carried_files
 from ..models.loading import quiet
@@ -92,6 +92,7 @@ def write_onnx(
         BaseModelError: `dense` cannot be loaded for the task.
         OutputError: `out` already holds an `onnx` folder.
         VerifyError: the graph does not compute what PyTorch does.
+        NotFiniteError: PyTorch's own outputs are not finite, in float32 or in `dtype`.
     """
     export_options({"format": "onnx", "dtype": dtype, "opset": opset, "ort_fusions": ort_fusions, "quantize": quantize})
     require_extra()
@@ -131,6 +132,8 @@ def write_onnx(
     Meter("checking against PyTorch")
     try:
         difference = check_onnx(out, dense, task=task, pooling=pooling)
+    except NotFiniteError:  # of PyTorch's own
+        raise
     except VerifyError as e:
         if ort_fusions is None:
             raise

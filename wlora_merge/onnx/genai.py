@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from ..data.causal_lm import CAUSAL_LM
 from ..data.task import Task
 from ..errors import UnsupportedError, VerifyError
+from ..io.tensors import refuse_not_finite
 from ..models.loading import quiet
 from ..progress import Meter
 from ..text import first_line
 from .dummy_inputs import DENSE_INSTEAD, load_model, sentence_tokens
+from .validate import MIXTURE_ADVICE
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +79,10 @@ def _check_asked(task: Task, dtype: str, quantize: str | None) -> None:
             "ONNX Runtime's CPU provider does not run the float16 folder that onnxruntime-genai's builder makes, so it could not be "
             "checked: use float32 or --quantize int4."
         )
+    _require_genai()
+
+
+def _require_genai() -> None:
     if find_spec("onnxruntime_genai") is None:
         raise UnsupportedError("onnxruntime-genai is not installed: pip install onnxruntime-genai.")
 
@@ -89,10 +95,13 @@ def compare_genai(folder: Path, model: Any) -> float:
         model: the PyTorch model in float32, or one with the adapters attached.
 
     Raises:
+        UnsupportedError: the library is not installed.
         VerifyError: the library cannot load or run the folder.
+        NotFiniteError: PyTorch's own scores are not finite.
     """
     import torch
 
+    _require_genai()
     limit = model.config.get_text_config().vocab_size
     tokens = [token for token in sentence_tokens(folder) or range(3, 40) if token < limit][:12] or [1, 2, 3]
     with quiet(), torch.no_grad():
@@ -100,6 +109,7 @@ def compare_genai(folder: Path, model: Any) -> float:
         for _ in range(GENERATED):
             row.append(int(model(input_ids=torch.tensor([row])).logits[0, -1].argmax()))
         scores: torch.Tensor = model(input_ids=torch.tensor([row])).logits[0]
+    refuse_not_finite(scores, "PyTorch's own output 'logits' in float32", MIXTURE_ADVICE)
     given = _greedy(folder, row, len(tokens))
     same = 0
     for at, token in enumerate(given, len(tokens)):

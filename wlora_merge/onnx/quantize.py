@@ -20,7 +20,9 @@ from .validate import Differences, differences
 if TYPE_CHECKING:
     import torch
 
-SUFFIXES = {"int8": "_int8", "int4": "_q4"}
+SUFFIXES = {"int8": "_quantized", "int4": "_q4"}
+"""Under which transformers.js looks for `dtype: 'q8'` and `dtype: 'q4'`; Optimum calls an int8 graph so too."""
+JS_DTYPES = {"_quantized": "q8", "_q4": "q4", "_int8": "int8"}
 BLOCK = 32  # weights that share one scale in int4, as in transformers.js's q4
 
 
@@ -34,7 +36,7 @@ class QuantizedReport:
 
 
 def quantize_onnx(out: Path, model: torch.nn.Module, *, task: Task, kind: str) -> QuantizedReport:
-    """Write `onnx/model_int8.onnx` or `onnx/model_q4.onnx` beside `onnx/model.onnx`, and measure its error.
+    """Write `onnx/model_quantized.onnx` or `onnx/model_q4.onnx` beside `onnx/model.onnx`, and measure its error.
 
     int8: `onnxruntime.quantization.quantize_dynamic`, weights in int8, one scale for each output channel, activations
     quantized as they come. The weights take 7 of the 8 bits (`reduce_range`): without VNNI a CPU adds two products in 16 bits,

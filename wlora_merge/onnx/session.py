@@ -14,6 +14,7 @@ from ..errors import UnsupportedError, VerifyError
 from ..io.untrusted import is_plain_file_name
 from ..text import first_line
 from .graph import MODEL, data_file, graph_file
+from .protobuf import read_onnx
 from .seq2seq import DECODER, ENCODER, SWITCH
 
 if TYPE_CHECKING:
@@ -36,6 +37,14 @@ def open_graphs(onnx_folder: Path, suffix: str = "") -> dict[str, Any]:
     for name in names:
         check_files(folder, name + suffix)
     return {name: open_session(folder / graph_file(name + suffix)) for name in names}
+
+
+def has_half_weights(onnx_folder: Path) -> bool:
+    """Whether an export computes in float16: a matrix of its graphs is. Its inputs and outputs may be float32 all the same."""
+    graphs = sorted((onnx_folder / "onnx").glob("*model*.onnx"))
+    names = {graph_file(name) for name in (MODEL, ENCODER, DECODER)}
+    found = (entry for graph in graphs if graph.name in names for entry in read_onnx(graph).tensors)
+    return any(entry.dtype == "F16" and len(entry.shape) > 1 for entry in found)
 
 
 def main_session(sessions: Mapping[str, Any]) -> Any:

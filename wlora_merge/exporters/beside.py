@@ -1,0 +1,156 @@
+"""What lies beside adapters and is not the base's: a tokenizer, its chat template and end token, a generation config, a pooling.
+
+An export carries the base's own files, or with `--tokenizer-from` an adapter's tokenizer; of the rest it says that it was left out.
+It knows names of files and their keys. It knows no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..adapters.adapter import Adapter
+from ..adapters.added_tokens import tokenizer_files, warn_of_end
+from ..errors import AdapterError, WloraMergeError
+from ..io.untrusted import find_file, read_bytes, read_json
+from ..mixture.inputs import Inputs
+from ..models.files import GENERATION, MODULES, carried_files
+
+TOKENS = {
+    "eos_token": "end token",
+    "bos_token": "start token",
+    "pad_token": "padding token",
+    "unk_token": "unknown token",
+}
+"""Keys of a tokenizer's config that change what a model is given or where it stops."""
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "image_processor_config.json")
+
+
+def take_tokenizer(inputs: Inputs, name: str | None) -> None:
+    """Let the base carry the tokenizer of adapter `name` in place of its own; None changes nothing.
+
+    Raises:
+        AdapterError: no adapter has that name, or its tokenizer has tokens that the model has no embedding for.
+        UnsupportedError: it has no tokenizer.
+    """
+    if name is None:
+        return
+    adapter = next((a for a in inputs.adapters if a.name == name), None)
+    if adapter is None:
+        raise AdapterError(f"--tokenizer-from {name}: expected one of {', '.join(a.name for a in inputs.adapters)}.")
+    inputs.base.tokenizer = tokenizer_files(adapter, _rows(inputs), "--tokenizer-from")
+    warn_of_end(inputs.base)
+
+
+def left_out(inputs: Inputs) -> str:
+    """What lies beside the adapters, differs from what the export has, and is left out, in sentences; empty where nothing is."""
+    carried = {str(name): path for name, path in inputs.base.carried_files().items()}
+    own = _tokenizer_facts(carried)
+    others = {a.name: _differing(_tokenizer_facts(_files_of(a)), own) for a in inputs.adapters}
+    lines = [_tokenizers_line({name: facts for name, facts in others.items() if facts}, own)]
+    lines += [_others_line(adapter, carried) for adapter in inputs.adapters]
+    return " ".join(filter(None, lines))
+
+
+def _rows(inputs: Inputs) -> int | None:
+    """Rows of the model's embedding as its config says; None where it does not say."""
+    config = {**inputs.base.config, **inputs.mixture.config}
+    tables = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return next((table["vocab_size"] for table in tables if isinstance(table.get("vocab_size"), int)), None)
+
+
+def _files_of(adapter: Adapter) -> dict[str, Path]:
+    """Name -> path of what lies beside an adapter, and could be carried."""
+    try:
+        return {str(name): adapter.source.folder / name for name in carried_files(adapter.source.folder)}
+    except WloraMergeError:
+        return {}  # it is not carried, so that its faults are nobody's
+
+
+def _tokenizer_facts(files: Mapping[str, Path]) -> dict[str, str]:
+    """What tells two tokenizers apart: chat template, special tokens, and its vocabulary where it is here."""
+    config = _table(files.get("tokenizer_config.json"))
+    special = _table(files.get("special_tokens_map.json"))
+    facts = {what: _text(config.get(key, special.get(key))) for key, what in TOKENS.items()}
+    template = config.get("chat_template") or _table(files.get("chat_template.json")).get("chat_template")
+    if "chat_template.jinja" in files:
+        template = read_bytes(files["chat_template.jinja"], AdapterError).decode("utf-8", errors="replace")
+    facts["chat template"] = json.dumps(template) if template else ""
+    tokenizer = _table(files.get("tokenizer.json"))
+    vocabulary = tokenizer.get("model", {}).get("vocab") if isinstance(tokenizer.get("model"), dict) else None
+    if isinstance(vocabulary, dict):  # in which a special token may stand twice
+        rows = [row for row in tokenizer.get("added_tokens") or [] if isinstance(row, dict)]
+        vocabulary = vocabulary | {str(row.get("content")): row.get("id") for row in rows}
+    facts["vocabulary"] = json.dumps(vocabulary, sort_keys=True) if vocabulary else ""
+    return {what: value for what, value in facts.items() if value}
+
+
+def _text(token: Any) -> str:
+    """A token as a tokenizer's config has it: text, or a table with its content."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else ""
+
+
+def _table(file: Path | None) -> dict[str, Any]:
+    """A JSON file's table; empty where there is none, or it cannot be read as one."""
+    try:
+        return read_json(file, AdapterError) if file is not None else {}
+    except WloraMergeError:
+        return {}
+
+
+def _differing(facts: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    return {what: value for what, value in facts.items() if value != own.get(what)}
+
+
+def _tokenizers_line(others: Mapping[str, Mapping[str, str]], own: Mapping[str, str]) -> str:
+    """Which adapters have another tokenizer than the export."""
+    if not others:
+        return ""
+    first, *rest = others.values()
+    instead = "The export has the base's" if own else "The export has none, as the base has none"
+    if all(facts == first for facts in rest):
+        names, what = ", ".join(map(repr, others)), _said(first, own)
+        return (
+            f"Beside adapter {names} lies another tokenizer than the base's: {what}. {instead}: "
+            f"--tokenizer-from {next(iter(others))} carries it."
+        )
+    what = "; ".join(f"of {name!r} {_said(facts, own)}" for name, facts in others.items())
+    return (
+        f"Beside the adapters lie other tokenizers than the base's, which do not agree: {what}. {instead}: "
+        "--tokenizer-from NAME carries one of them."
+    )
+
+
+def _said(facts: Mapping[str, str], own: Mapping[str, str]) -> str:
+    """The differences in words; of tokens the values."""
+    tokens = set(TOKENS.values())
+    return ", ".join(
+        f"{what} {value!r} (the base's: {own.get(what)!r})" if what in tokens else f"its {what}"
+        for what, value in sorted(facts.items())
+    )
+
+
+def _others_line(adapter: Adapter, carried: Mapping[str, Path]) -> str:
+    """Which other files beside an adapter are left out, and what brings them in."""
+    found = _files_of(adapter)
+    left = [name for name in (GENERATION, *PROCESSORS) if name in found and not _same(found[name], carried.get(name))]
+    if find_file(adapter.source.folder, MODULES, AdapterError) and not _same(found.get(MODULES), carried.get(MODULES)):
+        left += [MODULES, *(name for name in found if "/" in name and name not in carried)]
+    if not left:
+        return ""
+    return (
+        f"Left out of adapter {adapter.name!r}: {', '.join(left)}; to carry {'it' if len(left) == 1 else 'them'}, copy "
+        f"{'it' if len(left) == 1 else 'them'} from {adapter.source.name} into the base's folder and export again."
+    )
+
+
+def _same(one: Path | None, other: Path | None) -> bool:
+    """Whether two JSON files say the same, but for the version that wrote them."""
+    if one is None or other is None:
+        return False
+    bytes_of = [read_bytes(file, AdapterError) for file in (one, other)]
+    tables = [{k: v for k, v in _table(file).items() if k != "transformers_version"} for file in (one, other)]
+    return bytes_of[0] == bytes_of[1] or (bool(tables[0]) and tables[0] == tables[1])
