@@ -10,6 +10,7 @@ learner            one loaded model on which candidates are placed, trained and 
 head_inputs        what a head sees of an example, and how it is put into its class: HeadInputs
 solved_head        a new head's problem on the rows of a fit: SolvedHead
 solver             a linear head at its optimum; predictions that leave each row out
+packing            whether a model keeps packed examples apart
 completions        completions that repeat, as classes: Completions
 placement          candidates put on the model: Placement
 loop               one training: optimizer, batches, state
