@@ -29,7 +29,19 @@ def test_a_relative_folder_has_an_absolute_location(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "./nothing", "/nothing/here", "~nobody-of-that-name/x", "name", "a/b/c", "a\0b", "x" * 5000]
+    "text",
+    [
+        "",
+        "./nothing",
+        "/nothing/here",
+        "~nobody-of-that-name/x",
+        "name",
+        "a/b/..",
+        "a/b/../c",
+        "a//b",
+        "a\0b",
+        "x" * 5000,
+    ],
 )
 def test_what_is_neither_a_folder_nor_a_hub_id_is_refused_without_asking_the_hub(
     text: str, monkeypatch: pytest.MonkeyPatch
@@ -62,6 +74,25 @@ def test_a_hub_id_is_fetched_and_remembered_with_its_commit(
     source = resolve_source(text, ADAPTER_PATTERNS)
     assert (asked["repo"], asked["revision"], asked["allow_patterns"]) == ("org/name", revision, list(ADAPTER_PATTERNS))
     assert (source.name, source.location, source.revision) == ("org/name", "org/name", COMMIT)
+
+
+def test_a_folder_of_a_repository_is_fetched_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(repo: str, **options: Any) -> str:
+        asked.update(options, repo=repo)
+        (tmp_path / COMMIT / "runs" / "checkpoint-100").mkdir(parents=True, exist_ok=True)
+        return str(tmp_path / COMMIT)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    source = resolve_source("org/name/runs/checkpoint-100@v1", ["a.json"])
+    assert (asked["repo"], asked["revision"], asked["allow_patterns"]) == (
+        "org/name", "v1", ["runs/checkpoint-100/a.json"],
+    )  # fmt: skip
+    assert (source.folder, source.name) == (tmp_path / COMMIT / "runs/checkpoint-100", "org/name/runs/checkpoint-100")
+    with pytest.raises(WloraMergeError, match="the repository org/name has no folder 'other'"):
+        resolve_source("org/name/other", ["a.json"])
 
 
 @pytest.mark.parametrize("error", [OSError("404\nmore"), ValueError("bad id"), OSError()])

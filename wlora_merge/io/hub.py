@@ -12,7 +12,8 @@ from ..errors import WloraMergeError
 from ..text import first_line, redacted
 from .untrusted import is_utf8
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/(?!\.{1,2}[/@]|\.{1,2}$)[\w.-]+)*(@[\w./-]+)?")
+"""`org/name`, `org/name/folder/in/it`, and either with `@revision`."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 BASE_PATTERNS = (
     "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.py", "LICENSE*",
@@ -65,7 +66,7 @@ def is_here(path: str | Path) -> bool:
 
 
 def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
-    """The local folder of an input; a hub id (`org/name`, or `org/name@revision`) is fetched into the hub cache.
+    """The local folder of an input; a hub id (`org/name`, `org/name/folder`, `org/name@revision`) is fetched into the hub cache.
 
     Nothing is downloaded with HF_HUB_OFFLINE=1: what the cache holds is used.
 
@@ -85,7 +86,7 @@ def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
     if there or text.startswith((".", "/", "~")) or not HUB_ID.fullmatch(text):
         why = _pickle(text) or "no such folder: give"
         raise WloraMergeError(
-            f"{redacted(text) or repr(text)}: {why} the folder of a model or adapter, or a hub id (org/name)."
+            f"{redacted(text) or repr(text)}: {why} the folder of a model or adapter, or a hub id (org/name, or org/name/folder)."
         )
     return _fetched(text, patterns)
 
@@ -107,17 +108,25 @@ def _fetched(text: str, patterns: Sequence[str]) -> Source:
     from huggingface_hub import snapshot_download
 
     hub_id, _, revision = text.partition("@")
+    organization, name, *folders = hub_id.split("/")
+    wanted = ["/".join([*folders, pattern]) for pattern in patterns]
     try:
         found = Path(
             snapshot_download(
-                hub_id, revision=revision or None, allow_patterns=list(patterns), ignore_patterns=list(NOT_FETCHED)
+                f"{organization}/{name}",
+                revision=revision or None,
+                allow_patterns=wanted,
+                ignore_patterns=list(NOT_FETCHED),
             )
         )
     except Exception as error:  # the hub's library lets those of its HTTP and transfer libraries through
         raise WloraMergeError(
             redacted(f"{text}: no such folder here, and the hub did not give it: {first_line(error)}.")
         ) from error
-    return Source(found, hub_id, found.name if _COMMIT.fullmatch(found.name) else revision or None)
+    folder = found.joinpath(*folders)
+    if folders and not folder.is_dir():
+        raise WloraMergeError(f"{text}: the repository {organization}/{name} has no folder {'/'.join(folders)!r}.")
+    return Source(folder, hub_id, found.name if _COMMIT.fullmatch(found.name) else revision or None)
 
 
 def public_name(source: str) -> str:
