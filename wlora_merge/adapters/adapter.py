@@ -178,7 +178,7 @@ def _read_config(folder: Path, where: str) -> dict[str, Any]:
     file = find_file(folder, CONFIG_FILE, AdapterError)
     if file is None:
         raise AdapterError(
-            f"{where}: has no {CONFIG_FILE}: give the folder that PEFT's save_pretrained wrote (of a hub repository: org/name/FOLDER)."
+            f"{where}: has no {CONFIG_FILE}: give the folder that PEFT's save_pretrained wrote (on the hub: org/name/FOLDER)."
         )
     return read_json(file, AdapterError, "a table of LoraConfig fields")
 
