@@ -166,10 +166,7 @@ def test_a_labels_name_is_an_example_of_it(tmp_path: Path, capfd: pytest.Capture
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         examples = read_examples(path, task="text-classification")
         labels = label_set(examples.column("label"), kind)
-        found = examples.with_label_names(labels)
-        assert list(found.rows)[: len(rows)] == list(rows)
-        assert found.sha256 == examples.sha256
-        return list(found.rows)[len(rows) :]
+        return list(examples.label_names(labels).rows)
 
     one, two = {"text": "a", "label": "Card_not-working"}, {"text": "b", "label": "don't know/other"}
     assert named(one, two, two) == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import datasets
@@ -70,7 +71,7 @@ def test_what_a_language_model_is_to_write_is_a_class_where_the_rows_repeat_it()
         [{"role": "user", "content": i}, {"role": "assistant", "content": o}]
         for i, o in zip(inputs, yes_or_no, strict=True)
     ]
-    found = classes("causal-lm", messages=chats)
+    found = classes("causal-lm", messages=[json.dumps(chat) for chat in chats])  # as they are read
     assert found == [(text,) for text in yes_or_no]
     found *= 3
     assert all(len({found[i] for i in fold}) > 1 for fold in fold_indices(found, range(12), 3, seed=0))

@@ -35,7 +35,7 @@ def calls() -> Iterator[tuple[str, ast.Call, str]]:
 def test_every_loader_of_transformers_is_told_to_run_no_code() -> None:
     seen = set()
     for where, call, name in calls():
-        if name != "from_pretrained" or "PeftModel" in ast.unparse(call.func):
+        if name != "from_pretrained" or ast.unparse(call.func).startswith("Peft"):  # which reads two files
             continue
         told = {k.arg: ast.unparse(k.value) for k in call.keywords}
         assert told.get("trust_remote_code") == "False", where

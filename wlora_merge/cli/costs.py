@@ -64,10 +64,10 @@ def _fit_row(inputs: Inputs, fit: FitRequest, examples: Examples, speed: float) 
     task = get_task(fit.task)
     labels = task.labels(examples, problem_type=options.problem_type)
     now = _situation(options, fit, examples, labels)
-    trained = examples.with_label_names(labels) if options.label_names else examples
+    trained = len(examples) + (len(examples.label_names(labels)) if options.label_names else 0)
     learned, judgings = _trainings(options, fit, examples, labels, [a.name for a in inputs.adapters], now)
-    batch = min(batch_size(options, now), len(trained)) * options.gradient_accumulation_steps
-    steps = steps_of(options, len(trained), now)
+    batch = min(batch_size(options, now), trained) * options.gradient_accumulation_steps
+    steps = steps_of(options, trained, now)
     judged = len(examples) * judgings
     work = 2 * max(1, parameters - embedding) * tokens * (2 * learned * steps * batch + judged)
     config = inputs.base.config

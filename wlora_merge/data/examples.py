@@ -99,8 +99,8 @@ class Examples:
         values = self.column("label")
         return [tuple(value) if isinstance(value, list) else (class_name(value),) for value in values]
 
-    def with_label_names(self, labels: LabelSet | None) -> Examples:
-        """These, and after them one example of each of their classes that is the class's name, as words.
+    def label_names(self, labels: LabelSet | None) -> Examples:
+        """One example of each of their classes: the class's name, as words.
 
         Raises:
             DataError: rows that are no single texts of classes, or a name that is no words.
@@ -119,8 +119,8 @@ class Examples:
             raise DataError(f"{self.source}: {error}: {option}.") from error
         lists = isinstance(self.column("label")[0], list)
         table = {"text": texts, "label": [[name] for name in names] if lists else names}
-        added = datasets.Dataset.from_dict(table, features=self.rows.features)
-        return replace(self, rows=datasets.concatenate_datasets([self.rows, added]))
+        rows = datasets.Dataset.from_dict(table, features=self.rows.features)
+        return replace(self, rows=rows, source=f"{self.source} (names of its labels)")
 
     @cached_property
     def keys(self) -> list[str]:

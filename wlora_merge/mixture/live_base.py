@@ -120,11 +120,18 @@ def _parts(name: str, base: BaseModel, tree: ModuleTree | None) -> list[Part]:
     """The tensors of the files of which a model's tensor is made; empty where there are none, or more than rows were moved."""
     if tree is None:
         entry = base.entries.get(name)
-        return [] if entry is None else [Part(entry, 0, torch.arange(math.prod(entry.shape[:-1])))]
+        return [] if entry is None else [_whole(entry)]
     try:
-        return tree.parts(name) if tree.holds(name) else []
+        if tree.holds(name):
+            return tree.parts(name)
     except UnsupportedError:
         return []
+    entry = base.find_tensor(name)  # under the prefix of another class
+    return [_whole(entry)] if entry is not None else []
+
+
+def _whole(entry: Entry) -> Part:
+    return Part(entry, 0, torch.arange(math.prod(entry.shape[:-1])))
 
 
 def _is_new(model: nn.Module, name: str, tree: ModuleTree) -> bool:

@@ -208,9 +208,11 @@ def build_tree(folder: Path, entries: dict[str, Entry]) -> ModuleTree | None:
     Raises:
         BaseModelError: the config describes a far larger model than the folder's files hold.
     """
+    from huggingface_hub.errors import StrictDataclassError  # of a config with a value that its class does not take
+
     try:
         return ModuleTree(empty_model(folder), entries)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, StrictDataclassError):
         return None
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedError
+from ..errors import BaseModelError, UnsupportedError
 from .names import NUMERIC_PART, NameResolver
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def untied(base: BaseModel, changed: Mapping[str, tuple[int, ...]], config: Mapp
     if not keys or not (split or ties.apart):
         return Untied()
     names = frozenset().union(*split, ties.apart)
-    if not _can_untie(tree, base.config | dict(config), keys, names):
+    if not _can_untie(base, tree, base.config | dict(config), keys, names):
         if split:
             raise UnsupportedError(
                 f"{base.folder}: an adapter changes one of {', '.join(sorted(min(split, key=min)))}, which are one tensor, and a "
@@ -139,7 +139,7 @@ def stored_apart(base: BaseModel) -> dict[str, str]:
     if not _may_be_stored_twice(base) or base.tree is None:
         return {}
     ties, keys = base.tree.ties, _untied_keys(base.tree, base.config)
-    return ties.apart if ties.apart and keys and _can_untie(base.tree, base.config, keys, ties.apart) else {}
+    return ties.apart if ties.apart and keys and _can_untie(base, base.tree, base.config, keys, ties.apart) else {}
 
 
 def tied_to_input(model: nn.Module, module: nn.Module) -> str | None:
@@ -194,6 +194,7 @@ def _tree_of(base: BaseModel, config: Mapping[str, Any]) -> ModuleTree | None:
     """The module tree of the class that an export is of; None where transformers has none of that name."""
     import transformers
 
+    from .loading import library_errors
     from .module_tree import ModuleTree, empty_model
 
     names = config.get("architectures") or base.config.get("architectures") or []
@@ -202,7 +203,8 @@ def _tree_of(base: BaseModel, config: Mapping[str, Any]) -> ModuleTree | None:
         return None
     if base.tree is not None and type(base.tree.model) is model_class:
         return base.tree
-    return ModuleTree(empty_model(base.folder, model_class), base.entries)
+    with library_errors(f"{base.folder}: no model can be built from its config", BaseModelError):
+        return ModuleTree(empty_model(base.folder, model_class), base.entries)
 
 
 def _refuse_unknown(base: BaseModel, names: Iterable[str]) -> None:
@@ -235,16 +237,21 @@ def _untied_keys(tree: ModuleTree, config: Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
-def _can_untie(tree: ModuleTree, config: Mapping[str, Any], keys: Mapping[str, Any], names: Collection[str]) -> bool:
+def _can_untie(
+    base: BaseModel, tree: ModuleTree, config: Mapping[str, Any], keys: Mapping[str, Any], names: Collection[str]
+) -> bool:
     """Whether these keys untie the tensors of these names and change nothing else: a T5 also scales its output by them."""
     import torch
 
+    from .loading import library_errors
+
     make = type(tree.model.config).from_dict  # type: ignore[union-attr]
-    before, after = make(dict(config)), make(dict(config) | dict(keys))
-    if _without_key(before.to_dict()) != _without_key(after.to_dict()):
-        return False
-    with torch.device("meta"):
-        model = type(tree.model)(after)
+    with library_errors(f"{base.folder}: no model can be built from its config", BaseModelError):
+        before, after = make(dict(config)), make(dict(config) | dict(keys))
+        if _without_key(before.to_dict()) != _without_key(after.to_dict()):
+            return False
+        with torch.device("meta"):
+            model = type(tree.model)(after)
     return not set(names) & set(getattr(model, "all_tied_weights_keys", {}))
 
 

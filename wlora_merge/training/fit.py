@@ -213,7 +213,7 @@ def _prepare(
     task, base, options = given.task, given.base, given.options
     clock = Clock(time.monotonic(), options.max_minutes)
     processor, labels = task.load_processor(base.folder), task.labels(shots, problem_type=options.problem_type)
-    trained = _with_names(task, shots, labels, options)  # refuses before the model is loaded
+    names = _names(task, shots, labels, options)  # refuses before the model is loaded
     model, head, labels = attached_model(
         base, given.adapters, task, labels, processor, options, given.request.modules_to_save, ranks
     )
@@ -222,16 +222,19 @@ def _prepare(
             f"{base.folder}: no new head is trained on it for {task.name}: leave --head-learning-rate out."
         )
     length = max_tokens(model, processor, options.max_length)
-    rows, judged = (
-        _encoded(task, examples, processor, length, labels, model) if examples else [] for examples in (trained, held)
+    rows, named, judged = (
+        _encoded(task, examples, processor, length, labels, model) if examples else []
+        for examples in (shots, names, held)
     )
-    both = ConcatDataset[Any]([rows, judged])  # read lazily: images are decoded when they are used
-    n = len(rows) - (len(trained) - len(shots))
+    n, every = (
+        len(rows),
+        ConcatDataset[Any]([rows, named, judged]),
+    )  # read lazily: images are decoded when they are used
     start = find_start(options, [a.name for a in given.adapters], base)
     whole = len(shots) == n  # else an example is several rows
     classes, twins = (shots.classes(labels), shots.twins) if whole else ([("",)] * n, list(range(n)))
     run = Run(task, labels, options, ranks, state, clock, progress)
-    encoded = Rows(both, n, classes, enough(classes, twins, head=bool(head)))  # type: ignore[arg-type]
+    encoded = Rows(every, n, classes, enough(classes, twins, head=bool(head)))  # type: ignore[arg-type]
     learner = Learner(run, model, processor, encoded, head, start, own_pooling(base.folder))
     folds = fold_indices(classes, twins, options.folds, options.seed)
     in_files = all(map(base.find_module, new_targets(model, everywhere=True)))
@@ -240,22 +243,22 @@ def _prepare(
         raise MixtureError(
             f"{base.folder}: its new head is solved, not trained, as it is one linear layer: leave --head-learning-rate out."
         )
-    names, held_rows = range(n, len(rows)), list(range(len(rows), len(both)))
-    every = [*range(n), *(names if learner.takes_names(names) else ())]
-    parts = [(sorted({*every}.difference(fold)), fold) for fold in folds]
-    return FitJob(learner, every, held_rows, parts)
+    of_names, held_rows = range(n, n + len(named)), list(range(n + len(named), len(every)))
+    trained = [*range(n), *(of_names if learner.takes_names(of_names) else ())]
+    parts = [(sorted({*trained}.difference(fold)), fold) for fold in folds]
+    return FitJob(learner, trained, held_rows, parts)
 
 
-def _with_names(task: Task, shots: Examples, labels: LabelSet | None, options: FitOptions) -> Examples:
-    """The shots, and behind them the names of their classes, where they are asked for, or are words that may be taken."""
+def _names(task: Task, shots: Examples, labels: LabelSet | None, options: FitOptions) -> Examples | None:
+    """The names of the shots' classes, where they are asked for, or are words that may be taken."""
     if options.label_names is False or not task.takes_label_names:
-        return shots
+        return None
     try:
-        return shots.with_label_names(labels)
+        return shots.label_names(labels)
     except DataError:
         if options.label_names:
             raise
-        return shots
+        return None
 
 
 def _encoded(
