@@ -158,8 +158,8 @@ class FitOptions:
         None, Topic.TRAINED, bounds=ABOVE_0, help="Passes over the shots, in place of --max-steps.")
     max_steps: int | None = option(
         None, Topic.TRAINED, bounds=COUNT,
-        help="Optimizer steps. Default: 100 if a head is trained, else 20 epochs, but 40 to 100 steps, or fewer by the folds; where "
-        "examples or completions are classes at most 15 or as many, until the shots are told apart.")
+        help="Optimizer steps. Default: 100 if a head is trained, 15 if a solved head classifies examples, else 20 epochs, but 40 to "
+        "100 steps; fewer where the shots are told apart before, or the folds prefer it.")
     max_minutes: float | None = option(
         None, Topic.TRAINED, bounds=ABOVE_0,
         help="Wall-clock budget in minutes, seen to between steps; half of it for folds.",
