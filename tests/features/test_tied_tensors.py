@@ -222,16 +222,22 @@ def stored_as_head(tensors: dict[str, torch.Tensor]) -> None:
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
 
 
+def made_and_stored(store: Callable[[dict[str, torch.Tensor]], None], root: Path) -> str:
+    """The class of a Llama with a tied head whose files hold its tensors as `store` leaves them."""
+    name, _ = make("head of a Llama", root)
+    file = root / "base" / "model.safetensors"
+    tensors = load_file(file)
+    store(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    return name
+
+
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["q_proj", "lm_head", "embed_tokens"]])
 @pytest.mark.parametrize("store", [stored_twice, stored_apart, stored_as_head])
 def test_a_base_may_store_both_tied_tensors_or_the_other_one(
     store: Callable[[dict[str, torch.Tensor]], None], targets: list[str], tmp_path: Path, old: Old
 ) -> None:
-    name, _ = make("head of a Llama", tmp_path)
-    file = tmp_path / "base" / "model.safetensors"
-    tensors = load_file(file)
-    store(tensors)
-    save_file(tensors, file, {"format": "pt"})
+    name = made_and_stored(store, tmp_path)
     check(tmp_path, name, {"target_modules": targets}, False, old)
 
 
@@ -239,11 +245,7 @@ def test_a_base_may_store_both_tied_tensors_or_the_other_one(
 def test_the_config_follows_the_tensors_where_no_adapter_changes_them(
     store: Callable[[dict[str, torch.Tensor]], None], tied: bool, tmp_path: Path, old: Old
 ) -> None:
-    name, _ = make("head of a Llama", tmp_path)
-    file = tmp_path / "base" / "model.safetensors"
-    tensors = load_file(file)
-    store(tensors)
-    save_file(tensors, file, {"format": "pt"})
+    name = made_and_stored(store, tmp_path)
     check(tmp_path, name, {"target_modules": ["q_proj"]}, tied, old)
 
 

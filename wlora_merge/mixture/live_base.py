@@ -6,7 +6,6 @@ adapter, or a step of training, changes them all. Quantized weights are rounded,
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection
 
@@ -19,7 +18,7 @@ from ..io.hub import folder_here
 from ..io.safetensors_file import FLOATING, Entry, opened, read_rows, read_tensor, torch_dtype
 from ..models.base_model import BaseModel, open_base
 from ..models.loading import is_made
-from ..models.module_tree import ModuleTree, Part
+from ..models.module_tree import ModuleTree, Part, whole
 from .live_model import FLOATS
 
 ROWS = 8
@@ -120,18 +119,14 @@ def _parts(name: str, base: BaseModel, tree: ModuleTree | None) -> list[Part]:
     """The tensors of the files of which a model's tensor is made; empty where there are none, or more than rows were moved."""
     if tree is None:
         entry = base.entries.get(name)
-        return [] if entry is None else [_whole(entry)]
+        return [] if entry is None else [whole(entry)]
     try:
         if tree.holds(name):
             return tree.parts(name)
     except UnsupportedError:
         return []
     entry = base.find_tensor(name)  # under the prefix of another class
-    return [_whole(entry)] if entry is not None else []
-
-
-def _whole(entry: Entry) -> Part:
-    return Part(entry, 0, torch.arange(math.prod(entry.shape[:-1])))
+    return [whole(entry)] if entry is not None else []
 
 
 def _is_new(model: nn.Module, name: str, tree: ModuleTree) -> bool:

@@ -127,14 +127,13 @@ class ModuleTree:
         Raises:
             UnsupportedError: the conversion moves more than whole rows.
         """
-        import torch
 
         found = self._tensor_names.find(name)
         if found is None:
             return []
         if found in self._renamed:
             entry = self.entries[self._renamed[found]]
-            return [Part(entry, 0, torch.arange(_rows(entry)))]
+            return [whole(entry)]
         group, shape = self._fused[found], self.tensors.get(found, ())
         ids = self._trace(group).get(found)
         if ids is None or tuple(ids.shape) != (*shape[:-1], 1):
@@ -187,6 +186,13 @@ class ModuleTree:
     def is_transposed(self, module: str) -> bool:
         """True where a module's expert weights are [experts, in, out], as PEFT asks it."""
         return bool(getattr(self.modules[module], "is_transposed", False))
+
+
+def whole(entry: Entry) -> Part:
+    """A tensor of the tree that one tensor of the files is."""
+    import torch
+
+    return Part(entry, 0, torch.arange(_rows(entry)))
 
 
 def _rows(entry: Entry) -> int:

@@ -7,6 +7,7 @@ as T-Few's (Liu et al. 2022, https://arxiv.org/abs/2205.05638). It knows one loa
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class Completions:
         Args:
             tolerance: by how much a log-probability may differ, through rounding alone.
         """
+        if not any(self._branches()):  # nothing runs behind a prompt
+            return
         lengths = [len(self._prompt(row)) for row in range(len(self.rows))]
         few = sorted({lengths.index(min(lengths)), lengths.index(max(lengths))})
         with torch.no_grad():
@@ -90,12 +93,9 @@ class Completions:
 
     def _in_full(self, prompts: list[list[int]], branches: list[Tokens]) -> tuple[torch.Tensor, Places]:
         """The logits behind each prompt and each beginning of a completion, every branch behind a prompt of its own."""
-        places, at = Places(), list[tuple[int, int]]()
-        for row, prompt in enumerate(prompts):
-            for number, branch in enumerate(branches):
-                for size in range(len(branch) + 1):
-                    if places.setdefault((row, branch[:size]), len(at)) == len(at):
-                        at.append((row * len(branches) + number, len(prompt) - 1 + size))
+        places = Places()
+        begun = _begun(places, len(prompts), branches)
+        at = [(row, len(prompts[row // len(branches)]) - 1 + size) for row, size in begun]
         ids, mask = _padded([[*prompt, *branch] for prompt in prompts for branch in branches], self.device)
         logits, _ = logits_at(self.model, {"input_ids": ids, "attention_mask": mask}, self._columns(at))
         return logits, places
@@ -110,12 +110,7 @@ class Completions:
         cache = output.past_key_values
         cache.batch_repeat_interleave(len(branches))
         places = Places({(row, ()): row for row in range(len(prompts))})
-        at = list[tuple[int, int]]()
-        for row in range(len(prompts)):
-            for number, branch in enumerate(branches):
-                for size in range(1, len(branch) + 1):
-                    if places.setdefault((row, branch[:size]), len(prompts) + len(at)) == len(prompts) + len(at):
-                        at.append((row * len(branches) + number, size - 1))
+        at = [(row, size - 1) for row, size in _begun(places, len(prompts), branches)]
         ids, own = _padded([list(branch) for _ in prompts for branch in branches], self.device)
         positions = (
             positions[:, -1:].repeat_interleave(len(branches), 0) + 1 + torch.arange(ids.shape[1], device=self.device)
@@ -137,6 +132,26 @@ class Completions:
 
     def _columns(self, pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
         return torch.tensor(pairs, device=self.device).unbind(1)
+
+
+def _begun(places: Places, prompts: int, branches: list[Tokens]) -> list[tuple[int, int]]:
+    """Number the beginnings of the branches behind each prompt that have no place yet.
+
+    Args:
+        places: gets them.
+        prompts: how many there are.
+        branches: behind each prompt, in a batch of prompts × branches.
+
+    Returns:
+        (row of that batch, tokens of the branch) of each that is new, in the order of its number.
+    """
+    begun = []
+    for prompt, (number, branch) in itertools.product(range(prompts), enumerate(branches)):
+        for size in range(len(branch) + 1):
+            if (prompt, branch[:size]) not in places:
+                places[prompt, branch[:size]] = len(places)
+                begun.append((prompt * len(branches) + number, size))
+    return begun
 
 
 def _padded(rows: list[list[int]], device: torch.device, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
