@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support.exports import change_json, change_tensors
 from support.models import make_adapter, peft_sum
-from support.pooled import FAMILIES, FOUR, IDS, MASK, Pooled, pooled, served_head
+from support.pooled import FAMILIES, FOUR, IDS, MASK, Pooled, model_of, pooled, served_head
 
 from wlora_merge.errors import BaseModelError, UnsupportedError, VerifyError
 from wlora_merge.exporters.export import export
@@ -66,7 +66,9 @@ def test_a_plain_transformers_model_computes_the_head_on_the_mean(family: str, p
 
 
 @pytest.mark.parametrize("family", FOUR)
-def test_the_model_has_one_more_layer_of_the_base_s_names_and_shapes(family: str, tmp_path: Path) -> None:
+def test_the_model_has_one_more_layer_of_the_head_s_class_s_names_and_the_base_s_shapes(
+    family: str, tmp_path: Path
+) -> None:
     made = pooled(family, tmp_path)
     export(made.mixture, "dense", tmp_path / "out", max_shard_bytes=40_000)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
@@ -75,12 +77,12 @@ def test_the_model_has_one_more_layer_of_the_base_s_names_and_shapes(family: str
     )
     key = "n_layers" if family == "DistilBert" else "num_hidden_layers"
     assert (before[key], after[key]) == (2, 3)
-    own, found = tensors_of(tmp_path / "base"), tensors_of(tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    prefix = model_of(family).base_model_prefix
+    own = {f"{prefix}.{name}": tensor for name, tensor in tensors_of(tmp_path / "base").items()}
     shapes = {name.replace("layer.1.", "layer.2."): tensor.shape for name, tensor in own.items() if "layer.1." in name}
     assert shapes == {name: tensor.shape for name, tensor in found.items() if "layer.2." in name}
-    assert set(found) == set(own) | set(shapes) | {
-        made.mixture.head_tensors[name] or name for name in made.mixture.head
-    }
+    assert set(found) == set(own) | set(shapes) | set(made.mixture.head)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(found)
     assert off(logits_of(tmp_path / "out"), made.logits()) < 1e-5
@@ -143,7 +145,7 @@ def test_what_an_older_file_calls_gamma_and_beta_is_so_in_the_new_layer(bert: Po
     index["weight_map"] = {old(name): file for name, file in index["weight_map"].items()}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     export(bert.mixture, "dense", tmp_path / "out", any_digest=True)
-    assert "encoder.layer.2.output.LayerNorm.gamma" in tensors_of(tmp_path / "out")
+    assert "bert.encoder.layer.2.output.LayerNorm.gamma" in tensors_of(tmp_path / "out")
     assert off(logits_of(tmp_path / "out"), bert.logits()) < 1e-5
 
 
@@ -203,9 +205,9 @@ def double(name: str) -> Callable[[dict[str, Any]], None]:
 )
 def test_a_layer_with_other_numbers_is_found(bert: Pooled, part: str, tmp_path: Path) -> None:
     export(bert.mixture, "dense", tmp_path / "out", max_shard_bytes=1 << 30)
-    change_tensors(tmp_path / "out", double(f"encoder.layer.2.{part}"))
+    change_tensors(tmp_path / "out", double(f"bert.encoder.layer.2.{part}"))
     with pytest.raises(
-        VerifyError, match=rf"'encoder\.layer\.2\.{re.escape(part)}' is not that of the layer that pools"
+        VerifyError, match=rf"'bert\.encoder\.layer\.2\.{re.escape(part)}' is not that of the layer that pools"
     ):
         verify(tmp_path / "out", **bert.inputs)
 
@@ -226,7 +228,7 @@ def test_a_layer_that_is_missing_is_found(bert: Pooled, tmp_path: Path) -> None:
     export(bert.mixture, "dense", tmp_path / "out", max_shard_bytes=1 << 30)
     change_tensors(tmp_path / "out", lambda t: [t.pop(name) for name in [*t] if "layer.2." in name])
     change_json(tmp_path / "out", "config.json", num_hidden_layers=2)
-    with pytest.raises(VerifyError, match=r"tensor 'encoder\.layer\.2\.[\w.]+' is missing"):
+    with pytest.raises(VerifyError, match=r"tensor 'bert\.encoder\.layer\.2\.[\w.]+' is missing"):
         verify(tmp_path / "out", **bert.inputs)
 
 
@@ -266,10 +268,8 @@ def test_without_pooling_the_base_s_layers_are_all_that_there_are(bert: Pooled, 
     export(bert.mixture, "dense", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_hidden_layers"] == 2
-    assert set(tensors_of(tmp_path / "out")) == set(tensors_of(tmp_path / "base")) | {
-        "classifier.weight",
-        "classifier.bias",
-    }
+    body = {f"bert.{name}" for name in tensors_of(tmp_path / "base")}
+    assert set(tensors_of(tmp_path / "out")) == body | {"classifier.weight", "classifier.bias"}
     assert (
         "layer" not in (tmp_path / "out" / "README.md").read_text().split("## Metrics")[0].split("Mixture weights")[0]
     )

@@ -96,7 +96,7 @@ def test_a_sentence_transformers_folder_becomes_a_graph_with_both_outputs(
     out = tmp_path / "out"
     out.mkdir()
     report = write_onnx(dense, out, task="feature-extraction")
-    assert report.output_names == ("token_embeddings", "sentence_embedding")
+    assert report.output_names == ("last_hidden_state", "token_embeddings", "sentence_embedding")
     assert report.input_names == ("input_ids", "attention_mask", "token_type_ids")
     assert json.loads((out / "1_Pooling/config.json").read_text())["word_embedding_dimension"] == HIDDEN
     assert (out / "modules.json").read_bytes() == (dense / "modules.json").read_bytes()

@@ -177,6 +177,29 @@ def _reshard(files: list[OutputFile], limit: int) -> list[OutputFile]:
     ]
 
 
+def renamed(files: Sequence[OutputFile], names: Mapping[str, str | None]) -> list[OutputFile]:
+    """The files with their tensors under other names, without those whose name is None.
+
+    Args:
+        files: from `plan`.
+        names: of every tensor in them -> the name to write.
+
+    Raises:
+        BaseModelError: adapters change a tensor that is left out.
+    """
+    result = []
+    for file in files:
+        for piece in file.pieces:
+            if names[piece.name] is None and piece.deltas:
+                raise BaseModelError(
+                    f"the adapters change tensor {piece.name!r}, which the exported model does not have: leave those out."
+                )
+        pieces = [replace(piece, name=name) for piece in file.pieces if (name := names[piece.name]) is not None]
+        if pieces:
+            result.append(file if pieces == file.pieces else replace(file, pieces=pieces, raw_header=None))
+    return result
+
+
 def index_bytes(base: BaseModel, files: Sequence[OutputFile]) -> bytes | None:
     """The index file for these files; the base's own bytes where it still holds; None for a single file."""
     if len(files) == 1 and (base.index is None or files[0].name == SINGLE):

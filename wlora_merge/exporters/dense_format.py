@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,9 @@ from ..mixture.inputs import Inputs
 from ..models.base_model import BaseModel, open_base, refuse_quantized
 from ..models.tied_embeddings import Untied
 from .carried import carried_bytes, write_beside
-from .dense import OutputFile, folder_bytes, plan
+from .dense import OutputFile, folder_bytes, plan, renamed
 from .format import Format, Measures, Plan, Written
-from .head import read_stored_head
+from .head import left_out_note, names_with_head, read_stored_head
 from .pooling_layer import PoolingLayer, last_layer, pooling_layer, refuse_coarse_shift
 from .probe import outputs_of
 from .stream import write_files
@@ -49,11 +49,18 @@ class DensePlan(Plan):
     files: list[OutputFile]
     dtype: str | None
     layer: PoolingLayer | None = None
+    names: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Sum up the bytes, and say what is special."""
         self.nbytes = folder_bytes(self.files) + carried_bytes(self.inputs.base)
-        self.note = " ".join(filter(None, (untied_note(self.inputs.untied), self.layer.note if self.layer else "")))
+        architecture = str((self.inputs.mixture.config.get("architectures") or ["model with this head"])[0])
+        notes = (
+            untied_note(self.inputs.untied),
+            self.layer.note if self.layer else "",
+            left_out_note(self.names, architecture),
+        )
+        self.note = " ".join(filter(None, notes))
 
     def write_shared(self, out: Path, ranks: Team) -> Mapping[str, str]:
         """Write the weight files; with several ranks each takes every n-th of them."""
@@ -106,7 +113,20 @@ def plan_pooled(inputs: Inputs, dtype: str | None, max_shard_bytes: int | None =
     if mixture.pooling is not None:
         layer = pooling_layer(inputs.base, mixture.pooling, None if dtype is None else DTYPES[dtype])
         refuse_coarse_shift(mixture.head, layer.pieces, inputs.base)
-    return plan_dense(inputs, dtype, max_shard_bytes, layer)
+    return _with_head(plan_dense(inputs, dtype, max_shard_bytes, layer))
+
+
+def _with_head(planned: DensePlan) -> DensePlan:
+    """The plan with the names that a model with the mixture's head saves; as it is where the mixture has no head."""
+    mixture, layer = planned.inputs.mixture, planned.layer
+    if not mixture.head or mixture.task is None:
+        return planned
+    config = {**mixture.config, **(layer.config if layer else {})}
+    called = [piece.name for file in planned.files for piece in file.pieces]
+    names = names_with_head(planned.inputs.base, mixture.task, config, called)
+    if layer:
+        layer = replace(layer, pieces=tuple(replace(piece, name=names[piece.name] or "") for piece in layer.pieces))
+    return replace(planned, files=renamed(planned.files, names), layer=layer, names=names)
 
 
 def untied_note(untied: Untied) -> str:

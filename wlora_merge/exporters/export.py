@@ -93,7 +93,7 @@ def export(
             return ExportResult(staging.out, format, None, 0, {})
         written = planned.write(staging.path)
         how = asdict(asked) | {"any_digest": any_digest, "report": report}
-        _describe(inputs, kind, how, note, written.measures, staging.path, {**known, **written.digests})
+        _describe(inputs, kind, how, note, planned.names, written.measures, staging.path, {**known, **written.digests})
         total = sum(p.stat().st_size for p in staging.path.rglob("*") if p.is_file())
     measures = written.measures
     return ExportResult(staging.out, format, staging.swap, total, measures.table(), measures.line(asked))
@@ -119,6 +119,7 @@ def _describe(
     kind: Format,
     how: dict[str, Any],
     note: str,
+    names: Mapping[str, str | None],
     measures: Measures,
     out: Path,
     known: Mapping[str, str],
@@ -127,7 +128,7 @@ def _describe(
     base_name = how.pop("base_name") or inputs.base.source.name
     if how["onnx_base"] is not None:
         how["onnx_base"] = Path(os.path.abspath(how["onnx_base"])).name
-    drawn = _report(inputs, out, kind, base_name, how, measures) if how["report"] else []
+    drawn = _report(inputs, out, kind, base_name, how, names, measures) if how["report"] else []
     facts = CardFacts(
         inputs.mixture,
         kind,
@@ -153,7 +154,13 @@ def _describe(
 
 
 def _report(
-    inputs: Inputs, folder: Path, kind: Format, base_name: str, options: Mapping[str, Any], measures: Measures
+    inputs: Inputs,
+    folder: Path,
+    kind: Format,
+    base_name: str,
+    options: Mapping[str, Any],
+    names: Mapping[str, str | None],
+    measures: Measures,
 ) -> list[str]:
     facts = {
         f"export: {key}": value for key, value in options.items() if key != "report" and value not in (None, False)
@@ -168,6 +175,7 @@ def _report(
         title=title,
         rank=measures.rank,
         base=inputs.base if kind.keeps_tensors else None,
+        names=names,
         facts=facts,
     )
 

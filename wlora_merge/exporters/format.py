@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..distributed import Team
@@ -60,6 +61,8 @@ class Plan(ABC):
 
     nbytes: int
     note: str = ""
+    names: Mapping[str, str | None] = MappingProxyType({})
+    """Tensor as the base calls it -> as the files do, where they call it otherwise; None for one that they lack."""
 
     def write_shared(self, out: Path, ranks: Team) -> Mapping[str, str]:
         """Write what every rank has a share of; file name -> sha256 of it."""
@@ -78,7 +81,7 @@ class Format(ABC):
         packages: those whose versions decide the bytes.
         library: what the hub calls the library that loads it.
         is_adapter: whether it needs its base to be loaded; else it is a whole model.
-        keeps_tensors: whether its files have the base's tensors under the base's names.
+        keeps_tensors: whether its files have the base's tensors.
         needs_task: whether its model is made for one task.
         gives_all_outputs: whether it gives each output that the model gives.
         summary: what became of the adapters, for the card.

@@ -1,8 +1,8 @@
-"""The trained head in an export's own files: where a writer has put it, and back out of there."""
+"""The trained head in an export's own files: how its model calls their tensors, where a writer has put it, and back out of there."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,36 @@ if TYPE_CHECKING:
     import torch
 
     from ..models.base_model import BaseModel
+
+
+def names_with_head(
+    base: BaseModel, task: str, config: Mapping[str, Any], names: Iterable[str]
+) -> dict[str, str | None]:
+    """How the class that has the head saves tensors that the base, or a plan on it, calls so; None for those that it lacks.
+
+    A bare encoder's files call a layer `encoder.layer.0`, and the classifier on it `bert.encoder.layer.0`; the head of another task
+    has no place in it. Transformers 5 loads either; other programs want what `save_pretrained` gives.
+
+    Args:
+        base: the opened base.
+        task: what the head is for.
+        config: keys that the export's config has otherwise than the base's.
+        names: of tensors.
+    """
+    from ..data.tasks import get_task
+    from ..models.loading import class_for
+    from ..models.module_tree import ModuleTree, empty_model
+
+    auto, _ = class_for(base.folder, get_task(task).auto_class(), or_named=True)
+    make = getattr(auto, "from_config", auto)
+    return ModuleTree(empty_model(base.folder, make, **config), base.entries).saved_names(names)
+
+
+def left_out_note(names: Mapping[str, str | None], architecture: str) -> str:
+    """Which tensors of the base the model with the head does not have, in words; empty where it has all."""
+    gone = sorted(name for name, written in names.items() if written is None)
+    more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+    return f"Left out, as a {architecture} has no such tensor: `{gone[0]}`{more}." if gone else ""
 
 
 def read_stored_head(folder: Path, names: Collection[str], base: BaseModel) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.deltas import ModuleDelta, TensorDelta
@@ -51,6 +52,7 @@ def write_report(
     title: str,
     rank: int | None = None,
     base: BaseModel | None = None,
+    names: Mapping[str, str | None] = MappingProxyType({}),
     facts: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Write report.html and figures/*.png into a folder.
@@ -61,7 +63,8 @@ def write_report(
         deltas: what its adapters change.
         title: what the page is about.
         rank: of an export as one LoRA, the uniform r, which is drawn beside what other ranks would lose.
-        base: of an export that has the base's tensors under their names, the base; what changed in each is drawn.
+        base: of an export that has the base's tensors, the base; what changed in each is drawn.
+        names: tensor as the base calls it -> as that export does, where it calls it otherwise.
         facts: rows for the provenance, name -> value.
 
     Returns:
@@ -73,7 +76,7 @@ def write_report(
         warnings.warn(MISSING, WloraMergeWarning, stacklevel=2)
         return []
     Meter("drawing the report")
-    drawn, rows = _drawings(folder, mixture, deltas, rank, base)
+    drawn, rows = _drawings(folder, mixture, deltas, rank, base, names)
     (folder / FIGURES).mkdir()
     for name, figure in drawn.items():
         (folder / FIGURES / f"{name}.png").write_bytes(png(figure))
@@ -105,7 +108,12 @@ def _template() -> Template:
 
 
 def _drawings(
-    folder: Path, mixture: Mixture, deltas: Deltas, rank: int | None, base: BaseModel | None
+    folder: Path,
+    mixture: Mixture,
+    deltas: Deltas,
+    rank: int | None,
+    base: BaseModel | None,
+    written: Mapping[str, str | None],
 ) -> tuple[dict[str, Any], list[Change]]:
     from .report_figures import dots, heatmap, lines
 
@@ -125,7 +133,7 @@ def _drawings(
         mark = ("this export", float(rank))
         drawn["error"] = lines({"error": (range(len(errors)), errors)}, "rank", "relative error", mark=mark)
     if base is not None:
-        rows = sorted(changes(base, deltas, mixture, folder), key=lambda c: -c.relative_change)
+        rows = sorted(changes(base, deltas, mixture, folder, written), key=lambda c: -c.relative_change)
         top = rows[:SHOWN_CHANGES]
         series = {
             "change / base weight": [c.relative_change for c in top],

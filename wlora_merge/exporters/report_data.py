@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..adapters.deltas import ModuleDelta, TensorDelta
@@ -84,7 +85,11 @@ class Change:
 
 
 def changes(
-    base: BaseModel, deltas: Sequence[ModuleDelta | TensorDelta], mixture: Mixture, folder: Path
+    base: BaseModel,
+    deltas: Sequence[ModuleDelta | TensorDelta],
+    mixture: Mixture,
+    folder: Path,
+    names: Mapping[str, str | None] = MappingProxyType({}),
 ) -> list[Change]:
     """What a dense export changed and what rounding to its dtype lost, from evenly spread rows of each changed tensor.
 
@@ -93,10 +98,12 @@ def changes(
         deltas: what the adapters change.
         mixture: the mixture.
         folder: the dense export. The exact sum is taken anew, in float64.
+        names: tensor as the base calls it -> as the export does, where it calls it otherwise.
     """
     written: dict[str, Entry] = {}
     for file in sorted(folder.glob("*.safetensors")):
         written |= read_header(file).entries
+    written |= {name: written[called] for name, called in names.items() if called in written}
     with one_torch_thread():
         found = [_change(base, d, mixture, written) for d in deltas if isinstance(d, TensorDelta) or d.R]
     # A tensor that holds many experts changes in many parts.

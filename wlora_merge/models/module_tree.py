@@ -94,6 +94,29 @@ class ModuleTree:
         )
         return found
 
+    def saved_names(self, names: Iterable[str]) -> dict[str, str | None]:
+        """How `save_pretrained` of this class calls tensors that files call so; None for those that it does not have.
+
+        Of tensors that are tied it saves one. A name that the files lack may be another file's of the same model.
+
+        Source: `transformers.PreTrainedModel.save_pretrained`.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        model: Any = self.model
+        model._weight_conversions = [c for c in (*self._renamings, *self._converters) if c.was_used()]
+        ignored = {*self.tied, *(model._keys_to_ignore_on_save or ())} - {*self.ties.apart}
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+        saved = revert_weight_conversion(model, dict(state))
+        called, resolver = {id(tensor): name for name, tensor in saved.items()}, NameResolver(saved)
+        found: dict[str, str | None] = {}
+        for name in names:
+            here, pattern = self.rename(name)
+            if here in self.tied and not self.holds(self.tied[here]):
+                here = self.tied[here]
+            found[name] = called.get(id(state[here])) if pattern is None and here in state else resolver.find(name)
+        return found
+
     @property
     def tied(self) -> Mapping[str, str]:
         """Name -> name of another tensor that the model uses for it too, as its class and config say."""

@@ -32,7 +32,7 @@ DENSE_INSTEAD = "export with `--format dense` instead."
 def outputs_of(model: torch.nn.Module, task: Task) -> tuple[str, ...]:
     """The outputs that the graph of `model` has, in order, the cache left out."""
     if pools(model):
-        return POOLED
+        return (*task.outputs, *POOLED)
     if type(model).__name__.endswith(PROJECTED):
         tower = "image" if getattr(model, "main_input_name", "") == "pixel_values" else "text"
         return (f"{tower}_embeds", *task.outputs)

@@ -42,6 +42,7 @@ def tidy(model: onnx_ir.Model) -> None:
     from onnxscript.rewriter.rules.common import _collapse_slices, _no_op
 
     common: Any = ir.passes.common  # some of its constructors have no types
+    outputs = [value.name for value in model.graph.outputs]
     ir.passes.Sequential(common.InlinePass(), common.RemoveUnusedNodesPass())(model)
     optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_keep_tied)
     ir.passes.Sequential(
@@ -60,6 +61,9 @@ def tidy(model: onnx_ir.Model) -> None:
         common.NameFixPass(),
         common.ClearMetadataAndDocStringPass(),
     )(model)
+    for value, name in zip(model.graph.outputs, outputs, strict=True):
+        if value.name != name:  # two outputs that are one tensor have been given the first one's name
+            value.name = name
     name_axes(model)
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

@@ -1,7 +1,8 @@
 """What a sentence-transformers folder does with the token embeddings: pooling, dense layers, normalization.
 
 `modules.json` lists the modules behind the transformer. They become one `torch.nn.Module` on the model, so that its outputs
-are also `token_embeddings` and `sentence_embedding`, as Optimum names them and sentence-transformers' ONNX backend reads them.
+are also `token_embeddings` and `sentence_embedding`, as Optimum names them. `last_hidden_state` stays: Optimum's own classes and
+sentence-transformers' ONNX backend read that.
 Knows those files alone; a module or a mode of pooling that is not here is refused by name.
 
 Source: https://github.com/huggingface/sentence-transformers, `modules/pooling.py`, `modules/dense.py`, `modules/normalize.py`;
@@ -62,7 +63,8 @@ def add_pooling(model: torch.nn.Module, folder: Path) -> None:
         tokens = output["last_hidden_state"]
         mask = given.get("attention_mask")
         mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device) if mask is None else mask
-        return {**output, OUTPUTS[0]: tokens, OUTPUTS[1]: head((tokens, mask))}
+        again = tokens.clone()  # two outputs of a graph cannot be one tensor
+        return {**output, OUTPUTS[0]: again, OUTPUTS[1]: head((tokens, mask))}
 
     model.add_module(HEAD, head)
     model.register_forward_hook(pool, with_kwargs=True)
