@@ -19,6 +19,9 @@ NORMALIZE = ("all", "present", "none")
 FORMATS = ("dense", "lora", "onnx")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What weights may be written in, and how safetensors calls it."""
-SERVERS = ("vllm",)
+SERVERS = (
+    "transformers", "peft", "sentence-transformers", "vllm", "tgi", "llama.cpp", "ctranslate2", "lm-eval", "onnxruntime", "optimum",
+    "openvino", "transformers.js", "onnxruntime-genai",
+)  # fmt: skip
 ONNX_DTYPES, ONNX_QUANTIZE, ONNX_RUNTIMES = ("float32", "float16"), ("int8", "int4"), ("genai",)
 ONNX_PROVIDERS = ("cpu", "cuda", "dml", "webgpu")

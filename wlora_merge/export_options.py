@@ -43,7 +43,7 @@ class ExportOptions:
     tokenizer_from: str | None = option(
         None, Topic.INPUTS, metavar="NAME", help="Carry the tokenizer and chat template beside adapter NAME, not the base's.")
     server: str | None = option(
-        None, Topic.FORMAT, of=("lora",), choices=SERVERS, flag="--for", help="lora: refuse what this server would not load.")
+        None, Topic.FORMAT, choices=SERVERS, flag="--for", help="Refuse what this program would not load.")
     max_rank: int | None = option(
         None, Topic.FORMAT, of=("lora",), bounds=_COUNT, help="lora: refuse a larger r, as a server's --max-lora-rank does.")
     opset: int | None = option(None, Topic.FORMAT, of=("onnx",), bounds=_OPSETS, help="onnx: opset version. Default: 20.")

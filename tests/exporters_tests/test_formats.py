@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,10 +82,3 @@ def test_what_the_version_before_measured_is_of_the_same_kind(kind: str) -> None
     found = measured(kind, table)
     assert found.table() == table
     assert found.rank == table.get("r")
-
-
-@pytest.mark.parametrize("kind", list(FORMATS))
-def test_the_card_has_a_template_for_each(kind: str) -> None:
-    table = json.loads((VERSION_1 / f"{kind}.json").read_text())["report"]
-    name = FORMATS[kind].serving(measured(kind, table))
-    assert (Path(constants.__file__).parent / "exporters" / f"{name}.md.j2").is_file()

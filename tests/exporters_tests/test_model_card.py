@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from support.cards import card, mixture
 
 from wlora_merge.data.tasks import TASKS, get_task
 from wlora_merge.exporters.model_card import TEMPLATE
+from wlora_merge.exporters.serving import Exported
 from wlora_merge.fit_options import FitOptions
 from wlora_merge.mixture.mixture import InputRef
 
@@ -126,12 +127,15 @@ def test_held_out_metrics_stand_in_a_table_where_there_are_any(tmp_path: Path) -
 def test_a_lora_with_a_trained_head_shows_the_load_line_with_its_labels(tmp_path: Path) -> None:
     labels = {"id2label": {"0": "a", "1": "b", "2": "c"}}
     made = mixture(task="text-classification", head={"classifier.weight": torch.ones(3, 4)}, config=labels)
-    text = card(tmp_path, made, "lora").text
+    exported = Exported("lora", "text-classification", "BertForSequenceClassification", rank=4)
+    text = card(tmp_path, made, "lora", exported=exported).text
     given = "id2label=id2label, label2id={v: k for k, v in id2label.items()}"
     assert "id2label = {0: 'a', 1: 'b', 2: 'c'}" in text
     assert f'AutoModelForSequenceClassification.from_pretrained("org/base", {given})' in text
     assert f'AutoPeftModelForSequenceClassification.from_pretrained("path/to/this/folder", {given})' in text
     assert "vllm" not in text
+    text = card(tmp_path, made, "lora", exported=replace(exported, architecture="LlamaForSequenceClassification")).text
+    assert "--max-lora-rank 8 --lora-modules mixture=path/to/this/folder --runner pooling --hf-overrides '{" in text
 
 
 @pytest.mark.parametrize("task", [t for t in TASKS if t != "image-classification"])

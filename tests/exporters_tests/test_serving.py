@@ -14,15 +14,17 @@ import torch
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from support.models import make_adapter, tiny_bert, tiny_llama
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import wlora_merge
+from wlora_merge import constants
 from wlora_merge.cli.main import main
 from wlora_merge.cli.recipe import read_recipe
+from wlora_merge.data.tasks import TASKS
 from wlora_merge.errors import UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.model_card import FOLDER
-from wlora_merge.exporters.serving import VLLM_RANKS, check_rank, vllm_rank
+from wlora_merge.exporters.serving import SERVERS, VLLM_RANKS, Exported, check_rank, check_server, vllm_rank
 from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mix import mix
 
@@ -38,15 +40,19 @@ def blocks(folder: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)\n```", ModelCard.load(folder / "README.md").text, re.DOTALL)
 
 
-def executed(folder: Path, base: Path, base_name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What every Python block of a card defines, run where the folder and the base stand under the card's names."""
+def executed(
+    folder: Path, base: Path, base_name: str, monkeypatch: pytest.MonkeyPatch, title: str = "transformers"
+) -> list[dict[str, Any]]:
+    """What every Python block of a program's part of a card defines, run where folder and base stand under the card's names."""
     place = folder.parent / "place"
     (place / FOLDER).parent.mkdir(parents=True)
     (place / FOLDER).symlink_to(folder)
     (place / base_name).symlink_to(base)
     monkeypatch.chdir(place)
     found = []
-    for block in blocks(folder, "python"):
+    text = ModelCard.load(folder / "README.md").text
+    part = re.split(r"^(\S[^\n]*):$", text[text.index("## How to serve it") :], flags=re.MULTILINE)
+    for block in re.findall(r"```python\n(.*?)\n```", part[part.index(title) + 1], re.DOTALL):
         names: dict[str, Any] = {}
         exec(block, names)
         found.append(names)
@@ -70,7 +76,7 @@ def test_both_python_blocks_of_a_lora_card_load_the_same_model(
     mixture: Path, llama_zoo: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(mixture, "lora", tmp_path / "out")
-    one, two = (n["model"].eval() for n in executed(tmp_path / "out", llama_zoo()[0], "base", monkeypatch))
+    one, two = (n["model"].eval() for n in executed(tmp_path / "out", llama_zoo()[0], "base", monkeypatch, "PEFT"))
     ids = torch.arange(6)[None]
     with torch.no_grad():
         assert torch.equal(one(ids).logits, two(ids).logits)
@@ -83,7 +89,7 @@ def test_the_python_of_an_onnx_card_opens_a_session(tmp_path: Path, monkeypatch:
     adapters = [make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=["query"]) for i in range(2)]
     mix(tmp_path / "base", adapters, tmp_path / "m", task="feature-extraction")
     export(tmp_path / "m", "onnx", tmp_path / "out")
-    (names,) = executed(tmp_path / "out", tmp_path / "base", "base", monkeypatch)
+    (names,) = executed(tmp_path / "out", tmp_path / "base", "base", monkeypatch, "ONNX Runtime")
     assert "input_ids" in {i.name for i in names["session"].get_inputs()}
     (js,) = blocks(tmp_path / "out", "js")
     assert "pipeline('feature-extraction'" in js
@@ -107,7 +113,8 @@ def test_the_python_of_a_card_loads_the_head_and_labels_of_a_training_loop_of_on
     export(tmp_path / "m", kind, tmp_path / "out")
     checked = verify(tmp_path / "out", base=tmp_path / "base", adapters=[f"{a.name}={a}" for a in adapters])
     assert not checked.skipped
-    loaded = executed(tmp_path / "out", tmp_path / "base", "base", monkeypatch)[0]["model"].eval()
+    title = "transformers" if kind == "dense" else "PEFT"
+    loaded = executed(tmp_path / "out", tmp_path / "base", "base", monkeypatch, title)[0]["model"].eval()
     ids = torch.arange(6)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=2e-6, rtol=0)
@@ -184,7 +191,7 @@ def test_a_lora_for_vllm_says_how_to_start_it(mixture: Path, tmp_path: Path) -> 
         ({"server": "vllm", "max_rank": 8}, ["r = 11", "--rank 8", "--max-lora-rank 16"]),
         ({"max_rank": 10}, ["r = 11", "--rank 10"]),
         ({"server": "vllm", "max_rank": 12}, ["--max-lora-rank is one of 1, 8, 16"]),
-        ({"server": "tgi"}, ["--for is 'tgi'", "vllm"]),
+        ({"server": "triton"}, ["--for is 'triton'", "vllm"]),
     ],
 )
 def test_a_rank_that_the_server_does_not_take_is_refused_with_what_to_change(
@@ -202,18 +209,64 @@ def test_beyond_the_highest_rank_there_is_no_way_to_start_the_server() -> None:
     assert "start the server" not in str(error.value)
 
 
-def test_an_embedding_is_refused_for_vllm(tmp_path: Path) -> None:
+def test_what_vllm_has_no_lora_for_is_refused(tmp_path: Path) -> None:
+    """Linear layers and embeddings it takes; GPT-2's class has no LoRA there at all."""
     model = tiny_llama()
     model.save_pretrained(tmp_path / "base")
-    adapters = [make_adapter(model, tmp_path / f"a{i}", i, r=2, target_modules=["embed_tokens"]) for i in range(2)]
-    mix(tmp_path / "base", adapters, tmp_path / "m")
-    with pytest.raises(UnsupportedError, match=r"embed_tokens.*Embedding"):
-        export(tmp_path / "m", "lora", tmp_path / "out", server="vllm")
+    configs: dict[str, Any] = {
+        "embedding": {"target_modules": ["embed_tokens"]},
+        "norm": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    }
+    for name, config in configs.items():
+        adapter = make_adapter(model, tmp_path / name, 0, r=2, **config)
+        mix(tmp_path / "base", [adapter], tmp_path / f"{name}-m", task="causal-lm", modules_to_save="mix")
+    export(tmp_path / "embedding-m", "lora", tmp_path / "out", server="vllm")
+    with pytest.raises(UnsupportedError, match=r"for vllm: '[\w.]+norm' is a whole tensor \[32\]"):
+        export(tmp_path / "norm-m", "lora", tmp_path / "no", server="vllm")
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    adapter = make_adapter(gpt2, tmp_path / "g", 0, r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    made = mix(tmp_path / "gpt2", [adapter], task="causal-lm")
+    with pytest.raises(UnsupportedError, match="vLLM has no LoRA for GPT2LMHeadModel: export with --format dense"):
+        export(made, "lora", tmp_path / "no", server="vllm")
+    export(made, "lora", tmp_path / "gpt2-lora")
+    assert "vllm serve" not in (tmp_path / "gpt2-lora" / "README.md").read_text()
+    export(made, "dense", tmp_path / "gpt2-dense", server="vllm")
+    assert f"vllm serve {FOLDER}" in (tmp_path / "gpt2-dense" / "README.md").read_text()
+    assert not (tmp_path / "no").exists()
 
 
-def test_the_options_belong_to_a_lora(mixture: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="of --format lora alone"):
-        export(mixture, "dense", tmp_path / "out", server="vllm")
+@pytest.mark.parametrize(
+    ("server", "exported", "said"),
+    [
+        ("vllm", Exported("onnx", "causal-lm"), "takes --format dense or --format lora, not --format onnx"),
+        ("vllm", Exported("dense", "image-classification"), "not image-classification"),
+        ("vllm", Exported("dense", "causal-lm", "NobodyForCausalLM"), "vLLM has no NobodyForCausalLM"),
+        ("vllm", Exported("lora", "text-classification", "BertForSequenceClassification"), "no LoRA for Bert"),
+        ("vllm", Exported("lora", "causal-lm", "LlamaForCausalLM", rank=600), "at most 512: give --rank 512"),
+        ("peft", Exported("dense", "causal-lm"), "takes --format lora, not --format dense"),
+        ("transformers", Exported("lora", "causal-lm"), "takes --format dense, not --format lora"),
+        ("llama.cpp", Exported("dense", "causal-lm", "NobodyForCausalLM"), "converter has no NobodyForCausalLM"),
+        ("ctranslate2", Exported("dense", "causal-lm", "NobodyForCausalLM"), "converter has no NobodyForCausalLM"),
+        ("sentence-transformers", Exported("dense", "feature-extraction"), "modules.json"),
+        ("onnxruntime-genai", Exported("onnx", "causal-lm"), "takes --format onnx --onnx-runtime genai, not"),
+        ("openvino", Exported("genai", "causal-lm"), "takes --format onnx, not --format onnx --onnx-runtime genai"),
+        ("lm-eval", Exported("dense", "text-classification"), "not text-classification"),
+    ],
+)
+def test_what_a_program_does_not_take_is_said_in_one_sentence(server: str, exported: Exported, said: str) -> None:
+    with pytest.raises(UnsupportedError, match=re.escape(said)) as error:
+        check_server(server, exported)
+    assert str(error.value).startswith(f"--for {server}: ")
+    assert str(error.value).count(". ") == 0
+
+
+def test_every_program_is_an_option_and_says_which_version_was_asked() -> None:
+    assert tuple(SERVERS) == constants.SERVERS
+    assert [server.name for server in SERVERS.values() if not server.version] == ["tgi"]
+    for server in SERVERS.values():
+        assert set(server.takes) <= {"dense", "lora", "onnx", "genai"}
+        assert {task for tasks in server.takes.values() for task in tasks} <= set(TASKS)
 
 
 def test_a_recipe_has_them_too(tmp_path: Path) -> None:

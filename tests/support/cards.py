@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from wlora_merge.exporters.formats import FORMATS
 from wlora_merge.exporters.model_card import CardFacts, write_card
+from wlora_merge.exporters.serving import Exported
 from wlora_merge.mixture.mixture import InputRef, Mixture
 
 
@@ -37,5 +38,6 @@ def card(
     folders: tuple[Path, ...] = (),
     **more: Any,
 ) -> ModelCard:
+    more.setdefault("exported", Exported(kind, made.task, "LlamaForCausalLM" if made.task == "causal-lm" else ""))
     write_card(folder, CardFacts(made, FORMATS[kind], base_name, folders, **more))
     return ModelCard.load(folder / "README.md")

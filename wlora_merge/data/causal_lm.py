@@ -232,7 +232,6 @@ CAUSAL_LM = CausalLM(
     pipeline_tag="text-generation",
     peft_task_type="CAUSAL_LM",
     peft_auto_class_name="AutoPeftModelForCausalLM",
-    servers=("vllm", "tgi"),
     has_head=False,
     takes_packing=True,
     is_decoder=True,

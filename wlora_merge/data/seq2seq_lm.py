@@ -51,7 +51,6 @@ SEQ2SEQ_LM = Seq2SeqLM(
     pipeline_tag="text2text-generation",
     peft_task_type="SEQ_2_SEQ_LM",
     peft_auto_class_name="AutoPeftModelForSeq2SeqLM",
-    servers=("tgi",),
     has_head=False,
     is_encoder_decoder=True,
     forms=(Form(("source", "target")), Form(("instruction", "input", "target"))),

@@ -37,7 +37,6 @@ class Task:
         pipeline_tag: what the hub calls it.
         peft_task_type: PEFT's word for it; None where PEFT has none.
         peft_auto_class_name: of the PEFT class that loads an adapter with its base.
-        servers: which servers serve its models: `vllm`, `tgi`.
         has_head: whether its model has a head of its own, which a base may lack.
         is_body: whether its model is a base's body alone, whatever head the base's files hold.
         has_labels: whether the head has one output for each label that `id2label` of the config names.
@@ -61,7 +60,6 @@ class Task:
     pipeline_tag: str
     peft_task_type: str | None = None
     peft_auto_class_name: str | None = None
-    servers: tuple[str, ...] = ()
     has_head: bool = True
     is_body: bool = False
     has_labels: bool = False

@@ -157,10 +157,6 @@ class DenseFormat(Format):
         """Of one kind."""
         return DenseMeasures
 
-    def serving(self, measures: Measures) -> str:
-        """transformers, and the servers of its task."""
-        return "serving_dense"
-
     def check_structure(self, folder: Path, manifest: Manifest) -> None:
         """Config, index and headers of a checkpoint."""
         check_checkpoint(folder, manifest.files, manifest.dtype)

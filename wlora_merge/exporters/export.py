@@ -22,12 +22,13 @@ from ..mixture.mixture import Mixture
 from ..mixture.told_task import told_task
 from ..progress import LOG
 from .beside import left_out, take_tokenizer
-from .format import Format, Measures
+from .format import Format, Measures, Written
 from .formats import FORMATS
 from .manifest import build_manifest, versions, write_manifest
 from .model_card import CardFacts, write_card
 from .probe import make_probe
 from .report import write_report
+from .serving import Exported, check_server, exported_of
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ def export(
     if (task := _task_of(inputs, kind, asked)) != inputs.mixture.task:
         inputs = replace(inputs, mixture=replace(inputs.mixture, task=task))
     take_tokenizer(inputs, asked.tokenizer_from)
+    exported = exported_of(inputs, asked)
+    if asked.server is not None:
+        check_server(asked.server, exported)
     planned = kind.plan(inputs, asked)
     note = " ".join(filter(None, (planned.note, left_out(inputs))))
     if note:
@@ -93,7 +97,8 @@ def export(
             return ExportResult(staging.out, format, None, 0, {})
         written = planned.write(staging.path)
         how = asdict(asked) | {"any_digest": any_digest, "report": report}
-        _describe(inputs, kind, how, note, planned.names, written.measures, staging.path, {**known, **written.digests})
+        written = replace(written, digests={**known, **written.digests})
+        _describe(inputs, kind, how, note, planned.names, exported, written, staging.path)
         total = sum(p.stat().st_size for p in staging.path.rglob("*") if p.is_file())
     measures = written.measures
     return ExportResult(staging.out, format, staging.swap, total, measures.table(), measures.line(asked))
@@ -120,11 +125,12 @@ def _describe(
     how: dict[str, Any],
     note: str,
     names: Mapping[str, str | None],
-    measures: Measures,
+    exported: Exported,
+    written: Written,
     out: Path,
-    known: Mapping[str, str],
 ) -> None:
     """Write the report, the model card and the manifest."""
+    measures = written.measures
     base_name = how.pop("base_name") or inputs.base.source.name
     if how["onnx_base"] is not None:
         how["onnx_base"] = Path(os.path.abspath(how["onnx_base"])).name
@@ -136,6 +142,7 @@ def _describe(
         folders=inputs.folders,
         options=how,
         measures=measures,
+        exported=replace(exported, rank=measures.rank),
         note=note,
         figures=drawn,
     )
@@ -150,7 +157,7 @@ def _describe(
         report=measures,
         probe=make_probe(inputs.base.config | inputs.mixture.config, inputs.mixture.task),
     )
-    write_manifest(manifest, out, known)
+    write_manifest(manifest, out, written.digests)
 
 
 def _report(

@@ -110,10 +110,6 @@ class Format(ABC):
     def measures_of(self, table: Mapping[str, Any]) -> type[Measures]:
         """The kind of record that a manifest's `report` is."""
 
-    @abstractmethod
-    def serving(self, measures: Measures) -> str:
-        """The template, without `.md.j2`, of the card's lines that load and serve it."""
-
     # ------------------------------------------------------------------------------------------------- verified
 
     @abstractmethod

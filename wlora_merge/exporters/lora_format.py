@@ -21,7 +21,7 @@ from .head import read_stored_head
 from .lora import check_loads, write_lora
 from .pooling_layer import VECTORS
 from .probe import outputs_of
-from .serving import check_rank, check_server
+from .serving import check_rank
 from .unmerged import head_options, load_checked, unused_by
 from .verify_files import check_adapter
 from .verify_outputs import Tolerance, stored_dtypes, tolerance_of_lora
@@ -121,8 +121,6 @@ class LoraFormat(Format):
 
     def plan(self, inputs: Inputs, asked: ExportOptions) -> Plan:
         """Its rank is known when it is written."""
-        if asked.server is not None:
-            check_server(asked.server, inputs.mixture, inputs.deltas)
         refuse_added(inputs, "no LoRA over that base can express", "dense")
         if inputs.mixture.pooling is not None:
             raise UnsupportedError(
@@ -134,10 +132,6 @@ class LoraFormat(Format):
     def measures_of(self, table: Mapping[str, Any]) -> type[Measures]:
         """Of one kind."""
         return LoraMeasures
-
-    def serving(self, measures: Measures) -> str:
-        """PEFT, and the servers that take its rank."""
-        return "serving_lora"
 
     def check_structure(self, folder: Path, manifest: Manifest) -> None:
         """Config and headers of an adapter of one rank."""

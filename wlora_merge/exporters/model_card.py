@@ -23,12 +23,12 @@ from ..option_fields import flag_of
 from .format import Format, Measures
 from .report import CAPTIONS, FIGURES
 from .report import FILE as REPORT
-from .serving import vllm_rank
+from .serving import Exported, servers_of, vllm_rank
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
-TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+TEMPLATE, SERVING = (Path(__file__).with_name(f"{name}.md.j2") for name in ("model_card", "serving"))
 FOLDER = "path/to/this/folder"
 """What a card's code calls the folder that it stands in."""
 TGI = {
@@ -57,6 +57,7 @@ class CardFacts:
         folders: the base's and the adapters' folders, whose cards may name a license.
         options: how the export was asked for.
         measures: what the writer measured.
+        exported: what programs are asked to take.
         note: a paragraph on what is special about this export.
         figures: names of the report's figures, as in `report.CAPTIONS`.
     """
@@ -67,6 +68,7 @@ class CardFacts:
     folders: Sequence[Path] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     measures: Measures = field(default_factory=Measures)
+    exported: Exported = field(default_factory=Exported)
     note: str = ""
     figures: Sequence[str] = ()
 
@@ -129,16 +131,20 @@ def _weights(mixture: Mixture) -> list[dict[str, Any]]:
 
 
 def _serving(facts: CardFacts) -> str:
-    """How to load and serve it, by the template of its format."""
+    """How to load and serve it, with each program that takes it."""
     from jinja2 import StrictUndefined, Template
 
-    text = Path(__file__).with_name(f"{facts.format.serving(facts.measures)}.md.j2").read_text(encoding="utf-8")
-    lines: str = Template(text, undefined=StrictUndefined).render(
+    exported = facts.exported
+    lines: str = Template(SERVING.read_text(encoding="utf-8"), undefined=StrictUndefined).render(
+        vars(exported),
         folder=FOLDER,
         base_name=facts.base_name,
         task=get_task(facts.mixture.task),
+        servers=list(servers_of(exported)),
         labels=_labels(facts.mixture),
-        vllm_rank=_vllm_rank(facts),
+        vllm_rank=vllm_rank(exported.rank) if exported.rank else None,
+        graph="model.onnx",
+        js_dtype="fp32",
         **TGI,
     )
     return lines
@@ -147,13 +153,6 @@ def _serving(facts: CardFacts) -> str:
 def _labels(mixture: Mixture) -> dict[int, str]:
     """The labels of a trained head: {index: name}."""
     return {int(key): name for key, name in mixture.config.get("id2label", {}).items()} if mixture.head else {}
-
-
-def _vllm_rank(facts: CardFacts) -> int | None:
-    """The `--max-lora-rank` to serve a LoRA with; None where vLLM does not serve it."""
-    r = facts.measures.rank
-    served = "vllm" in get_task(facts.mixture.task).servers and not facts.mixture.head
-    return vllm_rank(r) if served and r is not None else None
 
 
 def _is_looped(mixture: Mixture) -> bool:

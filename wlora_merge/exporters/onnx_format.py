@@ -253,10 +253,6 @@ class OnnxFormat(Format):
         """Of three kinds, told by a key; a table that has none is a traced graph's, which lacks something."""
         return next((kind for key, kind in KINDS.items() if key in table), TracedMeasures)
 
-    def serving(self, measures: Measures) -> str:
-        """ONNX Runtime and transformers.js, or genai."""
-        return "serving_genai" if isinstance(measures, GenaiMeasures) else "serving_onnx"
-
     def check_structure(self, folder: Path, manifest: Manifest) -> None:
         """Nothing but digests: ONNX Runtime checks a graph when it loads it."""
 
