@@ -10,9 +10,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "ask"))
+from common import continued, probabilities  # noqa: E402
+from environments import python_of  # noqa: E402
 
 PROMPTS = (
     "The capital of France is",
@@ -27,6 +32,8 @@ TEXTS = (
     "The exchange rate that you charged me is wrong.",
 )
 NEW_TOKENS = 16
+SOURCES = {name: name for name in ("classes", "first-token", "embeddings")} | {"texts": "lm", "texts-12": "lm-lora-12"}
+"""What answers are expected of -> the export that transformers, or PEFT, gives them on."""
 SENTENCE_BASE = "sentence-base"
 LM_ADAPTERS, BANKING_ADAPTERS = ("sst2", "trec"), ("g1", "g2")
 
@@ -66,6 +73,7 @@ def commands(models: Models) -> dict[str, list[str]]:
         "lm-lora-12": ["export", "@lm-mixture", "--format", "lora", "--rank", "12"],
         "lm-onnx": ["export", "@lm-mixture", *onnx, "--quantize", "int8"],
         "lm-onnx-fp16": ["export", "@lm-mixture", *onnx, "--dtype", "float16"],
+        "lm-genai": ["export", "@lm-mixture", *onnx, "--onnx-runtime", "genai"],
         "classes-mixture": fit,
         "classes": ["export", "@classes-mixture", "--format", "dense"],
         "classes-onnx": ["export", "@classes-mixture", *onnx, "--quantize", "int8"],
@@ -89,8 +97,8 @@ def commands(models: Models) -> dict[str, list[str]]:
     }
 
 
-def make(models: Models, out: Path) -> None:
-    """Make every export that is not there yet.
+def make(models: Models, out: Path, wanted: Collection[str]) -> None:
+    """Make the exports wanted, and what they are made of, where they are not there yet.
 
     Raises:
         subprocess.CalledProcessError: a command fails; what it says is on stderr.
@@ -98,15 +106,15 @@ def make(models: Models, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     _write_shots(models, out / "shots.jsonl")
     _write_sentence_base(models, out / SENTENCE_BASE)
-    for name, words in commands(models).items():
-        if (out / name).exists():
+    known = commands(models)
+    mixtures = {word[1:] for name in wanted for word in known[name] if word[:1] == "@"}
+    for name, words in known.items():
+        if (out / name).exists() or name not in {*wanted, *mixtures}:
             continue
         print(f"wlora-merge {words[0]} -> {name}", flush=True)
         words = [str(out / word[1:]) if word.startswith("@") else word for word in words]
-        subprocess.run([sys.executable, "-m", "wlora_merge", *words, "--out", str(out / name)], check=True)
-    expected = out / "expected.json"
-    if not expected.exists():
-        expected.write_text(json.dumps(expect(out), indent=1) + "\n", encoding="utf-8")
+        python = python_of("onnxruntime-genai") if name == "lm-genai" else sys.executable
+        subprocess.run([python, "-m", "wlora_merge", *words, "--out", str(out / name)], check=True)
 
 
 def _write_sentence_base(models: Models, folder: Path) -> None:
@@ -139,29 +147,34 @@ def _write_shots(models: Models, file: Path) -> None:
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def expect(out: Path) -> dict[str, Any]:
-    """What transformers and sentence-transformers' own formula give on the dense exports, in float32."""
+def expectations(models: Models, out: Path, wanted: Collection[str]) -> dict[str, Any]:
+    """What transformers gives on the dense exports, in float32: key -> one answer for each input; kept in expected.json."""
+    file = out / "expected.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    for key in wanted - found.keys():
+        found[key] = _expected(models, out, key)
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def _expected(models: Models, out: Path, key: str) -> list[Any]:
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(out / "lm")
-    model: Any = AutoModelForCausalLM.from_pretrained(out / "lm", dtype=torch.float32).eval()
-    tokens = []
     with torch.no_grad():
-        for prompt in PROMPTS:
-            given = tokenizer(prompt, return_tensors="pt")
-            made = model.generate(**given, do_sample=False, max_new_tokens=NEW_TOKENS)
-            tokens.append(made[0, given.input_ids.shape[1] :].tolist())
-        found: dict[str, Any] = {"tokens": tokens, "texts": [tokenizer.decode(row) for row in tokens]}
-        for name in ("classes", "first-token"):
-            given = AutoTokenizer.from_pretrained(out / name)(list(TEXTS), padding=True, return_tensors="pt")
-            classifier = AutoModelForSequenceClassification.from_pretrained(out / name, dtype=torch.float32).eval()
-            names = [classifier.config.id2label[i] for i in range(classifier.config.num_labels)]
-            rows = classifier(**given).logits.softmax(1).tolist()
-            found[name] = [dict(zip(names, row, strict=True)) for row in rows]
-        given = AutoTokenizer.from_pretrained(out / "embeddings")(list(TEXTS), padding=True, return_tensors="pt")
-        states = AutoModel.from_pretrained(out / "embeddings", dtype=torch.float32).eval()(**given).last_hidden_state
-        mask = given.attention_mask.unsqueeze(-1)
-        mean = (states * mask).sum(1) / mask.sum(1)
-        found["embeddings"] = torch.nn.functional.normalize(mean, dim=1).tolist()
-    return found
+        if key.startswith("texts"):
+            folder = models.smollm2 if key == "texts-12" else out / "lm"
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            if key == "texts-12":
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, out / "lm-lora-12").eval()
+            return [continued(model, tokenizer, prompt, NEW_TOKENS) for prompt in PROMPTS]
+        given = AutoTokenizer.from_pretrained(out / key)(list(TEXTS), padding=True, return_tensors="pt")
+        if key == "embeddings":
+            states = AutoModel.from_pretrained(out / key, dtype=torch.float32).eval()(**given).last_hidden_state
+            mask = given.attention_mask.unsqueeze(-1)
+            return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1).tolist()
+        classifier = AutoModelForSequenceClassification.from_pretrained(out / key, dtype=torch.float32).eval()
+        return probabilities(classifier, given)
