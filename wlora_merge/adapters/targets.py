@@ -17,7 +17,8 @@ from ..models.quantization import WEIGHT_SUFFIXES
 from ..models.tied_embeddings import tied_to_input
 from ..text import nearest
 from .adapter import Adapter
-from .experts import WRAPPER
+from .conventions import other_names
+from .experts import WRAPPER, find_expert
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,8 @@ def modules_of(base: BaseModel) -> Find:
         if target is not None:
             return target
         known = base.tree.find_module(module.replace(WRAPPER, "")) if base.tree is not None else None
+        if base.tree is not None and known is None and find_expert(module, base.tree):
+            return Target(module, (), tree=base.tree)
         if base.tree is None or known is None:
             return None
         return Target(module, (), f"{known}.weight" in base.tree.ties.groups, tree=base.tree)
@@ -148,6 +151,18 @@ def _with_rows(base: BaseModel, name: str, rows: torch.Tensor) -> torch.Tensor:
 
     own = base.read(name)
     return torch.cat([own, rows.to(own.dtype)])
+
+
+def in_peft_names(adapter: Adapter, find: Find) -> Adapter:
+    """The adapter with PEFT's names for the modules that the base knows by those alone, where its trainer calls them otherwise."""
+    named: dict[str, str] = {}
+    for name in adapter.modules:
+        others = [other for other in other_names(name) if other not in adapter.modules]
+        if others and find(name) is None:
+            named[name] = next((other for other in others if find(other)), name)
+    if not named:
+        return adapter
+    return replace(adapter, modules={named.get(name, name): factors for name, factors in adapter.modules.items()})
 
 
 def target_of(adapter: Adapter, name: str, find: Find) -> Target:
