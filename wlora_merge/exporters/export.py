@@ -79,6 +79,7 @@ def export(
     if (task := _task_of(inputs, kind, asked)) != inputs.mixture.task:
         inputs = replace(inputs, mixture=replace(inputs.mixture, task=task))
     take_tokenizer(inputs, asked.tokenizer_from)
+    inputs = kind.prepared(inputs, asked)
     planned = kind.plan(inputs, asked)
     note = " ".join(filter(None, (planned.note, left_out(inputs))))
     if note:

@@ -5,6 +5,7 @@ This room knows dense model folders, torch's exporter and ONNX Runtime. It must 
 convert        a dense folder -> an ONNX folder
 dummy_inputs   the inputs that a graph is traced and compared on
 trace          torch's exporter, and what it needs of transformers
+rope           rotary positions whose frequencies depend on the length
 seq2seq        encoder and decoder of a seq2seq model as graphs
 pooling        sentence embeddings in the graph
 graph          the traced graph made tidy, and saved
