@@ -5,7 +5,7 @@ A Find answers by name; this room's are over a base's files, `live_model.py` has
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..errors import AdapterError, UnsupportedError
 from ..io.safetensors_file import FLOATING
 from ..models.base_model import BaseModel
+from ..models.names import NUMERIC_PART
 from ..models.quantization import WEIGHT_SUFFIXES
 from ..models.tied_embeddings import tied_to_input
 from ..text import nearest
@@ -55,6 +56,18 @@ Find = Callable[[str], "Target | None"]
 """The target of an adapter's module (or whole tensor) by the name that the adapter gives it; None when there is none."""
 
 
+@dataclass(frozen=True)
+class Known:
+    """A Find that also gives the names of the modules that there are, for a message."""
+
+    find: Find
+    names: Callable[[], Collection[str]]
+
+    def __call__(self, name: str) -> Target | None:
+        """The target of that name."""
+        return self.find(name)
+
+
 def modules_of(base: BaseModel) -> Find:
     """Finds target modules in a base's files."""
 
@@ -79,7 +92,7 @@ def modules_of(base: BaseModel) -> Find:
         return Target(module, (), f"{known}.weight" in base.tree.ties.groups, tree=base.tree)
 
     find_whole = tensors_of(base)
-    return find
+    return Known(find, lambda: {entry.removesuffix(".weight") for entry in base.entries if entry.endswith(".weight")})
 
 
 def _packed(base: BaseModel, module: str) -> Target | None:
@@ -182,13 +195,23 @@ def target_of(adapter: Adapter, name: str, find: Find) -> Target:
 def foreign(adapter: Adapter, name: str, find: Find) -> AdapterError:
     """What to raise for a target module that the base has not: the base is another only where it lacks most of them."""
     there = [other for other in adapter.modules if other != name and find(other) is not None]
-    said = f"{adapter.where}: its target module {name!r} is not in the base model"
+    said, near = f"{adapter.where}: its target module {name!r} is not in the base model", _near(name, find)
     if 2 * len(there) < len(adapter.modules):
-        return AdapterError(f"{said}: this adapter was trained on another base.")
+        return AdapterError(f"{said}: this adapter was trained on another base{near}.")
     return AdapterError(
         f"{said}, which has {len(there)} of its {len(adapter.modules)} target modules: neither the files have a tensor "
-        f"{name + '.weight'!r} nor the model class such a module{nearest(name, there)}: rename it in the adapter, or leave that out."
+        f"{name + '.weight'!r} nor the model class such a module{near}: rename it in the adapter, or leave that out."
     )
+
+
+def _near(name: str, find: Find) -> str:
+    """The module of the base whose name is nearest, of those with the same layer and expert, as a question."""
+    names = find.names() if isinstance(find, Known) else ()
+    return nearest(name, [other for other in names if _numbers(other) == _numbers(name)])
+
+
+def _numbers(name: str) -> list[str]:
+    return [part for part in name.split(".") if NUMERIC_PART.fullmatch(part)]
 
 
 def refuse_tied(adapter: Adapter, name: str, target: Target) -> None:
