@@ -76,7 +76,7 @@ class TracedMeasures(Measures):
         """How far it is from PyTorch, and the quantized graph from it."""
         said = f"ONNX Runtime's outputs are within {self.largest_difference:.2e} of PyTorch's."
         if q := self.quantized:
-            from ..onnx.quantize import JS_DTYPES
+            from ..onnx.js_names import DTYPES as JS_DTYPES
 
             js = JS_DTYPES[Path(q.file).stem.removeprefix("model")]
             said += (
@@ -199,11 +199,13 @@ class RefoldPlan(Plan):
 
     def write(self, out: Path) -> Written:
         """Write the graphs, and what the base carries, its config with the graph's dtype."""
+        from ..onnx.js_names import name_half
         from .onnx_refold import write_refold
 
         mixture, base, folder = self.inputs.mixture, self.inputs.base, out / "onnx"
         folder.mkdir()
         written = write_refold(self.refold, folder, mixture)
+        name_half(out)
         names = {stored: name for name, stored in DTYPES.items()}
         dtypes = sorted(names.get(dtype, dtype) for dtype in self.refold.dtypes)
         copy_carried(base, out)

@@ -10,6 +10,7 @@ seq2seq        encoder and decoder of a seq2seq model as graphs
 pooling        sentence embeddings in the graph
 graph          the traced graph made tidy, and saved
 protobuf       an ONNX file as bytes, read lazily: read_onnx
+js_names       under which names transformers.js looks for graphs
 match          which initializers are which tensors: Matcher
 session        ONNX Runtime sessions, and how a graph is run
 validate       a graph's outputs against the model's
