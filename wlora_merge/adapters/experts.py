@@ -65,7 +65,8 @@ def split_factors(adapter: Adapter, name: str, tree: ModuleTree) -> list[PartFac
         UnsupportedError: transformers makes the tensor by more than moving rows; a DoRA; a square expert weight of which the
             config does not say which PEFT wrote the factors.
     """
-    factors, module = adapter.modules[name], tree.find_module(name.replace(WRAPPER, ""))
+    factors, renamed = adapter.modules[name], renamed_parameter(name, tree)
+    module = renamed.rpartition(".")[0] if renamed else tree.find_module(name.replace(WRAPPER, ""))
     expert = find_expert(name, tree) if module is None else None
     if module is None and expert is None:
         return []
@@ -76,7 +77,7 @@ def split_factors(adapter: Adapter, name: str, tree: ModuleTree) -> list[PartFac
         )
     if module is None or expert is not None:
         return _split_linear(adapter, name, expert, tree) if expert else []
-    tensor = _tensor(adapter, name, module, tree)
+    tensor = renamed or _tensor(adapter, name, module, tree)
     shape = tree.tensors.get(tensor, ())
     if len(shape) not in (2, 3):
         return []
@@ -101,7 +102,8 @@ def split_factors(adapter: Adapter, name: str, tree: ModuleTree) -> list[PartFac
         )
     transposed = expected[got] and tree.is_transposed(module)
     swapped = expected[got] and not transposed
-    scaling = adapter.scaling_of(tensor if adapter.config.get("target_parameters") else name, r)
+    parameter = f"{name}.weight" if renamed else tensor
+    scaling = adapter.scaling_of(parameter if adapter.config.get("target_parameters") else name, r)
     layout = Layout.CONV1D if transposed else Layout.LINEAR
     return [
         PartFactors(
@@ -111,6 +113,13 @@ def split_factors(adapter: Adapter, name: str, tree: ModuleTree) -> list[PartFac
         for whole in tree.parts(tensor)
         for expert, part in _by_expert(whole, rows)
     ]  # fmt: skip
+
+
+def renamed_parameter(name: str, tree: ModuleTree) -> str | None:
+    """The parameter of all experts that an earlier version of transformers has as the weight of a module of its own, `name`."""
+    found, pattern = tree.rename(f"{name}.weight")
+    known = pattern is None and len(tree.tensors.get(found, ())) == 3
+    return found if known and tree.find_module(name) is None else None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..models.tied_embeddings import tied_to_input
 from ..text import nearest
 from .adapter import Adapter
 from .conventions import other_names
-from .experts import WRAPPER, find_expert
+from .experts import WRAPPER, find_expert, renamed_parameter
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +77,8 @@ def modules_of(base: BaseModel) -> Find:
         if base.quantized and (entry is None or entry.dtype not in FLOATING):
             return _packed(base, module)
         target = find_whole(f"{module}.weight")
+        if target is not None and len(target.shape) == 3 and _is_of_experts(base, module):
+            return Target(module, (), tree=base.tree)
         if target is not None:
             rows = partial(_tied_to_input, base, module)
             is_embedding = partial(_is_embedding, base, module)
@@ -157,6 +159,18 @@ def _is_embedding(base: BaseModel, module: str) -> bool:
 
     found = base.tree.find_module(module) if base.tree else None
     return base.tree is None or found is None or isinstance(base.tree.modules[found], nn.Embedding)
+
+
+def _is_of_experts(base: BaseModel, module: str) -> bool:
+    """Whether a weight of three dimensions is that of all experts, and not a convolution's."""
+    from torch import nn
+
+    if base.tree is None:
+        return False
+    found = base.tree.find_module(module)
+    if found is None:
+        return renamed_parameter(module, base.tree) is not None
+    return not isinstance(base.tree.modules[found], nn.modules.conv._ConvNd)
 
 
 def _with_rows(base: BaseModel, name: str, rows: torch.Tensor) -> torch.Tensor:
