@@ -36,7 +36,7 @@ TEXTS = (".txt",)
 
 
 def _zstd(stream: io.BytesIO) -> Any:
-    import pyarrow
+    import pyarrow  # type: ignore[import-untyped]
 
     return pyarrow.CompressedInputStream(stream, "zstd")
 
@@ -373,7 +373,7 @@ def _text(name: str, data: bytes) -> Table:
 
 def _parquet(name: str, data: bytes) -> Table:
     import datasets
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
