@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.architectures import GATED, LM, TEXT, Case, expected_state, merged
+from support.architectures import GATED, LM, TEXT, WEIGHTS, Case, expected_state, merged
 from support.experts import CASES, EXPERTS, LOCAL, make
 from support.models import make_adapter
 
@@ -231,3 +231,60 @@ def test_expert_factors_that_their_version_would_not_write_are_refused(tmp_path:
     folder, _ = old_adapter(tmp_path / "old", 24, "0.21.2")
     with pytest.raises(AdapterError, match=r"expected \[8, 32\] and \[48, 8\] of PEFT '0.21.2'"):
         mix(tmp_path / "base", [folder])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_weight_of_a_module_that_holds_all_experts_folds_as_peft_merges_it(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import JetMoeConfig, JetMoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 2,
+        "vocab_size": 40,
+    }
+    model = JetMoeForCausalLM(JetMoeConfig(**sizes, kv_channels=8, num_local_experts=4, num_experts_per_tok=2))  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path / "base")
+    targets = ["input_linear.weight", "mlp.output_linear.weight"]
+    patterns = {"rank_pattern": {"mlp.input_linear.weight": 3}, "alpha_pattern": {"output_linear.weight": 7}}
+    folder = make_adapter(
+        model, tmp_path / "a", 1, r=2, target_modules=["router.layer"], target_parameters=targets, **patterns
+    )
+    double = JetMoeForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    expected = PeftModel.from_pretrained(double, folder).merge_and_unload().state_dict()
+    export(mix(tmp_path / "base", [folder], weights=[1.0]), "dense", tmp_path / "out")
+    got = JetMoeForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    before = model.state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name].double(), tensor, rtol=1e-6, atol=1e-6)
+    assert sum(not torch.equal(got[name], before[name]) for name in got) == 5
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = next(key for key in tensors if "mlp.output_linear.lora_B" in key)
+    save_file(tensors | {key: tensors[key][:-1].contiguous()}, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"output_linear'.* do not fit '.*output_linear\.weight' \[4, 16, 24\]"):
+        mix(tmp_path / "base", [folder])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_under_the_names_that_an_earlier_transformers_gave_them_fold_the_same(tmp_path: Path) -> None:
+    case = CASES["granitemoe"]
+    base, (folder,) = make(case, tmp_path, {"r": 2, "target_modules": [], "target_parameters": EXPERTS})
+    expected = expected_state(case, base, [folder])
+    old = tmp_path / "old"
+    old.mkdir()
+    tensors = {}
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        is_down = 24 in tensor.shape  # of lora_A the columns; lora_B has 16 or 48 rows
+        is_down |= "lora_B" in key and tensor.shape[0] == 16
+        linear = ".output_linear." if is_down else ".input_linear."
+        tensors[key.replace(".experts.base_layer.", linear).replace(".experts.", linear)] = tensor
+    save_file(tensors, old / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["target_parameters"] = ["input_linear.weight", "output_linear.weight"]
+    (old / "adapter_config.json").write_text(json.dumps(config))
+    export(mix(base, [old], weights=WEIGHTS[:1]), "dense", tmp_path / "dense")
+    got = case.load(tmp_path / "dense", case.dtype).state_dict()
+    assert all(torch.equal(got[k], expected[k].to(case.dtype)) for k in expected)

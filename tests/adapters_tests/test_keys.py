@@ -49,6 +49,14 @@ def test_a_peft_key_names_its_module_and_its_part(key: str, name: str, part: str
         ("text_encoder_2.encoder.layers.0.q_proj.lora_A.weight", "Diffusers"),
         ("transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight", "Diffusers"),
         ("down_blocks.0.attn1.processor.to_q_lora.down.weight", "Diffusers"),
+        ("double_blocks.0.processor.qkv_lora1.down.weight", "Diffusers"),
+        ("model.layers.0.self_attn.q_proj.lora_a", "mlx-lm"),
+        ("layers.0.attn.q_proj.lora_b.weight", "torchtune"),
+        ("model.layers.0.self_attention.adapter_layer.lora_kqv_adapter.linear_in.weight", "NeMo"),
+        ("decoder.layers.0.self_attention.linear_qkv.adapter.linear_out.weight", "NeMo"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.hada_w1_a", "LyCORIS"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lokr_w2", "LyCORIS"),
+        ("base_model.model.model.layers.0.linear_attn.in_proj_q.lora_A.weight", "Tinker"),
     ],
 )
 def test_files_of_other_conventions_are_refused_by_name(key: str, convention: str) -> None:

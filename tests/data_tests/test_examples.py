@@ -134,6 +134,33 @@ def test_labels_have_one_form(tmp_path: Path, labels: list[Any], canonical: list
     assert classes(tmp_path, labels).column("label") == canonical
 
 
+def test_content_in_parts_of_text_is_one_text(tmp_path: Path) -> None:
+    def chat(*content: Any) -> list[dict[str, Any]]:
+        return [
+            {
+                "messages": [
+                    {"role": role, "content": part} for role, part in zip(("user", "assistant"), content, strict=True)
+                ]
+            }
+        ]
+
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b", "image": None}]
+    for name, content in (("a.jsonl", (parts, "c")), ("b.jsonl", (parts, [{"type": "text", "text": "c"}]))):
+        (said,) = read_examples(lines(tmp_path / name, chat(*content)), task="causal-lm").column("messages")
+        assert [turn["content"] for turn in json.loads(said)] == ["a b", "c"]
+    for name, part, words in (
+        (
+            "c.jsonl",
+            {"type": "image", "image": "x.png"},
+            "a part of type 'image': of content in parts, {type: text, text} alone",
+        ),
+        ("d.jsonl", {"type": "text", "text": 3}, "a part of type 'text'"),
+        ("e.jsonl", "plain", "a part of type 'none'"),
+    ):
+        assert words in refusal(lines(tmp_path / name, chat([part], "c")), "causal-lm")
+    assert "is empty" in refusal(lines(tmp_path / "f.jsonl", chat([], "c")), "causal-lm")
+
+
 def test_conversations_tags_and_answers_are_checked(tmp_path: Path) -> None:
     turn = {"role": "user", "content": "hi"}
     assert "no turn of the assistant" in refusal(lines(tmp_path / "a.jsonl", [{"messages": [turn]}]), "causal-lm")

@@ -10,9 +10,11 @@ import io
 import json
 import lzma
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from support.data_files import refusal, write
 
@@ -132,7 +134,24 @@ def test_broken_utf_16_is_named_with_its_line(tmp_path: Path) -> None:
     assert "is empty" in refusal(write(tmp_path / "b.csv", "".encode("utf-16")))
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+def zstd(data: bytes) -> bytes:
+    packed: bytes = pyarrow.Codec("zstd").compress(data, asbytes=True)
+    return packed
+
+
+def zipped(data: bytes, *names: str) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.mkdir("folder")
+        for name in names or ("folder/rows.jsonl",):
+            archive.writestr(name, data)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zstd), ("zip", zipped)],
+)
 def test_compressed_files_are_read_within_the_bound(
     tmp_path: Path, suffix: str, pack: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +167,21 @@ def test_compressed_files_are_read_within_the_bound(
     monkeypatch.setattr("wlora_merge.data.formats.MAX_DATA_BYTES", 1_000_000)
     bomb = write(tmp_path / f"d.csv.{suffix}", pack(b"text,label\n" + b"x" * 2_000_000))
     assert "expands to more than 1.0 MB" in refusal(bomb)
+
+
+def test_an_archive_of_several_files_and_one_of_no_kind_are_refused(tmp_path: Path) -> None:
+    several = write(tmp_path / "a.jsonl.zip", zipped(b"{}", "a.jsonl", "b.jsonl"))
+    assert "cannot be unpacked (it holds 2 files, expected one)" in refusal(several)
+    assert "cannot be unpacked (it holds 0 files" in refusal(write(tmp_path / "c.jsonl.zip", b"PK\5\6" + bytes(18)))
+    unsaid = write(tmp_path / "a.zip", zipped(b"{}"))
+    with pytest.raises(
+        UnsupportedError, match=r"not read; use one of \.jsonl, .* also with \.gz, .*\.zst, \.zip behind it"
+    ):
+        read_examples(unsaid, task="text-classification")
+    two = write(
+        tmp_path / "b.jsonl.zst", zstd(b'{"text": "a", "label": "x"}\n') + zstd(b'{"text": "b", "label": "y"}\n')
+    )
+    assert read_examples(two, task="text-classification").column("text") == ["a", "b"]
 
 
 def test_json_objects_of_columns_are_read_as_pandas_and_datasets_write_them(tmp_path: Path) -> None:

@@ -121,6 +121,45 @@ def test_a_generation_config_and_a_pooling_are_named(
     )
 
 
+def test_another_pooling_than_the_bases_is_named_and_the_same_is_not(
+    made: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def pooled(mode: str, version: str, weights: bytes = b"w") -> Callable[[Path], None]:
+        def change(folder: Path) -> None:
+            for name in ("1_Pooling", "2_Dense"):
+                (folder / name).mkdir(parents=True)
+            (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+            (folder / "2_Dense" / "model.safetensors").write_bytes(weights)
+            rows = [
+                {"path": path, "type": f"sentence_transformers.models.{path[2:]}"} for path in ("1_Pooling", "2_Dense")
+            ]
+            (folder / "modules.json").write_text(json.dumps(rows))
+            (folder / "config_sentence_transformers.json").write_text(
+                json.dumps({"__version__": version, "prompts": {}})
+            )
+
+        return change
+
+    pooled("mean", "5.0")(tmp_path / "base")
+    mixture = made(pooled("cls", "5.1"), pooled("mean", "5.2", b"v"))
+    assert said_of(mixture, tmp_path / "out", caplog) == (
+        "Left out of adapter 'a': 1_Pooling/config.json; to carry it, copy it from a into the base's folder and export again. "
+        "Left out of adapter 'b': 2_Dense/model.safetensors; to carry it, copy it from b into the base's folder and export again."
+    )
+
+
+def test_a_config_that_ends_texts_otherwise_is_named(
+    made: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def config(end: object) -> Callable[[Path], int]:
+        return lambda folder: (folder / "config.json").write_text(json.dumps({"eos_token_id": end}))
+
+    assert said_of(made(config([1, 8]), config(1)), tmp_path / "out", caplog) == (
+        "Beside adapter 'a' lies a config.json of eos_token_id [1, 8] (the base's: 1): to end texts so, set it in the base's "
+        "generation_config.json and export again."
+    )
+
+
 def test_a_tokenizer_that_is_not_there_or_has_too_many_tokens_is_refused(
     made: Callable[..., Path], tmp_path: Path
 ) -> None:

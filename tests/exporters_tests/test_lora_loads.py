@@ -24,6 +24,7 @@ from wlora_merge.errors import AdapterError, UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.lora import check_loads
 from wlora_merge.exporters.verify import verify
+from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.mix import mix
 from wlora_merge.models.base_model import open_base
 
@@ -134,10 +135,19 @@ def test_one_name_that_the_base_lacks_is_not_another_base(tmp_path: Path) -> Non
     whole = load_file(file)
     save_file({k.replace("layers.0.self_attn.q_proj", "layers.0.self_attn.q_prj"): v for k, v in whole.items()}, file)
     with pytest.raises(
-        AdapterError, match=r"q_prj' is not in the base model, which has 1 of its 2.*did you mean 'model"
+        AdapterError,
+        match=r"q_prj' is not in .*, which has 1 of its 2.*did you mean 'model\.layers\.0\.self_attn\.q_proj'",
     ) as said:
         mix(tmp_path / "base", [folder])
     assert "another base" not in str(said.value)
     save_file({k.replace("q_proj", "query"): v for k, v in whole.items()}, file)
-    with pytest.raises(AdapterError, match="is not in the base model: this adapter was trained on another base"):
+    with pytest.raises(
+        AdapterError,
+        match=r"base model: this adapter was trained on another base; did you mean 'model\.layers\.0\.self_attn\.q_proj'\?",
+    ):
+        mix(tmp_path / "base", [folder])
+    with pytest.raises(AdapterError, match=r"another base; did you mean 'model\.layers\.0\.self_attn\.q_proj'\?"):
+        attach(type(base).from_pretrained(tmp_path / "base"), [folder])
+    save_file({k.replace("layers", "blocks.7"): v for k, v in whole.items()}, file)
+    with pytest.raises(AdapterError, match=r"was trained on another base\.$"):
         mix(tmp_path / "base", [folder])

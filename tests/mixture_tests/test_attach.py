@@ -22,7 +22,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from wlora_merge.errors import MixtureError, WloraMergeError, WloraMergeWarning
+from wlora_merge.errors import AdapterError, MixtureError, WloraMergeError, WloraMergeWarning
 from wlora_merge.exporters.export import export
 from wlora_merge.mixture.attach import attach, detach, regroup
 from wlora_merge.mixture.mixture import Mixture
@@ -273,6 +273,29 @@ def test_an_attach_that_is_stopped_leaves_no_trace(tmp_path: Path, monkeypatch: 
     assert torch.equal(model(ids).logits, before)
     once = attach(copy.deepcopy(model), folders)(ids).logits
     assert torch.equal(attach(model, folders)(ids).logits, once)
+
+
+@pytest.mark.parametrize("why", ["other weights", "an adapter", "a module"])
+def test_an_attach_that_is_refused_leaves_the_model_as_it_was(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = type(tiny_llama()).from_pretrained(tmp_path / "base")
+    model.model.embed_tokens.weight.requires_grad_(False)
+    folder = make_adapter(model, tmp_path / "a", 1, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    if why == "other weights":  # known only once everything hangs
+        with torch.no_grad():
+            model.model.norm.weight.add_(1)
+    elif why == "an adapter":
+        folder = make_adapter(tiny_llama(hidden_size=16, head_dim=8), tmp_path / "b", 1, r=2, target_modules=["q_proj"])
+    else:
+        monkeypatch.setattr(StackedLora, "__init__", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    before = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+    with pytest.raises((MixtureError, AdapterError, MemoryError)):
+        attach(model, [folder], modules_to_save="a" if why != "an adapter" else None)
+    assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == before
+    assert not hasattr(model, "wlora")
+    assert model.lm_head.weight.requires_grad
 
 
 def test_a_mixture_that_would_not_be_what_the_model_computes_is_refused(tmp_path: Path) -> None:

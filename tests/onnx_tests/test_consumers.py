@@ -41,8 +41,8 @@ def library() -> Path:
     return file
 
 
-def in_node(library: Path, kind: str, folder: Path, given: list[Any]) -> Any:
-    command = ["node", str(SCRIPT), str(library), kind, str(folder), json.dumps(given)]
+def in_node(library: Path, kind: str, folder: Path, given: list[Any], dtype: str = "fp32") -> Any:
+    command = ["node", str(SCRIPT), str(library), kind, str(folder), json.dumps(given), dtype]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -54,6 +54,22 @@ def test_transformers_js_classifies_as_pytorch_does(exported: Callable[[str], Ex
         expected = made.model()(input_ids=ids).logits.numpy()
     got = in_node(library, "SequenceClassification", made.out, ids.tolist())
     np.testing.assert_allclose(np.array(got), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", "CausalLM"), ("t5", "Seq2SeqLM"), ("bert", "SequenceClassification")]
+)
+def test_transformers_js_finds_a_float16_graph_under_its_own_dtype(
+    exported: Callable[[str], Exported], library: Path, name: str, kind: str, tmp_path: Path
+) -> None:
+    made, ids = exported(name), torch.tensor([[5, 9, 23, 42]])
+    write_onnx(made.dense, tmp_path, task=made.task, dtype="float16")
+    (tmp_path / "onnx" / "model.onnx").unlink(missing_ok=True)  # so that no other file can be what it finds
+    got = in_node(library, kind, tmp_path, ids.tolist(), dtype="fp16")
+    if kind == "SequenceClassification":
+        np.testing.assert_allclose(np.array(got), made.model()(input_ids=ids).logits.detach().numpy(), atol=0.05)
+    else:
+        assert len(got[0]) > 4
 
 
 @pytest.mark.parametrize(("name", "kind"), [("llama", "CausalLM"), ("t5", "Seq2SeqLM")])

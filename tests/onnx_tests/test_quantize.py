@@ -18,6 +18,7 @@ from wlora_merge.exporters.manifest import read_manifest
 from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mix import mix
 from wlora_merge.onnx import convert as onnx_writer
+from wlora_merge.onnx.js_names import dtype_for_js, name_half
 from wlora_merge.onnx.session import check_files
 
 ort = pytest.importorskip("onnxruntime")
@@ -113,6 +114,47 @@ def test_quantized_graphs_stand_beside_the_float_one_and_their_error_is_reported
             .done[-1]
             .startswith("outputs equal the unmerged mixture's: off by ")
         )
+
+
+def test_a_float16_export_has_the_names_that_transformers_js_looks_for(mixture: Path, tmp_path: Path) -> None:
+    export(mixture, "onnx", tmp_path / "out", dtype="float16", quantize="int4")
+    folder = tmp_path / "out" / "onnx"
+    assert {p.name for p in folder.iterdir()} == {"model.onnx", "model_fp16.onnx", "model_q4f16.onnx"}
+    assert (folder / "model.onnx").samefile(folder / "model_fp16.onnx")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "{ dtype: 'fp16' }" in card
+    assert "with `dtype: 'q4f16'`" in card
+    assert verify(tmp_path / "out", **inputs_of(mixture))
+    (folder / "model_fp16.onnx").unlink()
+    with pytest.raises(VerifyError, match=r"model_fp16\.onnx"):
+        verify(tmp_path / "out", **inputs_of(mixture))
+
+
+def test_a_refold_of_float16_graphs_has_them_too(mixture: Path, tmp_path: Path) -> None:
+    root = mixture.parent
+    mix(root / "base", [root / "a0"], tmp_path / "none", weights=[0.0], task="causal-lm")
+    export(tmp_path / "none", "onnx", tmp_path / "of_base", dtype="float16")
+    for onnx_base in (tmp_path / "of_base", tmp_path / "of_base" / "onnx" / "model_fp16.onnx"):
+        export(mixture, "onnx", tmp_path / "out", onnx_base=str(onnx_base), force=True)
+        names = {p.name for p in (tmp_path / "out" / "onnx").iterdir()}
+        assert names == {"model.onnx", "model_fp16.onnx"}
+        assert len({(tmp_path / "out" / "onnx" / name).read_bytes() for name in names}) == 1
+        assert "{ dtype: 'fp16' }" in (tmp_path / "out" / "README.md").read_text()
+        assert verify(tmp_path / "out", **inputs_of(mixture))
+
+
+def test_a_graph_with_a_data_file_keeps_its_one_name(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    (tmp_path / "onnx").mkdir()
+    weight = numpy_helper.from_array(np.ones((64, 64), np.float16), "w")
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    shapes = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, [1, 64]) for name in "xy"]
+    model = helper.make_model(helper.make_graph([node], "g", shapes[:1], shapes[1:], [weight]))
+    save(model, tmp_path / "onnx" / "model.onnx", save_as_external_data=True, location="model.onnx_data")
+    name_half(tmp_path)
+    assert {p.name for p in (tmp_path / "onnx").iterdir()} == {"model.onnx", "model.onnx_data"}
+    assert dtype_for_js(tmp_path) == "fp32"
 
 
 def test_fusions_use_onnx_runtimes_own_operators_and_are_checked(mixture: Path, tmp_path: Path) -> None:

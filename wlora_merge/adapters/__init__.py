@@ -5,6 +5,7 @@ This room knows PEFT's files and the layouts of layers. It must not know mixture
 adapter            a PEFT folder -> Adapter: load_adapters
 config             each field of a LoraConfig: folded, without effect, or refused
 keys               a key of an adapter's file -> module and part
+conventions        what other trainers write differently into a PEFT folder
 factors            Factors: one adapter's change of one target module
 layouts            kinds of layers <-> matrices: Layout
 experts            factors of fused expert weights -> factors of the files' tensors

@@ -20,6 +20,7 @@ from ..io.safetensors_file import FLOATING, Entry, Header, read_header, read_ten
 from ..io.tensors import all_finite
 from ..io.untrusted import find_file, read_json
 from .config import check_config
+from .conventions import by_expert
 from .factors import Factors, TokenRows
 from .keys import PATTERN_SECONDS, check_adapter_name, parse_adapter_key, pattern_value
 
@@ -180,7 +181,13 @@ def _read_config(folder: Path, where: str) -> dict[str, Any]:
         raise AdapterError(
             f"{where}: has no {CONFIG_FILE}: give the folder that PEFT's save_pretrained wrote (on the hub: org/name/FOLDER)."
         )
-    return read_json(file, AdapterError, "a table of LoraConfig fields")
+    config = read_json(file, AdapterError, "a table of LoraConfig fields")
+    if "fine_tune_type" in config and "peft_type" not in config:
+        raise UnsupportedError(
+            f"{where}: it is in the mlx-lm convention: convert it to PEFT's first, whose lora_A and lora_B are its lora_a and lora_b "
+            "transposed, and whose lora_alpha is its scale times its rank."
+        )
+    return config
 
 
 def _weights_file(folder: Path, where: str) -> Path:
@@ -223,7 +230,8 @@ def _sort_tensors(
             raise AdapterError(f"tensor {key!r} names the same thing as another tensor of the file.")
         known[slot] = tensor if parsed.part in WHOLE else entry
     deadline = time.monotonic() + PATTERN_SECONDS
-    return {module: _factors(module, found, config, deadline) for module, found in parts.items()}, tensors, token_rows
+    modules = {module: _factors(module, own, config, deadline) for module, own in by_expert(parts).items()}
+    return modules, tensors, token_rows
 
 
 def _read_finite(key: str, entry: Entry) -> torch.Tensor:

@@ -19,7 +19,8 @@ class Slice:
 
     lora_A holds the experts one after another, lora_B has them innermost. `rows` [n] counts rows of the delta weight
     [out, in], or where `transposed` rows of its transpose. Where `swapped`, the file has the transpose of what is meant: lora_A is
-    lora_B of the delta weight, and the other way round.
+    lora_B of the delta weight, and the other way round. Where `spread`, the stored lora_B is those of `out` rows alone, and the
+    others are zero.
     """
 
     expert: int
@@ -27,6 +28,8 @@ class Slice:
     rows: torch.Tensor
     transposed: bool = False
     swapped: bool = False
+    spread: range | None = None
+    out: int = 0
 
 
 @dataclass
@@ -74,6 +77,10 @@ class Factors:
     def _expert_B(self) -> torch.Tensor:
         """One expert's part of `stored_B`, [rows, r]."""
         stored = _held(self.stored_B)
+        if self.slice and self.slice.spread:
+            spread, whole = self.slice.spread, stored.new_zeros(self.slice.out, self.r)
+            whole[spread.start : spread.stop : spread.step] = stored
+            return whole
         return stored.reshape(stored.shape[0], self.r, -1)[:, :, self.slice.expert if self.slice else 0]
 
     @property

@@ -32,8 +32,15 @@ _FOREIGN = {
     "kohya": re.compile(r"lora_(unet|te\d?|transformer|prior)_|.*\.lora_(down|up|mid)\.weight$|.*\.alpha$"),
     "Diffusers": re.compile(
         r"(unet|text_encoder(_\d)?|transformer\.(single_)?transformer_blocks|prior|controlnet)\.|.*\blora\.(down|up)\.weight$"
-        r"|.*_lora\.(down|up)\.weight$"
+        r"|.*_lora\d?\.(down|up)\.weight$"
     ),
+    "mlx-lm": re.compile(r".*\.lora_[ab]$"),
+    "torchtune": re.compile(r".*\.lora_[ab]\.weight$"),
+    "NeMo": re.compile(r".*\.adapters?\..*linear_(in|out)\.weight$|.*\.adapter_layer\."),
+    "LyCORIS": re.compile(r".*\.(hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2)$"),
+    "Tinker": re.compile(
+        r".*\.linear_attn\.in_proj_[qkv]\.lora_"
+    ),  # query, key and value are one in_proj_qkv elsewhere
 }
 _NOT_WHOLE = re.compile(r"(^|\.)(lora_|token_adapter\.)|\.(?!weight$|bias$)[^.]*$|^[^.]*$")
 RESERVED = ("drop", "mix")  # words of --modules-to-save
@@ -62,7 +69,7 @@ def parse_adapter_key(key: str, *, wrapped: bool = False) -> AdapterKey:
     of its parameters that it trains.
 
     Raises:
-        UnsupportedError: for keys in the Diffusers and kohya conventions, named, and for any other that is not understood.
+        UnsupportedError: for keys in other conventions (Diffusers, kohya, mlx-lm), named, and for any other that is not understood.
 
     Source: `peft.utils.save_and_load.get_peft_model_state_dict`.
     """

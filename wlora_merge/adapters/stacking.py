@@ -19,7 +19,7 @@ from .deltas import ModuleDelta
 from .experts import split_factors
 from .factors import Factors
 from .layouts import Layout, layout_of, output_rows
-from .targets import Find, Target, foreign, target_of
+from .targets import Find, Target, foreign, in_peft_names, target_of
 from .trainable_tokens import with_token_rows
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def stack(
             nothing.
         UnsupportedError: a trained lora_B.bias where the base has no bias.
     """
+    adapters = [in_peft_names(a, find) for a in adapters]
     adapters = [with_token_rows(a, partial(target_of, a, find=find)) if a.token_rows else a for a in adapters]
     rows: dict[tuple[str, int | None], list[ModuleChange]] = {}
     for n, adapter in enumerate(adapters):
@@ -74,8 +75,14 @@ def _refuse_conflict(adapter: Adapter, name: str, change: ModuleChange, known: S
         raise AdapterError(
             f"{adapter.where}: target module {name!r} is {change.layout.value} here and {known[0].layout.value} in another."
         )
-    if any(other.n == change.n for other in known):
+    if any(other.n == change.n and not _apart(other.factors, change.factors) for other in known):
         raise AdapterError(f"{adapter.where}: two of its target modules are {change.module!r} of the base model.")
+
+
+def _apart(one: Factors, other: Factors) -> bool:
+    """Whether two products change different rows of one weight [out, in], as gate_proj and up_proj those of a gate_up_proj."""
+    spreads = [f.slice.spread for f in (one, other) if f.slice and f.slice.spread]
+    return len(spreads) == 2 and set(spreads[0]).isdisjoint(spreads[1])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ A Find answers by name; this room's are over a base's files, `live_model.py` has
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 from ..errors import AdapterError, UnsupportedError
 from ..io.safetensors_file import FLOATING
 from ..models.base_model import BaseModel
+from ..models.names import NUMERIC_PART
 from ..models.quantization import WEIGHT_SUFFIXES
 from ..models.tied_embeddings import tied_to_input
 from ..text import nearest
 from .adapter import Adapter
-from .experts import WRAPPER
+from .conventions import other_names
+from .experts import WRAPPER, find_expert, renamed_parameter
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +56,18 @@ Find = Callable[[str], "Target | None"]
 """The target of an adapter's module (or whole tensor) by the name that the adapter gives it; None when there is none."""
 
 
+@dataclass(frozen=True)
+class Known:
+    """A Find that also gives the names of the modules that there are, for a message."""
+
+    find: Find
+    names: Callable[[], Collection[str]]
+
+    def __call__(self, name: str) -> Target | None:
+        """The target of that name."""
+        return self.find(name)
+
+
 def modules_of(base: BaseModel) -> Find:
     """Finds target modules in a base's files."""
 
@@ -63,6 +77,8 @@ def modules_of(base: BaseModel) -> Find:
         if base.quantized and (entry is None or entry.dtype not in FLOATING):
             return _packed(base, module)
         target = find_whole(f"{module}.weight")
+        if target is not None and len(target.shape) == 3 and _is_of_experts(base, module):
+            return Target(module, (), tree=base.tree)
         if target is not None:
             rows = partial(_tied_to_input, base, module)
             is_embedding = partial(_is_embedding, base, module)
@@ -71,12 +87,14 @@ def modules_of(base: BaseModel) -> Find:
         if target is not None:
             return target
         known = base.tree.find_module(module.replace(WRAPPER, "")) if base.tree is not None else None
+        if base.tree is not None and known is None and find_expert(module, base.tree):
+            return Target(module, (), tree=base.tree)
         if base.tree is None or known is None:
             return None
         return Target(module, (), f"{known}.weight" in base.tree.ties.groups, tree=base.tree)
 
     find_whole = tensors_of(base)
-    return find
+    return Known(find, lambda: {entry.removesuffix(".weight") for entry in base.entries if entry.endswith(".weight")})
 
 
 def _packed(base: BaseModel, module: str) -> Target | None:
@@ -143,11 +161,35 @@ def _is_embedding(base: BaseModel, module: str) -> bool:
     return base.tree is None or found is None or isinstance(base.tree.modules[found], nn.Embedding)
 
 
+def _is_of_experts(base: BaseModel, module: str) -> bool:
+    """Whether a weight of three dimensions is that of all experts, and not a convolution's."""
+    from torch import nn
+
+    if base.tree is None:
+        return False
+    found = base.tree.find_module(module)
+    if found is None:
+        return renamed_parameter(module, base.tree) is not None
+    return not isinstance(base.tree.modules[found], nn.modules.conv._ConvNd)
+
+
 def _with_rows(base: BaseModel, name: str, rows: torch.Tensor) -> torch.Tensor:
     import torch
 
     own = base.read(name)
     return torch.cat([own, rows.to(own.dtype)])
+
+
+def in_peft_names(adapter: Adapter, find: Find) -> Adapter:
+    """The adapter with PEFT's names for the modules that the base knows by those alone, where its trainer calls them otherwise."""
+    named: dict[str, str] = {}
+    for name in adapter.modules:
+        others = [other for other in other_names(name) if other not in adapter.modules]
+        if others and find(name) is None:
+            named[name] = next((other for other in others if find(other)), name)
+    if not named:
+        return adapter
+    return replace(adapter, modules={named.get(name, name): factors for name, factors in adapter.modules.items()})
 
 
 def target_of(adapter: Adapter, name: str, find: Find) -> Target:
@@ -167,13 +209,23 @@ def target_of(adapter: Adapter, name: str, find: Find) -> Target:
 def foreign(adapter: Adapter, name: str, find: Find) -> AdapterError:
     """What to raise for a target module that the base has not: the base is another only where it lacks most of them."""
     there = [other for other in adapter.modules if other != name and find(other) is not None]
-    said = f"{adapter.where}: its target module {name!r} is not in the base model"
+    said, near = f"{adapter.where}: its target module {name!r} is not in the base model", _near(name, find)
     if 2 * len(there) < len(adapter.modules):
-        return AdapterError(f"{said}: this adapter was trained on another base.")
+        return AdapterError(f"{said}: this adapter was trained on another base{near}.")
     return AdapterError(
         f"{said}, which has {len(there)} of its {len(adapter.modules)} target modules: neither the files have a tensor "
-        f"{name + '.weight'!r} nor the model class such a module{nearest(name, there)}: rename it in the adapter, or leave that out."
+        f"{name + '.weight'!r} nor the model class such a module{near}: rename it in the adapter, or leave that out."
     )
+
+
+def _near(name: str, find: Find) -> str:
+    """The module of the base whose name is nearest, of those with the same layer and expert, as a question."""
+    names = find.names() if isinstance(find, Known) else ()
+    return nearest(name, [other for other in names if _numbers(other) == _numbers(name)])
+
+
+def _numbers(name: str) -> list[str]:
+    return [part for part in name.split(".") if NUMERIC_PART.fullmatch(part)]
 
 
 def refuse_tied(adapter: Adapter, name: str, target: Target) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ..constants import REGRESSION
 from ..errors import DataError, UnsupportedError, WloraMergeWarning
 from ..io.untrusted import is_utf8
-from ..text import nearest
+from ..text import nearest, short
 from .columns import choose_columns, looks_like_answer
 from .formats import Table, read_bytes_of
 from .labels import LabelSet, class_name, words_of
@@ -348,8 +348,22 @@ def _message(value: Any) -> dict[str, Any]:
     if message["role"] not in _ROLES:
         raise _WrongError(f"has the role {message['role']!r}; roles are {', '.join((*_ROLES, *_SHAREGPT_ROLES))}")
     needed = message["role"] != "tool" and "tool_calls" not in message
-    content = message.get("content", "")
+    content = _joined_parts(message.get("content", ""))
     return {**message, "content": _text(content) if needed else _text_or_nothing(content)}
+
+
+def _joined_parts(content: Any) -> Any:
+    """Content in parts [{type: text, text}] as one text: one part after another, as chat templates that know parts write them."""
+    if not isinstance(content, list):
+        return content
+    parts = [{k: v for k, v in part.items() if v is not None} if isinstance(part, Mapping) else {} for part in content]
+    for part in parts:
+        if set(part) != {"type", "text"} or part["type"] != "text" or not isinstance(part["text"], str):
+            kind = part.get("type", "none")
+            raise _WrongError(
+                f"has a message with a part of type {short(kind)}: of content in parts, {{type: text, text}} alone is read"
+            )
+    return "".join(part["text"] for part in parts)
 
 
 def _tools(value: Any) -> str:

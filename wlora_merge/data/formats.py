@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import lzma
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,33 @@ Rows: TypeAlias = "list[dict[str, Any]] | datasets.Dataset"
 
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 TEXTS = (".txt",)
-_OPENERS: dict[str, Callable[[io.BytesIO], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def _zstd(stream: io.BytesIO) -> Any:
+    import pyarrow  # type: ignore[import-untyped]
+
+    return pyarrow.CompressedInputStream(stream, "zstd")
+
+
+def _zip(stream: io.BytesIO) -> Any:
+    """The one file of an archive.
+
+    Raises:
+        OSError: it is none, or holds several, or one that is encrypted.
+    """
+    try:
+        archive = zipfile.ZipFile(stream)
+        names = [one.filename for one in archive.infolist() if not one.is_dir()]
+        if len(names) != 1:
+            raise OSError(f"it holds {len(names)} files, expected one")
+        return archive.open(names[0])
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise OSError(str(error)) from error
+
+
+_OPENERS: dict[str, Callable[[io.BytesIO], Any]] = {
+    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd, ".zip": _zip,
+}  # fmt: skip
 MAX_DATA_BYTES = 1 << 30
 """Of one data file, and of what a compressed or Parquet file expands to. Of the latter: its values as they would lie in memory,
 8 bytes each beside them."""
@@ -131,7 +158,7 @@ def _unpacked(name: str, data: bytes) -> bytes:
     try:
         with opener(io.BytesIO(data)) as stream:
             expanded: bytes = stream.read(MAX_DATA_BYTES + 1)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise DataError(f"{name} cannot be unpacked ({first_line(error)}): fetch it again.") from error
     if len(expanded) > MAX_DATA_BYTES:
         raise _too_large(name)
@@ -346,7 +373,7 @@ def _text(name: str, data: bytes) -> Table:
 
 def _parquet(name: str, data: bytes) -> Table:
     import datasets
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:

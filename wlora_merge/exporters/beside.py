@@ -6,6 +6,7 @@ It knows names of files and their keys. It knows no weights.
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,10 @@ from ..adapters.added_tokens import tokenizer_files, warn_of_end
 from ..errors import AdapterError, WloraMergeError
 from ..io.untrusted import find_file, read_bytes, read_json
 from ..mixture.inputs import Inputs
-from ..models.files import GENERATION, MODULES, carried_files
+from ..models.files import CHAT_TEMPLATES, GENERATION, MODULES, carried_files
+from ..text import short
 
+CONFIG = "config.json"
 TOKENS = {
     "eos_token": "end token",
     "bos_token": "start token",
@@ -25,7 +28,12 @@ TOKENS = {
     "unk_token": "unknown token",
 }
 """Keys of a tokenizer's config that change what a model is given or where it stops."""
-PROCESSORS = ("preprocessor_config.json", "processor_config.json", "image_processor_config.json")
+OTHERS = (
+    GENERATION, "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "config_sentence_transformers.json", "sentence_bert_config.json",
+)  # fmt: skip
+"""Files beside the tokenizer's that change what is computed of a text or an image, and where a text ends."""
+VERSIONS = ("transformers_version", "__version__")
 
 
 def take_tokenizer(inputs: Inputs, name: str | None) -> None:
@@ -50,7 +58,8 @@ def left_out(inputs: Inputs) -> str:
     own = _tokenizer_facts(carried)
     others = {a.name: _differing(_tokenizer_facts(_files_of(a)), own) for a in inputs.adapters}
     lines = [_tokenizers_line({name: facts for name, facts in others.items() if facts}, own)]
-    lines += [_others_line(adapter, carried) for adapter in inputs.adapters]
+    for adapter in inputs.adapters:
+        lines += [_others_line(adapter, carried), _end_line(adapter, inputs.base.config)]
     return " ".join(filter(None, lines))
 
 
@@ -136,9 +145,10 @@ def _said(facts: Mapping[str, str], own: Mapping[str, str]) -> str:
 def _others_line(adapter: Adapter, carried: Mapping[str, Path]) -> str:
     """Which other files beside an adapter are left out, and what brings them in."""
     found = _files_of(adapter)
-    left = [name for name in (GENERATION, *PROCESSORS) if name in found and not _same(found[name], carried.get(name))]
-    if find_file(adapter.source.folder, MODULES, AdapterError) and not _same(found.get(MODULES), carried.get(MODULES)):
-        left += [MODULES, *(name for name in found if "/" in name and name not in carried)]
+    if (modules := find_file(adapter.source.folder, MODULES, AdapterError)) is not None:
+        found[MODULES] = modules
+    told = [*OTHERS, MODULES, *(name for name in found if "/" in name and not name.startswith(CHAT_TEMPLATES))]
+    left = [name for name in told if name in found and not _same(found[name], carried.get(name))]
     if not left:
         return ""
     return (
@@ -147,10 +157,26 @@ def _others_line(adapter: Adapter, carried: Mapping[str, Path]) -> str:
     )
 
 
+def _end_line(adapter: Adapter, base: Mapping[str, Any]) -> str:
+    """That a config beside an adapter ends a text with another token, where no generation config says so."""
+    told, own = (
+        _table(find_file(adapter.source.folder, CONFIG, AdapterError)).get("eos_token_id"),
+        base.get("eos_token_id"),
+    )
+    if told is None or told == own or GENERATION in _files_of(adapter):
+        return ""
+    return (
+        f"Beside adapter {adapter.name!r} lies a {CONFIG} of eos_token_id {short(told)} (the base's: {short(own)}): "
+        f"to end texts so, set it in the base's {GENERATION} and export again."
+    )
+
+
 def _same(one: Path | None, other: Path | None) -> bool:
-    """Whether two JSON files say the same, but for the version that wrote them."""
+    """Whether two files say the same; of JSON, but for the version that wrote them."""
     if one is None or other is None:
         return False
+    if one.suffix != ".json":
+        return filecmp.cmp(one, other, shallow=False)
     bytes_of = [read_bytes(file, AdapterError) for file in (one, other)]
-    tables = [{k: v for k, v in _table(file).items() if k != "transformers_version"} for file in (one, other)]
+    tables = [{k: v for k, v in _table(file).items() if k not in VERSIONS} for file in (one, other)]
     return bytes_of[0] == bytes_of[1] or (bool(tables[0]) and tables[0] == tables[1])

@@ -80,6 +80,7 @@ def export(
     if (task := _task_of(inputs, kind, asked)) != inputs.mixture.task:
         inputs = replace(inputs, mixture=replace(inputs.mixture, task=task))
     take_tokenizer(inputs, asked.tokenizer_from)
+    inputs = kind.prepared(inputs, asked)
     exported = exported_of(inputs, asked)
     if asked.server is not None:
         check_server(asked.server, exported)

@@ -96,6 +96,14 @@ class Format(ABC):
     needs_task: ClassVar[bool] = False
     gives_all_outputs: ClassVar[bool] = True
 
+    def prepared(self, inputs: Inputs, asked: ExportOptions) -> Inputs:
+        """The inputs with what this format needs and the mixture leaves open.
+
+        Raises:
+            WloraMergeError: it is not told anywhere.
+        """
+        return inputs
+
     @abstractmethod
     def plan(self, inputs: Inputs, asked: ExportOptions) -> Plan:
         """Lay out what to write.

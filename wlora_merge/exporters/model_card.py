@@ -19,6 +19,7 @@ from ..fit_options import FitOptions, FitRequest
 from ..io.hub import at_revision
 from ..io.untrusted import find_file, parse_yaml, read_bytes
 from ..mixture.mixture import TRAINING_LOOP, Mixture
+from ..onnx.js_names import dtype_for_js
 from ..option_fields import flag_of
 from .format import Format, Measures
 from .report import CAPTIONS, FIGURES
@@ -85,7 +86,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         template_path=str(TEMPLATE),
         **vars(facts) | {"figures": [{"caption": CAPTIONS[n], "file": f"{FIGURES}/{n}.png"} for n in facts.figures]},
         measured=facts.measures.card(),
-        serving=_serving(facts),
+        serving=_serving(facts, dtype_for_js(folder)),
         **_licenses([facts.base_name, *mixture.adapter_names], fronts),
         report=REPORT,
         method=mixture.data.get("method"),
@@ -130,21 +131,21 @@ def _weights(mixture: Mixture) -> list[dict[str, Any]]:
     return [{"name": name, "mean": float(m), "lowest": float(a), "highest": float(b)} for name, m, a, b in numbers]
 
 
-def _serving(facts: CardFacts) -> str:
-    """How to load and serve it, with each program that takes it."""
+def _serving(facts: CardFacts, js_dtype: str) -> str:
+    """How to load and serve it, with each program that takes it; `js_dtype` is what transformers.js calls its graphs' dtype."""
     from jinja2 import StrictUndefined, Template
 
     exported = facts.exported
     lines: str = Template(SERVING.read_text(encoding="utf-8"), undefined=StrictUndefined).render(
         vars(exported),
         folder=FOLDER,
+        js_dtype=js_dtype,
         base_name=facts.base_name,
         task=get_task(facts.mixture.task),
         servers=list(servers_of(exported)),
         labels=_labels(facts.mixture),
         vllm_rank=vllm_rank(exported.rank) if exported.rank else None,
         graph="model.onnx",
-        js_dtype="fp32",
         **TGI,
     )
     return lines

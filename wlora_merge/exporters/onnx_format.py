@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..constants import DTYPES
+from ..data.task import load_auto
 from ..data.tasks import get_task
 from ..distributed import Team
 from ..errors import UnsupportedError, VerifyError
@@ -18,6 +19,7 @@ from ..io.digests import sha256_files
 from ..io.records import Record, checked_by
 from ..mixture.inputs import Inputs
 from ..models.base_model import BaseModel, refuse_quantized
+from ..models.loading import read_config
 from .carried import carried_bytes, copy_carried
 from .dense import changed_config, folder_bytes, with_dtype
 from .dense_format import DensePlan, plan_dense, untied_note
@@ -74,7 +76,7 @@ class TracedMeasures(Measures):
         """How far it is from PyTorch, and the quantized graph from it."""
         said = f"ONNX Runtime's outputs are within {self.largest_difference:.2e} of PyTorch's."
         if q := self.quantized:
-            from ..onnx.quantize import JS_DTYPES
+            from ..onnx.js_names import DTYPES as JS_DTYPES
 
             js = JS_DTYPES[Path(q.file).stem.removeprefix("model")]
             said += (
@@ -137,7 +139,7 @@ class TracedPlan(Plan):
         self.nbytes = self.dense.nbytes + folder_bytes(self.dense.files)
         pooling = self.dense.inputs.mixture.pooling
         pooled = "" if pooling is None else f"The graph gives its head {VECTORS[pooling]}, normalized to one length."
-        self.note = " ".join(filter(None, (self.dense.note, pooled)))
+        self.note = " ".join(filter(None, (self.dense.note, pooled, _padding_note(self.dense.inputs))))
 
     def write(self, out: Path) -> Written:
         """Write the dense folder, trace it or let genai build it, and take it away."""
@@ -197,11 +199,13 @@ class RefoldPlan(Plan):
 
     def write(self, out: Path) -> Written:
         """Write the graphs, and what the base carries, its config with the graph's dtype."""
+        from ..onnx.js_names import name_half
         from .onnx_refold import write_refold
 
         mixture, base, folder = self.inputs.mixture, self.inputs.base, out / "onnx"
         folder.mkdir()
         written = write_refold(self.refold, folder, mixture)
+        name_half(out)
         names = {stored: name for name, stored in DTYPES.items()}
         dtypes = sorted(names.get(dtype, dtype) for dtype in self.refold.dtypes)
         copy_carried(base, out)
@@ -216,6 +220,37 @@ class RefoldPlan(Plan):
         return Written(measures, {f"onnx/{name}": digest for name, digest in written.items()})
 
 
+def _with_padding(inputs: Inputs) -> Inputs:
+    """The inputs with the tokenizer's padding token, where the model reads the last token that is not padding and its config does
+    not say which that is.
+
+    Raises:
+        UnsupportedError: the tokenizer has no padding token either, or one that the model has no embedding for.
+    """
+    base, mixture = inputs.base, inputs.mixture
+    if not get_task(mixture.task).needs_pad_token or mixture.config.get("pad_token_id") is not None:
+        return inputs
+    text = read_config(base.folder).get_text_config()
+    if text.pad_token_id is not None:
+        return inputs
+    folder = next((path.parent for path in base.tokenizer.values()), base.folder)
+    pad = load_auto("AutoTokenizer", folder, "tokenizer").pad_token_id
+    if pad is None or pad >= text.vocab_size:
+        has = "none" if pad is None else f"{pad}, and no embedding"
+        raise UnsupportedError(
+            f"{base.folder}: its config has no pad_token_id, and its tokenizer {has}: "
+            "a graph for rows of several lengths must know where the text of each ends: set pad_token_id in config.json."
+        )
+    return replace(inputs, mixture=replace(mixture, config={**mixture.config, "pad_token_id": pad}))
+
+
+def _padding_note(inputs: Inputs) -> str:
+    pad = inputs.mixture.config.get("pad_token_id")
+    if pad is None or inputs.mixture.head or inputs.base.config.get("pad_token_id") is not None:
+        return ""
+    return f"Its `pad_token_id` is {pad}, the tokenizer's: the base's config has none."
+
+
 # ----------------------------------------------------------------------------------------------------------- the format
 
 
@@ -228,6 +263,10 @@ class OnnxFormat(Format):
     summary = "folded into the base model and exported to ONNX"
     needs_task = True
     gives_all_outputs = False  # a graph has no pooler
+
+    def prepared(self, inputs: Inputs, asked: ExportOptions) -> Inputs:
+        """With a padding token, where a graph that is traced needs one."""
+        return inputs if inputs.mixture.task is None or asked.onnx_base is not None else _with_padding(inputs)
 
     def plan(self, inputs: Inputs, asked: ExportOptions) -> Plan:
         """A dense folder to trace, or with `--onnx-base` the graphs of the base."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,18 +76,16 @@ def attach(
             of PEFT's in it; or a checkpoint's `wlora_weights` are those of other adapters or groups.
     """
     base = base_of(model)
-    attach_loaded(
-        model, adapters, base, granularity=granularity, normalize=normalize, delta_scale=delta_scale, temperature=temperature,
-        head=head, **options,
-    )  # fmt: skip
-    attachment = attachment_of(model)
-    try:
+    _check_model(model)
+    with _all_or_nothing(model):
+        attach_loaded(
+            model, adapters, base, granularity=granularity, normalize=normalize, delta_scale=delta_scale, temperature=temperature,
+            head=head, **options,
+        )  # fmt: skip
+        attachment = attachment_of(model)
         if base is not None:
             attachment.refuse_other_weights(model, base)
             attachment.take_up(base)
-    except BaseException:
-        detach(model)
-        raise
     return model
 
 
@@ -128,31 +127,44 @@ def attach_loaded(
     _check_model(model)
     _check_options(loaded, normalize, delta_scale, temperature)
     trained = _head_parameters(model, head)
-    deltas, taken = _changes(model, base, loaded, trained, asked.modules_to_save)
-    groups = make_groups([d.module for d in deltas], granularity)
-    device = next(model.parameters()).device
-    model.requires_grad_(False)
-    weights = uniform_weights(len(groups), len(loaded), normalize, device)
-    model.register_parameter(PARAMETER, weights)
-    if isinstance(delta_scale, str):
-        model.register_parameter(SCALE_PARAMETER, nn.Parameter(torch.ones((), device=device)))
-    scale = delta_scale if isinstance(delta_scale, float | int) else model.get_parameter(SCALE_PARAMETER)
-    for name in trained:
-        model.get_parameter(name).requires_grad_(True)
-    attachment = Attachment(
-        loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken, asked.modules_to_save,
-        base.folder if base else None,
-    )  # fmt: skip
-    model.wlora = attachment  # type: ignore[assignment]
-    try:
+    with _all_or_nothing(model):
+        deltas, taken = _changes(model, base, loaded, trained, asked.modules_to_save)
+        groups = make_groups([d.module for d in deltas], granularity)
+        device = next(model.parameters()).device
+        model.requires_grad_(False)
+        weights = uniform_weights(len(groups), len(loaded), normalize, device)
+        model.register_parameter(PARAMETER, weights)
+        if isinstance(delta_scale, str):
+            model.register_parameter(SCALE_PARAMETER, nn.Parameter(torch.ones((), device=device)))
+        scale = delta_scale if isinstance(delta_scale, float | int) else model.get_parameter(SCALE_PARAMETER)
+        for name in trained:
+            model.get_parameter(name).requires_grad_(True)
+        attachment = Attachment(
+            loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken, asked.modules_to_save,
+            base.folder if base else None,
+        )  # fmt: skip
+        model.wlora = attachment  # type: ignore[assignment]
         for delta in deltas:
             attachment.hang(delta, model.get_submodule(delta.module))
-    except BaseException:  # out of memory, Ctrl-C: a second attempt must not add to half of a first
-        detach(model)
-        raise
     if getattr(model, "is_quantized", False):
         model.is_quantized = False  # type: ignore[assignment]  # else Trainer refuses it: it knows PEFT's adapters alone
     return model
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Leave a model as it was where the block fails (out of memory and Ctrl-C too): nothing attached, its own parameters in their
+    places, those that required gradients requiring them."""
+    before = [(name, p, p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)]
+    try:
+        yield
+    except BaseException:
+        detach(model)
+        for name, parameter, trained in before:
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, parameter)
+            parameter.requires_grad_(trained)
+        raise
 
 
 def _check_model(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..adapters.targets import Find, Target
+from ..adapters.targets import Find, Known, Target
 from ..errors import UnsupportedError
 from ..models.module_tree import ModuleTree
 from ..models.names import NameResolver
@@ -53,7 +53,7 @@ def live_modules(model: nn.Module) -> Find:
             lambda: isinstance(layer, nn.Embedding),
         )
 
-    return find
+    return Known(find, lambda: [name for name, layer in layers.items() if hasattr(layer, "weight")])
 
 
 def _renamed(model: nn.Module, module: str) -> str:

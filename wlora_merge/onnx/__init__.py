@@ -5,10 +5,12 @@ This room knows dense model folders, torch's exporter and ONNX Runtime. It must 
 convert        a dense folder -> an ONNX folder
 dummy_inputs   the inputs that a graph is traced and compared on
 trace          torch's exporter, and what it needs of transformers
+rope           rotary positions whose frequencies depend on the length
 seq2seq        encoder and decoder of a seq2seq model as graphs
 pooling        sentence embeddings in the graph
 graph          the traced graph made tidy, and saved
 protobuf       an ONNX file as bytes, read lazily: read_onnx
+js_names       under which names transformers.js looks for graphs
 match          which initializers are which tensors: Matcher
 session        ONNX Runtime sessions, and how a graph is run
 validate       a graph's outputs against the model's

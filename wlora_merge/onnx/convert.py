@@ -21,6 +21,7 @@ from ..progress import Meter
 from ..text import first_line
 from .dummy_inputs import load_model
 from .graph import INLINE_LIMIT, save, tidy
+from .js_names import name_half
 from .seq2seq import BRANCHES as DECODER_BRANCHES
 from .seq2seq import DECODER, merge
 from .session import run_probe
@@ -72,7 +73,7 @@ def write_onnx(
 
     A decoder becomes one graph for prefill and decode: `input_ids`, `attention_mask`, `position_ids` and
     `past_key_values.{i}.key|value` in (a past of length 0 is a prefill), `logits` and `present.{i}.key|value` out. An
-    encoder-decoder becomes `encoder_model.onnx` and `decoder_model_merged.onnx`.
+    encoder-decoder becomes `encoder_model.onnx` and `decoder_model_merged.onnx`. In float16 each has a second name (see `js_names`).
 
     Args:
         dense: an ordinary Hugging Face model folder.
@@ -123,6 +124,7 @@ def write_onnx(
     folder.mkdir()
     for name, graph in graphs.items():
         save(graph, folder, name, INLINE_LIMIT)
+    name_half(out)
     copy_side_files(dense, out, dtype)
     names = (
         tuple(dict.fromkeys(str(value.name) for graph in graphs.values() for value in graph.graph.inputs)),

@@ -1,6 +1,6 @@
 """A checked ONNX export -> a quantized graph beside it, by ONNX Runtime's own tools, and what that costs.
 
-Knows those tools and the names under which transformers.js looks for the result. The float graph stays; the error is the
+Knows those tools. The float graph stays; the error is the
 difference from it, measured and reported, not judged.
 """
 
@@ -15,14 +15,13 @@ from ..errors import UnsupportedError
 from ..models.loading import quiet
 from ..text import first_line
 from .graph import INLINE_LIMIT, MODEL, data_file, graph_file
+from .js_names import quantized_suffix
+from .session import has_half_weights
 from .validate import Differences, differences
 
 if TYPE_CHECKING:
     import torch
 
-SUFFIXES = {"int8": "_quantized", "int4": "_q4"}
-"""Under which transformers.js looks for `dtype: 'q8'` and `dtype: 'q4'`; Optimum calls an int8 graph so too."""
-JS_DTYPES = {"_quantized": "q8", "_q4": "q4", "_int8": "int8"}
 BLOCK = 32  # weights that share one scale in int4, as in transformers.js's q4
 
 
@@ -36,7 +35,7 @@ class QuantizedReport:
 
 
 def quantize_onnx(out: Path, model: torch.nn.Module, *, task: Task, kind: str) -> QuantizedReport:
-    """Write `onnx/model_quantized.onnx` or `onnx/model_q4.onnx` beside `onnx/model.onnx`, and measure its error.
+    """Write a quantized graph beside `onnx/model.onnx`, under the name by which transformers.js finds it, and measure its error.
 
     int8: `onnxruntime.quantization.quantize_dynamic`, weights in int8, one scale for each output channel, activations
     quantized as they come. The weights take 7 of the 8 bits (`reduce_range`): without VNNI a CPU adds two products in 16 bits,
@@ -55,7 +54,7 @@ def quantize_onnx(out: Path, model: torch.nn.Module, *, task: Task, kind: str) -
     Raises:
         UnsupportedError: the tools cannot.
     """
-    folder, suffix = out / "onnx", SUFFIXES[kind]
+    folder, suffix = out / "onnx", quantized_suffix(kind, half=has_half_weights(out))
     target = folder / graph_file(f"{MODEL}{suffix}")
     try:
         with quiet():

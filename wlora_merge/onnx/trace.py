@@ -16,6 +16,7 @@ from ..data.task import Task
 from ..errors import UnsupportedError
 from ..models.loading import quiet
 from .dummy_inputs import DENSE_INSTEAD, one_sentence, outputs_of, sample_inputs
+from .rope import stateless_rope
 from .seq2seq import trace_seq2seq
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def trace(model: torch.nn.Module, task: Task, opset: int) -> dict[str, onnx_ir.M
     def export(module: torch.nn.Module, inputs: dict[str, Any], axes: dict[str, Any]) -> onnx_ir.Model:
         exporters: Any = importlib.import_module("transformers.exporters")  # its lazy module names no types
         config = exporters.OnnxConfig(dynamic_shapes=axes, opset_version=opset, optimize=False)
-        with _without_stack_traces(), _without_idle_decompositions():
+        with _without_stack_traces(), _without_idle_decompositions(), stateless_rope(model):
             program: onnx_ir.Model
             program, _ = exporters.OnnxExporter().export_program(module, inputs, config)
         return program

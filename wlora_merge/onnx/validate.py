@@ -18,6 +18,7 @@ from ..errors import UnsupportedError, VerifyError
 from ..io.tensors import refuse_not_finite
 from ..models.loading import library_errors, quiet
 from .dummy_inputs import load_model, sample_inputs, sentence_tokens
+from .rope import lengths_that_matter
 from .session import has_half_weights, main_session, next_scores, open_graphs, output_names, run_graphs
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ IMAGE_SHAPES = ((1, 1, 0, 0), (3, 1, 0, 0))
 TOLERANCE = {"float32": 1e-4, "float16": 3e-2}
 ONE_A_ROW = ("pooler_output", "sentence_embedding", "text_embeds", "image_embeds")
 GENERATED = 16
+LONGEST = 1024  # tokens whose attention scores a check can hold
 MIXTURE_ADVICE = "look at the adapters' numbers, the mixture weights and the delta_scale"
 HALF_ADVICE = (
     "float16 ends at 65504, and a runtime that computes in float16 would give the same (ONNX Runtime's CPU provider computes in "
@@ -83,11 +85,9 @@ def compare_with(
 
     sessions = open_graphs(onnx_folder)
     half = halved() if has_half_weights(onnx_folder) else None
-    image = getattr(model, "main_input_name", "") == "pixel_values"
-    shapes = IMAGE_SHAPES if image else DECODER_SHAPES if task.generates else ENCODER_SHAPES
-    tokens = None if image else sentence_tokens(onnx_folder)
+    shapes, tokens = _shapes(model, task), _tokens(model, onnx_folder)
     with quiet(), torch.no_grad():
-        differences = [_compare(sessions, model, half, task, tokens, _within(model, shape)) for shape in shapes]
+        differences = [_compare(sessions, model, half, task, tokens, shape) for shape in (*shapes, *_longer(model))]
         largest = max(differences)
         if task.generates and half is None:
             _compare_generation(sessions, model, task, tokens, largest)
@@ -119,12 +119,9 @@ def differences(onnx_folder: Path, model: torch.nn.Module, *, task: Task, suffix
     import torch
 
     exact, other = open_graphs(onnx_folder), open_graphs(onnx_folder, suffix)
-    image = getattr(model, "main_input_name", "") == "pixel_values"
-    shapes = IMAGE_SHAPES if image else DECODER_SHAPES if task.generates else ENCODER_SHAPES
-    tokens = None if image else sentence_tokens(onnx_folder)
+    tokens = _tokens(model, onnx_folder)
     worst = largest = same = total = 0.0
-    for shape in shapes:
-        batch, sequence, past, _ = _within(model, shape)
+    for batch, sequence, past, _ in _shapes(model, task):
         inputs = sample_inputs(model, task, batch, past + sequence, tokens=tokens)
         feed = {name: value.numpy() for name, value in inputs.items()}
         expected, got = run_graphs(exact, feed, past), run_graphs(other, feed, past)
@@ -207,6 +204,25 @@ def _run_half(half: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
         "PyTorch cannot run the model in float16 here, so a float16 graph cannot be checked", UnsupportedError
     ):
         return half(**halved)
+
+
+def _shapes(model: torch.nn.Module, task: Task) -> list[tuple[int, int, int, int]]:
+    """Batch, sequence, past and padding of what is compared."""
+    shapes = DECODER_SHAPES if task.generates else ENCODER_SHAPES
+    return [_within(model, shape) for shape in (IMAGE_SHAPES if _sees(model) else shapes)]
+
+
+def _longer(model: torch.nn.Module) -> list[tuple[int, int, int, int]]:
+    """Shapes behind the lengths at which the model's rotary frequencies change."""
+    return [(1, length + 3, 0, 0) for length in sorted(lengths_that_matter(model)) if length <= LONGEST]
+
+
+def _tokens(model: torch.nn.Module, onnx_folder: Path) -> list[int] | None:
+    return None if _sees(model) else sentence_tokens(onnx_folder)
+
+
+def _sees(model: torch.nn.Module) -> bool:
+    return getattr(model, "main_input_name", "") == "pixel_values"
 
 
 def _within(model: torch.nn.Module, shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
