@@ -121,8 +121,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="recipes/servers", description=__doc__.partition("\n")[0])
     names = list(dict.fromkeys(ask.program for ask in _asks()))
     parser.add_argument("programs", nargs="*", metavar="PROGRAM", help=f"any of {', '.join(names)}; default: all")
-    parser.add_argument("--quick", action="store_true", help=f"those that install in under a minute: {', '.join(QUICK)}")
-    parser.add_argument("--real", type=Path, default=os.environ.get("WLORA_MERGE_REAL_MODELS", ""), help="both base models")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"those that install in under a minute: {', '.join(QUICK)}"
+    )
+    parser.add_argument(
+        "--real", type=Path, default=os.environ.get("WLORA_MERGE_REAL_MODELS", ""), help="both base models"
+    )
     parser.add_argument("--shared", type=Path, default=HERE.parents[2] / "shared", help="the folder with zoo and data")
     given = parser.parse_args()
     if unknown := set(given.programs) - {*names}:
@@ -157,7 +161,9 @@ def _asked(ask: Ask, models: exports.Models, out: Path, expected: Mapping[str, A
         script = HERE / "ask" / (ask.script or SCRIPTS[ask.program])
         command = ["node", str(script)] if ask.program == NODE else [str(python_of(ask.program)), str(script)]
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        done = subprocess.run([*command, str(file)], cwd=place, env=os.environ | offline, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, str(file)], cwd=place, env=os.environ | offline, capture_output=True, text=True
+        )
     if done.returncode:
         print(done.stdout[-1000:], done.stderr[-3000:], file=sys.stderr)
         said = (done.stderr.strip().splitlines() or ["no word"])[-1]
@@ -190,7 +196,9 @@ def compared(got: Sequence[Any], wanted: Sequence[Any], most: float) -> tuple[st
     if isinstance(wanted[0], str):
         same = sum(a.rstrip() == b.rstrip() for a, b in zip(got, wanted, strict=True))
         return f"{same} of {len(wanted)} texts", len(wanted) - same <= most
-    rows = [(a.values(), [b[k] for k in a]) if isinstance(b, dict) else (a, b) for a, b in zip(got, wanted, strict=True)]
+    rows = [
+        (a.values(), [b[k] for k in a]) if isinstance(b, dict) else (a, b) for a, b in zip(got, wanted, strict=True)
+    ]
     off = max(abs(x - y) for a, b in rows for x, y in zip(a, b, strict=True))
     return f"{off:.1e}", off <= most
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "ask"))
-from common import continued, probabilities  # noqa: E402
-from environments import python_of  # noqa: E402
+from common import continued, probabilities
+from environments import python_of
 
 PROMPTS = (
     "The capital of France is",

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import BaseModelError
 from ..mixture.inputs import Inputs
 from ..models.base_model import BaseModel
+from ..models.config_spellings import older_spellings
 from ..models.files import INDEX
 from .dense import OutputFile, changed_config, index_bytes, with_dtype
 
@@ -36,6 +37,7 @@ def write_beside(
     changes |= inputs.untied.config
     if dtype is not None:
         changes = with_dtype(inputs.base, changes, dtype)
+    changes |= older_spellings({**inputs.base.config, **changes})
     copy_carried(inputs.base, out)
     (out / "config.json").write_bytes(changed_config(inputs.base, changes))
 

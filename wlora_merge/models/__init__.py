@@ -3,6 +3,7 @@
 This room knows checkpoints of the hub and the classes of transformers. It must not know adapters, data or mixtures.
 
 base_model        a checkpoint folder, read lazily: BaseModel, open_base
+config_spellings  keys that transformers 4 and 5 spell otherwise
 files             the files of its folder: carried_files
 names             names of one spelling among those of another: NameResolver
 module_tree       what transformers renames and fuses on loading: ModuleTree, empty_model

@@ -86,7 +86,11 @@ def by_session(asked: dict[str, Any], run_graph: Any) -> list[Any]:
             first = len(ids)
             while len(ids) < first + asked["new_tokens"] and (len(ids) == first or ids[-1] != config["eos_token_id"]):
                 row = np.array([ids])
-                given = {"input_ids": row, "attention_mask": np.ones_like(row), "position_ids": np.arange(len(ids))[None]}
+                given = {
+                    "input_ids": row,
+                    "attention_mask": np.ones_like(row),
+                    "position_ids": np.arange(len(ids))[None],
+                }
                 ids.append(int(run_graph({**given, **past})["logits"][0, -1].argmax()))
             found.append(tokenizer.decode(ids[first:], skip_special_tokens=False))
         return found

@@ -21,6 +21,7 @@ lora = "mixture.gguf" if Path("mixture.gguf").exists() else None
 model = Llama("base.gguf" if lora else "model.gguf", lora_path=lora, verbose=False, n_ctx=256, logits_all=False)
 seconds = time.perf_counter() - start
 texts = [
-    model(prompt, max_tokens=asked["new_tokens"], temperature=0.0, top_k=1)["choices"][0]["text"] for prompt in asked["prompts"]
+    model(prompt, max_tokens=asked["new_tokens"], temperature=0.0, top_k=1)["choices"][0]["text"]
+    for prompt in asked["prompts"]
 ]
 answer(version("llama-cpp-python"), seconds, texts)

@@ -10,7 +10,9 @@ from pathlib import Path
 from common import answer, request
 
 asked = request()
-Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": p, "id": i}) + "\n" for i, p in enumerate(asked["prompts"])))
+Path("prompts.jsonl").write_text(
+    "".join(json.dumps({"prompt": p, "id": i}) + "\n" for i, p in enumerate(asked["prompts"]))
+)
 Path("greedy.yaml").write_text(
     "task: greedy\ndataset_path: json\ndataset_kwargs: {data_files: {test: prompts.jsonl}}\ntest_split: test\n"
     "output_type: generate_until\ndoc_to_text: '{{prompt}}'\ndoc_to_target: ''\ntarget_delimiter: ''\n"

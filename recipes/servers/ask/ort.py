@@ -10,7 +10,7 @@ session = names["session"]
 outputs, inputs = [o.name for o in session.get_outputs()], {i.name for i in session.get_inputs()}
 
 
-def run_graph(given):  # noqa: D103
+def run_graph(given):
     return dict(zip(outputs, session.run(None, {k: v for k, v in given.items() if k in inputs}), strict=True))
 
 

@@ -10,7 +10,7 @@ model = names["model"]
 inputs = {name for port in model.inputs for name in port.get_names()}
 
 
-def run_graph(given):  # noqa: D103
+def run_graph(given):
     result = model({k: v for k, v in given.items() if k in inputs})
     return {name: result[port] for port in model.outputs for name in port.get_names()}
 

@@ -20,7 +20,7 @@ with socket.socket() as free:
     port = free.getsockname()[1]
 words = f"{Path(sys.executable).parent}/{asked['code'][0]} --host 127.0.0.1 --port {port} --max-model-len 512 --enforce-eager"
 settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-log = Path("vllm.log").open("w")
+log = Path("vllm.log").open("w")  # noqa: SIM115
 start = time.perf_counter()
 server = subprocess.Popen(words, shell=True, stdout=log, stderr=log, env=os.environ | settings, start_new_session=True)
 try:
@@ -39,16 +39,23 @@ try:
     name = "mixture" if "--enable-lora" in words else asked["folder"]
     if asked["kind"] == "texts":
         found = [
-            client.completions.create(model=name, prompt=p, max_tokens=asked["new_tokens"], temperature=0).choices[0].text
+            client.completions.create(model=name, prompt=p, max_tokens=asked["new_tokens"], temperature=0)
+            .choices[0]
+            .text
             for p in asked["prompts"]
         ]
     elif asked["kind"] == "embeddings":
-        found = [row.embedding for row in client.embeddings.create(model=name, input=asked["texts"], encoding_format="float").data]
+        found = [
+            row.embedding
+            for row in client.embeddings.create(model=name, input=asked["texts"], encoding_format="float").data
+        ]
     else:
         import json
 
         names = json.loads(Path(asked["folder"], "config.json").read_text())["id2label"]
-        rows = requests.post(f"{url}/classify", json={"model": name, "input": asked["texts"]}, timeout=60).json()["data"]
+        rows = requests.post(f"{url}/classify", json={"model": name, "input": asked["texts"]}, timeout=60).json()[
+            "data"
+        ]
         found = [{names[str(i)]: p for i, p in enumerate(row["probs"])} for row in rows]
     answer(version("vllm-cpu"), seconds, found)
 finally:
