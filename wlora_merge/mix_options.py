@@ -32,7 +32,8 @@ class WeightOptions:
         None,
         Topic.INPUTS,
         metavar="NAME",
-        help="Add the tokens that adapter NAME was trained with: its rows beyond the base's vocabulary, and its tokenizer.",
+        help="Give the export the vocabulary that adapter NAME was trained with, larger or smaller: its rows beyond the base's, "
+        "and its tokenizer.",
     )
     # fmt: on
 

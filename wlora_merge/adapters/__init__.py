@@ -13,6 +13,7 @@ targets            which module or tensor of the base a name means: modules_of, 
 deltas             ModuleDelta, TensorDelta: all adapters' changes of one module, or of one tensor
 stacking           adapters' factors and biases -> ModuleDeltas: stack
 trainable_tokens   trained rows of an embedding -> factors
-added_tokens       a base with the tokens that an adapter adds
+added_tokens       a base with the vocabulary of one adapter, and all adapters at its size: resized
+tokenizers         the tokenizer that lies beside an adapter
 modules_to_save    adapters' whole tensors -> TensorDeltas: stack_tensors
 """

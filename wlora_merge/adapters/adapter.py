@@ -213,14 +213,14 @@ def _sort_tensors(
 
     parts: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Any] = {}
-    token_rows: dict[str, TokenRows] = {}
+    trained: dict[str, torch.Tensor] = {}
     for key, entry in header.entries.items():
         tensor = _read_finite(key, entry)
         parsed = parse_adapter_key(key, wrapped=bool(config.get("target_parameters")))
         if parsed.part == "original":
             continue
         if parsed.part == "token_rows":
-            token_rows[parsed.name] = TokenRows(_token_indices(parsed.name, tensor, config), tensor)
+            trained[parsed.name] = tensor
             continue
         known = tensors if parsed.part == "tensor" else parts.setdefault(parsed.name, {})
         slot = parsed.name if parsed.part == "tensor" else parsed.part
@@ -231,7 +231,7 @@ def _sort_tensors(
         known[slot] = tensor if parsed.part in WHOLE else entry
     deadline = time.monotonic() + PATTERN_SECONDS
     modules = {module: _factors(module, own, config, deadline) for module, own in by_expert(parts).items()}
-    return modules, tensors, token_rows
+    return modules, tensors, _token_rows(trained, config)
 
 
 def _read_finite(key: str, entry: Entry) -> torch.Tensor:
@@ -244,13 +244,34 @@ def _read_finite(key: str, entry: Entry) -> torch.Tensor:
     return tensor
 
 
-def _token_indices(module: str, values: torch.Tensor, config: dict[str, Any]) -> tuple[int, ...]:
-    """Which rows of the embedding `values` [k, dim] are. Source: `peft.utils.other.set_additional_trainable_modules`."""
+def _token_rows(trained: Mapping[str, torch.Tensor], config: dict[str, Any]) -> dict[str, TokenRows]:
+    """The trained rows of each embedding; one that the config does not name is tied to one that it names, and has its rows."""
+    import torch
+
+    told = {module: _told_indices(module, config) for module in trained}
+    for module, values in trained.items():
+        if told[module] is None:
+            told[module] = next(
+                (told[m] for m, other in trained.items() if told[m] and torch.equal(other, values)), None
+            )
+    return {m: TokenRows(_checked_indices(m, values, told[m] or []), values) for m, values in trained.items()}
+
+
+def _told_indices(module: str, config: dict[str, Any]) -> Any:
+    """What the config says of an embedding's trained rows; None: nothing.
+
+    Source: `peft.utils.other.set_additional_trainable_modules`.
+    """
     told = config.get("trainable_token_indices")
-    found = [told] if isinstance(told, list) else []
-    if isinstance(told, dict):
-        found = [indices for name, indices in told.items() if f".{module}".endswith(f".{name}")]
-    indices = found[0] if len(found) == 1 and isinstance(found[0], list) else []
+    if not isinstance(told, dict):
+        return told
+    found = [indices for name, indices in told.items() if f".{module}".endswith(f".{name}")]
+    return found[0] if len(found) == 1 else None
+
+
+def _checked_indices(module: str, values: torch.Tensor, told: Any) -> tuple[int, ...]:
+    """Which rows of the embedding `values` [k, dim] are."""
+    indices = told if isinstance(told, list) else []
     if not all(type(i) is int and i >= 0 for i in indices) or len(set(indices)) != len(indices):
         raise AdapterError(f"{module!r}: trainable_token_indices must be different whole numbers of 0 or more.")
     if values.ndim != 2 or len(indices) != len(values):

@@ -1,202 +1,320 @@
-"""A base with a larger vocabulary: the rows that one adapter adds to its embeddings, and that adapter's tokenizer.
+"""A base with the vocabulary of one adapter (`--resize-vocab NAME`), and all adapters at its size.
 
-An adapter that was trained with added tokens carries the embeddings whole, with more rows than the base's. The base has no
-such rows, so they are no deltas: they are taken from the adapter that the user names (`--resize-vocab NAME`), and stand behind
-the base's own. On the base so resized every adapter mixes as ever: the base's rows, and other adapters' values of the added
-ones, are deltas; an adapter of the base's own vocabulary changes no added row.
+An adapter that was trained on a resized base has embeddings with more rows than the base's or, where the base's table is padded,
+with fewer. Rows that the base lacks are no deltas: they are taken from the adapter that the user names, and stand behind the base's
+own; they are those that it was trained on where its file has them, else those that it trained. Rows that it lacks are cut. So the
+base is what `resize_token_embeddings` made of it before the training, and has that adapter's tokenizer.
+
+On the base so resized every adapter mixes as ever. One of another size is brought to this size first: rows that it lacks stay as
+they are, and so do those of tokens that are others in its own tokenizer.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-from ..errors import AdapterError, BaseModelError, UnsupportedError, WloraMergeWarning
-from ..io.hub import resolve_source
-from ..io.safetensors_file import Entry
+from ..errors import AdapterError, UnsupportedError, WloraMergeWarning
+from ..io.safetensors_file import Entry, read_tensor
 from ..io.tensors import equal
-from ..io.untrusted import find_file, read_json
 from ..models.base_model import BaseModel
-from ..models.files import TOKENIZER_FILES
-from ..models.names import NameResolver
+from ..models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
+from ..models.vocabulary import Vocabulary, vocabulary, with_vocabulary
 from .adapter import Adapter
+from .factors import Factors, TokenRows
+from .targets import tensors_of
+from .tokenizers import tokenizer_beside, tokenizer_files, tokens
 
-KEY = "vocab_size"
+if TYPE_CHECKING:
+    import torch
 
 
-def resized(base: BaseModel, adapters: Sequence[Adapter], name: str | None) -> BaseModel:
-    """The base with the rows that adapter `name` adds to its embeddings, and with that adapter's tokenizer.
-
-    Which tensors grow is told by the model class itself, built without memory for both sizes of the vocabulary.
+def resized(base: BaseModel, adapters: Sequence[Adapter], name: str | None) -> tuple[BaseModel, list[Adapter]]:
+    """The base with the vocabulary that adapter `name` was trained with and its tokenizer, and the adapters at that size.
 
     Args:
         base: the opened base model.
         adapters: N adapters, in mixture order.
-        name: of one of the adapters; None gives the base as it is.
+        name: of one of the adapters; None gives all as they are.
 
     Raises:
-        AdapterError: no adapter has that name, it adds no token, or its tokenizer has more tokens than its embeddings.
-        UnsupportedError: it lacks the added rows of a tensor that grows, or has no tokenizer.
+        AdapterError: no adapter has that name, its vocabulary is the base's, or its tokenizer has more tokens than its embeddings.
+        UnsupportedError: a quantized base; the adapter lacks the added rows of a tensor that grows, or has no tokenizer; a DoRA of
+            embeddings of another size.
     """
     if name is None:
-        return base
-    adapter = next((a for a in adapters if a.name == name), None)
-    if adapter is None:
+        return base, list(adapters)
+    named = next((a for a in adapters if a.name == name), None)
+    if named is None:
         raise AdapterError(f"--resize-vocab {name}: expected one of {', '.join(a.name for a in adapters)}.")
-    old, new = _sizes(base, adapter)
-    result = copy.copy(base)
-    result.added = {}
-    saved = NameResolver(adapter.tensors)
-    for tensor, shape in sorted(_grown(base, old, new).items(), key=lambda item: base.find_tensor(item[0]) is None):
-        found, own = _saved_name(adapter, saved, tensor, shape, new - old), base.find_tensor(tensor)
-        rows, source = adapter.tensors[found][old:], own or _tied(base, tensor)
-        if source is None:
-            raise UnsupportedError(f"--resize-vocab {name}: {base.folder} has no tensor {tensor!r} to add rows to.")
-        same = result.added.get(source.name)
-        if own is not None or same is None or not equal(same, rows):
-            result.added[own.name if own else tensor] = rows
-    result.tokenizer = tokenizer_files(adapter, new, "--resize-vocab")
-    return result
-
-
-def _tied(base: BaseModel, name: str) -> Entry | None:
-    """The tensor of the files that is tied to one that they lack: asked of the class, whatever a mixture knows of its own names."""
-    return base.tree.ties.source(name) if base.tree is not None else None
-
-
-def _saved_name(adapter: Adapter, saved: NameResolver, tensor: str, shape: tuple[int, ...], added: int) -> str:
-    """How the adapter calls its own tensor of that name, which must have the shape with the added rows."""
-    found = saved.find(tensor)
-    if found is None or tuple(adapter.tensors[found].shape) != shape:
+    if base.quantized:
         raise UnsupportedError(
-            f"--resize-vocab {adapter.name}: {adapter.where} adds {added} tokens, and lacks tensor {tensor!r} {list(shape)}, so that "
-            "its rows for them are not known: train with modules_to_save for all embeddings."
+            f"--resize-vocab {name}: {base.folder} is quantized ({base.quantized}), so it exports one LoRA alone, which has no "
+            "room for another vocabulary: give the original 16-bit base."
         )
-    return found
-
-
-def resized_config(base: BaseModel) -> dict[str, Any]:
-    """The config keys that change with the vocabulary; empty where it is the base's own."""
-    if not base.added:
-        return {}
-    rows = next(iter(base.added.values()))
-    old = next(base.entries[name].shape[0] for name in base.added if name in base.entries)
-    new = old + len(rows)
-    tables = {k: v | {KEY: new} for k, v in base.config.items() if isinstance(v, dict) and v.get(KEY) == old}
-    return tables | ({KEY: new} if base.config.get(KEY) == old or not tables else {})
-
-
-def warn_of_end(base: BaseModel) -> None:
-    """Say so where the new tokenizer ends a text with another token than the base's config says: generation would not stop there."""
-    file = base.tokenizer.get("tokenizer_config.json")
-    if file is None:
-        return
-    table = read_json(file, AdapterError)
-    end = table.get("eos_token")
-    text = end.get("content") if isinstance(end, dict) else end
-    found = [number for number, content in _added(base.tokenizer) if content == text]
-    generation = find_file(base.folder, "generation_config.json", BaseModelError)
-    parts = [base.config, *(v for v in base.config.values() if isinstance(v, dict))]
-    parts += [read_json(generation, BaseModelError)] if generation else []
-    told = [part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None]
-    known = [number for value in told for number in (value if isinstance(value, list) else [value])]
-    if found and known and found[0] not in known:
-        warnings.warn(
-            f"{file}: the tokenizer ends a text with {text!r} ({found[0]}), the base's config says {known}: set eos_token_id in "
-            "the export's config.json and generation_config.json, or generation does not stop.",
-            WloraMergeWarning,
-            stacklevel=3,
+    rows = _Tables(named, vocabulary(base)).rows
+    if rows is None:
+        raise AdapterError(
+            f"--resize-vocab {name}: {named.where} carries no embedding with more rows than the base's, or with fewer: leave that "
+            f"option out; `wlora-merge export --tokenizer-from {name}` carries its tokenizer."
         )
+    made = vocabulary(base, rows)
+    result = with_vocabulary(made, _added(_Tables(named, made)))
+    result.tokenizer = tokenizer_files(named, rows, "--resize-vocab")
+    _check_ids(result, named, rows)
+    return result, [_brought(_Tables(a, made), result, a is named) for a in adapters]
 
 
-def _sizes(base: BaseModel, adapter: Adapter) -> tuple[int, int]:
-    """Rows of the base's embeddings, and of the adapter's."""
-    found = set()
-    for name, tensor in adapter.tensors.items():
-        entry = base.find_tensor(name) or _tied(base, name)
-        if entry is not None and entry.shape[1:] == tuple(tensor.shape[1:]) and len(tensor) > entry.shape[0]:
-            found.add((entry.shape[0], len(tensor)))
-    if len(found) != 1:
-        what = (
-            "no embedding with more rows than the base's" if not found else f"tensors of several sizes: {sorted(found)}"
-        )
-        raise AdapterError(f"--resize-vocab {adapter.name}: {adapter.where} carries {what}.")
-    return found.pop()
-
-
-def _grown(base: BaseModel, old: int, new: int) -> dict[str, tuple[int, ...]]:
-    """The tree's tensors whose shape follows the vocabulary -> their shape with `new` tokens."""
-    import torch
-
-    if base.tree is None:
-        raise UnsupportedError(
-            f"{base.folder}: transformers has no class for this base, so which tensors grow with its vocabulary is not known."
-        )
-    config = copy.deepcopy(base.tree.model.config)
-    for table in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))):
-        if getattr(table, KEY, None) == old:
-            setattr(table, KEY, new)
-    with torch.device("meta"):
-        model = type(base.tree.model)(config)
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    return {name: shape for name, shape in shapes.items() if shape != base.tree.tensors.get(name)}
-
-
-def tokenizer_files(adapter: Adapter, rows: int | None, asked: str) -> dict[str, Path]:
-    """File name -> path of the tokenizer that lies in the adapter's folder.
-
-    Args:
-        adapter: whose tokenizer is wanted.
-        rows: of the model's embedding; None where they are not known.
-        asked: the option that wants it.
+def other_vocabulary(base: BaseModel, adapter: Adapter) -> int | None:
+    """How many rows the vocabulary has that an adapter was trained with; None where it is the base's, as far as its files say.
 
     Raises:
-        UnsupportedError: it has none.
-        AdapterError: it has a token that the embedding has no row for.
+        AdapterError: its tensors are of several sizes.
     """
-    source = adapter.source
-    if source.hub_id:  # what was fetched of it is the adapter alone
-        source = resolve_source(
-            f"{source.hub_id}@{source.revision}" if source.revision else source.hub_id, TOKENIZER_FILES
-        )
-    folder = source.folder
-    files = {name: path for name in TOKENIZER_FILES if (path := find_file(folder, name, AdapterError)) is not None}
-    if "tokenizer_config.json" not in files:
-        raise UnsupportedError(
-            f"{asked} {adapter.name}: {folder} has no tokenizer (tokenizer_config.json): save the one that the adapter was trained "
-            "with there: tokenizer.save_pretrained(folder)."
-        )
-    largest = max((number for number, _ in [*_added(files), *_vocabulary(files)]), default=-1)
-    if rows is not None and largest >= rows:
-        raise AdapterError(
-            f"{folder}: its tokenizer has a token {largest}, and its embeddings have {rows} rows: it is not the tokenizer that this "
-            "adapter was trained with, or --resize-vocab brings its rows."
-        )
-    return files
+    modules = [*adapter.modules, *adapter.token_rows, *(name.rpartition(".")[0] for name in adapter.tensors)]
+    if not any(module.rpartition(".")[2] in (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS) for module in modules):
+        return None
+    try:
+        made = vocabulary(base)
+    except UnsupportedError:  # of a class that is not known, or has no vocabulary of its own
+        return None
+    return _Tables(adapter, made).rows
 
 
-def _vocabulary(files: Mapping[str, Path]) -> list[tuple[int, str]]:
-    """Ids and contents of a tokenizer's own tokens, where its file is a table of them."""
-    model = read_json(files["tokenizer.json"], AdapterError).get("model") if "tokenizer.json" in files else None
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    rows = vocabulary.items() if isinstance(vocabulary, dict) else ()
-    return [(number, content) for content, number in rows if isinstance(number, int)]
+@dataclass
+class _Tables:
+    """What an adapter has of the tensors that follow the vocabulary, by the model's names of them."""
+
+    adapter: Adapter
+    made: Vocabulary
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its whole tensors."""
+        found = {self.made.name_of(name): tensor for name, tensor in self.adapter.tensors.items()}
+        return {name: tensor for name, tensor in found.items() if name is not None}
+
+    @cached_property
+    def token_rows(self) -> dict[str, TokenRows]:
+        """Its trained rows."""
+        found = {self.made.name_of(f"{name}.weight"): rows for name, rows in self.adapter.token_rows.items()}
+        return {name: rows for name, rows in found.items() if name is not None}
+
+    @property
+    def rows(self) -> int | None:
+        """The rows of its embeddings where these are not the base's; a trained row behind the base's last tells it too.
+
+        Raises:
+            AdapterError: tensors of several sizes.
+        """
+        sizes = set(self._sizes())
+        if len(sizes) > 1:
+            raise AdapterError(
+                f"{self.adapter.where}: carries embeddings of several sizes, {sorted(sizes)} rows: leave it out."
+            )
+        return sizes.pop() if sizes else self.last if self.last > self.made.rows_before else None
+
+    @property
+    def last(self) -> int:
+        """One more than the last token whose rows it trained by themselves."""
+        return max((i + 1 for rows in self.token_rows.values() for i in rows.indices), default=0)
+
+    def _sizes(self) -> Iterator[int]:
+        """The rows of its tensors and factors that are not the base's."""
+        own = {name: entry.shape for name in self.made.shapes if (entry := self.made.stored(name)) is not None}
+        for name, tensor in self.tensors.items():
+            if name in own and tensor.shape[1:] == own[name][1:] and len(tensor) != own[name][0]:
+                yield len(tensor)
+        for module, factors in self.adapter.modules.items():
+            shape = own.get(self.made.name_of(f"{module}.weight") or "")
+            if shape is not None and (size := _size(factors)) != shape[0]:
+                yield size
 
 
-def _added(files: Mapping[str, Path]) -> list[tuple[int, Any]]:
-    """Ids and contents of the tokens that were added to a tokenizer."""
-    found: list[tuple[int, Any]] = []
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        table = read_json(files[name], AdapterError) if name in files else {}
-        rows = [row for row in table.get("added_tokens") or [] if isinstance(row, dict)]
-        found += [(row["id"], row.get("content")) for row in rows if isinstance(row.get("id"), int)]
-        rows_by_id = table.get("added_tokens_decoder") or {}
-        found += [
-            (int(key), row.get("content"))
-            for key, row in rows_by_id.items()
-            if key.isdecimal() and isinstance(row, dict)
+def _added(named: _Tables) -> dict[str, torch.Tensor]:
+    """The rows that the base lacks, by the name of its tensor or, of one that is no longer tied, the model's.
+
+    Raises:
+        UnsupportedError: the adapter's file lacks them, or the base has no tensor that they stand behind.
+    """
+    made, added = named.made, dict[str, "torch.Tensor"]()
+    tree, where = made.tree, f"--resize-vocab {named.adapter.name}"
+    for name in sorted(made.shapes, key=lambda name: tree.stored(name) is None):
+        own, source = tree.stored(name), made.stored(name)
+        if source is None:
+            raise UnsupportedError(f"{where}: {made.base.folder} has no tensor {name!r} to add rows to.")
+        rows = _rows_behind(named, name, source)
+        same = added.get(source.name)
+        if rows is not None and (own is not None or same is None or not equal(same, rows)):
+            added[own.name if own else name] = rows
+    return added
+
+
+def _rows_behind(named: _Tables, name: str, own: Entry) -> torch.Tensor | None:
+    """The rows of one tensor that the base lacks; None where it lacks none.
+
+    Of a tied tensor the file may have the rows under another of its names, as PEFT loads a copy of a base weight into the one
+    tensor that both are; a tensor of `modules_to_save` is none.
+    """
+    import torch
+
+    shape, first = named.made.shapes[name], own.shape[0]
+    if shape[0] == 1:  # a BART's bias of its logits, which resize_token_embeddings fills with zeros
+        return torch.zeros(1, max(0, shape[-1] - own.shape[-1])) if shape[-1] > own.shape[-1] else None
+    if shape[0] <= first:
+        return None
+    names = [name, *sorted(named.made.tree.ties.of(name) - {name})]
+    for other in names:
+        tensor = named.tensors.get(other)
+        if tensor is not None and tuple(tensor.shape) == shape and (other == name or not _asked(named.adapter, other)):
+            return tensor[first:]
+    for other in names:
+        values = named.token_rows.get(other)
+        if values is not None and set(range(first, shape[0])) <= set(values.indices):
+            return _token_rows(values, range(first, shape[0])).values
+    # where a LoRA is of an embedding, or copies are there, PEFT has saved all that it saves
+    done = named.tensors or any(named.made.name_of(f"{module}.weight") for module in named.adapter.modules)
+    anew = "" if done else "save it anew with save_pretrained(folder, save_embedding_layers=True), or "
+    raise UnsupportedError(
+        f"--resize-vocab {named.adapter.name}: {named.adapter.where} lacks tensor {name!r} {list(shape)}, of which the base has "
+        f"{first} rows, so that the others are not known: {anew}give the base as it was resized for the training "
+        "(model.save_pretrained before it), without that option."
+    )
+
+
+def _asked(adapter: Adapter, name: str) -> bool:
+    """Whether the config's `modules_to_save` names the module of a tensor, which is then trained apart from what it is tied to."""
+    module = name.rpartition(".")[0]
+    return any(f".{module}".endswith(f".{asked}") for asked in adapter.config.get("modules_to_save") or [])
+
+
+def _check_ids(base: BaseModel, adapter: Adapter, rows: int) -> None:
+    """Refuse a smaller vocabulary that lacks a token which the base's config names."""
+    before = base.vocabulary.rows_before if base.vocabulary is not None else rows
+    for table in (base.config, *(part for part in base.config.values() if isinstance(part, dict))):
+        for key, value in table.items():
+            if key.endswith("_token_id") and type(value) is int and rows <= value < before:
+                raise UnsupportedError(
+                    f"--resize-vocab {adapter.name}: {adapter.where} has a vocabulary of {rows} rows, and {base.folder}/config.json "
+                    f"says {key} {value}, which is not among them: set that key there to the tokenizer's own."
+                )
+
+
+# ------------------------------------------------------------------------------------------------ all at one size
+
+
+def _brought(tables: _Tables, base: BaseModel, named: bool) -> Adapter:
+    """An adapter at the vocabulary's size: rows of tokens that it lacks, or knows as others, stay as the base's.
+
+    Raises:
+        UnsupportedError: a DoRA of an embedding of another size.
+    """
+    adapter, made = tables.adapter, tables.made
+    shared = made.rows if named else _shared(tables, base)
+    find = tensors_of(base)
+
+    def whole(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A whole tensor at that size."""
+        found, target = made.name_of(name), find(name)
+        if found is None or target is None or target.read is None:
+            return tensor
+        return _whole(tensor, target.read, shared, made.shapes[found])
+
+    def factors(module: str, own: Factors) -> Factors:
+        """Factors at that size."""
+        found = made.name_of(f"{module}.weight")
+        return own if found is None else _factors(adapter, module, own, shared, made.shapes[found][0])
+
+    def token_rows(module: str, own: TokenRows) -> TokenRows:
+        """The rows of tokens that are there, and are deltas."""
+        if made.name_of(f"{module}.weight") is None:
+            return own
+        kept = _token_rows(own, [i for i in own.indices if i < shared])
+        target = find(f"{module}.weight")
+        if not named or target is None or target.read is None:
+            return kept
+        there = target.read()  # rows that the base has from here are no deltas
+        new = [
+            i
+            for i, row in zip(kept.indices, kept.values, strict=True)
+            if i < made.rows_before or not equal(there[i], row)
         ]
-    return found
+        return _token_rows(kept, new)
+
+    rows = {name: token_rows(name, own) for name, own in adapter.token_rows.items()}
+    return replace(
+        adapter,
+        tensors={name: whole(name, tensor) for name, tensor in adapter.tensors.items()},
+        biases={name: whole(f"{name}.bias", tensor) for name, tensor in adapter.biases.items()},
+        modules={name: factors(name, own) for name, own in adapter.modules.items()},
+        token_rows={name: own for name, own in rows.items() if own.indices},
+    )
+
+
+def _shared(tables: _Tables, base: BaseModel) -> int:
+    """How many of the first tokens are the same for an adapter and for the base as another one has resized it."""
+    made, rows = tables.made, tables.rows
+    known = tokens({str(name): path for name, path in made.base.carried_files().items()})
+    first = max(known) + 1 if known else min(made.rows_before, made.rows)
+    shared = min(made.rows, rows or made.rows_before)
+    one, other = tokens(tokenizer_beside(tables.adapter)), tokens(base.tokenizer)
+    shared = min([shared, *(i for i in one.keys() & other.keys() if i >= first and one[i] != other[i])])
+    if not one and rows not in (None, made.rows):
+        shared = min(shared, first)
+    if shared < max(rows or 0, tables.last):
+        warnings.warn(
+            f"{tables.adapter.where}: its rows of the tokens from {shared} on are left out, as the export has the tokens of another "
+            f"adapter: to mix on its own, say --resize-vocab {tables.adapter.name}.",
+            WloraMergeWarning,
+            stacklevel=4,
+        )
+    return shared
+
+
+def _whole(tensor: torch.Tensor, read: Callable[[], torch.Tensor], shared: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """A whole tensor [n, ...] at that shape: its first `shared` rows, and behind them the base's."""
+    import torch
+
+    if tensor.shape[1:] != shape[1:] or (len(tensor) == shape[0] and shared >= shape[0]):
+        return tensor
+    shared, own = min(shared, len(tensor), shape[0]), read()
+    dtype = torch.promote_types(tensor.dtype, own.dtype)
+    return torch.cat([tensor[:shared].to(dtype), own[shared:].to(dtype)])
+
+
+def _factors(adapter: Adapter, module: str, own: Factors, shared: int, rows: int) -> Factors:
+    """Factors of an embedding of `rows` rows: those of its first `shared` tokens, and zeros behind them."""
+    size = _size(own)
+    if size == rows and shared >= rows:
+        return own
+    if own.magnitude is not None:
+        raise UnsupportedError(
+            f"{adapter.where}: its DoRA of {module!r} is of {size} tokens, and the vocabulary here has {rows}: a DoRA scales by "
+            "norms of all rows, so leave this adapter out."
+        )
+    lora_A, lora_B = (read_tensor(t) if isinstance(t, Entry) else t for t in (own.stored_A, own.stored_B))
+    if own.embedding:
+        return replace(own, stored_A=_zeros_behind(lora_A.T, shared, rows).T.contiguous())
+    bias = None if own.bias is None else _zeros_behind(own.bias, shared, rows)
+    return replace(own, stored_B=_zeros_behind(lora_B, shared, rows), bias=bias)
+
+
+def _size(factors: Factors) -> int:
+    """The rows of the embedding that factors are of."""
+    return factors.stored_A.shape[1] if factors.embedding else factors.stored_B.shape[0]
+
+
+def _zeros_behind(tensor: torch.Tensor, shared: int, rows: int) -> torch.Tensor:
+    """The first `shared` rows of a tensor, and zeros up to `rows`."""
+    import torch
+
+    kept = tensor[: min(shared, rows)]
+    return torch.cat([kept, kept.new_zeros(rows - len(kept), *kept.shape[1:])])
+
+
+def _token_rows(own: TokenRows, indices: Sequence[int]) -> TokenRows:
+    """The trained rows of some of the tokens."""
+    return TokenRows(tuple(indices), own.values[[own.indices.index(i) for i in indices]])

@@ -27,6 +27,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]+")
 PATTERN_SECONDS = 5.0
 _WRAPPED = re.compile(r"(?<![^.])_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 _TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+_TOKEN_COPY = ".token_adapter.base_layer."
 _SAVED_COPY = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
 _FOREIGN = {
     "kohya": re.compile(r"lora_(unet|te\d?|transformer|prior)_|.*\.lora_(down|up|mid)\.weight$|.*\.alpha$"),
@@ -81,7 +82,7 @@ def parse_adapter_key(key: str, *, wrapped: bool = False) -> AdapterKey:
     name = _WRAPPED.sub("", key).removeprefix(PEFT_PREFIX)
     match = _LORA_KEY.match(name)
     if match is None:
-        whole = _SAVED_COPY.sub("", name).replace(".base_layer.", ".")
+        whole = _SAVED_COPY.sub("", name).replace(_TOKEN_COPY, ".").replace(".base_layer.", ".")
         if whole.endswith(_TOKEN_ROWS):
             return AdapterKey(whole.removesuffix(_TOKEN_ROWS), "token_rows")
         if ".original_module." in whole:

@@ -11,7 +11,7 @@ from ..io.tensors import equal
 from ..models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, natural_key
 from .adapter import Adapter
 from .deltas import ModuleDelta, TensorDelta
-from .targets import Find, Target, refuse_tied
+from .targets import OTHER_VOCABULARY, Find, Target, refuse_tied
 
 if TYPE_CHECKING:
     import torch
@@ -49,11 +49,12 @@ def stack_tensors(
         )
     for n, adapter in enumerate(adapters):
         for name in sorted(set(adapter.tensors) - set(replaced)):
-            copy = name.removesuffix(".weight") in adapter.modules or _is_unasked_copy(adapter, name)
-            if choice not in (None, "mix", adapter.name) and not copy:
+            beside, target = _is_beside(adapter, name), find(name)
+            if choice not in (None, "mix", adapter.name) and not beside:
                 continue
-            value = _with_added_rows(adapter.tensors[name], find(name))
-            copied = _changed_copy(adapter, name, value, find) if copy else None
+            _refuse_other_vocabulary(adapter, name, target)
+            value = _without_token_rows(adapter, name, target)
+            copied = _changed_copy(adapter, name, value, find) if beside or _is_unasked_copy(adapter, name) else None
             if copied is not None:
                 saved.add_copies(adapter, n, name, copied, value)
             elif choice is None:
@@ -65,7 +66,7 @@ def stack_tensors(
                 target = _whole_target(adapter, name, tuple(value.shape), find)
                 saved.add(n, target.module, target.shape, value)
             else:
-                _check_taken(adapter, name, tuple(value.shape), find)
+                _check_taken(adapter, name, find)
                 taken[name] = value
     return saved.deltas(len(adapters)), taken
 
@@ -98,13 +99,17 @@ class _Saved:
         return [TensorDelta(name, self.shapes[name], self.values[name], n) for name in names]
 
 
-def _with_added_rows(saved: torch.Tensor, target: Target | None) -> torch.Tensor:
-    """A tensor of the base's own vocabulary with the rows that another adapter adds, which it leaves as they are."""
+def _without_token_rows(adapter: Adapter, name: str, target: Target | None) -> torch.Tensor:
+    """An adapter's whole tensor; of an embedding's copy the rows that it trained by themselves are the base's, as they are deltas
+    of their own."""
     import torch
 
-    if target is None or not target.added or target.read is None or len(saved) != target.shape[0] - target.added:
+    saved, rows = adapter.tensors[name], adapter.token_rows.get(name.removesuffix(".weight"))
+    if rows is None or target is None or target.read is None or target.shape != tuple(saved.shape):
         return saved
-    return torch.cat([saved, target.read()[-target.added :].to(saved.dtype)])
+    base, indices = target.read(), torch.tensor(rows.indices)
+    dtype = torch.promote_types(saved.dtype, base.dtype)
+    return saved.to(dtype).index_copy(0, indices, base[indices].to(dtype))
 
 
 def _whole_target(adapter: Adapter, name: str, shape: tuple[int, ...], find: Find) -> Target:
@@ -112,8 +117,7 @@ def _whole_target(adapter: Adapter, name: str, shape: tuple[int, ...], find: Fin
     if target is None or target.shape != shape:
         got = "is not in the base model" if target is None else f"is {list(target.shape)} there and {list(shape)} here"
         raise UnsupportedError(
-            f"{adapter.where}: its tensor {name!r} {got}, so it cannot be mixed: take one adapter's, or drop it; for added tokens "
-            "see `wlora-merge mix --resize-vocab NAME`."
+            f"{adapter.where}: its tensor {name!r} {got}, so it cannot be mixed: take one adapter's, or drop it."
         )
     refuse_tied(adapter, name, target)
     return target
@@ -130,15 +134,15 @@ def _changed_copy(adapter: Adapter, name: str, saved: torch.Tensor, find: Find) 
     base = target.read()
     if equal(saved, base):
         return []
-    if name.removesuffix(".weight") not in adapter.modules:
+    if not _is_beside(adapter, name):
         return None
     if saved.shape != base.shape:
         raise UnsupportedError(
             f"{adapter.where}: its copy of tensor {name!r} is {list(saved.shape)}, the base model's is {list(base.shape)}, so its "
-            "LoRA belongs to another or a resized embedding: leave this adapter out, or for added tokens see `wlora-merge mix "
-            "--resize-vocab NAME`."
+            "LoRA belongs to another embedding: leave this adapter out."
         )
-    if adapter.modules[name.removesuffix(".weight")].magnitude is not None:
+    lora = adapter.modules.get(name.removesuffix(".weight"))
+    if lora is not None and lora.magnitude is not None:
         raise UnsupportedError(
             f"{adapter.where}: its copy of tensor {name!r} is not equal to the base model's, and its LoRA there is a DoRA, which "
             "would scale the copy: leave this adapter out."
@@ -148,22 +152,34 @@ def _changed_copy(adapter: Adapter, name: str, saved: torch.Tensor, find: Find) 
     return sorted({target.module, target.stored or target.module, *([f"{twin}.weight"] if twin else [])})
 
 
+def _is_beside(adapter: Adapter, name: str) -> bool:
+    """True for the weight of a module of which the adapter has a LoRA or trained rows: PEFT loads it into the base."""
+    module = name.removesuffix(".weight")
+    return module in adapter.modules or module in adapter.token_rows
+
+
 def _is_unasked_copy(adapter: Adapter, name: str) -> bool:
     """True for an embedding that PEFT saved though the config does not ask for it."""
     asked = adapter.config.get("modules_to_save") or []
     return name.split(".")[-2] in (*OUTPUT_EMBEDDINGS, *INPUT_EMBEDDINGS) and name.split(".")[-2] not in asked
 
 
-def _check_taken(adapter: Adapter, name: str, shape: tuple[int, ...], find: Find) -> None:
+def _refuse_other_vocabulary(adapter: Adapter, name: str, target: Target | None) -> None:
+    """Refuse an embedding that has other rows than the base's."""
+    shape = tuple(adapter.tensors[name].shape)
+    embedding = name.split(".")[-2] in (*OUTPUT_EMBEDDINGS, *INPUT_EMBEDDINGS)
+    if target is None or not embedding or target.shape == shape or target.shape[1:] != shape[1:]:
+        return
+    raise UnsupportedError(
+        f"{adapter.where}: its copy of tensor {name!r} {list(shape)} has {shape[0]} tokens, and the base model's "
+        f"{list(target.shape)} has {target.shape[0]}: {OTHER_VOCABULARY}"
+    )
+
+
+def _check_taken(adapter: Adapter, name: str, find: Find) -> None:
     target = find(name)
     if target is None:
         return
-    embedding = name.split(".")[-2] in (*OUTPUT_EMBEDDINGS, *INPUT_EMBEDDINGS)
-    if embedding and len(target.shape) == 2 and target.shape[1:] == shape[1:] and target.shape != shape:
-        raise UnsupportedError(
-            f"{adapter.where}: its {name!r} has {shape[0]} tokens, and the base model's has {target.shape[0]}: a vocabulary is never "
-            "resized unasked: say `wlora-merge mix --resize-vocab NAME`, the adapter whose tokens and tokenizer to add."
-        )
     refuse_tied(adapter, name, target)
     if target.module != name:
         raise UnsupportedError(

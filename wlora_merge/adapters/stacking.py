@@ -19,7 +19,7 @@ from .deltas import ModuleDelta
 from .experts import split_factors
 from .factors import Factors
 from .layouts import Layout, layout_of, output_rows
-from .targets import Find, Target, foreign, in_peft_names, target_of
+from .targets import OTHER_VOCABULARY, Find, Target, foreign, in_peft_names, target_of
 from .trainable_tokens import with_token_rows
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _layout(adapter: Adapter, name: str, target: Target, factors: Factors, model
         )
     except (AdapterError, UnsupportedError) as error:
         embedding = name.rpartition(".")[2] in (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS)
-        hint = " For added tokens see `wlora-merge mix --resize-vocab NAME`." if embedding else ""
+        hint = f" If it has other tokens: {OTHER_VOCABULARY}" if embedding else ""
         raise type(error)(f"{adapter.where}: {error}{hint}") from error
     out = output_rows(layout, target.shape)
     if factors.magnitude is not None and factors.magnitude.numel() != out:

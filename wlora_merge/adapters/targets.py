@@ -34,8 +34,7 @@ class Target:
     `tied` says that the model uses the weight in so many places that no file can have one of them apart; `read` gives the weight,
     or the whole tensor. `twin` names the module that has the same tensor or, of a module, that takes an input embedding's rows too;
     `is_embedding` says whether it looks rows up. `tree` is the module tree, where that knows the module and
-    the files hold its rows in other tensors. Of its rows the last `added` are those of a larger vocabulary;
-    `stored` is the file's tensor of a tied weight.
+    the files hold its rows in other tensors. `stored` is the file's tensor of a tied weight.
     """
 
     module: str
@@ -45,12 +44,17 @@ class Target:
     twin: Callable[[], str | None] | None = field(default=None, compare=False)
     is_embedding: Callable[[], bool] = field(default=lambda: True, compare=False)
     tree: ModuleTree | None = field(default=None, compare=False)
-    added: int = 0
     stored: str = field(default="", compare=False)
 
 
 ATTENTION = "in_proj_weight"
 """What torch's MultiheadAttention has for a weight: query, key and value in one [3 · embed_dim, embed_dim]."""
+
+OTHER_VOCABULARY = (
+    "a vocabulary is never resized unasked: say `wlora-merge mix --resize-vocab NAME`, the adapter whose tokens and tokenizer the "
+    "export is to have; for a fit resize the base first (model.resize_token_embeddings), save it with the tokenizer, and give that."
+)
+"""What to do about an adapter whose embeddings have another number of rows than the base's."""
 
 Find = Callable[[str], "Target | None"]
 """The target of an adapter's module (or whole tensor) by the name that the adapter gives it; None when there is none."""
@@ -123,14 +127,8 @@ def tensors_of(base: BaseModel) -> Find:
             return None
         called = own.name if own else base.name_in_model(name)
         names = base.ties_of(called)
-        rows, read = base.added_rows(called, entry), partial(base.read, entry.name)
-        shape, added = entry.shape, 0
-        if rows is not None:
-            shape, added = (entry.shape[0] + len(rows), *entry.shape[1:]), len(rows)
-            read = partial(_with_rows, base, entry.name, rows)
-        return Target(
-            called, shape, len(names) > 2, read, partial(_other, base, called), added=added, stored=entry.name
-        )
+        shape, read = base.shape_of(called, entry), partial(base.read_whole, called, entry)
+        return Target(called, shape, len(names) > 2, read, partial(_other, base, called), stored=entry.name)
 
     return find
 
@@ -171,13 +169,6 @@ def _is_of_experts(base: BaseModel, module: str) -> bool:
     if found is None:
         return renamed_parameter(module, base.tree) is not None
     return not isinstance(base.tree.modules[found], nn.modules.conv._ConvNd)
-
-
-def _with_rows(base: BaseModel, name: str, rows: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    own = base.read(name)
-    return torch.cat([own, rows.to(own.dtype)])
 
 
 def in_peft_names(adapter: Adapter, find: Find) -> Adapter:

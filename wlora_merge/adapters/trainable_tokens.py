@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..errors import AdapterError, UnsupportedError
 from .adapter import Adapter
 from .factors import Factors, TokenRows
+from .targets import OTHER_VOCABULARY
 
 if TYPE_CHECKING:
     from .targets import Target
@@ -40,7 +41,7 @@ def with_token_rows(adapter: Adapter, find: Callable[[str], Target]) -> Adapter:
                     f"{adapter.where}: it has a LoRA and trained tokens of {module!r}, which cannot both be: leave it out."
                 )
             modules[module] = _row_factors(adapter, module, rows, find(module))
-    return replace(adapter, modules=modules)
+    return replace(adapter, modules=modules, token_rows={})
 
 
 def _row_factors(adapter: Adapter, module: str, rows: TokenRows, target: Target) -> Factors:
@@ -55,8 +56,8 @@ def _row_factors(adapter: Adapter, module: str, rows: TokenRows, target: Target)
     vocabulary = target.shape[0]
     if beyond := [index for index in rows.indices if index >= vocabulary]:
         raise UnsupportedError(
-            f"{adapter.where}: it trained token {beyond[0]} of {module!r}, and the base's vocabulary has {vocabulary}: a vocabulary "
-            "is never resized unasked: resize the base (model.resize_token_embeddings), save it with its tokenizer, and give that."
+            f"{adapter.where}: it trained token {beyond[0]} of {module!r}, and the base's vocabulary has {vocabulary}: "
+            f"{OTHER_VOCABULARY}"
         )
     indices = torch.tensor(rows.indices)
     change = rows.values.double() - target.read()[indices].cpu().double()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..adapters.added_tokens import tokenizer_files, warn_of_end
+from ..adapters.tokenizers import tokenizer_files, warn_of_end
 from ..errors import AdapterError, WloraMergeError
 from ..io.untrusted import find_file, read_bytes, read_json
 from ..mixture.inputs import Inputs
@@ -57,7 +57,8 @@ def left_out(inputs: Inputs) -> str:
     carried = {str(name): path for name, path in inputs.base.carried_files().items()}
     own = _tokenizer_facts(carried)
     others = {a.name: _differing(_tokenizer_facts(_files_of(a)), own) for a in inputs.adapters}
-    lines = [_tokenizers_line({name: facts for name, facts in others.items() if facts}, own)]
+    whose = f"that of adapter {resized!r}" if (resized := inputs.mixture.resize_vocab) else "the base's"
+    lines = [_tokenizers_line({name: facts for name, facts in others.items() if facts}, own, whose)]
     for adapter in inputs.adapters:
         lines += [_others_line(adapter, carried), _end_line(adapter, inputs.base.config)]
     return " ".join(filter(None, lines))
@@ -114,21 +115,21 @@ def _differing(facts: Mapping[str, str], own: Mapping[str, str]) -> dict[str, st
     return {what: value for what, value in facts.items() if value != own.get(what)}
 
 
-def _tokenizers_line(others: Mapping[str, Mapping[str, str]], own: Mapping[str, str]) -> str:
+def _tokenizers_line(others: Mapping[str, Mapping[str, str]], own: Mapping[str, str], whose: str) -> str:
     """Which adapters have another tokenizer than the export."""
     if not others:
         return ""
     first, *rest = others.values()
-    instead = "The export has the base's" if own else "The export has none, as the base has none"
+    instead = f"The export has {whose}" if own else "The export has none, as the base has none"
     if all(facts == first for facts in rest):
         names, what = ", ".join(map(repr, others)), _said(first, own)
         return (
-            f"Beside adapter {names} lies another tokenizer than the base's: {what}. {instead}: "
+            f"Beside adapter {names} lies another tokenizer than {whose}: {what}. {instead}: "
             f"--tokenizer-from {next(iter(others))} carries it."
         )
     what = "; ".join(f"of {name!r} {_said(facts, own)}" for name, facts in others.items())
     return (
-        f"Beside the adapters lie other tokenizers than the base's, which do not agree: {what}. {instead}: "
+        f"Beside the adapters lie other tokenizers than {whose}, which do not agree: {what}. {instead}: "
         "--tokenizer-from NAME carries one of them."
     )
 

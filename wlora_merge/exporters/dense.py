@@ -156,8 +156,9 @@ def _plan_file(
 
 
 def _from_base(base: BaseModel, name: str, entry: Entry, deltas: tuple[ModuleDelta | TensorDelta, ...]) -> Piece:
-    rows = base.added_rows(name, entry)
-    shape = entry.shape if rows is None else (entry.shape[0] + len(rows), *entry.shape[1:])
+    rows, shape = base.added_rows(name, entry), base.shape_of(name, entry)
+    if rows is not None and shape[0] == entry.shape[0]:  # columns behind its only row
+        return Piece(name, entry.dtype, shape, tensor=base.read_whole(name, entry))
     return Piece(name, entry.dtype, shape, entry, deltas, added=rows)
 
 

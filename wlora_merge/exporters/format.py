@@ -186,9 +186,9 @@ def measured(kind: type[M], manifest: Manifest) -> M:
 
 
 def refuse_added(inputs: Inputs, why: str, instead: str) -> None:
-    """Refuse a mixture with added tokens, whose rows the export has no place for."""
-    if inputs.base.added:
+    """Refuse a mixture with a vocabulary of another size, for whose rows the export has no place."""
+    if inputs.base.vocabulary is not None:
         raise UnsupportedError(
-            f"--resize-vocab {inputs.mixture.resize_vocab}: the model has tokens that its base lacks, which {why}: export with "
+            f"--resize-vocab {inputs.mixture.resize_vocab}: the model has another vocabulary than its base, which {why}: export with "
             f"--format {instead}."
         )

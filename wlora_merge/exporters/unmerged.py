@@ -128,15 +128,17 @@ def attach_mixture(
 
 
 def _resize(model: nn.Module, base: BaseModel) -> None:
-    """Give a model the added rows that its base is exported with."""
+    """Give a model the vocabulary that its base is exported with."""
     from ..adapters.targets import tensors_of
     from ..mixture.live_model import live_tensors, set_parameter
 
+    if base.vocabulary is None:
+        return
+    model.resize_token_embeddings(base.vocabulary.rows, mean_resizing=False)  # type: ignore[operator]
     for name in base.added:
         own, live = tensors_of(base)(name), live_tensors(model)
         if own is None or own.read is None:
             continue
-        model.resize_token_embeddings(own.shape[0], mean_resizing=False)  # type: ignore[operator]
         target = live(name)
         if target is not None and name in base.entries:
             model.get_parameter(target.module).copy_(own.read())  # and what is tied to it

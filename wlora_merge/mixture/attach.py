@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from torch import nn
 from ..adapters.adapter import Adapter, load_adapters
 from ..adapters.modules_to_save import join_changes, stack_tensors
 from ..adapters.stacking import stack
+from ..adapters.targets import target_of
+from ..adapters.trainable_tokens import with_token_rows
 from ..constants import PARAMETER, SCALE_PARAMETER
 from ..errors import AdapterError, MixtureError, UnsupportedError, WloraMergeWarning
 from ..mix_options import AdapterOptions
@@ -207,7 +210,7 @@ def _changes(
     modules_to_save: str | None,
 ) -> tuple[list[ModuleDelta], list[str]]:
     """What the adapters change, stacked module by module; the parameters that became one adapter's, as the user chose."""
-    find, layers = live_tensors(model), dict(model.named_modules())
+    find, find_module, layers = live_tensors(model), live_modules(model), dict(model.named_modules())
     for name in trained:
         if (target := find(name)) is not None and target.tied:
             raise UnsupportedError(
@@ -221,13 +224,14 @@ def _changes(
                 stacklevel=3,
             )
     model_type = getattr(getattr(model, "config", None), "model_type", "")
-    deltas = stack(adapters, live_modules(model), find, model_type=model_type)
+    deltas = stack(adapters, find_module, find, model_type=model_type)
     tensors, saved = stack_tensors(adapters, modules_to_save, trained, find)
     join_changes(deltas, tensors, trained, find)
     if tensors:
         _refuse_new(base, tensors)
-        changed = with_whole_tensors(adapters, tensors, layers, find)
-        deltas = stack(changed, live_modules(model), find, model_type=model_type)
+        rows = [with_token_rows(adapter, partial(target_of, adapter, find=find_module)) for adapter in adapters]
+        changed = with_whole_tensors(rows, tensors, layers, find)
+        deltas = stack(changed, find_module, find, model_type=model_type)
     for delta in deltas:
         if delta.biases:
             check_bias(delta.module, layers[delta.module])

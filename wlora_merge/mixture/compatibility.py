@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapter import Adapter, load_adapter
+from ..adapters.added_tokens import other_vocabulary, resized
 from ..adapters.deltas import ModuleDelta
 from ..adapters.modules_to_save import join_changes, stack_tensors
 from ..adapters.stacking import stack
@@ -31,14 +32,18 @@ NAMED = (
 """Fields of the config that are a feature where they are set."""
 
 
-NO, YES, WITH_HEADS, NAMED_APART = (
+NO, YES, WITH_HEADS, WITH_TOKENS, NAMED_APART = (
     "no",
     "yes",
     "yes, with --modules-to-save or a fit that trains a head",
+    "yes, with --resize-vocab",
     "yes, named apart",
 )
 """Whether an adapter mixes."""
-REASONS = {"Adapters that cannot be mixed": (NO,), "What adapters need to be mixed": (WITH_HEADS, NAMED_APART)}
+REASONS = {
+    "Adapters that cannot be mixed": (NO,),
+    "What adapters need to be mixed": (WITH_HEADS, WITH_TOKENS, NAMED_APART),
+}
 
 
 def adapter_tables(paths: Sequence[str | Path], base: BaseModel | None) -> dict[str, Rows]:
@@ -56,7 +61,7 @@ def adapter_tables(paths: Sequence[str | Path], base: BaseModel | None) -> dict[
         row = _on_base(adapter, base, fitting) if base is not None else {}
         deltas = row.pop("deltas", None)
         rows.append(_what(adapter, deltas) | row)
-        if row.get("mixes") != NO:
+        if row.get("mixes") not in (NO, WITH_TOKENS):  # on the base as it is
             fitting.append(adapter)
     tables = {"Adapters": rows}
     reasons = [(row, row.pop("reason")) for row in rows if "reason" in row]
@@ -104,8 +109,15 @@ def _pattern(adapter: Adapter, field: str) -> Iterable[float]:
 def _on_base(adapter: Adapter, base: BaseModel, others: Sequence[Adapter]) -> dict[str, Any]:
     """The deltas, their norm over the base's, and whether the adapter mixes with the others, by the words above."""
     row: dict[str, Any] = {"delta / base norm": None, "mixes": NO}
-    find = tensors_of(base)
+    needs: list[str] = []
     try:
+        rows = other_vocabulary(base, adapter)
+        if rows is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the others' tokens
+                base, (*others, adapter) = resized(base, [*others, adapter], adapter.name)
+            needs = [f"was trained with a vocabulary of {rows} rows: say --resize-vocab {adapter.name}."]
+        find = tensors_of(base)
         deltas = stack([adapter], modules_of(base), find, model_type=base.model_type)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the line above has said it
@@ -114,15 +126,16 @@ def _on_base(adapter: Adapter, base: BaseModel, others: Sequence[Adapter]) -> di
         join_changes(together, tensors, head, find)
     except WloraMergeError as error:
         return row | {"reason": str(error)}
-    row |= {"deltas": deltas, "delta / base norm": _relative_norm(deltas), "mixes": YES}
+    row |= {"deltas": deltas, "delta / base norm": _relative_norm(deltas), "mixes": WITH_TOKENS if needs else YES}
     if adapter.name in [other.name for other in others]:
         reason = f"another adapter is called {adapter.name!r} too: name them, as in --adapter first=PATH --adapter second=PATH."
-        return row | {"mixes": NAMED_APART, "reason": reason}
+        return row | {"mixes": NAMED_APART, "reason": " ".join([*needs, reason])}
     try:
         stack_tensors([adapter], None, (), find)
     except WloraMergeError:
-        return row | {"mixes": WITH_HEADS, "reason": _carries(adapter)}
-    return row
+        row |= {} if needs else {"mixes": WITH_HEADS}
+        needs.append(_carries(adapter))
+    return row | ({"reason": " ".join(needs)} if needs else {})
 
 
 def _carries(adapter: Adapter) -> str:

@@ -91,7 +91,7 @@ def find_inputs(
         ]
         if not any_digest:
             _check_digests(made, opened, loaded, instead)
-        opened = resized(opened, loaded, made.resize_vocab)
+        opened, loaded = resized(opened, loaded, made.resize_vocab)
         deltas = _deltas(made, opened, loaded)
     _refuse_unknown(made, opened, {delta.module for delta in deltas})
     return Inputs(made, opened, loaded, deltas)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapter import load_adapters
-from ..adapters.added_tokens import resized, resized_config, warn_of_end
+from ..adapters.added_tokens import resized
 from ..adapters.modules_to_save import join_changes, stack_tensors
 from ..adapters.stacking import stack
 from ..adapters.targets import modules_of, tensors_of
+from ..adapters.tokenizers import warn_of_end
 from ..data.tasks import TASKS, get_task
 from ..errors import AdapterError, UnsupportedError
 from ..mix_options import mix_options
@@ -58,7 +59,7 @@ def mix(
     asked = mix_options(options)
     opened, loaded = open_base(base), load_adapters(adapters, residual=asked.residual)
     refuse_attached(opened)
-    opened = resized(opened, loaded, asked.resize_vocab)
+    opened, loaded = resized(opened, loaded, asked.resize_vocab)
     warn_of_end(opened)
     normalize = asked.normalize or ("all" if asked.weights is None else "none")
     row = uniform(len(loaded)) if asked.weights is None else _checked(asked.weights, len(loaded))
@@ -89,7 +90,7 @@ def mix(
         head=head,
         head_tensors=opened.stored_names(head),
         modules_to_save=asked.modules_to_save,
-        config=_config_of(head, opened, task) | resized_config(opened),
+        config=_config_of(head, opened, task) | (opened.vocabulary.config if opened.vocabulary is not None else {}),
         resize_vocab=asked.resize_vocab,
         prefixes=prefixes((d.module, d.name or d.module) for d in deltas),
         data=_made_from(asked.weights, asked.residual),

@@ -8,6 +8,7 @@ files             the files of its folder: carried_files
 names             names of one spelling among those of another: NameResolver
 module_tree       what transformers renames and fuses on loading: ModuleTree, empty_model
 quantization      which format a base is quantized in
+vocabulary        a base with more or fewer rows of its vocabulary: Vocabulary
 tied_embeddings   what a model uses under two names
 pooling           how token vectors become the one that a head sees: pool_tokens, add_pooling_layer
 loading           models as transformers loads them, and its messages kept away

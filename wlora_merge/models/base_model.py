@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from .module_tree import ModuleTree
+    from .vocabulary import Vocabulary
 
 ADAPTER_CONFIG = "adapter_config.json"
 """What PEFT calls an adapter's config."""
@@ -41,8 +42,8 @@ SIDES = (
 class BaseModel:
     """An opened base: `headers` by file name in the index's order, `entries` by tensor name.
 
-    Where its vocabulary is made larger, `added` holds the rows [k, ...] that stand behind a tensor's own, by the tensor's name,
-    and `tokenizer` the files (name -> path) that take the place of its tokenizer's; see `added_tokens`. `known` has a model's
+    Where it has a vocabulary of another size, `vocabulary` says so, `added` holds the rows [k, ...] that stand behind a tensor's own,
+    by the tensor's name, and `tokenizer` the files (name -> path) that take the place of its tokenizer's. `known` has a model's
     names of tensors that a mixture has recorded -> their names in the files, None for those that are not there. `mixture` has the
     parameters of a mixture that a checkpoint of an attached model holds: no tensors of the base, and never exported.
     """
@@ -56,6 +57,7 @@ class BaseModel:
     tokenizer: dict[str, Path] = field(default_factory=dict)
     known: dict[str, str | None] = field(default_factory=dict)
     mixture: dict[str, Entry] = field(default_factory=dict)
+    vocabulary: Vocabulary | None = None
 
     @property
     def folder(self) -> Path:
@@ -139,6 +141,22 @@ class BaseModel:
         """The rows that stand behind those of `entry`, where the model calls the tensor `name`; None where none do."""
         return self.added.get(name, self.added.get(entry.name))
 
+    def shape_of(self, name: str, entry: Entry) -> tuple[int, ...]:
+        """The shape of the tensor that the model calls `name` and that `entry` holds, with its added rows."""
+        rows = self.added_rows(name, entry)
+        if rows is None:
+            return entry.shape
+        grown, shape = _vocabulary_dim(entry.shape), list(entry.shape)
+        shape[grown] += rows.shape[grown]
+        return tuple(shape)
+
+    def read_whole(self, name: str, entry: Entry) -> torch.Tensor:
+        """The same tensor's numbers, in the dtype of the file."""
+        import torch
+
+        own, rows = read_tensor(entry), self.added_rows(name, entry)
+        return own if rows is None else torch.cat([own, rows.to(own.dtype)], _vocabulary_dim(entry.shape))
+
     def sha256(self) -> dict[str, str]:
         """Weight file name -> sha256; computed once and remembered."""
         digests = sha256_files([self.folder / name for name in self.headers])
@@ -151,6 +169,11 @@ class BaseModel:
             return own
         kept = {n: path for n, path in own.items() if str(n) not in TOKENIZER_FILES and n.parts[0] != CHAT_TEMPLATES}
         return kept | {Path(name): path for name, path in self.tokenizer.items()}
+
+
+def _vocabulary_dim(shape: tuple[int, ...]) -> int:
+    """Which dimension of a tensor follows the vocabulary: the first, but of a BART's [1, vocabulary] bias the last."""
+    return len(shape) - 1 if shape[0] == 1 else 0
 
 
 def open_base(path_or_id: str | Path, error: type[WloraMergeError] = BaseModelError) -> BaseModel:
