@@ -58,6 +58,8 @@ class ExportOptions:
     quantize: str | None = option(
         None, Topic.FORMAT, of=("onnx",), choices=ONNX_QUANTIZE, help="onnx: a quantized graph beside the float one.",
         detail="With --onnx-runtime genai it is instead of the float one.")
+    allow_loss: bool = option(
+        False, Topic.FORMAT, help="onnx: have a quantized graph that keeps under 90% of the float one's choices.")
     # fmt: on
 
 
@@ -101,6 +103,8 @@ _RULES: list[Rule] = [
     (lambda o: o.onnx_base is not None and _traced(o), "{found} needs a traced export: leave --onnx-base out."),
     (lambda o: o.onnx_base is not None and (o.dtype is not None or o.opset is not None),
      "--onnx-base keeps the dtype and the opset of that file: leave --dtype and --opset out."),
+    (lambda o: o.allow_loss and (o.quantize is None or o.onnx_runtime is not None),
+     "--allow-loss is for a quantized graph beside the float one: say --quantize without --onnx-runtime, or leave it out."),
     (lambda o: o.onnx_runtime is not None and (o.opset is not None or o.ort_fusions is not None),
      "onnxruntime-genai's builder chooses opset and operators: leave --opset and --ort-fusions out."),
 ]

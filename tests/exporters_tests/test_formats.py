@@ -57,7 +57,7 @@ TRACED = {"inputs": ["x"], "outputs": ["y"], "opset": 20, "largest_difference": 
             "onnx",
             TRACED | {"quantized": QUANTIZED},
             "ONNX Runtime's outputs are within 2.00e-06 of PyTorch's. `onnx/model_q4.onnx` has quantized weights: its outputs are "
-            "off by 2.50e-01 of the largest, the choice is the same in 75.0%; transformers.js loads it with `dtype: 'q4'`.",
+            "off by 2.50e-01 of the largest, same choice 75.0%; transformers.js loads it with `dtype: 'q4'`.",
             "Largest difference from PyTorch 2.00e-06. onnx/model_q4.onnx: off by 2.50e-01 of the largest, same choice 75.0%.",
         ),
         (

@@ -80,8 +80,8 @@ def test_the_dense_export_is_the_sum_of_pefts_merges_the_new_adapters_among_them
     for group, modules in mixture.groups.items():
         row = list(mixture.groups).index(group)
         expected = peft_sum(model, [*zoo[1], new], weights[row].tolist())
-        names = [f"{module}.weight" for module in modules]
-        assert_equal_but_for_rounding({n: found[n] for n in names}, {n: expected[f"bert.{n}"] for n in names})
+        names = [f"bert.{module}.weight" for module in modules]
+        assert_equal_but_for_rounding({n: found[n] for n in names}, {n: expected[n] for n in names})
     for kind in ("dense", "lora"):
         if kind == "lora":
             export(tmp_path / "m", kind, tmp_path / kind)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from support.models import inputs_of, make_adapter, tiny_llama
+from support.models import inputs_of, make_adapter, tiny_bert, tiny_llama
 
 from wlora_merge.cli.main import main
 from wlora_merge.errors import UnsupportedError, VerifyError
@@ -18,6 +19,7 @@ from wlora_merge.exporters.manifest import read_manifest
 from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mix import mix
 from wlora_merge.onnx import convert as onnx_writer
+from wlora_merge.onnx import quantize
 from wlora_merge.onnx.js_names import dtype_for_js, name_half
 from wlora_merge.onnx.session import check_files
 
@@ -96,7 +98,8 @@ def test_quantized_graphs_stand_beside_the_float_one_and_their_error_is_reported
         ("int8", "model_quantized.onnx", "q8", "MatMulInteger", 0.2),  # on any CPU: 8 bits would overflow without VNNI
         ("int4", "model_q4.onnx", "q4", "MatMulNBits", 0.6),
     ):
-        arguments = ["export", str(mixture), "--format", "onnx", "--quantize", kind, "--out", str(tmp_path / kind)]
+        arguments = ["export", str(mixture), "--format", "onnx", "--quantize", kind, "--allow-loss"]
+        arguments += ["--out", str(tmp_path / kind)]
         done = CliRunner().invoke(main, arguments)
         assert done.exit_code == 0, done.output
         error = read_manifest(tmp_path / kind).report.table()["quantized"]
@@ -116,8 +119,51 @@ def test_quantized_graphs_stand_beside_the_float_one_and_their_error_is_reported
         )
 
 
+def test_a_graph_that_keeps_too_few_choices_is_refused_and_the_next_way_is_tried(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph of a random model keeps what its scores happen to keep, so the threshold moves here."""
+    shares = {}
+    for kind, scheme in (("int8", "output channels"), ("int4", "blocks of 32 weights")):
+        report = export(mixture, "onnx", tmp_path / kind, quantize=kind, allow_loss=True).report["quantized"]
+        shares[kind] = report["same_choice"]
+        assert report["scheme"] == scheme
+    monkeypatch.setattr(quantize, "ENOUGH", shares["int8"] + 1e-9)
+    report = export(mixture, "onnx", tmp_path / "again", quantize="int8").report["quantized"]
+    assert report["scheme"] == "blocks of 32 weights"
+    assert report["same_choice"] > shares["int8"]
+    graph = onnx.load(tmp_path / "again" / report["file"]).graph
+    assert {a.i for n in graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "bits"} == {8}
+    monkeypatch.setattr(quantize, "ENOUGH", 1.01)
+    for kind, advice in (("int4", "say --quantize int8, leave it out"), ("int8", ": leave it out")):
+        with pytest.raises(
+            UnsupportedError, match=rf"--quantize {kind}: the graph would keep .*{advice}.*--allow-loss"
+        ):
+            export(mixture, "onnx", tmp_path / "no", quantize=kind)
+        assert not (tmp_path / "no").exists()
+
+
+def test_of_embeddings_the_cosine_is_said_and_not_the_choice(tmp_path: Path) -> None:
+    model = tiny_bert()
+    model.save_pretrained(tmp_path / "base")
+    adapter = make_adapter(model, tmp_path / "a", 0, r=2, target_modules=["query"])
+    made = mix(tmp_path / "base", [adapter], task="feature-extraction")
+    done = export(made, "onnx", tmp_path / "out", quantize="int8")
+    quantized = done.report["quantized"]
+    assert "same_choice" not in quantized
+    assert 0.9 < quantized["cosine"] < 1
+    assert f"cosine {quantized['cosine']:.4f}" in done.detail
+    assert f"cosine {quantized['cosine']:.4f}" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "int4", "onnx_runtime": "genai"}])
+def test_allow_loss_is_for_a_graph_beside_the_float_one(mixture: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match="--allow-loss is for a quantized graph beside the float one"):
+        export(mixture, "onnx", tmp_path / "out", allow_loss=True, **options)
+
+
 def test_a_float16_export_has_the_names_that_transformers_js_looks_for(mixture: Path, tmp_path: Path) -> None:
-    export(mixture, "onnx", tmp_path / "out", dtype="float16", quantize="int4")
+    export(mixture, "onnx", tmp_path / "out", dtype="float16", quantize="int4", allow_loss=True)
     folder = tmp_path / "out" / "onnx"
     assert {p.name for p in folder.iterdir()} == {"model.onnx", "model_fp16.onnx", "model_q4f16.onnx"}
     assert (folder / "model.onnx").samefile(folder / "model_fp16.onnx")

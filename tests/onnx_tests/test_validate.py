@@ -144,9 +144,8 @@ def test_a_quantized_graph_whose_outputs_are_nan_is_not_reported_as_near(
     from wlora_merge.data.tasks import get_task
     from wlora_merge.onnx.quantize import quantize_onnx
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(dense)
     with pytest.raises(NotFiniteError, match=r"model_q4\.onnx: output 'logits'.*export without --quantize"):
-        quantize_onnx(tmp_path / "out", model, task=get_task("causal-lm"), kind="int4")
+        quantize_onnx(tmp_path / "out", dense, task=get_task("causal-lm"), kind="int4")
 
 
 def test_an_infinite_effect_does_not_widen_the_tolerance_of_a_lora(tmp_path: Path) -> None:

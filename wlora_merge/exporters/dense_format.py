@@ -121,7 +121,7 @@ def _with_head(planned: DensePlan) -> DensePlan:
     mixture, layer = planned.inputs.mixture, planned.layer
     if not mixture.head or mixture.task is None:
         return planned
-    config = {**mixture.config, **(layer.config if layer else {})}
+    config = {**mixture.config, **planned.inputs.untied.config, **(layer.config if layer else {})}
     called = [piece.name for file in planned.files for piece in file.pieces]
     names = names_with_head(planned.inputs.base, mixture.task, config, called)
     if layer:

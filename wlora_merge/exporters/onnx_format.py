@@ -48,18 +48,28 @@ Places = dict[str, Annotated[list[Any], checked_by(_check_place)]]
 
 
 class Quantized(Record):
-    """A quantized graph, and how far its outputs are from the float graph's; `same_choice` is a share, 0 to 1."""
+    """A quantized graph, and how far its outputs are from the float graph's.
+
+    `scheme` says which weights share a scale; `same_choice`, of scores, is a share, 0 to 1; `cosine`, of embeddings, the smallest.
+    """
 
     file: str
     bytes: int
     largest_difference: float
     relative: float
-    same_choice: float
+    same_choice: float | None = None
+    cosine: float | None = None
+    scheme: str | None = None
+
+    @property
+    def kept(self) -> str:
+        """What it keeps of the float graph, in words."""
+        return f"cosine {self.cosine:.4f}" if self.cosine is not None else f"same choice {self.same_choice:.1%}"
 
     @classmethod
     def of(cls, report: QuantizedReport) -> Quantized:
         """The record of what the quantizer measured."""
-        return cls(file=report.file, bytes=report.bytes, **vars(report.off))
+        return cls(file=report.file, bytes=report.bytes, scheme=report.scheme, **vars(report.off))
 
 
 class TracedMeasures(Measures):
@@ -80,8 +90,8 @@ class TracedMeasures(Measures):
 
             js = JS_DTYPES[Path(q.file).stem.removeprefix("model")]
             said += (
-                f" `{q.file}` has quantized weights: its outputs are off by {q.relative:.2e} of the largest, the choice is the "
-                f"same in {q.same_choice:.1%}; transformers.js loads it with `dtype: '{js}'`."
+                f" `{q.file}` has quantized weights{f', a scale for each of its {q.scheme}' if q.scheme else ''}: its outputs are "
+                f"off by {q.relative:.2e} of the largest, {q.kept}; transformers.js loads it with `dtype: '{js}'`."
             )
         return said
 
@@ -89,7 +99,7 @@ class TracedMeasures(Measures):
         """How far it is from PyTorch, and the quantized graph from it."""
         said = f"Largest difference from PyTorch {self.largest_difference:.2e}."
         if q := self.quantized:
-            said += f" {q.file}: off by {q.relative:.2e} of the largest, same choice {q.same_choice:.1%}."
+            said += f" {q.file}: off by {q.relative:.2e} of the largest, {q.kept}."
         return said
 
 
@@ -170,9 +180,9 @@ class TracedPlan(Plan):
             dtype=dtype,
             opset=asked.opset,
             ort_fusions=asked.ort_fusions,
-            quantize=asked.quantize,
             pooling=mixture.pooling,
         )
+        quantized = self._quantized(out, dense) if asked.quantize else None
         shutil.rmtree(dense)
         return Written(
             TracedMeasures(
@@ -181,9 +191,24 @@ class TracedPlan(Plan):
                 opset=report.opset,
                 largest_difference=report.largest_difference,
                 head=locate_head(out, mixture.head) if mixture.head else None,
-                quantized=Quantized.of(report.quantized) if report.quantized else None,
+                quantized=quantized,
             )
         )
+
+    def _quantized(self, out: Path, dense: Path) -> Quantized:
+        """Write the quantized graph beside the float one."""
+        from ..onnx.quantize import quantize_onnx
+
+        mixture, asked = self.dense.inputs.mixture, self.asked
+        made = quantize_onnx(
+            out,
+            dense,
+            task=get_task(mixture.task),
+            kind=str(asked.quantize),
+            pooling=mixture.pooling,
+            allow_loss=asked.allow_loss,
+        )
+        return Quantized.of(made)
 
 
 @dataclass

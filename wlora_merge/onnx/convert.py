@@ -10,7 +10,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..data.tasks import get_task
 from ..errors import NotFiniteError, OutputError, UnsupportedError, VerifyError
@@ -28,9 +28,6 @@ from .session import run_probe
 from .trace import trace
 from .validate import check_onnx
 
-if TYPE_CHECKING:
-    from .quantize import QuantizedReport
-
 __all__ = ["DEFAULT_OPSET", "OnnxReport", "check_onnx", "run_probe", "write_onnx"]
 
 # What torch's exporter translates to most directly, and ONNX Runtime, also in the browser, has run since 1.17
@@ -47,7 +44,6 @@ class OnnxReport:
         opset: the ONNX opset of the graph.
         largest_difference: the largest absolute difference of an output from PyTorch's in float32.
         sizes: bytes of each file in `onnx/`, by name.
-        quantized: the quantized graph's file and error, where one was asked for.
     """
 
     input_names: tuple[str, ...]
@@ -55,7 +51,6 @@ class OnnxReport:
     opset: int
     largest_difference: float
     sizes: dict[str, int]
-    quantized: QuantizedReport | None = None
 
 
 def write_onnx(
@@ -66,7 +61,6 @@ def write_onnx(
     dtype: str = "float32",
     opset: int | None = None,
     ort_fusions: str | None = None,
-    quantize: str | None = None,
     pooling: str | None = None,
 ) -> OnnxReport:
     """Export the model in the folder `dense` to `out/onnx/model.onnx`, and check it against PyTorch.
@@ -82,7 +76,6 @@ def write_onnx(
         dtype: of the weights: `float32` or `float16`.
         opset: of the graph; `DEFAULT_OPSET` when None.
         ort_fusions: `cpu`, `cuda`, `webgpu` or `dml`: use ONNX Runtime's own operators for that provider; None keeps to ONNX.
-        quantize: `int8` or `int4`: a quantized graph beside the float one.
         pooling: what the head sees in place of the first token, as `models.pooling` names it; None: what the class reads.
 
     Returns:
@@ -95,7 +88,7 @@ def write_onnx(
         VerifyError: the graph does not compute what PyTorch does.
         NotFiniteError: PyTorch's own outputs are not finite, in float32 or in `dtype`.
     """
-    export_options({"format": "onnx", "dtype": dtype, "opset": opset, "ort_fusions": ort_fusions, "quantize": quantize})
+    export_options({"format": "onnx", "dtype": dtype, "opset": opset, "ort_fusions": ort_fusions})
     require_extra()
     refuse_provider(ort_fusions)
     folder = out / "onnx"
@@ -142,15 +135,8 @@ def write_onnx(
         raise UnsupportedError(
             f"the fusions for {ort_fusions} break this model's graph ({first_line(e)}): leave --ort-fusions out."
         ) from e
-    quantized = None
-    if quantize is not None:
-        from .quantize import quantize_onnx
-
-        Meter("quantizing")
-        model = load_model(dense, kind, torch.float32, pooling=pooling)
-        quantized = quantize_onnx(out, model, task=kind, kind=quantize)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return OnnxReport(*names, opset=got, largest_difference=difference, sizes=sizes, quantized=quantized)
+    return OnnxReport(*names, opset=got, largest_difference=difference, sizes=sizes)
 
 
 def copy_side_files(dense: Path, out: Path, dtype: str) -> None:

@@ -101,12 +101,15 @@ class Differences:
     Attributes:
         largest_difference: of an output, absolute.
         relative: the same, relative to the largest output.
-        same_choice: the share (0 to 1) of positions whose largest score is the same; of rows, where each has one score vector.
+        same_choice: the share (0 to 1) of positions whose largest score is the same; of rows, where each has one score vector. None
+            where the outputs are no scores.
+        cosine: the smallest cosine of two vectors, where the outputs are embeddings; else None.
     """
 
     largest_difference: float
     relative: float
-    same_choice: float
+    same_choice: float | None
+    cosine: float | None = None
 
 
 def differences(onnx_folder: Path, model: torch.nn.Module, *, task: Task, suffix: str) -> Differences:
@@ -121,6 +124,7 @@ def differences(onnx_folder: Path, model: torch.nn.Module, *, task: Task, suffix
     exact, other = open_graphs(onnx_folder), open_graphs(onnx_folder, suffix)
     tokens = _tokens(model, onnx_folder)
     worst = largest = same = total = 0.0
+    cosine = 1.0
     for batch, sequence, past, _ in _shapes(model, task):
         inputs = sample_inputs(model, task, batch, past + sequence, tokens=tokens)
         feed = {name: value.numpy() for name, value in inputs.items()}
@@ -133,7 +137,10 @@ def differences(onnx_folder: Path, model: torch.nn.Module, *, task: Task, suffix
             worst, largest = max(worst, float(np.abs(want - have).max())), max(largest, float(np.abs(want).max()))
             choice = want.argmax(-1) == have.argmax(-1)
             same, total = same + float(choice.sum()), total + choice.size
-    return Differences(worst, worst / max(largest, 1e-6), same / max(total, 1))
+            lengths = np.linalg.norm(want, axis=-1) * np.linalg.norm(have, axis=-1)
+            cosine = min(cosine, float(((want * have).sum(-1) / np.maximum(lengths, 1e-12)).min()))
+    choices = (None, cosine) if task.is_body else (same / max(total, 1), None)
+    return Differences(worst, worst / max(largest, 1e-6), *choices)
 
 
 def _compare(
