@@ -54,11 +54,15 @@ Find = Callable[[str], "Target | None"]
 """The target of an adapter's module (or whole tensor) by the name that the adapter gives it; None when there is none."""
 
 
-def modules_of(base: BaseModel) -> Find:
+@dataclass(frozen=True)
+class BaseModules:
     """Finds target modules in a base's files."""
 
-    def find(module: str) -> Target | None:
+    base: BaseModel
+
+    def __call__(self, module: str) -> Target | None:
         """The target module of that name."""
+        base, find_whole = self.base, tensors_of(self.base)
         entry = base.find_tensor(f"{module}.weight")
         if base.quantized and (entry is None or entry.dtype not in FLOATING):
             return _packed(base, module)
@@ -70,22 +74,28 @@ def modules_of(base: BaseModel) -> Find:
         target = find_whole(f"{module}.{ATTENTION}")
         if target is not None:
             return target
-        known = base.tree.find_module(module.replace(WRAPPER, "")) if base.tree is not None else None
-        if base.tree is None or known is None:
-            return None
-        return Target(module, (), f"{known}.weight" in base.tree.ties.groups, tree=base.tree)
+        known = base.find_in_tree(module.replace(WRAPPER, ""))
+        return Target(module, (), f"{known[1]}.weight" in known[0].ties.groups, tree=known[0]) if known else None
 
-    find_whole = tensors_of(base)
-    return find
+    @property
+    def names(self) -> set[str]:
+        """What the files and the model's classes call the modules that have a weight."""
+        tensors = [*self.base.entries, *(name for tree in self.base.trees for name in tree.tensors)]
+        return {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
+
+
+def modules_of(base: BaseModel) -> Find:
+    """Finds target modules in a base's files."""
+    return BaseModules(base)
 
 
 def _packed(base: BaseModel, module: str) -> Target | None:
     """A target module whose weight is packed: its name as the files have it, its shape from the module tree."""
     for suffix in WEIGHT_SUFFIXES:
         entry = base.find_tensor(f"{module}.{suffix}")
-        found = base.tree.find_module(module) if entry and base.tree else None
-        if entry and base.tree and found:
-            return Target(entry.name.removesuffix(f".{suffix}"), base.tree.tensors[f"{found}.weight"])
+        known = base.find_in_tree(module) if entry else None
+        if entry and known:
+            return Target(entry.name.removesuffix(f".{suffix}"), known[0].tensors[f"{known[1]}.weight"])
         if entry:
             raise UnsupportedError(
                 f"{base.folder}: this base is quantized ({base.quantized}), and transformers does not know the shape of {module!r}: "
@@ -130,17 +140,21 @@ def _other(base: BaseModel, called: str) -> str | None:
 
 
 def _tied_to_input(base: BaseModel, module: str) -> str | None:
-    found = base.tree.find_module(module) if base.tree else None
-    if base.tree is None or found is None:
+    known = base.find_in_tree(module)
+    if known is None:
         return None
-    return tied_to_input(base.tree.model, base.tree.modules[found])
+    tree, name = known
+    found = tied_to_input(tree.model, tree.modules[name])
+    if found is None or tree is base.tree:
+        return found
+    return base.name_in_model(f"{found}.weight").removesuffix(".weight")
 
 
 def _is_embedding(base: BaseModel, module: str) -> bool:
     from torch import nn
 
-    found = base.tree.find_module(module) if base.tree else None
-    return base.tree is None or found is None or isinstance(base.tree.modules[found], nn.Embedding)
+    known = base.find_in_tree(module)
+    return known is None or isinstance(known[0].modules[known[1]], nn.Embedding)
 
 
 def _with_rows(base: BaseModel, name: str, rows: torch.Tensor) -> torch.Tensor:
@@ -168,11 +182,12 @@ def foreign(adapter: Adapter, name: str, find: Find) -> AdapterError:
     """What to raise for a target module that the base has not: the base is another only where it lacks most of them."""
     there = [other for other in adapter.modules if other != name and find(other) is not None]
     said = f"{adapter.where}: its target module {name!r} is not in the base model"
+    near = nearest(name, find.names if isinstance(find, BaseModules) else there)
     if 2 * len(there) < len(adapter.modules):
         return AdapterError(f"{said}: this adapter was trained on another base.")
     return AdapterError(
         f"{said}, which has {len(there)} of its {len(adapter.modules)} target modules: neither the files have a tensor "
-        f"{name + '.weight'!r} nor the model class such a module{nearest(name, there)}: rename it in the adapter, or leave that out."
+        f"{name + '.weight'!r} nor the model class such a module{near}: rename it in the adapter, or leave that out."
     )
 
 

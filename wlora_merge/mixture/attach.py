@@ -27,7 +27,7 @@ from ..option_fields import checked
 from .attachment import Attachment, attachment_of, check_normalize, uniform_weights, whole_model
 from .groups import make_groups
 from .live_base import base_of, refuse_wrapped
-from .live_model import check_bias, live_modules, live_tensors, set_parameter
+from .live_model import LiveNames, check_bias, live_modules, live_tensors, set_parameter
 from .whole_tensors import with_whole_tensors
 
 if TYPE_CHECKING:
@@ -128,8 +128,11 @@ def attach_loaded(
     _check_model(model)
     _check_options(loaded, normalize, delta_scale, temperature)
     trained = _head_parameters(model, head)
-    deltas, taken = _changes(model, base, loaded, trained, asked.modules_to_save)
-    groups = make_groups([d.module for d in deltas], granularity)
+    names = LiveNames(model, base)
+    deltas, taken = _changes(names, loaded, trained, asked.modules_to_save)
+    changed = [d.module for d in deltas]
+    stored = names.stored_modules(changed) if base else {}  # refuses what no mixture could name
+    groups = make_groups(changed, granularity, stored)
     device = next(model.parameters()).device
     model.requires_grad_(False)
     weights = uniform_weights(len(groups), len(loaded), normalize, device)
@@ -141,7 +144,7 @@ def attach_loaded(
         model.get_parameter(name).requires_grad_(True)
     attachment = Attachment(
         loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken, asked.modules_to_save,
-        base.folder if base else None,
+        base.folder if base else None, stored,
     )  # fmt: skip
     model.wlora = attachment  # type: ignore[assignment]
     try:
@@ -188,14 +191,14 @@ def _check_options(adapters: Sequence[Adapter], normalize: str, delta_scale: flo
 
 
 def _changes(
-    model: nn.Module,
-    base: BaseModel | None,
+    names: LiveNames,
     adapters: list[Adapter],
     trained: Sequence[str],
     modules_to_save: str | None,
 ) -> tuple[list[ModuleDelta], list[str]]:
     """What the adapters change, stacked module by module; the parameters that became one adapter's, as the user chose."""
-    find, layers = live_tensors(model), dict(model.named_modules())
+    model, find = names.model, live_tensors(names)
+    layers = dict(model.named_modules())
     for name in trained:
         if (target := find(name)) is not None and target.tied:
             raise UnsupportedError(
@@ -209,13 +212,13 @@ def _changes(
                 stacklevel=3,
             )
     model_type = getattr(getattr(model, "config", None), "model_type", "")
-    deltas = stack(adapters, live_modules(model), find, model_type=model_type)
+    deltas = stack(adapters, live_modules(names), find, model_type=model_type)
     tensors, saved = stack_tensors(adapters, modules_to_save, trained, find)
     join_changes(deltas, tensors, trained, find)
     if tensors:
-        _refuse_new(base, tensors)
+        _refuse_new(names.base, tensors)
         changed = with_whole_tensors(adapters, tensors, layers, find)
-        deltas = stack(changed, live_modules(model), find, model_type=model_type)
+        deltas = stack(changed, live_modules(names), find, model_type=model_type)
     for delta in deltas:
         if delta.biases:
             check_bias(delta.module, layers[delta.module])

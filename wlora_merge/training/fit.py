@@ -204,6 +204,7 @@ def _prepare(
     """Load the model and encode the examples."""
     from torch.utils.data import ConcatDataset
 
+    from ..mixture.live_model import LiveNames
     from ..mixture.new_lora import new_targets
     from ..onnx.pooling import own_pooling
     from .cross_validation import enough, fold_indices
@@ -237,8 +238,8 @@ def _prepare(
     encoded = Rows(every, n, classes, enough(classes, twins, head=bool(head)))  # type: ignore[arg-type]
     learner = Learner(run, model, processor, encoded, head, start, own_pooling(base.folder))
     folds = fold_indices(classes, twins, options.folds, options.seed)
-    in_files = all(map(base.find_module, new_targets(model, everywhere=True)))
-    learner.placement.everywhere = learner.situation.left_out and in_files
+    if learner.situation.left_out:
+        learner.placement.everywhere = LiveNames(model, base).are_stored(new_targets(model, everywhere=True))
     if learner.solved and options.head_learning_rate != FitOptions.head_learning_rate:
         raise MixtureError(
             f"{base.folder}: its new head is solved, not trained, as it is one linear layer: leave --head-learning-rate out."
@@ -280,6 +281,7 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetri
     import torch
 
     from ..mixture.attachment import attachment_of
+    from ..mixture.live_model import LiveNames
     from ..mixture.new_lora import add_new, new_files
     from .model import in_own_unit, last_layer
 
@@ -309,7 +311,8 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetri
     if len(mixture.adapters) < len(given.adapters):
         mixture.data["adapters"] = {a.name: adapter_ref(a).spec for a in given.adapters}
     if files := new_files(learner.model, given.base.source.name):
-        add_new(mixture, files, [given.base.find_module(name) or name for name in attachment_of(learner.model).new])
+        names = LiveNames(learner.model, given.base).stored_modules(attachment_of(learner.model).new)
+        add_new(mixture, files, [stored for name in names for stored in names[name]])
         mixture.data["new_adapter"] = {"name": mixture.adapter_names[-1], "r": kept.new_adapter}
     return mixture
 
