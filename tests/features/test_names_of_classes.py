@@ -283,6 +283,24 @@ def test_a_target_that_the_files_lack_is_refused_when_adapters_are_attached(tmp_
     assert not hasattr(deeper, "wlora")
 
 
+def test_what_the_end_of_a_fit_would_refuse_is_refused_before_its_first_step(
+    nomic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise UnsupportedError("two changes that cannot both be.")
+
+    monkeypatch.setattr(
+        "wlora_merge.mixture.inputs.join_changes", refuse
+    )  # which opening a mixture asks, and attaching does not
+    live = AutoModelForSequenceClassification.from_pretrained(nomic)
+    adapters = [make_adapter(live, tmp_path / name, 1, r=2, target_modules=["o_proj"]) for name in "ab"]
+    shots = [{"text": f"{word} sat", "label": "xy"[i % 2]} for i, word in enumerate("abcd")]
+    steps: list[str] = []
+    with pytest.raises(UnsupportedError, match="cannot both be"):
+        fit(nomic, adapters, shots, "text-classification", max_steps=1, progress=lambda name, *_: steps.append(name))
+    assert not steps
+
+
 def test_a_name_is_looked_for_among_the_bases_own(tmp_path: Path) -> None:
     base = tiny_llama()
     base.save_pretrained(tmp_path / "base")

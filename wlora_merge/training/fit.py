@@ -31,7 +31,7 @@ from ..fit_options import FitCall, FitOptions, fit_request
 from ..io.digests import sha256_file
 from ..io.hub import is_here
 from ..io.staging import refuse_out
-from ..mixture.inputs import find_inputs
+from ..mixture.inputs import find_inputs, stacked_inputs
 from ..mixture.mixture import Mixture, adapter_ref
 from ..models.base_model import BaseModel, open_base, refuse_attached, refuse_quantized
 from ..text import first_line
@@ -244,10 +244,19 @@ def _prepare(
         raise MixtureError(
             f"{base.folder}: its new head is solved, not trained, as it is one linear layer: leave --head-learning-rate out."
         )
+    _rehearse(learner, given)
     of_names, held_rows = range(n, n + len(named)), list(range(n + len(named), len(every)))
     trained = [*range(n), *(of_names if learner.takes_names(of_names) else ())]
     parts = [(sorted({*trained}.difference(fold)), fold) for fold in folds]
     return FitJob(learner, trained, held_rows, parts)
+
+
+def _rehearse(learner: Learner, given: _Given) -> None:
+    """Make the mixture of the start as that of the end is made, and stack its inputs as an export does: what the end of the fit
+    would refuse is refused before its first step."""
+    mixture = Mixture.from_model(learner.model, given.base)
+    mixture.config, mixture.modules_to_save = _config(learner, given.base), given.request.modules_to_save
+    stacked_inputs(mixture, given.base, given.adapters)
 
 
 def _names(task: Task, shots: Examples, labels: LabelSet | None, options: FitOptions) -> Examples | None:
