@@ -64,3 +64,15 @@ def test_an_unknown_granularity_is_refused() -> None:
 def test_prefixes_take_one_spelling_to_the_other(in_file: str, in_model: str, expected: tuple[str, str]) -> None:
     assert prefixes([(in_file, in_model)]) == expected
     assert made(prefixes=expected).live_name(replace(delta(in_file, [0]), name=in_model)) == in_model
+
+
+def test_modules_in_one_tensor_of_the_files_are_in_one_group() -> None:
+    stored = {"l.0.q": ["f.0.qkv"], "l.0.v": ["f.0.qkv"], "l.0.o": ["f.0.o"], "l.1.q": ["f.1.qkv"]}
+    assert make_groups(stored, "module", stored) == {
+        "l.0.o": ["l.0.o"],
+        "l.0.q": ["l.0.q", "l.0.v"],
+        "l.1.q": ["l.1.q"],
+    }
+    assert make_groups(stored, "layer", stored) == make_groups(stored, "layer")
+    spread = {"a": ["x", "y"], "b": ["y", "z"], "c": ["z"]}
+    assert make_groups(spread, "module", spread) == {"a": ["a", "b", "c"]}

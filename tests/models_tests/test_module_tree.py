@@ -14,7 +14,7 @@ from support.architectures import CASES
 from support.models import tiny_llama
 
 from wlora_merge.errors import BaseModelError, UnsupportedError
-from wlora_merge.io.safetensors_file import Entry
+from wlora_merge.io.safetensors_file import Entry, read_header
 from wlora_merge.models.base_model import BaseModel, open_base
 from wlora_merge.models.module_tree import ModuleTree, build_tree
 
@@ -103,8 +103,6 @@ def tree_with(converter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: [converter])
     fused = torch.rand(18, 4)
     save_file({"qkv.weight": fused}, tmp_path / "model.safetensors")
-    from wlora_merge.io.safetensors_file import read_header
-
     entries: dict[str, Entry] = read_header(tmp_path / "model.safetensors").entries
     return ModuleTree(Joined(), entries), fused
 
@@ -120,6 +118,23 @@ def test_modules_that_the_files_hold_in_one_tensor_are_rows_of_it(
         (part,) = tree.parts(name)
         assert (part.entry.name, part.start, part.rows.tolist()) == ("qkv.weight", 6 * i, list(range(6)))
         assert torch.equal(read_rows(tree, name, torch.Size((6, 4))), fused[6 * i : 6 * i + 6])
+
+
+def test_vectors_that_the_files_hold_in_one_are_numbers_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    joined = Joined()
+    for layer in (joined.q_proj, joined.k_proj, joined.v_proj):
+        layer.bias = torch.nn.Parameter(torch.zeros(6))
+    converter = WeightConverter("qkv.bias", [f"{x}_proj.bias" for x in "qkv"], [Chunk(dim=0)])
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: [converter])
+    save_file({"qkv.bias": torch.rand(18)}, tmp_path / "model.safetensors")
+    tree = ModuleTree(joined, read_header(tmp_path / "model.safetensors").entries)
+    for i, name in enumerate("qkv"):
+        (part,) = tree.parts(f"{name}_proj.bias")
+        assert (part.start, part.rows.tolist(), part.width) == (6 * i, list(range(6)), 1)
+        assert tree.stored_modules(f"{name}_proj") == ["qkv"]
 
 
 def test_a_conversion_that_moves_more_than_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

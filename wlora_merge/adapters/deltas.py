@@ -28,7 +28,7 @@ class ModuleDelta:
     scaling [R] and adapter_index [R] say for each row its adapter's scaling and which adapter it came from.
     `module` is the base tensor's name without `.weight`; `shape` the base tensor's shape, or with `start` that of the rows from
     there on which alone change (rows of a matrix with its last dimension as columns). `name` is what an adapter calls the
-    module; empty where it knows it as rows of another. `read` gives the base weight.
+    module; empty where it knows it as a part of another. `read` gives the base weight.
 
     DoRA's merged weight is c_n·(W + s_n B_n A_n) with c_n = magnitude_n / ||W + s_n B_n A_n|| of each output row. It is
     W + (c_n - 1)·W + s_n (c_n·B_n) A_n: lora_B holds c_n·B_n, and `row_scale` [N, out] holds c_n - 1.
@@ -49,6 +49,11 @@ class ModuleDelta:
     start: int | None = None
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
     others: frozenset[int] = frozenset()
+
+    @property
+    def label(self) -> str:
+        """What tells it from others: its module and, of some rows of a tensor, where they start."""
+        return self.module if self.start is None else f"{self.module}[{self.start}:]"
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -39,13 +39,14 @@ SWAPPED = (0, 19)
 
 @dataclass(frozen=True)
 class PartFactors:
-    """Factors of `count` rows of a tensor of the files, from row `start` on."""
+    """Factors of `count` rows of a tensor of the files, from row `start` on; `whole`: all rows of a module, in order."""
 
     entry: Entry
     start: int
     count: int
     layout: Layout
     factors: Factors
+    whole: bool = False
 
     def read(self) -> torch.Tensor:
         """The rows themselves [count, cols], in the file's dtype."""
@@ -109,6 +110,7 @@ def split_factors(adapter: Adapter, name: str, tree: ModuleTree) -> list[PartFac
         PartFactors(
             part.entry, part.start, len(part.rows), layout,
             replace(factors, scaling=scaling, slice=Slice(expert, experts, part.rows % rows, transposed, swapped)),
+            whole=len(shape) == 2 and part.rows.tolist() == list(range(rows)),
         )
         for whole in tree.parts(tensor)
         for expert, part in _by_expert(whole, rows)
@@ -234,4 +236,4 @@ def _by_expert(part: Part, rows: int) -> Iterator[tuple[int, Part]]:
     expert = part.rows // rows
     ends = ((expert[1:] != expert[:-1]).nonzero().flatten() + 1).tolist()
     for a, b in zip([0, *ends], [*ends, len(expert)], strict=True):
-        yield int(expert[a]), Part(part.entry, part.start + a, part.rows[a:b])
+        yield int(expert[a]), Part(part.entry, part.start + a, part.rows[a:b], part.width)

@@ -115,7 +115,8 @@ def _changes(n: int, adapter: Adapter, name: str, find: Find, model_type: str) -
         shape = (part.count, part.entry.shape[-1])
         start = None if shape == part.entry.shape else part.start
         module = part.entry.name.removesuffix(".weight")
-        yield ModuleChange(n, module, shape, part.factors, part.layout, start=start, read=part.read)
+        own = name if part.whole else ""
+        yield ModuleChange(n, module, shape, part.factors, part.layout, own, start=start, read=part.read)
 
 
 def _scaled(adapter: Adapter, name: str) -> Factors:
@@ -167,11 +168,15 @@ def _biases(adapters: Sequence[Adapter], find_tensor: Find) -> dict[str, dict[in
 def _base_bias(adapter: Adapter, name: str, trained: torch.Tensor, find_tensor: Find) -> tuple[str, torch.Tensor]:
     """The base's module that an adapter's name means, and its own bias [out] float64."""
     target = find_tensor(f"{name}.bias")
-    if target is None or target.read is None or target.shape != tuple(trained.shape):
-        got = "none" if target is None else str(list(target.shape))
+    if target is None or target.read is None:
         raise AdapterError(
-            f"{adapter.where}: it trained a bias {list(trained.shape)} of {name!r}, and the base model has {got}: this adapter was "
-            "trained on another base."
+            f"{adapter.where}: it trained a bias {list(trained.shape)} of {name!r}, of which the base model has none, or has it as "
+            "a part of another tensor, which is not folded yet: leave this adapter out."
+        )
+    if target.shape != tuple(trained.shape):
+        raise AdapterError(
+            f"{adapter.where}: it trained a bias {list(trained.shape)} of {name!r}, and the base model has {list(target.shape)}: "
+            "this adapter was trained on another base."
         )
     return target.module.removesuffix(".bias"), target.read().cpu().double()
 

@@ -72,11 +72,15 @@ class Known:
         return self.find(name)
 
 
-def modules_of(base: BaseModel) -> Find:
+@dataclass(frozen=True)
+class BaseModules:
     """Finds target modules in a base's files."""
 
-    def find(module: str) -> Target | None:
+    base: BaseModel
+
+    def __call__(self, module: str) -> Target | None:
         """The target module of that name."""
+        base, find_whole = self.base, tensors_of(self.base)
         entry = base.find_tensor(f"{module}.weight")
         if base.quantized and (entry is None or entry.dtype not in FLOATING):
             return _packed(base, module)
@@ -90,24 +94,30 @@ def modules_of(base: BaseModel) -> Find:
         target = find_whole(f"{module}.{ATTENTION}")
         if target is not None:
             return target
-        known = base.tree.find_module(module.replace(WRAPPER, "")) if base.tree is not None else None
-        if base.tree is not None and known is None and find_expert(module, base.tree):
-            return Target(module, (), tree=base.tree)
-        if base.tree is None or known is None:
-            return None
-        return Target(module, (), f"{known}.weight" in base.tree.ties.groups, tree=base.tree)
+        known = base.find_in_tree(module.replace(WRAPPER, ""))
+        if known is None:
+            return Target(module, (), tree=base.tree) if base.tree and find_expert(module, base.tree) else None
+        return Target(module, (), f"{known[1]}.weight" in known[0].ties.groups, tree=known[0])
 
-    find_whole = tensors_of(base)
-    return Known(find, lambda: {entry.removesuffix(".weight") for entry in base.entries if entry.endswith(".weight")})
+    def names(self) -> set[str]:
+        """What the files and the model's classes call the modules that have a weight."""
+        tensors = [*self.base.entries, *(name for tree in self.base.trees for name in tree.tensors)]
+        return {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
+
+
+def modules_of(base: BaseModel) -> Find:
+    """Finds target modules in a base's files."""
+    found = BaseModules(base)
+    return Known(found, found.names)
 
 
 def _packed(base: BaseModel, module: str) -> Target | None:
     """A target module whose weight is packed: its name as the files have it, its shape from the module tree."""
     for suffix in WEIGHT_SUFFIXES:
         entry = base.find_tensor(f"{module}.{suffix}")
-        found = base.tree.find_module(module) if entry and base.tree else None
-        if entry and base.tree and found:
-            return Target(entry.name.removesuffix(f".{suffix}"), base.tree.tensors[f"{found}.weight"])
+        known = base.find_in_tree(module) if entry else None
+        if entry and known:
+            return Target(entry.name.removesuffix(f".{suffix}"), known[0].tensors[f"{known[1]}.weight"])
         if entry:
             raise UnsupportedError(
                 f"{base.folder}: this base is quantized ({base.quantized}), and transformers does not know the shape of {module!r}: "
@@ -146,17 +156,21 @@ def _other(base: BaseModel, called: str) -> str | None:
 
 
 def _tied_to_input(base: BaseModel, module: str) -> str | None:
-    found = base.tree.find_module(module) if base.tree else None
-    if base.tree is None or found is None:
+    known = base.find_in_tree(module)
+    if known is None:
         return None
-    return tied_to_input(base.tree.model, base.tree.modules[found])
+    tree, name = known
+    found = tied_to_input(tree.model, tree.modules[name])
+    if found is None or tree is base.tree:
+        return found
+    return base.name_in_model(f"{found}.weight").removesuffix(".weight")
 
 
 def _is_embedding(base: BaseModel, module: str) -> bool:
     from torch import nn
 
-    found = base.tree.find_module(module) if base.tree else None
-    return base.tree is None or found is None or isinstance(base.tree.modules[found], nn.Embedding)
+    known = base.find_in_tree(module)
+    return known is None or isinstance(known[0].modules[known[1]], nn.Embedding)
 
 
 def _is_of_experts(base: BaseModel, module: str) -> bool:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.adapter import WEIGHTS_FILE
 from ..adapters.config import plain_config
 from ..adapters.deltas import ModuleDelta, TensorDelta
 from ..adapters.keys import PEFT_PREFIX
@@ -22,14 +23,13 @@ from ..adapters.layouts import Layout, factors_to_file
 from ..adapters.targets import ATTENTION
 from ..data.tasks import get_task
 from ..errors import UnsupportedError, WloraMergeError
-from ..io.safetensors_file import write_tensors
+from ..io.safetensors_file import read_header, write_tensors
 from ..io.tensors import all_finite, one_torch_thread, overflow_advice
 from ..mixture.fold import lora_product, low_rank_svd, pad_rank, truncate
-from ..mixture.groups import prefixes
 from ..mixture.mixture import Mixture
 from ..models.base_model import BaseModel
-from ..models.loading import class_for, library_errors, quiet
-from ..models.module_tree import empty_model
+from ..models.loading import library_errors, quiet
+from ..models.module_tree import ModuleTree, empty_model
 from ..models.names import natural_key
 from ..progress import Meter
 
@@ -96,7 +96,9 @@ def write_lora(
 
     factors, report = as_one_lora(mixture, deltas, rank=rank, energy=energy)
     factors, tensors = _with_other_experts(base, factors), {}
-    names = _live_names(mixture, base, [delta for delta, _ in factors])
+    changed = [delta for delta, _ in factors]
+    tree = tree_of_lora(base, mixture.task, [delta.name or delta.module for delta in changed])
+    names = _names_in(tree, mixture, base, changed)
     for name, (delta, (lora_A, lora_B)) in zip(names, factors, strict=True):
         for suffix, tensor in factors_to_file(delta.layout, lora_A, lora_B, delta.shape).items():
             key = f"{PEFT_PREFIX}{name}.{suffix}"
@@ -104,7 +106,7 @@ def write_lora(
     for name, tensor in mixture.head.items():
         tensors[PEFT_PREFIX + name] = tensor.detach().cpu().contiguous()
     write_tensors(tensors, out / "adapter_model.safetensors")
-    config = _config(mixture, base, [delta for delta, _ in factors], names, report.r, base_name)
+    config = _config(mixture, base, changed, names, report.r, base_name, tree)
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return report
 
@@ -137,7 +139,7 @@ def _products(deltas: Sequence[ModuleDelta | TensorDelta]) -> list[ModuleDelta]:
                 f"tensor {delta.bias_name!r}: the adapters train this bias, which no LoRA without a bias can express: export with "
                 "--format dense."
             )
-        if delta.start is not None:
+        if delta.start is not None and not delta.name:
             raise UnsupportedError(
                 f"tensor {delta.module!r}: the adapters change some rows of it, which a plain LoRA cannot express: export with "
                 "--format dense."
@@ -165,7 +167,7 @@ def as_one_lora(
         r = rank or exact
         products = [(d, pad_rank(*lora_product(d, mixture.gains_of(d)), r)) for d in deltas]
         return products, LoraReport(
-            r, {d.module: ModuleError(r, energy_of(*pair), energy_of(*pair)) for d, pair in products}
+            r, {d.label: ModuleError(r, energy_of(*pair), energy_of(*pair)) for d, pair in products}
         )
 
     meter = Meter("decomposing deltas", 0, len(deltas), "modules")
@@ -176,13 +178,13 @@ def as_one_lora(
         return (*truncate(u, s, vt, rank or len(s)), s.square())  # what a given rank drops is not held
 
     with one_torch_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        spectra = dict(zip((d.module for d in deltas), pool.map(spectrum, deltas), strict=True))
+        spectra = dict(zip((d.label for d in deltas), pool.map(spectrum, deltas), strict=True))
     values = {module: squares for module, (_, _, squares) in spectra.items()}
     r = rank if rank is not None else _rank_for(list(values.values()), energy or 1.0)
     report = {m: ModuleError(r, float(v.sum()), float(v[:r].sum())) for m, v in values.items()}
     products = []
     for d in deltas:
-        lora_A, lora_B, _ = spectra.pop(d.module)
+        lora_A, lora_B, _ = spectra.pop(d.label)
         products.append((d, pad_rank(lora_A[:r], lora_B[:, :r], r)))
     return products, LoraReport(r, report)
 
@@ -205,13 +207,19 @@ def _rank_for(values: list[torch.Tensor], energy: float) -> int:
 
 
 def _config(
-    mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta], names: list[str], r: int, base_name: str
+    mixture: Mixture,
+    base: BaseModel,
+    deltas: list[ModuleDelta],
+    names: list[str],
+    r: int,
+    base_name: str,
+    tree: ModuleTree | None,
 ) -> dict[str, Any]:
     task = get_task(mixture.task) if mixture.task else None
     return plain_config(
         r=r,
         lora_alpha=r,
-        target_modules=_target_modules(base, [delta.module for delta in deltas], names),
+        target_modules=_target_modules(base, [delta.module for delta in deltas], names, tree),
         base_name=base_name,
         fan_in_fan_out=any(delta.layout is Layout.CONV1D for delta in deltas),
         # PEFT's class for the task would put a new head on a base that is given without one
@@ -236,28 +244,45 @@ def _saved_modules(mixture: Mixture, base: BaseModel, targets: Sequence[str]) ->
     return sorted(found)
 
 
-def _live_names(mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta]) -> list[str]:
-    """The modules' names in the model; where adapters spell its prefix in several ways, as the module tree does."""
+def tree_of_lora(base: BaseModel, task: str | None, modules: Collection[str]) -> ModuleTree | None:
+    """The module tree of the model that a LoRA loads on; None where transformers has no class for the base.
+
+    Args:
+        base: the opened base.
+        task: of the mixture; None: the first class that has all these modules, as the adapters may have been trained on another class
+            than the base's own.
+        modules: the target modules, as the adapters or the LoRA name them.
+    """
+    if base.tree is None:
+        return None
+    with quiet():
+        return base.tree_for(get_task(task).auto_class() if task else None, modules)
+
+
+def _names_in(tree: ModuleTree | None, mixture: Mixture, base: BaseModel, deltas: list[ModuleDelta]) -> list[str]:
+    """The modules' names in the model; as the mixture has them where its tree does not tell."""
     prefix = base.body_prefix if mixture.task and get_task(mixture.task).is_body else ""
-    names = [mixture.live_name(delta, prefix) for delta in deltas]
-    if any(mixture.prefixes) or all(n == d.module for n, d in zip(names, deltas, strict=True)) or base.tree is None:
-        return names
-    tree = {name: found for name in names if (found := base.tree.find_module(name))}
-    return names if len({prefixes([pair]) for pair in tree.items()}) <= 1 else [tree.get(name, name) for name in names]
+    return [_name_in(tree, delta) or mixture.live_name(delta, prefix) for delta in deltas]
 
 
-def _target_modules(base: BaseModel, modules: list[str], names: list[str]) -> list[str]:
+def _name_in(tree: ModuleTree | None, delta: ModuleDelta) -> str | None:
+    if tree is None:
+        return None
+    if delta.start is not None:
+        return tree.find_module(delta.name)
+    found = tree.place(f"{delta.module}.weight")
+    return found.removesuffix(".weight") if found else None
+
+
+def _target_modules(base: BaseModel, modules: list[str], names: list[str], tree: ModuleTree | None) -> list[str]:
     """The short names (`q_proj`) where they select just these modules of the base, else the whole names: PEFT takes a container
     that is called so for a target too."""
     short = {module.rpartition(".")[2] for module in modules}
     known = {name.removesuffix(".weight") for name in base.entries if name.endswith(".weight")}
     matched = {name for name in known if name.rpartition(".")[2] in short}
     same = all(name.rpartition(".")[2] == m.rpartition(".")[2] for name, m in zip(names, modules, strict=True))
-    if matched != set(modules) or not same:
-        return names
-    found = {base.tree.find_module(name) for name in names} if base.tree is not None else set()
-    beside = [m for m in base.tree.modules if m.rpartition(".")[2] in short and m not in found] if base.tree else []
-    return names if beside else sorted(short)
+    beside = [m for m in tree.modules if m.rpartition(".")[2] in short and m not in names] if tree is not None else []
+    return names if matched != set(modules) or not same or beside else sorted(short)
 
 
 def _with_other_experts(base: BaseModel, products: Products) -> Products:
@@ -279,13 +304,19 @@ def _with_other_experts(base: BaseModel, products: Products) -> Products:
     return sorted(found, key=lambda product: natural_key(product[0].module))
 
 
+def modules_of_lora(folder: Path) -> set[str]:
+    """The target modules of a LoRA, as its file names them."""
+    keys = read_header(folder / WEIGHTS_FILE).entries
+    return {key.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for key in keys if ".lora_" in key}
+
+
 def check_loads(folder: Path, base: BaseModel, task: str | None, config: Mapping[str, Any]) -> None:
     """Load a LoRA into the module tree of its base, without memory, and compare every key, if transformers has a class for it.
 
     Args:
         folder: an adapter's config and tensors.
         base: its base.
-        task: what the model is for; None: the class that the base's config names.
+        task: what the model is for; None: as `tree_of_lora` tells it.
         config: keys of the base's config that the task changes.
 
     Raises:
@@ -294,11 +325,11 @@ def check_loads(folder: Path, base: BaseModel, task: str | None, config: Mapping
     from peft import PeftConfig, PeftModel
 
     where = f"{base.folder}: PEFT cannot load the LoRA over this base"
-    if base.tree is None:
-        return
     with quiet(), library_errors(where, UnsupportedError):
-        cls, _ = class_for(base.folder, get_task(task).auto_class() if task else None, or_named=True)
-        model = empty_model(base.folder, getattr(cls, "from_config", cls), **config)
+        tree = tree_of_lora(base, task, modules_of_lora(folder))
+        if tree is None:
+            return
+        model = empty_model(base.folder, tree.make, **config)
         peft = PeftModel(model, PeftConfig.from_pretrained(str(folder)), low_cpu_mem_usage=True)
         found = peft.load_adapter(str(folder), "default", torch_device="cpu", low_cpu_mem_usage=True)
     for what, keys in (("has no tensor for", found.missing_keys), ("has no place for", found.unexpected_keys)):

@@ -18,7 +18,7 @@ from ..models.loading import bounded, library_errors, quiet
 from .carried import carried_bytes, copy_carried
 from .format import Format, Measures, Plan, Written, measured, refuse_added
 from .head import read_stored_head
-from .lora import check_loads, write_lora
+from .lora import check_loads, modules_of_lora, tree_of_lora, write_lora
 from .pooling_layer import VECTORS
 from .probe import outputs_of
 from .serving import check_rank
@@ -152,9 +152,11 @@ class LoraFormat(Format):
         from peft import PeftModel
 
         mixture = manifest.mixture
+        tree = tree_of_lora(base, mixture.task, modules_of_lora(folder)) if mixture.task is None else None
         model = load_checked(
             base.folder,
             mixture.task,
+            cls=type(tree.model) if tree is not None else None,
             head=mixture.head,
             unused=unused_by(mixture),
             **head_options(mixture.config),

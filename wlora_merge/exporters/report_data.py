@@ -57,9 +57,7 @@ def spectra(deltas: Sequence[ModuleDelta | TensorDelta], mixture: Mixture) -> di
             if isinstance(delta, ModuleDelta) and delta.R:
                 _, r_B = torch.linalg.qr(delta.lora_B.double() * mixture.gains_of(delta), mode="r")
                 _, r_A = torch.linalg.qr(delta.lora_A.double().T, mode="r")
-                found[delta.module if delta.start is None else f"{delta.module}[{delta.start}:]"] = (
-                    torch.linalg.svdvals(r_B @ r_A.T)
-                )
+                found[delta.label] = torch.linalg.svdvals(r_B @ r_A.T)
     return found
 
 

@@ -30,6 +30,7 @@ def load_checked(
     folder: Path,
     task: str | None,
     *,
+    cls: Any | None = None,
     head: Collection[str] = (),
     unused: Callable[[str], bool] = lambda _: False,
     **options: Any,
@@ -42,6 +43,7 @@ def load_checked(
     Args:
         folder: a model folder.
         task: what the model is for.
+        cls: the class to load it as, whatever its task is.
         head: names of tensors that the caller puts into the model, so that the folder may lack them.
         unused: whether a tensor may be one that the model has no place for.
         options: handed to `from_pretrained` (num_labels, id2label, ...).
@@ -52,7 +54,7 @@ def load_checked(
     import torch
 
     Meter("loading the model")
-    cls, _ = class_for(folder, get_task(task).auto_class() if task else None, VerifyError, or_named=True)
+    cls = cls or class_for(folder, get_task(task).auto_class() if task else None, VerifyError, or_named=True)[0]
     model: nn.Module
     model, _ = load(cls, folder, torch.float32, error=VerifyError, replaced=head, unused=unused, **options)
     return model
@@ -85,7 +87,7 @@ def attach_mixture(
     from ..mixture.attachment import attachment_of
     from ..mixture.fold import fold_saved
     from ..mixture.groups import rows_of
-    from ..mixture.live_model import live_tensors, set_parameter
+    from ..mixture.live_model import LiveNames, live_tensors, set_parameter
     from ..models.pooling import add_pooling_layer
 
     with torch.no_grad():
@@ -99,9 +101,7 @@ def attach_mixture(
         row = rows_of(mixture.groups)
         attachment = attachment_of(model)
         for g, modules in enumerate(attachment.groups.values()):
-            module = base.find_module(modules[0])
-            if module is None:
-                raise VerifyError(f"{base.folder}: has no tensor for target module {modules[0]!r}.")
+            module = attachment.stored[modules[0]][0]
             if module not in row:
                 raise VerifyError(f"target module {module!r} belongs to no group of the manifest: export again.")
             attachment.weights[g] = logits[row[module]]
@@ -109,7 +109,7 @@ def attach_mixture(
             with library_errors(f"tensor {name!r} of the trained head does not fit the base", VerifyError):
                 set_parameter(model, name, tensor)
         for delta in tensors:
-            own, live = tensors_of(base)(delta.tensor), live_tensors(model)(delta.tensor)
+            own, live = tensors_of(base)(delta.tensor), live_tensors(LiveNames(model, base))(delta.tensor)
             if own is None or own.read is None or live is None:
                 raise VerifyError(
                     f"{base.folder}: its model has no tensor {delta.tensor!r}, which the mixture changes."
@@ -130,13 +130,13 @@ def attach_mixture(
 def _resize(model: nn.Module, base: BaseModel) -> None:
     """Give a model the vocabulary that its base is exported with."""
     from ..adapters.targets import tensors_of
-    from ..mixture.live_model import live_tensors, set_parameter
+    from ..mixture.live_model import LiveNames, live_tensors, set_parameter
 
     if base.vocabulary is None:
         return
     model.resize_token_embeddings(base.vocabulary.rows, mean_resizing=False)  # type: ignore[operator]
     for name in base.added:
-        own, live = tensors_of(base)(name), live_tensors(model)
+        own, live = tensors_of(base)(name), live_tensors(LiveNames(model, base))
         if own is None or own.read is None:
             continue
         target = live(name)

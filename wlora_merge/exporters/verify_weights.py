@@ -129,7 +129,7 @@ def check_lora(folder: Path, told: Mapping[str, float], found: Inputs) -> float:
     """
     from .lora import energy_of
 
-    file, wanted = folder / WEIGHTS_FILE, {d.module: d for d in found.deltas if isinstance(d, ModuleDelta)}
+    file, wanted = folder / WEIGHTS_FILE, {d.label: d for d in found.deltas if isinstance(d, ModuleDelta)}
     ours = {module: delta.lora_B.double() * found.mixture.gains_of(delta) for module, delta in wanted.items()}
     energy = {module: energy_of(delta.lora_A, ours[module]) for module, delta in wanted.items()}
     if not any(energy.values()):
@@ -163,7 +163,7 @@ def _written_lora(folder: Path, base: BaseModel) -> dict[str, ModuleDelta]:
             )
     except WloraMergeError as error:
         raise VerifyError(f"{error} Export again.") from error
-    return {delta.module: delta for delta in deltas if isinstance(delta, ModuleDelta)}
+    return {delta.label: delta for delta in deltas if isinstance(delta, ModuleDelta)}
 
 
 def _energy_apart(lora_A: torch.Tensor, lora_B: torch.Tensor, other: ModuleDelta) -> float:

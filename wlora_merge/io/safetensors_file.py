@@ -58,6 +58,11 @@ class Entry:
         """Length in bytes."""
         return self.end - self.start
 
+    @property
+    def rows(self) -> int:
+        """How many rows it has as a matrix whose columns are its last dimension."""
+        return math.prod(self.shape[:-1])
+
 
 @dataclass(frozen=True)
 class Header:

@@ -31,7 +31,7 @@ from ..option_fields import checked
 from .attachment import Attachment, attachment_of, check_normalize, uniform_weights, whole_model
 from .groups import make_groups
 from .live_base import base_of, refuse_wrapped
-from .live_model import check_bias, live_modules, live_tensors, set_parameter
+from .live_model import LiveNames, check_bias, live_modules, live_tensors, set_parameter
 from .whole_tensors import with_whole_tensors
 
 if TYPE_CHECKING:
@@ -131,8 +131,11 @@ def attach_loaded(
     _check_options(loaded, normalize, delta_scale, temperature)
     trained = _head_parameters(model, head)
     with _all_or_nothing(model):
-        deltas, taken = _changes(model, base, loaded, trained, asked.modules_to_save)
-        groups = make_groups([d.module for d in deltas], granularity)
+        names = LiveNames(model, base)
+        deltas, taken = _changes(names, loaded, trained, asked.modules_to_save)
+        changed = [d.module for d in deltas]
+        stored = names.stored_modules(changed) if base else {}  # refuses what no mixture could name
+        groups = make_groups(changed, granularity, stored)
         device = next(model.parameters()).device
         model.requires_grad_(False)
         weights = uniform_weights(len(groups), len(loaded), normalize, device)
@@ -144,7 +147,7 @@ def attach_loaded(
             model.get_parameter(name).requires_grad_(True)
         attachment = Attachment(
             loaded, granularity, normalize, temperature, scale, weights, groups, trained, taken, asked.modules_to_save,
-            base.folder if base else None,
+            base.folder if base else None, stored,
         )  # fmt: skip
         model.wlora = attachment  # type: ignore[assignment]
         for delta in deltas:
@@ -203,14 +206,14 @@ def _check_options(adapters: Sequence[Adapter], normalize: str, delta_scale: flo
 
 
 def _changes(
-    model: nn.Module,
-    base: BaseModel | None,
+    names: LiveNames,
     adapters: list[Adapter],
     trained: Sequence[str],
     modules_to_save: str | None,
 ) -> tuple[list[ModuleDelta], list[str]]:
     """What the adapters change, stacked module by module; the parameters that became one adapter's, as the user chose."""
-    find, find_module, layers = live_tensors(model), live_modules(model), dict(model.named_modules())
+    model, find, find_module = names.model, live_tensors(names), live_modules(names)
+    layers = dict(model.named_modules())
     for name in trained:
         if (target := find(name)) is not None and target.tied:
             raise UnsupportedError(
@@ -228,7 +231,7 @@ def _changes(
     tensors, saved = stack_tensors(adapters, modules_to_save, trained, find)
     join_changes(deltas, tensors, trained, find)
     if tensors:
-        _refuse_new(base, tensors)
+        _refuse_new(names.base, tensors)
         rows = [with_token_rows(adapter, partial(target_of, adapter, find=find_module)) for adapter in adapters]
         changed = with_whole_tensors(rows, tensors, layers, find)
         deltas = stack(changed, find_module, find, model_type=model_type)

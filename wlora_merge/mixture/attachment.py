@@ -10,6 +10,7 @@ An attachment keeps no reference to its model, so that a model is freed when its
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from ..constants import NORMALIZE, PARAMETER, SCALE_PARAMETER
 from ..errors import MixtureError
 from .groups import make_groups, prefixes, rows_of
 from .live_base import refuse_other_weights, take_up
+from .live_model import LiveNames
 from .mixture import NOT_ATTACHED, TRAINING_LOOP, Mixture, adapter_ref, base_ref
 from .stacked_lora import StackedLora, add_delta
 from .weights import at_module, mixture_weights, uniform_start
@@ -46,6 +48,7 @@ class Attachment:
         layers: the target modules by name.
         new: the modules that a new adapter changes, with its factors.
         base_folder: of the base whose weights the model is known to have; None where it did not say which.
+        stored: how the files of that base call each target module; empty where it is None.
     """
 
     adapters: list[Adapter]
@@ -59,6 +62,7 @@ class Attachment:
     taken: list[str] = field(default_factory=list)
     modules_to_save: str | None = None
     base_folder: Path | None = None
+    stored: dict[str, list[str]] = field(default_factory=dict)
     layers: dict[str, nn.Module] = field(default_factory=dict)
     new: dict[str, NewLora] = field(default_factory=dict)
     _hooks: list[RemovableHandle] = field(default_factory=list)
@@ -122,7 +126,7 @@ class Attachment:
         """
         check_normalize(normalize)
         modules = [m for group in self.groups.values() for m in group]
-        self.groups = make_groups(modules, granularity)
+        self.groups = make_groups(modules, granularity, self.stored)
         self.granularity, self.normalize, self.row = granularity, normalize, rows_of(self.groups)
         self.weights = uniform_weights(len(self.groups), len(self.adapters), normalize, self.weights.device)
         return self.weights
@@ -160,11 +164,12 @@ class Attachment:
             )
         opened = source if isinstance(source, BaseModel) else open_base(source)
         _check_trained(model, self)
+        names = self.stored
         if self.base_folder is None or self.base_folder.resolve() != opened.folder.resolve():
             self.refuse_other_weights(model, opened)
-        names = {m: _base_name(opened, m) for modules in self.groups.values() for m in modules}
-        groups = make_groups(names.values(), self.granularity)
-        row = {names[m]: g for g, modules in enumerate(self.groups.values()) for m in modules}
+            names = LiveNames(model, opened).stored_modules(self.row)
+        row = self._rows_of(names)
+        groups = make_groups(row, self.granularity)
         logits = self.weights.detach().float().cpu()[[row[modules[0]] for modules in groups.values()]]
         scale = self.delta_scale
         head = self._trained(model)
@@ -181,10 +186,22 @@ class Attachment:
             config=_config_of(model, opened) if head else {},
             modules_to_save=self.modules_to_save,
             data={"method": TRAINING_LOOP},
-            prefixes=prefixes((in_file, live) for live, in_file in names.items()),
+            prefixes=prefixes((in_file, live) for live, stored in names.items() for in_file in stored),
             head=head,
             head_tensors=opened.stored_names(head),
         )
+
+    def _rows_of(self, names: Mapping[str, Sequence[str]]) -> dict[str, int]:
+        """How the files call the target modules -> the row of their weights."""
+        rows: dict[str, int] = {}
+        for module, g in self.row.items():
+            for stored in names[module]:
+                if rows.setdefault(stored, g) != g:
+                    raise MixtureError(
+                        f"target module {module!r} lies with another in {stored!r} of the base's files, and each has weights of its "
+                        "own: attach to a model that was loaded from the base's folder, which gives them the same."
+                    )
+        return rows
 
     def _trained(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """The tensors of the head, and those taken from an adapter, as a file has them."""
@@ -253,10 +270,3 @@ def _config_of(model: nn.Module, base: BaseModel) -> dict[str, Any]:
     keys = ("id2label", "label2id", "problem_type", "pad_token_id")
     changed = {key: now[key] for key in keys if now.get(key) is not None and now[key] != base.config.get(key)}
     return {"architectures": [type(model).__name__], **changed}
-
-
-def _base_name(base: BaseModel, module: str) -> str:
-    name = base.find_module(module)
-    if name is None:
-        raise MixtureError(f"{base.folder}: has no tensor for target module {module!r}: is this the model's base?")
-    return name

@@ -5,7 +5,7 @@ It knows names of modules. It knows no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..constants import GRANULARITIES
 from ..errors import MixtureError
@@ -46,8 +46,16 @@ def _leading(in_file: str, in_model: str) -> tuple[str, str] | None:
     return (in_file.removesuffix(in_model), "") if in_file.endswith(f".{in_model}") else None
 
 
-def make_groups(modules: Iterable[str], granularity: str) -> dict[str, list[str]]:
+def make_groups(
+    modules: Iterable[str], granularity: str, stored: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, list[str]]:
     """Group name -> modules, in natural order.
+
+    Args:
+        modules: their names.
+        granularity: `module`, `layer` or `global`.
+        stored: which tensors of the files hold a module. Those that share one (query, key and value in one tensor) share a group, as
+            a mixture has one row for each tensor.
 
     Raises:
         MixtureError: an unknown granularity.
@@ -55,8 +63,12 @@ def make_groups(modules: Iterable[str], granularity: str) -> dict[str, list[str]
     if granularity not in GRANULARITIES:
         raise MixtureError(f"granularity is {granularity!r}, expected one of {', '.join(GRANULARITIES)}.")
     groups: dict[str, list[str]] = {}
+    first: dict[str, str] = {}
     for module in sorted(set(modules), key=natural_key):
-        groups.setdefault(group_of(module, granularity), []).append(module)
+        tensors = stored.get(module, ()) if stored else ()
+        leader = next((first[tensor] for tensor in tensors if tensor in first), module)
+        first |= dict.fromkeys(tensors, leader)
+        groups.setdefault(group_of(leader, granularity), []).append(module)
     return groups
 
 

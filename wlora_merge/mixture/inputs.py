@@ -92,9 +92,19 @@ def find_inputs(
         if not any_digest:
             _check_digests(made, opened, loaded, instead)
         opened, loaded = resized(opened, loaded, made.resize_vocab)
-        deltas = _deltas(made, opened, loaded)
-    _refuse_unknown(made, opened, {delta.module for delta in deltas})
-    return Inputs(made, opened, loaded, deltas)
+        return stacked_inputs(made, opened, loaded)
+
+
+def stacked_inputs(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter]) -> Inputs:
+    """A mixture with its opened inputs, the adapters stacked on the base.
+
+    Raises:
+        WloraMergeError: an adapter that does not fit the base, changes that cannot both be, or a group of modules that the base
+            lacks.
+    """
+    deltas = _deltas(mixture, base, adapters)
+    _refuse_unknown(mixture, base, {delta.module for delta in deltas})
+    return Inputs(mixture, base, list(adapters), deltas)
 
 
 def _refuse_unknown(mixture: Mixture, base: BaseModel, changed: Collection[str]) -> None:

@@ -140,13 +140,14 @@ def _is_new(model: nn.Module, name: str, tree: ModuleTree) -> bool:
 
 def _compare(name: str, tensor: torch.Tensor, parts: list[Part]) -> None:
     """Refuse a tensor of a model that is not what the files hold, in a few rows."""
-    matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim else tensor.reshape(1, 1)
+    fits = tensor.numel() % (parts[0].width or 1) == 0
+    matrix = tensor.reshape(-1, parts[0].width if fits else tensor.numel())
     rows = sum(len(part.rows) for part in parts)
     for part in (parts[0], parts[-1]):
         if part.entry.dtype not in FLOATING:
             continue
-        width = part.entry.shape[-1] if part.entry.shape else 1
-        if len(parts) == 1 and part.entry.shape != tuple(tensor.shape):
+        width = part.width
+        if len(part.rows) == part.entry.rows and len(parts) == 1 and part.entry.shape != tuple(tensor.shape):
             _refuse(name, part.entry, f"{list(tensor.shape)} in the model, {list(part.entry.shape)} in the file")
         if (len(matrix), matrix.shape[1]) != (rows, width):
             _refuse(name, part.entry, f"{list(tensor.shape)} in the model, {rows} rows of {width} in the files")

@@ -6,8 +6,9 @@ Which layers a fit cannot train through is said here too.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..adapters.targets import Find, Known, Target
-from ..errors import UnsupportedError
+from ..errors import MixtureError, UnsupportedError, WloraMergeError
+from ..models.base_model import BaseModel
 from ..models.module_tree import ModuleTree
 from ..models.names import NameResolver
 from ..models.tied_embeddings import tied_to_input
@@ -27,19 +29,100 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def live_modules(model: nn.Module) -> Find:
-    """Finds target modules in a live model."""
+class LiveNames:
+    """A model's own names of tensors that an adapter, or the files of its base, may call otherwise.
+
+    Args:
+        model: a PyTorch model.
+        base: whose files it was loaded from; None where they are not known.
+    """
+
+    def __init__(self, model: nn.Module, base: BaseModel | None) -> None:
+        self.model, self.base = model, base
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._names = NameResolver(self.parameters)
+
+    @cached_property
+    def tree(self) -> ModuleTree | None:
+        """The model's module tree over the files; None of a model that is not one of transformers."""
+        from transformers import PreTrainedModel
+
+        entries = self.base.entries if self.base is not None else {}
+        return ModuleTree(self.model, entries) if isinstance(self.model, PreTrainedModel) else None
+
+    def find(self, name: str) -> str | None:
+        """The model's tensor: the one that it reads from the files' tensor that the base calls so; of a name that the base does not
+        know, the one of that name, with or without the model prefix, or as transformers renames it. None where there is none.
+
+        Raises:
+            WloraMergeError: the model has a tensor of just that name, and reads the files' tensor of that name as another; or several
+                tensors fit.
+        """
+        own, in_files = name in self.parameters, self.base is not None and name in self.base.entries
+        if own and not in_files:
+            return name
+        entry = self.base.find_tensor(name) if self.base is not None and self.tree is not None else None
+        if entry is None or self.tree is None:
+            return self._names.find(name) or self._names.find(self._renamed(name))
+        read = self.tree.place(entry.name)
+        if own and read not in (None, name):
+            raise WloraMergeError(
+                f"{name!r} fits two tensors of {type(self.model).__name__}: its own of that name, and {read!r}, which it reads from "
+                "the base's files under that name: rename it in the adapter."
+            )
+        return name if own else read
+
+    def _renamed(self, name: str) -> str:
+        """What transformers makes of a name from before a renaming, as older adapters have it."""
+        return self.tree.rename(name)[0] if self.tree is not None else name
+
+    def stored_modules(self, modules: Iterable[str]) -> dict[str, list[str]]:
+        """The model's modules -> how the files call each; several where they hold its rows in several tensors.
+
+        Raises:
+            MixtureError: the files have no tensor for one.
+            UnsupportedError: transformers makes its tensor by more than moving rows.
+        """
+        found = {name: self._stored(name) for name in modules}
+        for name, stored in found.items():
+            if not stored and self.base is not None:
+                raise MixtureError(
+                    f"{self.base.folder}: has no tensor for target module {name!r}: is this the model's base?"
+                )
+        return found
+
+    def are_stored(self, modules: Iterable[str]) -> bool:
+        """Whether the files hold all of these modules of the model, so that a mixture can name what changes them."""
+        with suppress(MixtureError, UnsupportedError):
+            self.stored_modules(modules)
+            return True
+        return False
+
+    def _stored(self, module: str) -> list[str]:
+        own = self.tree.stored_modules(module) if self.tree is not None else []
+        return own or (self.base.find_modules(module) if self.base is not None else [])
+
+
+def live_modules(tensors: LiveNames) -> Find:
+    """Finds target modules in a live model, by the names of its tensors."""
+    model, base = tensors.model, tensors.base
     layers = dict(model.named_modules())
-    names = NameResolver(name for name in layers if name)
+    without_weight = NameResolver(name for name in layers if name and f"{name}.weight" not in tensors.parameters)
     parameters = _names_of_parameters(model)
 
     def find(name: str) -> Target | None:
-        """The module of that name, with or without the model prefix, or as transformers renames it; None where there is none."""
-        found = names.find(name) or names.find(_renamed(model, name))
+        """The module of that name, as `LiveNames` finds its weight; None where there is none."""
+        weight = tensors.find(f"{name}.weight")
+        found = weight.removesuffix(".weight") if weight and weight.endswith(".weight") else without_weight.find(name)
         if found is None and ".experts." in name:
             raise UnsupportedError(
                 f"target module {name!r}: the model has its experts in one tensor, and a fit does not train through that yet: "
                 "`wlora-merge mix` and an export fold it."
+            )
+        if found is None and base is not None and base.find_modules(name):
+            raise UnsupportedError(
+                f"target module {name!r}: the base has it, and the {type(model).__name__} that is loaded of it has not, so nothing "
+                "is trained through it: leave out the adapters that change it, or use `wlora-merge mix`."
             )
         if found is None:
             return None
@@ -56,21 +139,13 @@ def live_modules(model: nn.Module) -> Find:
     return Known(find, lambda: [name for name, layer in layers.items() if hasattr(layer, "weight")])
 
 
-def _renamed(model: nn.Module, module: str) -> str:
-    """What transformers makes of a module's name from before a renaming, as older adapters have it."""
-    if not hasattr(model, "config"):
-        return module
-    return ModuleTree(model, {}).rename(f"{module}.weight")[0].removesuffix(".weight")
-
-
-def live_tensors(model: nn.Module) -> Find:
+def live_tensors(names: LiveNames) -> Find:
     """Finds whole tensors in a live model."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = NameResolver(parameters)
-    shared = _names_of_parameters(model)
+    parameters = names.parameters
+    shared = _names_of_parameters(names.model)
 
     def find(name: str) -> Target | None:
-        """The parameter of that name, with or without the model prefix; None where there is none."""
+        """The parameter of that name, as `LiveNames` finds it; None where there is none."""
         found = names.find(name)
         if found is None:
             return None

@@ -20,9 +20,9 @@ from ..io.safetensors_file import Entry, Header, read_header, read_tensor
 from ..io.untrusted import find_file, is_plain_file_name, read_json
 from ..text import short
 from .files import CHAT_TEMPLATES, INDEX, SINGLE, TOKENIZER_FILES, carried_files
-from .names import NameResolver
+from .names import MODULE_TENSORS, NameResolver
 from .quantization import quantized_format
-from .tied_embeddings import may_be_tied
+from .tied_embeddings import config_parts, may_be_tied
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,7 @@ class BaseModel:
     known: dict[str, str | None] = field(default_factory=dict)
     mixture: dict[str, Entry] = field(default_factory=dict)
     vocabulary: Vocabulary | None = None
+    _loaded: dict[Any, ModuleTree] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def folder(self) -> Path:
@@ -94,14 +95,72 @@ class BaseModel:
         prefix = f"{getattr(cls, 'base_model_prefix', '')}."
         return prefix if prefix != "." and any(name.startswith(prefix) for name in self.entries) else ""
 
+    @cached_property
+    def part_trees(self) -> list[ModuleTree]:
+        """Those of the classes that load a part of a multimodal base alone, as tasks do; asking for them imports Transformers."""
+        from .module_tree import build_part_trees
+
+        return (
+            build_part_trees(self.folder, self.entries) if self.tree is not None and config_parts(self.config) else []
+        )
+
+    @property
+    def trees(self) -> list[ModuleTree]:
+        """The module trees of all classes that load this base: its own first; empty where Transformers knows none."""
+        return [self.tree, *self.part_trees] if self.tree is not None else []
+
+    def tree_for(self, auto: Any | None, modules: Collection[str]) -> ModuleTree | None:
+        """The module tree of the model that `auto` loads.
+
+        Args:
+            auto: one of transformers' auto classes; None: nobody says it, so it is the first class that has all these modules under
+                just these names, else the base's own.
+            modules: names of modules.
+
+        Raises:
+            UnsupportedError: the model needs code of its own, or a type that this transformers does not know.
+        """
+        from .loading import class_for
+        from .module_tree import ModuleTree, empty_model
+
+        if auto is None or self.tree is None:
+            return next((tree for tree in self.trees if all(name in tree.modules for name in modules)), self.tree)
+        cls, _ = class_for(self.folder, auto, or_named=True)
+        own = type(self.tree.model)
+        if own in (cls, getattr(cls, "_model_mapping", {}).get(type(self.tree.model.config), None)):
+            return self.tree
+        if cls not in self._loaded:
+            make = getattr(cls, "from_config", cls)
+            self._loaded[cls] = ModuleTree(empty_model(self.folder, make), self.entries, make)
+        return self._loaded[cls]
+
     def find_tensor(self, name: str) -> Entry | None:
-        """The tensor called so by a model built on this base: with or without the model prefix, or renamed on loading."""
-        found = self._names.find(name) or self.known.get(name)
-        if found in self.entries:
-            return self.entries[found]
-        if name in self.known:
+        """The tensor that a model built on this base calls so.
+
+        In this order: as the files spell it; of a multimodal base, whose parts have like names, as a class has it that loads the base
+        or a part of it; with or without a leading part (the model prefix); renamed on loading; as a class renames an older spelling.
+
+        Raises:
+            WloraMergeError: several tensors fit.
+        """
+        if name not in self.entries and name not in self.known and config_parts(self.config):
+            found = {source for tree in self.trees for source in tree.sources(name)}
+            if found:
+                return self.entries[_only(name, found)]
+        own = self._names.find(name) or self.known.get(name)
+        if own in self.entries:
+            return self.entries[own]
+        if name in self.known or self.tree is None:
             return None
-        return self.tree.renamed(name) if self.tree else None
+        fits = (tree.renamed(name) or tree.stored(tree.rename(name)[0]) for tree in self.trees)
+        renamed = {entry.name for entry in fits if entry is not None}
+        return self.entries[_only(name, renamed)] if renamed else None
+
+    def find_in_tree(self, module: str) -> tuple[ModuleTree, str] | None:
+        """A class's module tree that has a module of this name, and its name there: just so if one has, or with another prefix."""
+        exact = next(((tree, module) for tree in self.trees if module in tree.modules), None)
+        near = ((tree, found) for tree in self.trees if (found := tree.find_module(module)))
+        return exact or next(near, None)
 
     def stored_names(self, names: Iterable[str]) -> dict[str, str | None]:
         """How a model's tensors are called -> how the files call them; None for those that are not there."""
@@ -109,12 +168,22 @@ class BaseModel:
 
     def find_module(self, name: str) -> str | None:
         """How the files call a model's module: the name of its weight or, where it has none, of its bias, without that part."""
-        for part in (".weight", ".bias"):
-            entry = self.find_tensor(f"{name}{part}")
+        for part in MODULE_TENSORS:
+            entry = self.find_tensor(f"{name}.{part}")
             if entry is not None:
-                return entry.name.removesuffix(part)
+                return entry.name.removesuffix(f".{part}")
         tied = self.find_tied(f"{name}.weight")
         return self.name_in_model(f"{name}.weight").removesuffix(".weight") if tied is not None else None
+
+    def find_modules(self, name: str) -> list[str]:
+        """As `find_module`, and of a module whose rows the files hold in other tensors the names of all of these.
+
+        Raises:
+            UnsupportedError: transformers makes its tensor by more than moving rows.
+        """
+        own = self.find_module(name)
+        found = self.find_in_tree(name) if own is None else None
+        return [own] if own is not None else found[0].stored_modules(found[1]) if found is not None else []
 
     def find_tied(self, name: str) -> Entry | None:
         """The tensor that the model uses for `name` too, where the files lack that."""
@@ -174,6 +243,13 @@ class BaseModel:
 def _vocabulary_dim(shape: tuple[int, ...]) -> int:
     """Which dimension of a tensor follows the vocabulary: the first, but of a BART's [1, vocabulary] bias the last."""
     return len(shape) - 1 if shape[0] == 1 else 0
+
+
+def _only(name: str, found: Collection[str]) -> str:
+    """The one tensor that fits a name."""
+    if len(found) > 1:
+        raise WloraMergeError(f"{name!r} fits several names of the base model: {', '.join(sorted(found))}.")
+    return next(iter(found))
 
 
 def open_base(path_or_id: str | Path, error: type[WloraMergeError] = BaseModelError) -> BaseModel:

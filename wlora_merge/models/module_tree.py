@@ -12,7 +12,6 @@ Source: `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnsupportedError
 from ..io.safetensors_file import Entry
 from .loading import bounded, read_config
-from .names import NameResolver
+from .names import MODULE_TENSORS, NameResolver
 from .tied_embeddings import Ties
 
 if TYPE_CHECKING:
@@ -35,13 +34,14 @@ if TYPE_CHECKING:
 class Part:
     """Rows of one tensor of the files, and which rows of the tree's tensor they are.
 
-    Rows are those of a matrix with the tensor's last dimension as columns: `start` is the first one in the file's tensor,
-    `rows` [n] the row of the tree's tensor that each of the n rows from there on is.
+    Rows are those of a matrix with the tensor's last dimension as columns, `width`; of a vector that is cut into parts, its numbers.
+    `start` is the first one in the file's tensor, `rows` [n] the row of the tree's tensor that each of the n rows from there on is.
     """
 
     entry: Entry
     start: int
     rows: torch.Tensor
+    width: int
 
 
 @dataclass
@@ -54,19 +54,26 @@ class Fused:
 
 
 class ModuleTree:
-    """A model without memory, and the conversions that Transformers applies to names and tensors on the way into it."""
+    """A model without memory, and the conversions that Transformers applies to names and tensors on the way into it.
 
-    def __init__(self, model: nn.Module, entries: dict[str, Entry]) -> None:
+    Args:
+        model: a model of Transformers.
+        entries: the tensors of the files, by name.
+        make: config -> such a model; None: the class that the folder's config names.
+    """
+
+    def __init__(self, model: nn.Module, entries: dict[str, Entry], make: Callable[[Any], Any] | None = None) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, dot_natural_key
 
-        self.model, self.entries = model, entries
+        self.model, self.entries, self.make = model, entries, make
         self.modules = dict(model.named_modules())
         self.tensors = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         conversions = get_model_conversion_mapping(model)  # type: ignore[arg-type]
         self._renamings: list[Any] = [c for c in conversions if not isinstance(c, WeightConverter)]
         self._converters: list[Any] = [c for c in conversions if isinstance(c, WeightConverter)]
         self._renamed: dict[str, str] = {}
+        self._sources: dict[str, list[str]] = {}
         self._fused: dict[str, Fused] = {}
         for name in sorted(entries, key=dot_natural_key):
             self._place(name)
@@ -77,6 +84,7 @@ class ModuleTree:
         found, pattern = self.rename(name)
         if pattern is None:
             self._renamed[found] = name
+            self._sources.setdefault(found, []).append(name)
             return
         converter = next(c for c in self._converters if pattern in c.source_patterns)
         group = self._fused.setdefault(found, Fused(found, converter))
@@ -140,6 +148,29 @@ class ModuleTree:
         """The tensor of the files that the tree calls just so."""
         return self.entries[self._renamed[name]] if name in self._renamed else None
 
+    def place(self, name: str) -> str | None:
+        """What the tree calls a tensor of the files; None where it has no such tensor, as it is, or makes it of several."""
+        found, pattern = self.rename(name)
+        return found if pattern is None and found in self.tensors else None
+
+    def stored_modules(self, name: str) -> list[str]:
+        """How the files call the module that the tree calls just so: several names where they hold its rows in several tensors.
+
+        It is the name of its weight or, where it has none, of its bias, without that part.
+
+        Raises:
+            UnsupportedError: transformers makes its tensor by more than moving rows.
+        """
+        tensor = next((f"{name}.{part}" for part in MODULE_TENSORS if self.holds(f"{name}.{part}")), None)
+        if tensor is None:
+            return []
+        entries = dict.fromkeys(part.entry.name for part in self.parts(tensor))
+        return [entry.removesuffix(tensor.removeprefix(name)) for entry in entries]
+
+    def sources(self, name: str) -> list[str]:
+        """The tensors of the files, by name, that the tree calls just so; of several, transformers loads the last."""
+        return self._sources.get(name, [])
+
     def holds(self, name: str) -> bool:
         """Whether the files hold this tensor of the tree, as it is or in parts."""
         return name in self._renamed or name in self._fused
@@ -159,7 +190,7 @@ class ModuleTree:
             return [whole(entry)]
         group, shape = self._fused[found], self.tensors.get(found, ())
         ids = self._trace(group).get(found)
-        if ids is None or tuple(ids.shape) != (*shape[:-1], 1):
+        if ids is None or tuple(ids.shape) != (shape if len(shape) == 1 else (*shape[:-1], 1)):
             raise UnsupportedError(
                 f"tensor {found!r}: transformers makes it of {group.sources[0][0]!r} by more than moving rows, which is not folded "
                 "yet: leave this adapter out."
@@ -167,10 +198,10 @@ class ModuleTree:
         flat, parts, first = ids.flatten(), [], 0
         for source, _ in group.sources:
             entry = self.entries[source]
-            there = (flat >= first) & (flat < first + _rows(entry))
+            there = (flat >= first) & (flat < first + _count(entry))
             if there.any():
                 parts += _runs(entry, flat[there] - first, there.nonzero().flatten())
-            first += _rows(entry)
+            first += _count(entry)
         return parts
 
     def _trace(self, group: Fused) -> dict[str, torch.Tensor]:
@@ -180,9 +211,10 @@ class ModuleTree:
         converter, first = copy.deepcopy(group.converter), 0
         for source, pattern in group.sources:
             entry = self.entries[source]
-            rows = torch.arange(first, first + _rows(entry)).reshape(*entry.shape[:-1], 1)
-            converter.add_tensor(group.name, source, pattern, rows)
-            first += _rows(entry)
+            rows = torch.arange(first, first + _count(entry))
+            shape = entry.shape if len(entry.shape) == 1 else (*entry.shape[:-1], 1)
+            converter.add_tensor(group.name, source, pattern, rows.reshape(shape))
+            first += _count(entry)
         try:
             found = converter.convert(group.name, model=self.model, config=self.model.config)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # not made for row numbers
@@ -215,11 +247,12 @@ def whole(entry: Entry) -> Part:
     """A tensor of the tree that one tensor of the files is."""
     import torch
 
-    return Part(entry, 0, torch.arange(_rows(entry)))
+    return Part(entry, 0, torch.arange(entry.rows), entry.shape[-1] if entry.shape else 1)
 
 
-def _rows(entry: Entry) -> int:
-    return math.prod(entry.shape[:-1])
+def _count(entry: Entry) -> int:
+    """How many rows of a tensor are numbered: of a vector, each of its numbers."""
+    return entry.shape[0] if len(entry.shape) == 1 else entry.rows
 
 
 def _runs(entry: Entry, here: torch.Tensor, there: torch.Tensor) -> list[Part]:
@@ -228,7 +261,8 @@ def _runs(entry: Entry, here: torch.Tensor, there: torch.Tensor) -> list[Part]:
     here, there = here[order], there[order]
     ends = ((here[1:] - here[:-1]) != 1).nonzero().flatten() + 1
     bounds = [0, *ends.tolist(), len(here)]
-    return [Part(entry, int(here[a]), there[a:b]) for a, b in pairwise(bounds)]
+    width = 1 if len(entry.shape) == 1 else entry.shape[-1]
+    return [Part(entry, int(here[a]), there[a:b], width) for a, b in pairwise(bounds)]
 
 
 def build_tree(folder: Path, entries: dict[str, Entry]) -> ModuleTree | None:
@@ -237,11 +271,49 @@ def build_tree(folder: Path, entries: dict[str, Entry]) -> ModuleTree | None:
     Raises:
         BaseModelError: the config describes a far larger model than the folder's files hold.
     """
+    return _tree_or_none(folder, entries, None)
+
+
+def _tree_or_none(folder: Path, entries: dict[str, Entry], make: Callable[[Any], Any] | None) -> ModuleTree | None:
     from huggingface_hub.errors import StrictDataclassError  # of a config with a value that its class does not take
 
     try:
-        return ModuleTree(empty_model(folder), entries)
+        return ModuleTree(empty_model(folder, make), entries, make)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, StrictDataclassError):
+        return None
+
+
+def build_part_trees(folder: Path, entries: dict[str, Entry]) -> list[ModuleTree]:
+    """The module trees of the classes that load a part of this base alone: a multimodal one's text, as a causal language model.
+
+    Transformers' auto classes name them, and each reads the files by its own renaming; one that reads none of them is left out.
+
+    Raises:
+        BaseModelError: the config describes a far larger model than the folder's files hold.
+    """
+    from transformers.models.auto import modeling_auto
+
+    from .loading import quiet
+
+    with quiet():
+        config = read_config(folder)
+        autos = [auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")]
+        found = {_class_of(auto, type(config)): auto for auto in autos}
+        trees = [_tree_or_none(folder, entries, auto.from_config) for cls, auto in found.items() if cls is not None]
+    return [tree for tree in trees if tree is not None and any(map(tree.holds, tree.tensors))]
+
+
+def _class_of(auto: Any, config_class: type) -> Any:
+    """The class that an auto class loads for a config, where it is made of a part of the config; else None."""
+    try:
+        cls = auto._model_mapping[config_class]
+        return cls if cls.config_class is not config_class else None
+    except (
+        KeyError,
+        AttributeError,
+        TypeError,
+        ImportError,
+    ):  # another kind of auto class, or a package that is not here
         return None
 
 

@@ -14,6 +14,8 @@ OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "proj_out", "output_projection", "o
 """How models call their output embedding, the one that a checkpoint with tied embeddings lacks."""
 INPUT_EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "shared", "tok_embeddings")
 
+MODULE_TENSORS = ("weight", "bias")
+"""The tensors by which the files know a module: its weight or, where it has none, its bias."""
 NUMERIC_PART = re.compile(r"[0-9]{1,18}")
 """A part of a dotted name that counts: a layer, an expert."""
 

@@ -57,13 +57,18 @@ class Ties:
         return next((entry for entry in stored if entry is not None), None)
 
 
+def config_parts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The configs of a model's parts, as a multimodal one has them for text and for images."""
+    return [value for value in config.values() if isinstance(value, dict) and "model_type" in value]
+
+
 def may_be_tied(config: Mapping[str, Any], name: str) -> bool:
     """False where no class ties a stored tensor: asking the class costs seconds, and most changes need no answer.
 
     No decoder and no encoder without parts ties what lies in a numbered layer; a test asks every class of transformers. A part that
     does not say whether it ties has the default of its class.
     """
-    parts = [value for value in config.values() if isinstance(value, dict) and "model_type" in value]
+    parts = config_parts(config)
     whole = not parts and config.get("is_encoder_decoder") is not True
     if whole and any(NUMERIC_PART.fullmatch(part) for part in name.split(".")):
         return False

@@ -31,7 +31,7 @@ from ..fit_options import FitCall, FitOptions, fit_request
 from ..io.digests import sha256_file
 from ..io.hub import is_here
 from ..io.staging import refuse_out
-from ..mixture.inputs import find_inputs
+from ..mixture.inputs import find_inputs, stacked_inputs
 from ..mixture.mixture import Mixture, adapter_ref
 from ..models.base_model import BaseModel, open_base, refuse_attached, refuse_quantized
 from ..text import first_line
@@ -204,6 +204,7 @@ def _prepare(
     """Load the model and encode the examples."""
     from torch.utils.data import ConcatDataset
 
+    from ..mixture.live_model import LiveNames
     from ..mixture.new_lora import new_targets
     from ..onnx.pooling import own_pooling
     from .cross_validation import enough, fold_indices
@@ -237,16 +238,25 @@ def _prepare(
     encoded = Rows(every, n, classes, enough(classes, twins, head=bool(head)))  # type: ignore[arg-type]
     learner = Learner(run, model, processor, encoded, head, start, own_pooling(base.folder))
     folds = fold_indices(classes, twins, options.folds, options.seed)
-    in_files = all(map(base.find_module, new_targets(model, everywhere=True)))
-    learner.placement.everywhere = learner.situation.left_out and in_files
+    if learner.situation.left_out:
+        learner.placement.everywhere = LiveNames(model, base).are_stored(new_targets(model, everywhere=True))
     if learner.solved and options.head_learning_rate != FitOptions.head_learning_rate:
         raise MixtureError(
             f"{base.folder}: its new head is solved, not trained, as it is one linear layer: leave --head-learning-rate out."
         )
+    _rehearse(learner, given)
     of_names, held_rows = range(n, n + len(named)), list(range(n + len(named), len(every)))
     trained = [*range(n), *(of_names if learner.takes_names(of_names) else ())]
     parts = [(sorted({*trained}.difference(fold)), fold) for fold in folds]
     return FitJob(learner, trained, held_rows, parts)
+
+
+def _rehearse(learner: Learner, given: _Given) -> None:
+    """Make the mixture of the start as that of the end is made, and stack its inputs as an export does: what the end of the fit
+    would refuse is refused before its first step."""
+    mixture = Mixture.from_model(learner.model, given.base)
+    mixture.config, mixture.modules_to_save = _config(learner, given.base), given.request.modules_to_save
+    stacked_inputs(mixture, given.base, given.adapters)
 
 
 def _names(task: Task, shots: Examples, labels: LabelSet | None, options: FitOptions) -> Examples | None:
@@ -280,6 +290,7 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetri
     import torch
 
     from ..mixture.attachment import attachment_of
+    from ..mixture.live_model import LiveNames
     from ..mixture.new_lora import add_new, new_files
     from .model import in_own_unit, last_layer
 
@@ -309,7 +320,8 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetri
     if len(mixture.adapters) < len(given.adapters):
         mixture.data["adapters"] = {a.name: adapter_ref(a).spec for a in given.adapters}
     if files := new_files(learner.model, given.base.source.name):
-        add_new(mixture, files, [given.base.find_module(name) or name for name in attachment_of(learner.model).new])
+        names = LiveNames(learner.model, given.base).stored_modules(attachment_of(learner.model).new)
+        add_new(mixture, files, [stored for name in names for stored in names[name]])
         mixture.data["new_adapter"] = {"name": mixture.adapter_names[-1], "r": kept.new_adapter}
     return mixture
 

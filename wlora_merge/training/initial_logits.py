@@ -97,7 +97,9 @@ def _logits(options: FitOptions, names: list[str], base: BaseModel) -> Any:
 
     def read(groups: dict[str, list[str]], granularity: str) -> torch.Tensor:
         """The file's logits [G, N], one row for each of the model's groups."""
-        stored = {key: group_of(base.find_module(modules[0]) or key, granularity) for key, modules in groups.items()}
+        stored = {
+            key: group_of([*base.find_modules(modules[0]), key][0], granularity) for key, modules in groups.items()
+        }
         keys = [key if key in table else stored[key] for key in groups]
         missing = [g for g in keys if g not in table] or [n for g in keys for n in names if n not in table[g]]
         if missing:
