@@ -149,6 +149,8 @@ def main() -> None:
 def _asked(ask: Ask, models: exports.Models, out: Path, expected: Mapping[str, Any]) -> Answer:
     print(f"{ask.program}: {' '.join((ask.export, *ask.options))}", flush=True)
     base = models.minilm if ask.export.startswith(("classes", "first", "emb")) else models.smollm2
+    if ask.program == "peft-0.13" and base == models.smollm2:
+        base = out / exports.OLDER_BASE
     with tempfile.TemporaryDirectory(dir=PLACE, prefix="place-") as place:
         request = {
             "folder": str(out / ask.export), "base": str(base), "code": snippets(out / ask.export, ask.title, str(base)),
@@ -181,7 +183,7 @@ def snippets(folder: Path, title: str, base: str) -> list[str]:
     if title not in parts:
         raise SystemExit(f"{folder / 'README.md'}: its card has no part for {title}")
     found = re.findall(r"```\w+\n(.*?)\n```", parts[parts.index(title) + 1], flags=re.DOTALL)
-    name = re.escape(Path(base).name)
+    name = "minilm" if base.endswith("minilm") else "smollm2"
     return [re.sub(rf"(?<![\w/]){name}(?![\w/])", base, code.replace(FOLDER, str(folder))) for code in found]
 
 

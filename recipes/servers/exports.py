@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,7 @@ TEXTS = (
 NEW_TOKENS = 16
 SOURCES = {name: name for name in ("classes", "first-token", "embeddings")} | {"texts": "lm", "texts-12": "lm-lora-12"}
 """What answers are expected of -> the export that transformers, or PEFT, gives them on."""
-SENTENCE_BASE = "sentence-base"
+SENTENCE_BASE, OLDER_BASE = "sentence-base", "older-base"
 LM_ADAPTERS, BANKING_ADAPTERS = ("sst2", "trec"), ("g1", "g2")
 
 
@@ -106,6 +107,7 @@ def make(models: Models, out: Path, wanted: Collection[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     _write_shots(models, out / "shots.jsonl")
     _write_sentence_base(models, out / SENTENCE_BASE)
+    _write_older_base(models, out / OLDER_BASE)
     known = commands(models)
     mixtures = {word[1:] for name in wanted for word in known[name] if word[:1] == "@"}
     for name, words in known.items():
@@ -132,6 +134,16 @@ def _write_sentence_base(models: Models, folder: Path) -> None:
     pooling = {"word_embedding_dimension": 384, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 256, "do_lower_case": False}))
+
+
+def _write_older_base(models: Models, folder: Path) -> None:
+    """SmolLM2 with a config that transformers 4 reads right: it takes rope_theta for 10000 where `rope_parameters` alone has it."""
+    if folder.exists():
+        return
+    shutil.copytree(models.smollm2, folder, copy_function=os.link)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": config["rope_parameters"]["rope_theta"]}))
 
 
 def _write_shots(models: Models, file: Path) -> None:

@@ -25,6 +25,7 @@ from wlora_merge.mixture.attach import attach
 from wlora_merge.mixture.inputs import find_inputs
 from wlora_merge.mixture.mix import mix
 from wlora_merge.mixture.mixture import Mixture
+from wlora_merge.models.config_spellings import older_spellings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,8 +73,9 @@ def test_a_sharded_base_keeps_its_shards_its_index_and_its_untouched_bytes(
     assert {f.name for f in base.glob("model*")} == {f.name for f in out.glob("model*")}
     index = "model.safetensors.index.json"
     assert (out / index).read_bytes() == (base / index).read_bytes()
-    for name in ("config.json", "generation_config.json"):
-        assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+    config = json.loads((base / "config.json").read_text())
+    assert json.loads((out / "config.json").read_text()) == config | older_spellings(config)
     changed = ("q_proj", "down_proj", "up_proj")
     expected = reference(zoo)
     for file in base.glob("*.safetensors"):

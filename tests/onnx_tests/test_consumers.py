@@ -1,4 +1,4 @@
-"""Who the exports are for: transformers.js in Node, on local files alone."""
+"""Who the exports are for: transformers.js in Node, OpenVINO and sentence-transformers, on local files alone."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from support.models import make_adapter
 from support.onnx_models import VOCABULARY, Exported, sentence_folder
 
+from wlora_merge.exporters.export import export
+from wlora_merge.mixture.mix import mix
 from wlora_merge.onnx.convert import write_onnx
 
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 PACKAGE = "@huggingface/transformers@4.3.1"
 SCRIPT = Path(__file__).parent / "transformers_js.mjs"
@@ -105,3 +108,49 @@ def test_transformers_js_embeds_sentences(library: Path, tmp_path: Path) -> None
     pooled_there, pooled_in_the_graph = in_node(library, "embed", tmp_path / "out", texts)
     np.testing.assert_allclose(pooled_in_the_graph, expected, atol=2e-5)
     np.testing.assert_allclose(pooled_there, expected, atol=2e-5)
+
+
+# ------------------------------------------------------------------------------------------ OpenVINO, sentence-transformers
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_openvino_computes_what_pytorch_does(exported: Callable[[str], Exported], name: str) -> None:
+    openvino = pytest.importorskip("openvino")
+    made, ids = exported(name), torch.tensor([[5, 9, 23, 42, 7], [7, 8, 3, 90, 2]])
+    model = openvino.compile_model(str(made.file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    given: dict[str, Any] = {"input_ids": ids.numpy(), "attention_mask": np.ones((2, 5), np.int64)}
+    inputs = {port.get_any_name(): port for port in model.inputs}
+    given["position_ids"] = np.tile(np.arange(5), (2, 1))
+    given["token_type_ids"] = np.zeros((2, 5), np.int64)
+    for name_, port in inputs.items():
+        if name_.startswith("past_key_values"):
+            shape = [2, port.partial_shape[1].get_length(), 0, port.partial_shape[3].get_length()]
+            given[name_] = np.zeros(shape, np.float32)
+    got = model({name_: given[name_] for name_ in inputs})[model.output("logits")]
+    with torch.no_grad():
+        expected = made.model()(input_ids=ids).logits.numpy()
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_sentence_transformers_loads_a_dense_export_and_gives_what_its_graph_gives(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    base = sentence_folder(tmp_path / "base", {"pooling_mode": "mean", "word_embedding_dimension": 32}, ["Normalize"])
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w1"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w1", pad_token="w0").save_pretrained(base)
+    adapter = make_adapter(
+        transformers.AutoModel.from_pretrained(base), tmp_path / "a", 0, r=2, target_modules=["query"]
+    )
+    made = mix(base, [adapter], task="feature-extraction")
+    export(made, "dense", tmp_path / "dense", server="sentence-transformers")
+    export(made, "onnx", tmp_path / "onnx")
+    texts = ["w5 w9 w23", "w90 w3 w7"]
+    got = library.SentenceTransformer(str(tmp_path / "dense"), device="cpu").encode(texts)
+    ids = np.array([words.encode(text).ids for text in texts])
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "onnx" / "model.onnx")
+    hidden, tokens, sentence = session.run(["last_hidden_state", "token_embeddings", "sentence_embedding"], feed)
+    np.testing.assert_allclose(got, sentence, atol=2e-5)
+    np.testing.assert_array_equal(hidden, tokens)

@@ -147,7 +147,7 @@ def live_tensors(names: LiveNames) -> Find:
     def find(name: str) -> Target | None:
         """The parameter of that name, as `LiveNames` finds it; None where there is none."""
         found = names.find(name)
-        if found is None:
+        if found is None or found not in parameters:  # a buffer, as BART's final_logits_bias
             return None
         one = parameters[found]
         others = [name for name in shared[id(one)] if name != found]
