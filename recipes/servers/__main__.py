@@ -75,6 +75,7 @@ def _asks() -> list[Ask]:
         Ask("vllm", vllm, "lm-lora-12", "texts-12", 1),
         Ask("vllm", vllm, "classes", "classes"),
         Ask("vllm", vllm, "first-token", "first-token"),
+        Ask("vllm", vllm, "lm-classes-lora", "lm-classes", 0.03),
         Ask("vllm", vllm, "embeddings", "embeddings"),
         Ask("llama.cpp", "llama.cpp", "lm", "texts", 1),
         Ask("llama.cpp", "llama.cpp", "lm-lora", "texts", 1),
@@ -98,6 +99,7 @@ def _asks() -> list[Ask]:
         Ask(NODE, js, "embeddings-onnx", "embeddings"),
         Ask(NODE, js, "lm-onnx-fp16", "texts", 1),
         Ask(NODE, js, "classes-onnx", "classes", 0.1, options=("q8",)),
+        Ask(NODE, js, "lm-onnx", "texts", 2, options=("q8",)),
         Ask(NODE, chromium, "lm-onnx", "texts", 0, "chromium.mjs"),
         Ask(NODE, chromium, "classes-onnx", "classes", script="chromium.mjs"),
         Ask(NODE, chromium, "classes-onnx", "classes", 0.1, "chromium.mjs", ("q8",)),
@@ -141,13 +143,20 @@ def main() -> None:
     keys = {ask.expected for ask in asks}
     exports.make(models, out, {ask.export for ask in asks} | {exports.SOURCES[key] for key in keys})
     expected = exports.expectations(models, out, keys)
-    answers = [_asked(ask, models, out, expected) for ask in asks]
+    answers = []
+    for ask in asks:
+        answers.append(_asked(ask, models, out, expected))
+        print(f"  {answers[-1].off}, loaded in {answers[-1].seconds:.1f} s", flush=True)
     _print(answers)
     sys.exit(not all(answer.agrees for answer in answers))
 
 
 def _asked(ask: Ask, models: exports.Models, out: Path, expected: Mapping[str, Any]) -> Answer:
     print(f"{ask.program}: {' '.join((ask.export, *ask.options))}", flush=True)
+    try:
+        folder = environment(ask.program)
+    except subprocess.CalledProcessError as error:
+        return Answer(ask, "", 0.0, f"its environment cannot be made: {error}"[:160], False)
     base = models.minilm if ask.export.startswith(("classes", "first", "emb")) else models.smollm2
     if ask.program == "peft-0.13" and base == models.smollm2:
         base = out / exports.OLDER_BASE
@@ -156,7 +165,7 @@ def _asked(ask: Ask, models: exports.Models, out: Path, expected: Mapping[str, A
             "folder": str(out / ask.export), "base": str(base), "code": snippets(out / ask.export, ask.title, str(base)),
             "kind": "texts" if ask.expected.startswith("texts") else ask.expected, "options": ask.options,
             "prompts": exports.PROMPTS, "texts": exports.TEXTS, "new_tokens": exports.NEW_TOKENS, "place": place,
-            "environment": str(environment(ask.program)),
+            "environment": str(folder),
         }  # fmt: skip
         file = Path(place) / "request.json"
         file.write_text(json.dumps(request))
@@ -177,12 +186,16 @@ def _asked(ask: Ask, models: exports.Models, out: Path, expected: Mapping[str, A
 
 def snippets(folder: Path, title: str, base: str) -> list[str]:
     """The code of a program's part of a card, with the folder and the base where they lie."""
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    parts = re.split(r"^(\S[^\n]*):$", text[text.index("## How to serve it") :], flags=re.MULTILINE)
-    title = title.removesuffix(" in Chromium")
-    if title not in parts:
+    text = (folder / "README.md").read_text(encoding="utf-8").partition("## How to serve it")[2].partition("\n## ")[0]
+    blocks = re.split(r"```\w*\n", text)  # prose and code by turns
+    found, part = [], ""
+    for prose, code in zip(blocks[::2], blocks[1::2], strict=False):
+        titles = re.findall(r"^(\S[^\n]*):$", prose, flags=re.MULTILINE)
+        part = titles[-1] if titles else part
+        if part == title.removesuffix(" in Chromium"):
+            found.append(code.rstrip())
+    if not found:
         raise SystemExit(f"{folder / 'README.md'}: its card has no part for {title}")
-    found = re.findall(r"```\w+\n(.*?)\n```", parts[parts.index(title) + 1], flags=re.DOTALL)
     name = "minilm" if base.endswith("minilm") else "smollm2"
     return [re.sub(rf"(?<![\w/]){name}(?![\w/])", base, code.replace(FOLDER, str(folder))) for code in found]
 

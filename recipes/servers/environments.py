@@ -34,7 +34,9 @@ def environment(name: str) -> Path:
     if name == NODE:
         folder.mkdir(parents=True)
         (folder / "package.json").write_text(text, encoding="utf-8")
-        subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder)], check=True)
+        subprocess.run(
+            ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder)], check=True
+        )
     else:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip(folder, "install", "-r", str(wanted))

@@ -33,7 +33,10 @@ TEXTS = (
     "The exchange rate that you charged me is wrong.",
 )
 NEW_TOKENS = 16
-SOURCES = {name: name for name in ("classes", "first-token", "embeddings")} | {"texts": "lm", "texts-12": "lm-lora-12"}
+SOURCES = {name: name for name in ("classes", "first-token", "lm-classes", "embeddings")} | {
+    "texts": "lm",
+    "texts-12": "lm-lora-12",
+}
 """What answers are expected of -> the export that transformers, or PEFT, gives them on."""
 SENTENCE_BASE, OLDER_BASE = "sentence-base", "older-base"
 LM_ADAPTERS, BANKING_ADAPTERS = ("sst2", "trec"), ("g1", "g2")
@@ -81,6 +84,12 @@ def commands(models: Models) -> dict[str, list[str]]:
         "first-token-mixture": [*fit, "--pooling", "cls"],
         "first-token": ["export", "@first-token-mixture", "--format", "dense"],
         "classes-lora": ["export", "@first-token-mixture", "--format", "lora"],
+        "lm-classes-mixture": [
+            *("fit", *lm, "--data", "@shots.jsonl", "--task", "text-classification"),
+            *("--pooling", "model", "--modules-to-save", "drop", "--folds", "0"),
+        ],
+        "lm-classes": ["export", "@lm-classes-mixture", "--format", "dense"],
+        "lm-classes-lora": ["export", "@lm-classes-mixture", "--format", "lora"],
         "embeddings-mixture": [
             *(
                 "mix",

@@ -78,31 +78,18 @@ def split_factors(adapter: Adapter, name: str, tree: ModuleTree) -> list[PartFac
         )
     if module is None or expert is not None:
         return _split_linear(adapter, name, expert, tree) if expert else []
-    tensor = renamed or _tensor(adapter, name, module, tree)
-    shape = tree.tensors.get(tensor, ())
+    return _split_parameter(adapter, name, renamed or _tensor(adapter, name, module, tree), tree, renamed=bool(renamed))
+
+
+def _split_parameter(adapter: Adapter, name: str, tensor: str, tree: ModuleTree, *, renamed: bool) -> list[PartFactors]:
+    """The factors of every tensor of the files that holds rows of one parameter of the tree: of all experts, or of a module."""
+    factors, shape = adapter.modules[name], tree.tensors.get(tensor, ())
     if len(shape) not in (2, 3):
         return []
-    experts, (rows, cols) = shape[0] if len(shape) == 3 else 1, shape[-2:]
-    r = factors.r // experts
-    got = tuple(factors.stored_A.shape), tuple(factors.stored_B.shape)
-    allowed = [False] if len(shape) == 2 else [True] if tree.is_transposed(module) else _orders(adapter)
-    expected = {
-        ((r * experts, rows), (cols, r * experts)) if order else ((r * experts, cols), (rows, r * experts)): order
-        for order in allowed
-    }
-    if got not in expected:
-        wanted = " or ".join(f"{list(lora_A)} and {list(lora_B)}" for lora_A, lora_B in expected)
-        raise AdapterError(
-            f"{adapter.where}: target module {name!r}: lora_A {list(got[0])} and lora_B {list(got[1])} do not fit {tensor!r} "
-            f"{list(shape)} of the base model, expected {wanted}{_written_by(adapter)}: give the base that it was trained on."
-        )
-    if len(allowed) > len(expected):
-        raise UnsupportedError(
-            f"{adapter.where}: target module {name!r}: {tensor!r} {list(shape)} is square, PEFT 0.18 and before store its factors "
-            "transposed to later ones, and adapter_config.json does not say which wrote them: set its peft_version."
-        )
-    transposed = expected[got] and tree.is_transposed(module)
-    swapped = expected[got] and not transposed
+    experts, rows = shape[0] if len(shape) == 3 else 1, shape[-2]
+    r, is_transposed = factors.r // experts, tree.is_transposed(tensor.rpartition(".")[0])
+    older = _is_older(adapter, name, tensor, shape, is_transposed=is_transposed)
+    transposed, swapped = older and is_transposed, older and not is_transposed
     parameter = f"{name}.weight" if renamed else tensor
     scaling = adapter.scaling_of(parameter if adapter.config.get("target_parameters") else name, r)
     layout = Layout.CONV1D if transposed else Layout.LINEAR
@@ -115,6 +102,33 @@ def split_factors(adapter: Adapter, name: str, tree: ModuleTree) -> list[PartFac
         for whole in tree.parts(tensor)
         for expert, part in _by_expert(whole, rows)
     ]  # fmt: skip
+
+
+def _is_older(adapter: Adapter, name: str, tensor: str, shape: tuple[int, ...], *, is_transposed: bool) -> bool:
+    """Whether factors are those of a parameter [experts, in, out]: the model says so, or an earlier PEFT took it for that.
+
+    Raises:
+        AdapterError: they fit neither.
+        UnsupportedError: they fit both, and nothing says which it is.
+    """
+    factors, (rows, cols) = adapter.modules[name], shape[-2:]
+    experts = shape[0] if len(shape) == 3 else 1
+    r = factors.r // experts * experts
+    got = tuple(factors.stored_A.shape), tuple(factors.stored_B.shape)
+    allowed = [False] if len(shape) == 2 else [True] if is_transposed else _orders(adapter)
+    expected = {((r, rows), (cols, r)) if older else ((r, cols), (rows, r)): older for older in allowed}
+    if got not in expected:
+        wanted = " or ".join(f"{list(lora_A)} and {list(lora_B)}" for lora_A, lora_B in expected)
+        raise AdapterError(
+            f"{adapter.where}: target module {name!r}: lora_A {list(got[0])} and lora_B {list(got[1])} do not fit {tensor!r} "
+            f"{list(shape)} of the base model, expected {wanted}{_written_by(adapter)}: give the base that it was trained on."
+        )
+    if len(allowed) > len(expected):
+        raise UnsupportedError(
+            f"{adapter.where}: target module {name!r}: {tensor!r} {list(shape)} is square, PEFT 0.18 and before store its factors "
+            "transposed to later ones, and adapter_config.json does not say which wrote them: set its peft_version."
+        )
+    return expected[got]
 
 
 def renamed_parameter(name: str, tree: ModuleTree) -> str | None:

@@ -1,5 +1,6 @@
 """vLLM: the server that the card's command starts, asked by OpenAI's client and over HTTP."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -18,7 +19,8 @@ asked = request()
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-words = f"{Path(sys.executable).parent}/{asked['code'][0]} --host 127.0.0.1 --port {port} --max-model-len 512 --enforce-eager"
+words = f"{Path(sys.executable).parent}/{asked['code'][0]} --host 127.0.0.1 --port {port} --enforce-eager"
+words += " --max-model-len 512 --dtype float32" if asked["kind"] == "texts" else ""  # what is expected is in float32
 settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 log = Path("vllm.log").open("w")  # noqa: SIM115
 start = time.perf_counter()
@@ -59,5 +61,6 @@ try:
         found = [{names[str(i)]: p for i, p in enumerate(row["probs"])} for row in rows]
     answer(version("vllm-cpu"), seconds, found)
 finally:
-    os.killpg(server.pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
     server.wait(30)
