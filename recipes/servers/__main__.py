@@ -75,7 +75,7 @@ def _asks() -> list[Ask]:
         Ask("vllm", vllm, "lm-lora-12", "texts-12", 1),
         Ask("vllm", vllm, "classes", "classes"),
         Ask("vllm", vllm, "first-token", "first-token"),
-        Ask("vllm", vllm, "lm-classes-lora", "lm-classes", 0.03),
+        Ask("vllm", vllm, "lm-classes-lora", "lm-classes", 1e-3),
         Ask("vllm", vllm, "embeddings", "embeddings"),
         Ask("llama.cpp", "llama.cpp", "lm", "texts", 1),
         Ask("llama.cpp", "llama.cpp", "lm-lora", "texts", 1),
@@ -143,7 +143,7 @@ def main() -> None:
     keys = {ask.expected for ask in asks}
     exports.make(models, out, {ask.export for ask in asks} | {exports.SOURCES[key] for key in keys})
     expected = exports.expectations(models, out, keys)
-    answers = []
+    answers: list[Answer] = []
     for ask in asks:
         answers.append(_asked(ask, models, out, expected))
         print(f"  {answers[-1].off}, loaded in {answers[-1].seconds:.1f} s", flush=True)
@@ -165,7 +165,7 @@ def _asked(ask: Ask, models: exports.Models, out: Path, expected: Mapping[str, A
             "folder": str(out / ask.export), "base": str(base), "code": snippets(out / ask.export, ask.title, str(base)),
             "kind": "texts" if ask.expected.startswith("texts") else ask.expected, "options": ask.options,
             "prompts": exports.PROMPTS, "texts": exports.TEXTS, "new_tokens": exports.NEW_TOKENS, "place": place,
-            "environment": str(folder),
+            "environment": str(folder), "labels": list(expected[ask.expected][0]),
         }  # fmt: skip
         file = Path(place) / "request.json"
         file.write_text(json.dumps(request))

@@ -20,7 +20,8 @@ with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
 words = f"{Path(sys.executable).parent}/{asked['code'][0]} --host 127.0.0.1 --port {port} --enforce-eager"
-words += " --max-model-len 512 --dtype float32" if asked["kind"] == "texts" else ""  # what is expected is in float32
+words += " --max-model-len 512" if asked["kind"] == "texts" else ""
+words += "" if "--dtype" in words else " --dtype float32"  # what is expected is in float32
 settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 log = Path("vllm.log").open("w")  # noqa: SIM115
 start = time.perf_counter()
@@ -52,13 +53,10 @@ try:
             for row in client.embeddings.create(model=name, input=asked["texts"], encoding_format="float").data
         ]
     else:
-        import json
-
-        names = json.loads(Path(asked["folder"], "config.json").read_text())["id2label"]
         rows = requests.post(f"{url}/classify", json={"model": name, "input": asked["texts"]}, timeout=60).json()[
             "data"
         ]
-        found = [{names[str(i)]: p for i, p in enumerate(row["probs"])} for row in rows]
+        found = [dict(zip(asked["labels"], row["probs"], strict=True)) for row in rows]
     answer(version("vllm-cpu"), seconds, found)
 finally:
     with contextlib.suppress(ProcessLookupError):
