@@ -261,6 +261,18 @@ def test_what_a_program_does_not_take_is_said_in_one_sentence(server: str, expor
     assert str(error.value).count(". ") == 0
 
 
+@pytest.mark.parametrize(
+    ("base_name", "mounts", "model_id"),
+    [("here", " -v $PWD/here:/base", "/base"), ("org/base", "", "org/base")],
+)
+def test_tgi_sees_the_base_of_a_lora(tmp_path: Path, base_name: str, mounts: str, model_id: str) -> None:
+    from support.cards import card, mixture
+
+    text = card(tmp_path, mixture(), "lora", base_name).text
+    assert f":/mixture{mounts} -e LORA_ADAPTERS=mixture=/mixture" in text
+    assert f"--model-id {model_id}\n" in text
+
+
 def test_every_program_is_an_option_and_says_which_version_was_asked() -> None:
     assert tuple(SERVERS) == constants.SERVERS
     assert [server.name for server in SERVERS.values() if not server.version] == ["tgi"]
