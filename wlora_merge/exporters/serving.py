@@ -234,6 +234,11 @@ def _sentence_transformers(exported: Exported) -> str:
 
 
 ALL = tuple(TASKS)
+LM = tuple(name for name, task in TASKS.items() if task.is_decoder)
+SEQ2SEQ = tuple(name for name, task in TASKS.items() if task.is_encoder_decoder)
+CLASSES = tuple(name for name, task in TASKS.items() if task.classifies_examples and not task.takes_images)
+TAGS = tuple(name for name, task in TASKS.items() if task.has_labels and not task.classifies_examples)
+BODY = tuple(name for name, task in TASKS.items() if task.is_body)
 DATE = "2026-12-01"
 SERVERS: dict[str, Server] = {
     server.name: server
@@ -245,7 +250,7 @@ SERVERS: dict[str, Server] = {
             "sentence-transformers",
             "6.2.0",
             DATE,
-            {"dense": ("feature-extraction",), "onnx": ("feature-extraction",)},
+            {"dense": BODY, "onnx": BODY},
             dict.fromkeys(("dense", "onnx"), _sentence_transformers),
         ),
         Server(
@@ -254,18 +259,18 @@ SERVERS: dict[str, Server] = {
             "0.32.0",
             DATE,
             {
-                "dense": ("causal-lm", "text-classification", "token-classification", "feature-extraction"),
-                "lora": ("causal-lm", "text-classification"),
+                "dense": (*LM, *CLASSES, *TAGS, *BODY),
+                "lora": (*LM, *CLASSES),
             },
             {"dense": _vllm, "lora": _vllm_lora},
         ),
-        Server("tgi", "TGI", "", "", {"dense": ("causal-lm", "seq2seq-lm"), "lora": ("causal-lm",)}),
+        Server("tgi", "TGI", "", "", {"dense": (*LM, *SEQ2SEQ), "lora": LM}),
         Server(
             "llama.cpp",
             "llama.cpp",
             "0.3.36",
             DATE,
-            {"dense": ("causal-lm",), "lora": ("causal-lm",)},
+            {"dense": LM, "lora": LM},
             {"dense": _llama_cpp, "lora": _llama_cpp_lora},
         ),
         Server(
@@ -273,14 +278,14 @@ SERVERS: dict[str, Server] = {
             "CTranslate2",
             "4.8.5",
             DATE,
-            {"dense": ("causal-lm", "seq2seq-lm")},
+            {"dense": (*LM, *SEQ2SEQ)},
             {"dense": _ctranslate2},
         ),
-        Server("lm-eval", "lm-evaluation-harness", "0.4.13", DATE, {"dense": ("causal-lm",), "lora": ("causal-lm",)}),
+        Server("lm-eval", "lm-evaluation-harness", "0.4.13", DATE, {"dense": LM, "lora": LM}),
         Server("onnxruntime", "ONNX Runtime", "1.32.0", DATE, {"onnx": ALL}),
         Server("optimum", "Optimum", "0.1.0", DATE, {"onnx": ALL}),
         Server("openvino", "OpenVINO", "2026.4.1", DATE, {"onnx": ALL}),
         Server("transformers.js", "transformers.js", "4.3.1", DATE, {"onnx": ALL}),
-        Server("onnxruntime-genai", "onnxruntime-genai", "0.18.0", DATE, {"genai": ("causal-lm",)}),
+        Server("onnxruntime-genai", "onnxruntime-genai", "0.18.0", DATE, {"genai": LM}),
     )
 }
