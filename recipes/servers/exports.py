@@ -33,10 +33,9 @@ TEXTS = (
     "The exchange rate that you charged me is wrong.",
 )
 NEW_TOKENS = 16
-SOURCES = {name: name for name in ("classes", "first-token", "lm-classes", "embeddings")} | {
-    "texts": "lm",
-    "texts-12": "lm-lora-12",
-}
+SOURCES = {name: name for name in ("classes", "first-token", "embeddings")} | {
+    "texts": "lm", "texts-12": "lm-lora-12", "lm-classes": "lm-classes-lora",
+}  # fmt: skip
 """What answers are expected of -> the export that transformers, or PEFT, gives them on."""
 SENTENCE_BASE, OLDER_BASE = "sentence-base", "older-base"
 LM_ADAPTERS, BANKING_ADAPTERS = ("sst2", "trec"), ("g1", "g2")
@@ -88,7 +87,6 @@ def commands(models: Models) -> dict[str, list[str]]:
             *("fit", *lm, "--data", "@shots.jsonl", "--task", "text-classification"),
             *("--pooling", "model", "--modules-to-save", "drop", "--folds", "0"),
         ],
-        "lm-classes": ["export", "@lm-classes-mixture", "--format", "dense"],
         "lm-classes-lora": ["export", "@lm-classes-mixture", "--format", "lora"],
         "embeddings-mixture": [
             *(
@@ -192,7 +190,15 @@ def _expected(models: Models, out: Path, key: str) -> list[Any]:
 
                 model = PeftModel.from_pretrained(model, out / "lm-lora-12").eval()
             return [continued(model, tokenizer, prompt, NEW_TOKENS) for prompt in PROMPTS]
-        given = AutoTokenizer.from_pretrained(out / key)(list(TEXTS), padding=True, return_tensors="pt")
+        given = AutoTokenizer.from_pretrained(out / SOURCES[key])(list(TEXTS), padding=True, return_tensors="pt")
+        if key == "lm-classes":
+            from peft import PeftModel
+
+            config = json.loads((out / "lm-classes-mixture" / "mixture.json").read_text())["config"]
+            config["id2label"] = {int(number): name for number, name in config["id2label"].items()}
+            kept = {key: config[key] for key in ("id2label", "label2id", "pad_token_id")}
+            model = AutoModelForSequenceClassification.from_pretrained(models.smollm2, dtype=torch.float32, **kept)
+            return probabilities(PeftModel.from_pretrained(model, out / "lm-classes-lora").eval(), given)
         if key == "embeddings":
             states = AutoModel.from_pretrained(out / key, dtype=torch.float32).eval()(**given).last_hidden_state
             mask = given.attention_mask.unsqueeze(-1)
