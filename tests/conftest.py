@@ -18,8 +18,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SLOW = (
     "cli_tests/test_costs.py", "documents/test_schemas.py",
     "documents/test_quickstart.py", "documents/test_recipes.py", "documents/test_readme_blocks.py", "documents/test_bench_fit.py",
-    "exporters_tests/test_onnx_refold.py", "features/test_architectures.py", "onnx_tests/", "test_distributed.py",
-    "training_tests/", "trust/",
+    "documents/test_help_examples.py",
+    "exporters_tests/test_onnx_refold.py", "exporters_tests/test_report_pages.py", "features/test_architectures.py", "onnx_tests/",
+    "test_distributed.py", "training_tests/", "trust/",
 )  # fmt: skip
 """Files that trace graphs, start processes or train many times; `make test-fast` leaves them out."""
 

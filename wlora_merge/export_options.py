@@ -21,16 +21,18 @@ class ExportOptions:
     """What to write."""
 
     # fmt: off
-    format: str = option(REQUIRED, Topic.FORMAT, choices=FORMATS, help="What to write.",
+    format: str = option(
+        REQUIRED, Topic.FORMAT, common=True, choices=FORMATS, help="What to write.",
         detail="dense: safetensors; lora: one PEFT adapter; onnx.")
     rank: int | None = option(
-        None, Topic.FORMAT, of=("lora",), bounds=_COUNT, help="lora: the uniform r. Default: the smallest that is exact.",
+        None, Topic.FORMAT, common=True, of=("lora",), bounds=_COUNT,
+        help="lora: the uniform r. Default: the smallest that is exact.",
         detail="Below the sum of the adapters' ranks it is the best approximation of that rank.")
     energy: float | None = option(
         None, Topic.FORMAT, of=("lora",), bounds=SHARE,
         help="lora: smallest r that keeps this share (0 to 1) of the squared norm.", detail="The norm of the delta weights.")
     dtype: str | None = option(
-        None, Topic.FORMAT, choices=tuple(DTYPES),
+        None, Topic.FORMAT, common=True, choices=tuple(DTYPES),
         help="Of the weights. Default: dense the base's, lora and onnx float32.")
     max_shard_bytes: int | None = option(
         None, Topic.FORMAT, of=("dense",), bounds=_COUNT, flag="--max-shard-size", metavar="SIZE", unit="bytes",
@@ -43,7 +45,7 @@ class ExportOptions:
     tokenizer_from: str | None = option(
         None, Topic.INPUTS, metavar="NAME", help="Carry the tokenizer and chat template beside adapter NAME, not the base's.")
     server: str | None = option(
-        None, Topic.FORMAT, choices=SERVERS, flag="--for", help="Refuse what this program would not load.")
+        None, Topic.FORMAT, common=True, choices=SERVERS, flag="--for", help="Refuse what this program would not load.")
     max_rank: int | None = option(
         None, Topic.FORMAT, of=("lora",), bounds=_COUNT, help="lora: refuse a larger r, as a server's --max-lora-rank does.")
     opset: int | None = option(None, Topic.FORMAT, of=("onnx",), bounds=_OPSETS, help="onnx: opset version. Default: 20.")
@@ -56,7 +58,7 @@ class ExportOptions:
         None, Topic.FORMAT, of=("onnx",), choices=ONNX_PROVIDERS,
         help="onnx: ONNX Runtime's own operators for cpu, cuda, dml or webgpu.", detail="Without it the graph keeps to ONNX.")
     quantize: str | None = option(
-        None, Topic.FORMAT, of=("onnx",), choices=ONNX_QUANTIZE, help="onnx: a quantized graph beside the float one.",
+        None, Topic.FORMAT, common=True, of=("onnx",), choices=ONNX_QUANTIZE, help="onnx: a quantized graph beside the float one.",
         detail="With --onnx-runtime genai it is instead of the float one.")
     allow_loss: bool = option(
         False, Topic.FORMAT, help="onnx: have a quantized graph that keeps under 90% of the float one's choices.")

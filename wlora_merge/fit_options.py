@@ -48,11 +48,12 @@ class FitInputs:
 
     # fmt: off
     data: str = option(
-        REQUIRED, Topic.INPUTS, metavar="FILE_OR_ID",
+        REQUIRED, Topic.INPUTS, common=True, metavar="FILE_OR_ID",
         help="The shots: JSONL, JSON, CSV, TSV, Parquet, Arrow, a folder, a hub id, a URL.")
-    task: str = option(REQUIRED, Topic.INPUTS, choices=tuple(FIT_TASKS), help="What the model is for.")
+    task: str = option(
+        REQUIRED, Topic.INPUTS, common=True, choices=tuple(FIT_TASKS), help="What the model is for.")
     eval_data: str | None = option(
-        None, Topic.INPUTS, metavar="FILE_OR_ID",
+        None, Topic.INPUTS, common=True, metavar="FILE_OR_ID",
         help="Judge the candidates on these, each trained on all shots; the folds still choose among the learned settings. "
         "Default: judge on the folds.")
     split: str | None = option(
@@ -60,7 +61,7 @@ class FitInputs:
     eval_split: str | None = option(
         None, Topic.INPUTS, help="Split of --eval-data. Default: validation, else test, or the only one.")
     columns: dict[str, str] | None = option(
-        None, Topic.INPUTS, flag="--column", metavar="NAME=COLUMN",
+        None, Topic.INPUTS, common=True, flag="--column", metavar="NAME=COLUMN",
         help="Which column of --data is NAME, a name of the table below.")
     # fmt: on
 
@@ -71,7 +72,7 @@ class FitOptions:
 
     # fmt: off
     method: str = option(
-        "learned", Topic.MIXED, choices=METHODS,
+        "learned", Topic.MIXED, common=True, choices=METHODS,
         help="learned: logits by gradient; uniform; best-single: the adapter best on held-out shots; fixed: --weights; search: "
         "global weights without gradients; auto: the best of all on held-out shots.",
         detail="learned and uniform are those of Asadi et al. 2024. search is CMA-ES: it searches as LoraHub does, but sums in "
@@ -94,7 +95,7 @@ class FitOptions:
         detail="Free weights start as uniform composition. The default is all where logits or a temperature are given, or nothing is "
         "learned.")
     new_adapter: int | None = option(
-        None, Topic.MIXED, metavar="R", bounds=AT_LEAST_0, of=LEARNED,
+        None, Topic.MIXED, common=True, metavar="R", bounds=AT_LEAST_0, of=LEARNED,
         help="Rank of a LoRA that is trained from zero beside the given ones, with weight 1; 0: none. Default: 8 on four examples or "
         "more, with a new head two per class too, and with a solved one only where the shots are far from what the adapters know; "
         "else 0. The folds may prefer the other. Always 0 with --normalize present.",
@@ -157,7 +158,7 @@ class FitOptions:
     epochs: float | None = option(
         None, Topic.TRAINED, bounds=ABOVE_0, help="Passes over the shots, in place of --max-steps.")
     max_steps: int | None = option(
-        None, Topic.TRAINED, bounds=COUNT,
+        None, Topic.TRAINED, common=True, bounds=COUNT,
         help="Optimizer steps. Default: 100 if a head is trained, 15 if a solved head classifies examples, else 20 epochs, but 40 to "
         "100 steps; fewer where the shots are told apart before, or the folds prefer it.")
     max_minutes: float | None = option(

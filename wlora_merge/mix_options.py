@@ -19,15 +19,16 @@ class WeightOptions:
 
     # fmt: off
     task: str | None = option(
-        None, Topic.INPUTS, choices=tuple(TASKS), help="What the exported model is for. Default: as the inputs say, for onnx."
+        None, Topic.INPUTS, common=True, choices=tuple(TASKS),
+        help="What the exported model is for. Default: as the inputs say, for onnx.",
     )
     weights: Sequence[float] | None = option(
-        None, Topic.MIXED, metavar="W,W,...", help="One weight for each adapter. Default: uniform composition."
+        None, Topic.MIXED, common=True, metavar="W,W,...", help="One weight for each adapter. Default: uniform composition."
     )
     normalize: str | None = option(
         None, Topic.MIXED, choices=NORMALIZE[:2], help="For uniform composition. Default: all."
     )
-    delta_scale: float = option(1.0, Topic.MIXED, help="Factor of the whole delta weight.")
+    delta_scale: float = option(1.0, Topic.MIXED, common=True, help="Factor of the whole delta weight.")
     resize_vocab: str | None = option(
         None,
         Topic.INPUTS,

@@ -70,7 +70,7 @@ class Option:
 
     Args:
         topic: its heading in the help.
-        help: what it does, with its unit; shown by `--help`.
+        help: what it does, with its unit.
         detail: formulas and limits; shown by the reference page alone.
         choices: the texts that it may be.
         bounds: the numbers that it may be.
@@ -79,6 +79,7 @@ class Option:
         unit: `bytes`, of a number that the command line takes as 5GB.
         of: the methods, or formats, that know it; all where empty.
         tasks: the tasks that know it; all where empty.
+        common: most people need it first: `--help` of a long command shows it, and `--help-all` the others too.
     """
 
     topic: Topic
@@ -91,6 +92,7 @@ class Option:
     unit: str = ""
     of: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
+    common: bool = False
 
 
 def option(default: Any, topic: Topic, help: str, **facts: Any) -> Any:

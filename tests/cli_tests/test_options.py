@@ -36,9 +36,72 @@ def test_every_option_of_every_command_has_help(command: str) -> None:
     assert run(command, "--help").exit_code == 0
 
 
+LONG = ("fit", "mix", "export")
+
+
+def flags(text: str) -> set[str]:
+    """The options that a help lists."""
+    return set(re.findall(r"^  (?:-h, )?(--[\w-]+)", text, flags=re.M))
+
+
+@pytest.mark.parametrize("command", LONG)
+def test_help_of_a_long_command_has_ten_options_and_help_all_has_all(command: str) -> None:
+    params = main.commands[command].params
+    short, whole = run(command, "--help").output, run(command, "--help-all").output
+    assert run(command, "-h").output == short
+    assert flags(whole) == {p.opts[-1] for p in params if p.opts[0].startswith("-")} | {"--help-all"}
+    shown = flags(short) - {"--help", "--help-all"}
+    assert len(shown) <= 10
+    assert {p.opts[0] for p in params if p.required and p.opts[0].startswith("-")} <= shown < flags(whole)
+    hidden = len(flags(whole) - flags(short))
+    assert f"\n{hidden} more options: " in short
+    assert re.search(rf" {command} --help-all$", short, flags=re.M)
+    assert "more options" not in whole
+    assert len(short.splitlines()) <= 75
+
+
+@pytest.mark.parametrize("command", ["verify", "run", "inspect"])
+def test_help_of_a_short_command_has_all(command: str) -> None:
+    shown = run(command, "--help").output
+    assert flags(shown) == {p.opts[0] for p in main.commands[command].params if p.opts[0].startswith("-")} | {"--help"}
+    assert run(command, "--help-all").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("fit", "--foldz", 3), "fit --help-all"),
+        (("fit", "--folds", "x"), "fit --help-all"),
+        (("fit",), "fit --help-all"),
+        (("export", "mixture", "--format", "dense", "--out", "o", "--opset", 18), "export --help-all"),
+        (("verify", "--quik"), "verify (-h|--help)"),
+        (("fitt",), "(-h|--help)"),
+    ],
+)
+def test_an_error_names_the_help_that_lists_the_option(words: tuple[object, ...], hint: str) -> None:
+    done = run(*words)
+    assert done.exit_code == 2
+    assert re.search(rf"^Try '.* {hint}' for help\.$", done.stderr, flags=re.M), done.stderr
+
+
+def test_the_short_help_asks_for_nothing_and_comes_before_any_check() -> None:
+    assert run("fit", "--folds", 1, "--help").exit_code == 0
+    assert run("export", "--help", "--help-all").output == run("export", "--help").output
+
+
+def test_help_names_options_that_there_are() -> None:
+    others = {"--max-lora-rank"}  # a server's
+    for name, command in main.commands.items():
+        known = {flag for p in command.params for flag in [*p.opts, *p.secondary_opts]} | others
+        texts = [getattr(p, "help", "") or "" for p in command.params] + [command.epilog or ""]
+        used = {flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", text)}
+        assert used <= known, name
+
+
 def test_help_describes_arguments_and_columns_under_fitting_headings() -> None:
     def sections(command: str) -> dict[str, str]:
-        parts = re.split(r"^(\w[\w ]+):\n", run(command, "--help").output, flags=re.M)
+        whole = run(command, "--help-all" if command in LONG else "--help").output
+        parts = re.split(r"^(\w[\w ]+):\n", whole, flags=re.M)
         return dict(zip(parts[1::2], parts[2::2], strict=True))
 
     for command, metavar in {
@@ -77,7 +140,7 @@ def test_to_add_an_option_of_fit_is_to_edit_one_file(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    judged = python("-m", "wlora_merge", "fit", "--help").partition("How it is judged:")[2].partition("\n\n")[0]
+    judged = python("-m", "wlora_merge", "fit", "--help-all").partition("How it is judged:")[2].partition("\n\n")[0]
     assert re.search(r"--brand-new INTEGER RANGE\s+A number made up for a test. Default: none\.\s+\[x>=1\]", judged)
     fit = json.loads(python("-m", "wlora_merge.cli.recipe_schema"))["properties"]["fit"]["properties"]
     assert fit["brand_new"]["anyOf"] == [{"type": "integer", "minimum": 1}, {"type": "null"}]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -19,7 +21,8 @@ from support.models import make_adapter, peft_changes, tiny_llama
 from wlora_merge.adapters.layouts import stored_factors
 from wlora_merge.errors import WloraMergeWarning
 from wlora_merge.exporters.export import export
-from wlora_merge.exporters.report import FILE, MISSING, interval, weights_by_layer, write_report
+from wlora_merge.exporters.report import CAPTIONS, FILE, MISSING, weights_by_layer, write_report
+from wlora_merge.exporters.report_answer import interval
 from wlora_merge.exporters.report_data import adapter_similarity, changes, error_by_rank, spectra
 from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.inputs import find_inputs
@@ -178,14 +181,15 @@ def test_a_page_stands_alone_is_digested_and_has_the_same_bytes_again(
     assert not page.outside
     assert len(page.ids) == len(set(page.ids))
     assert all(target in page.ids for target in re.findall(r"url\(#([^)]+)\)", text))
-    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|http-equiv', "", text)
     assert str(tmp_path) not in text
     assert 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text
     pictures = {p.stem for p in (tmp_path / "one" / "figures").iterdir()}
     assert pictures == figures
     card = (tmp_path / "one" / "README.md").read_text()
-    assert all(f"(figures/{name}.png)" in card for name in figures)
+    assert all(f"(figures/{name}.png)\n\n*{CAPTIONS[name].title}.* {CAPTIONS[name]}" in card for name in figures)
+    assert all(str(CAPTIONS[name]) in html.unescape(text) for name in figures)
     files = json.loads((tmp_path / "one" / "wlora_merge.json").read_text())["files"]
     assert {FILE, *(f"figures/{name}.png" for name in figures)} <= set(files)
     for file in files:
@@ -212,6 +216,14 @@ def test_a_fits_page_has_its_comparison_and_its_loss(mixed: Path, tmp_path: Path
     assert "1.0000 [0.68, 1.00]" in text
     assert "0.5000 ± 0.1250" in text
     assert "f1_se" not in text
+
+
+@pytest.mark.parametrize(("value", "examples"), [(1.5, 8), (-1.0, 8), (0.5, -5), (math.nan, 8)])
+def test_an_accuracy_that_none_can_be_has_no_interval(mixed: Path, tmp_path: Path, value: float, examples: int) -> None:
+    mixture = find_inputs(mixed).mixture
+    mixture.metrics = {"candidates": {"a": {"accuracy": value}}, "held_out": {"examples": examples}}
+    write_report(tmp_path, mixture, [], title="t")
+    assert f"<td>{value:.4f}</td>" in (tmp_path / FILE).read_text()
 
 
 def test_nothing_that_a_mixture_says_becomes_markup(mixed: Path, tmp_path: Path) -> None:
@@ -256,3 +268,76 @@ def test_figures_have_whole_steps_whole_names_and_the_range_of_their_values() ->
     assert cells.get_clim() == (0.48, 0.52)
     (cells,) = figures.heatmap([[0.5, 0.5]], ["0"], ["a", "b"], "weight").axes[0].collections
     assert cells.get_clim() == (0.0, 1.0)
+
+
+def test_a_figure_that_would_repeat_one_number_is_that_number(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:
+    base, folders = llama_zoo()
+    mixture = mix(base, folders[:2], tmp_path / "m", task="causal-lm")
+    deltas = find_inputs(tmp_path / "m").deltas
+    mixture.metrics = {"history": {"learned": [[1, 0.25]]}}
+    (tmp_path / "page").mkdir()
+    assert write_report(tmp_path / "page", mixture, deltas, title="t") == []
+    text = (tmp_path / "page" / FILE).read_text()
+    cosine = float(adapter_similarity(deltas)[0, 1])
+    assert all(f"<p>{said} everywhere.</p>" in text for said in ("0.5", "0.25", f"{cosine:.4g}"))
+    assert all(CAPTIONS[name].title in html.unescape(text) for name in ("weights", "loss", "similarity"))
+    assert "<svg" not in text
+    assert not (tmp_path / "page" / "figures").exists()
+
+
+def test_nothing_in_a_mixture_without_weight_is_drawn_of_its_delta_weights(mixed: Path, tmp_path: Path) -> None:
+    mixture = find_inputs(mixed).mixture
+    mixture.mixture_weights = torch.zeros_like(mixture.mixture_weights)
+    assert write_report(tmp_path, mixture, find_inputs(mixed).deltas, title="t", rank=1) == ["similarity"]
+    text = (tmp_path / FILE).read_text()
+    assert "<p>0 everywhere.</p>" in text
+    assert "<p>There is nothing to draw.</p>" in text
+
+
+def test_every_caption_is_a_line_that_says_what_is_shown_and_when_to_worry() -> None:
+    for caption in CAPTIONS.values():
+        assert caption.shows.endswith(".")
+        assert re.match("(if|about) ", caption.worry)
+        assert len(str(caption)) <= 150
+
+
+def test_weights_that_no_layer_has_otherwise_are_a_row_for_each_adapter(mixed: Path, tmp_path: Path) -> None:
+    write_report(tmp_path, find_inputs(mixed).mixture, [], title="t")
+    assert "<!-- mixture weight, the same in all layers -->" in (tmp_path / FILE).read_text()
+
+
+def test_a_new_adapter_is_not_drawn_beside_the_adapters_whose_weights_are_learned(mixed: Path, tmp_path: Path) -> None:
+    mixture = find_inputs(mixed).mixture
+    mixture.data = {"new_adapter": {"name": mixture.adapter_names[2], "r": 8}}
+    write_report(tmp_path, mixture, [], title="t")
+    text = (tmp_path / FILE).read_text()
+    given, new = mixture.adapter_names[:2], mixture.adapter_names[2]
+    assert f"The new adapter, {new}, is not drawn: its weight is 0.2 in all layers." in text
+    assert all(f"<!-- {name} -->" in text for name in given)
+    assert f"<!-- {new} -->" not in text
+
+
+def test_a_mixture_of_one_adapter_has_a_page(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:
+    base, (folder, *_) = llama_zoo()
+    mixture = mix(base, [folder], tmp_path / "m", task="causal-lm")
+    mixture.data = {"new_adapter": {"name": mixture.adapter_names[0], "r": 8}}
+    (tmp_path / "page").mkdir()
+    assert write_report(tmp_path / "page", mixture, find_inputs(tmp_path / "m").deltas, title="t") == []
+    assert "<p>1 everywhere.</p>" in (tmp_path / "page" / FILE).read_text()
+
+
+def test_a_line_of_one_point_is_a_point_and_a_cell_without_a_number_says_so() -> None:
+    figures = pytest.importorskip("wlora_merge.exporters.report_figures")
+    (line,) = figures.lines({"one": ([1], [0.5])}, "rank", "error").axes[0].lines
+    assert line.get_marker() == "o"
+    cells = figures.heatmap([[1.0, np.nan], [np.nan, 1.0]], ["a", "b"], ["a", "b"], "cosine", signed=True)
+    assert [text.get_text() for text in cells.axes[0].texts] == ["1.00", "–", "–", "1.00"]
+
+
+def test_a_long_name_keeps_its_beginning_and_its_end() -> None:
+    figures = pytest.importorskip("wlora_merge.exporters.report_figures")
+    drawn = figures.heatmap([[0.1]], ["layer"], ["sst2-llama-lora-r16-alpha32-v3-final"], "weight").axes[0]
+    (label,) = [tick.get_text() for tick in drawn.get_xticklabels()]
+    assert len(label) == 20
+    assert label.startswith("sst2-l…")
+    assert label.endswith("-v3-final")

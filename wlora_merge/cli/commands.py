@@ -53,7 +53,7 @@ def fit(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options
     """Learn the mixture weights of several adapters on few-shot data.
 
     \b
-    wlora-merge fit --base BASE --adapter a=PATH --adapter b=PATH \\
+    wlora-merge fit --base BASE --adapter A --adapter B \\
         --data shots.csv --task text-classification --out mixture
     """
     if len(adapters) < 2:
@@ -84,7 +84,7 @@ def mix(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options
     """Make a mixture without fitting: uniform composition, or the weights given.
 
     \b
-    wlora-merge mix --base BASE --adapter a=PATH --adapter b=PATH --weights 0.7,0.3 --out mixture
+    wlora-merge mix --base BASE --adapter A --adapter B --weights 0.7,0.3 --out mixture
     """
     with _wrong_usage():
         mix_options(_those_of(MixOptions, options))
@@ -107,7 +107,7 @@ def mix(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options
     "--any-digest", topic=Topic.INPUTS, is_flag=True, help="Accept inputs that are not those the mixture was made from."
 )
 @OUT
-@option("--report/--no-report", default=False, show_default=True, help=REPORT_HELP)
+@option("--report/--no-report", common=True, default=False, show_default=True, help=REPORT_HELP)
 @FORCE
 @AS_JSON
 def export(mixture: str, out: str, as_json: bool, **options: Any) -> None:
@@ -288,7 +288,7 @@ def inspect(paths: tuple[str, ...], as_json: bool) -> None:
     """Show adapters, a base model, a mixture or an export as tables.
 
     \b
-    wlora-merge inspect BASE ADAPTER ADAPTER
+    wlora-merge inspect BASE A B
     wlora-merge inspect mixture
     """
     from .inspect_tables import inspect_paths

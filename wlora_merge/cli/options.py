@@ -16,6 +16,8 @@ COLUMNS = "\b\nColumns of --data by task; --column NAME=COLUMN where the file ca
     f"  {name:<22}{', or '.join(map(str, task.forms))}" for name, task in FIT_TASKS.items()
 )
 """What stands under the help of `fit`."""
+LONG = 10
+"""A command with more options than this has a short `--help`, of its common options."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -23,11 +25,16 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 
 class Option(click.Option):
-    """An option that stands under a topic of the help; `field` is where it is declared, if a record has it."""
+    """An option that stands under a topic of the help.
 
-    def __init__(self, *names: Any, topic: Topic, field: Field | None = None, **facts: Any) -> None:
+    `field` is where it is declared, if a record has it; a `common` one is shown by the short help of a long command too.
+    """
+
+    def __init__(
+        self, *names: Any, topic: Topic, field: Field | None = None, common: bool = False, **facts: Any
+    ) -> None:
         super().__init__(*names, **facts)
-        self.topic, self.field = topic, field
+        self.topic, self.field, self.common = topic, field, common
 
 
 class Argument(click.Argument):
@@ -45,14 +52,27 @@ class Argument(click.Argument):
 
 
 class Command(click.Command):
-    """A command that stands under a topic, and whose options are listed by theirs."""
+    """A command that stands under a topic, and whose options are listed by theirs.
+
+    Of a long one `--help` shows the common options, and `--help-all`, which click's errors name, all of them.
+    """
 
     def __init__(self, *args: Any, topic: str, **facts: Any) -> None:
         super().__init__(*args, **facts)
         self.topic = topic
+        if len(self.params) > LONG:
+            self.context_settings = {**self.context_settings, "help_option_names": ["--help-all"]}
+            self.params.append(_short_help())
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """Click's own option, which of a long command is `--help-all`."""
+        found = super().get_help_option(ctx)
+        if found is not None and "--help-all" in found.opts:
+            found.help = "Show all options."
+        return found
 
     def by_topic(self, ctx: click.Context) -> dict[Topic, list[click.Parameter]]:
-        """Its arguments and options; --help, which is click's own, is of the last topic."""
+        """Its arguments and options; the one that is click's own is of the last topic."""
         parameters = self.get_params(ctx)
         found = {topic: [p for p in parameters if getattr(p, "topic", Topic.OUTPUT) is topic] for topic in Topic}
         return {topic: chosen for topic, chosen in found.items() if chosen}
@@ -63,8 +83,55 @@ class Command(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section for each topic that has options here."""
         for topic, parameters in self.by_topic(ctx).items():
-            with formatter.section(topic.value):
-                formatter.write_dl([row for p in parameters if (row := p.get_help_record(ctx)) is not None])
+            _write_section(formatter, ctx, topic, parameters)
+
+    def short_help_page(self, ctx: click.Context) -> str:
+        """The help with the common options alone, and where the others are."""
+        formatter = ctx.make_formatter()
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        common = {topic: list(filter(_is_common, parameters)) for topic, parameters in self.by_topic(ctx).items()}
+        for topic, parameters in common.items():
+            if parameters:
+                _write_section(formatter, ctx, topic, parameters)
+        hidden = len(self.get_params(ctx)) - sum(map(len, common.values()))
+        formatter.write(f"\n{hidden} more options: {ctx.command_path} --help-all\n")
+        self.format_epilog(ctx, formatter)
+        return formatter.getvalue().rstrip("\n")
+
+
+def _is_common(parameter: click.Parameter) -> bool:
+    """Arguments and click's own option are."""
+    return getattr(parameter, "common", True)
+
+
+def _write_section(
+    formatter: click.HelpFormatter, ctx: click.Context, topic: Topic, parameters: list[click.Parameter]
+) -> None:
+    with formatter.section(topic.value):
+        formatter.write_dl([row for p in parameters if (row := p.get_help_record(ctx)) is not None])
+
+
+def _short_help() -> Option:
+    """`--help` of a long command."""
+
+    def show(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing and isinstance(ctx.command, Command):
+            click.echo(ctx.command.short_help_page(ctx), color=ctx.color)
+            ctx.exit()
+
+    names = ("-h", "--help")
+    help_ = "Show the options that most people need first."
+    return Option(
+        names,
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=show,
+        help=help_,
+        topic=Topic.OUTPUT,
+        common=True,
+    )
 
 
 class Group(click.Group):
@@ -88,7 +155,13 @@ def fields_of(record: type[Any]) -> Callable[[Any], Any]:
 
 def _made(f: Field) -> Callable[[Any], Any]:
     known = spec(f)
-    facts: dict[str, Any] = {"cls": Option, "topic": known.topic, "field": f, "help": known.help}
+    facts: dict[str, Any] = {
+        "cls": Option,
+        "topic": known.topic,
+        "field": f,
+        "help": known.help,
+        "common": known.common,
+    }
     if kinds(f) == ["bool"]:
         names = flag(f) if f.default is False else f"{flag(f)}/--no-{flag(f)[2:]}"
         return click.option(names, f.name, is_flag=True, default=f.default, **facts)
@@ -175,17 +248,23 @@ def argument(name: str, **facts: Any) -> Callable[[Any], Any]:
 
 
 FORCE = option("--force", is_flag=True, help="Replace what is in --out. Default: it must be empty or not exist.")
-OUT = option("--out", required=True, type=click.Path(), help="Folder to write; all or nothing.")
+OUT = option("--out", common=True, required=True, type=click.Path(), help="Folder to write; all or nothing.")
 REPORT_HELP = "Write report.html and its figures into the folder (needs matplotlib)."
 AS_JSON = option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 INPUTS = together(
     option(
-        "--base", topic=Topic.INPUTS, required=True, metavar="PATH_OR_ID", help="Base model: a folder, or a hub id."
+        "--base",
+        topic=Topic.INPUTS,
+        common=True,
+        required=True,
+        metavar="PATH_OR_ID",
+        help="Base model: a folder, or a hub id.",
     ),
     option(
         "--adapter",
         "adapters",
         topic=Topic.INPUTS,
+        common=True,
         required=True,
         multiple=True,
         metavar="[NAME=]PATH_OR_ID",
@@ -194,12 +273,17 @@ INPUTS = together(
 )
 MOVED = together(
     option(
-        "--base", topic=Topic.INPUTS, metavar="PATH", help="The base model, if it has moved; its sha256 must match."
+        "--base",
+        topic=Topic.INPUTS,
+        common=True,
+        metavar="PATH",
+        help="The base model, if it has moved; its sha256 must match.",
     ),
     option(
         "--adapter",
         "adapters",
         topic=Topic.INPUTS,
+        common=True,
         multiple=True,
         metavar="NAME=PATH",
         help="An adapter that has moved; its sha256 must match.",

@@ -17,7 +17,8 @@ from .options import Command
 
 HEAD = """# The command line
 
-Made from the options themselves by `make generate`; `wlora-merge COMMAND --help` says the same in short.
+Made from the options themselves by `make generate`; `wlora-merge COMMAND --help` says in short what most people need first,
+`--help-all` the rest too.
 In a recipe and in Python, an option has its own name with underscores, or the name in parentheses."""
 HEADINGS = ["option", "value", "default", "what it does"]
 

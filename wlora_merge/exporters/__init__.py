@@ -21,7 +21,9 @@ folders          which exports and mixtures lie in a folder
 model_card       README.md with the hub's metadata, from model_card.md.j2
 serving          what servers take
 report           report.html, from report.html.j2: write_report
+report_answer    which candidate is best, in words: answer, interval
 report_data      what a mixture changes, measured
+report_groups    which of many adapters a figure shows as one
 report_figures   and drawn
 verify           the workflow: verify
 verify_files     digests, headers and configs, before anything is loaded

@@ -24,6 +24,7 @@ from ..option_fields import flag_of
 from .format import Format, Measures
 from .report import CAPTIONS, FIGURES
 from .report import FILE as REPORT
+from .report_answer import answer
 from .serving import Exported, servers_of, vllm_rank
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         kept=metrics.get("kept", "learned"),
         weights=_weights(mixture),
         judged_on=mixture.judged_on,
+        answer=" ".join(answer(mixture)),
         metrics_note=metrics.get("note", ""),
         candidates=candidates,
         columns=sorted({key for row in candidates.values() for key in row}),

@@ -15,6 +15,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .report_groups import FEW
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
@@ -34,22 +36,25 @@ def heatmap(values: ArrayLike, rows: Sequence[str], columns: Sequence[str], labe
     """Values [rows, columns] as colours, written into the cells where there are few; `signed` runs from -1 to 1."""
     table = np.asarray(values, dtype=float)
     with rc_context(RC):
-        figure = Figure(figsize=(6.4, max(1.6, min(9.0, 1.1 + 0.26 * len(rows)))), layout="constrained")
+        names, sloping = [_short(column, 20) for column in columns], len(columns) <= FEW
+        below = max(map(len, names)) * (0.04 if sloping else 0.08)  # inches that the names take
+        figure = Figure(figsize=(6.4, max(1.4, min(9.0, 0.5 + 0.26 * len(rows))) + below), layout="constrained")
         axes = figure.subplots()
         low, high = (-1.0, 1.0) if signed else _range(table)
-        cells = axes.pcolormesh(table, cmap="RdBu_r" if signed else "viridis", vmin=low, vmax=high)
+        cells = axes.pcolormesh(table, cmap="RdBu_r" if signed else "viridis", vmin=low, vmax=high, edgecolors="face")
         axes.invert_yaxis()
         step = -(-len(rows) // 32)
         axes.set_yticks(np.arange(0, len(rows), step) + 0.5, [_short(r) for r in rows[::step]])
-        axes.set_xticks(np.arange(len(columns)) + 0.5, [_short(c, 16) for c in columns], rotation=30, ha="right")
-        if table.size <= 200 and len(columns) <= 8:
+        slope = {"rotation": 30, "ha": "right"} if sloping else {"rotation": 90}
+        axes.set_xticks(np.arange(len(columns)) + 0.5, names, **slope)
+        if table.size <= 200 and len(columns) <= FEW:
             middle = (low + high) / 2
             for (y, x), value in np.ndenumerate(table):
                 pale = abs(value) < 0.6 if signed else value > middle
                 axes.text(
                     x + 0.5,
                     y + 0.5,
-                    f"{round(value, 2) + 0.0:.2f}",
+                    f"{round(value, 2) + 0.0:.2f}" if np.isfinite(value) else "–",
                     ha="center",
                     va="center",
                     color="k" if pale else "w",
@@ -71,7 +76,8 @@ def lines(
         figure = Figure(figsize=(6.4, 3.0), layout="constrained")
         axes = figure.subplots()
         for i, (name, (x, y)) in enumerate(series.items()):
-            axes.plot(np.asarray(x), np.asarray(y), color=CYCLE[i % len(CYCLE)], label=name, linewidth=1.5)
+            point = "o" if np.size(x) == 1 else ""  # a line of one point is nothing to see
+            axes.plot(np.asarray(x), np.asarray(y), point + "-", color=CYCLE[i % len(CYCLE)], label=name, linewidth=1.5)
         if mark is not None:
             axes.axvline(mark[1], color=INK, linewidth=0.8, linestyle="--")
             axes.text(mark[1], 1.0, f" {mark[0]}", transform=axes.get_xaxis_transform(), va="top")
@@ -84,8 +90,8 @@ def lines(
     return figure
 
 
-def dots(names: Sequence[str], series: Mapping[str, Sequence[float]], x_label: str) -> Any:
-    """A row for each name with a dot of each series, on a logarithmic axis, where the length of a bar would mean nothing."""
+def dots(names: Sequence[str], series: Mapping[str, Sequence[float]], x_label: str, *, log: bool = False) -> Any:
+    """A row for each name with a dot of each series; on a logarithmic axis, the length of a bar would mean nothing."""
     with rc_context(RC):
         figure = Figure(figsize=(8.0, max(1.8, min(11.0, 0.8 + 0.3 * len(names)))), layout="constrained")
         axes = figure.subplots()
@@ -94,11 +100,15 @@ def dots(names: Sequence[str], series: Mapping[str, Sequence[float]], x_label: s
         axes.set_yticks(np.arange(len(names)), [_short(n, 64) for n in names])
         axes.grid(axis="y", color=INK, alpha=0.15)
         axes.set_axisbelow(True)
-        if any(value > 0 for values in series.values() for value in values):
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        if log and any(value > 0 for values in series.values() for value in values):
             axes.set_xscale("log")
+        if not log:
+            axes.axvline(0, color=INK, alpha=0.3, linewidth=0.8)
         axes.set(xlabel=x_label)
         axes.invert_yaxis()
-        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series))
+        if len(series) > 1:
+            axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(series))
     return figure
 
 
@@ -132,4 +142,6 @@ def _range(table: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _short(text: str, limit: int = 34) -> str:
-    return text if len(text) <= limit else "…" + text[-(limit - 1) :]
+    """At most so many characters: the beginning and, of twice that length, the end, where names differ."""
+    head = (limit - 1) // 3
+    return text if len(text) <= limit else f"{text[:head]}…{text[head + 1 - limit :]}"
