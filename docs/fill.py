@@ -55,7 +55,9 @@ GIVES = {
 
 
 def _formats(_: str) -> str:
-    rows = [[f"`{format_words(kind)}`", gives, ", ".join(map(_version, _takers(kind)))] for kind, gives in GIVES.items()]
+    rows = [
+        [f"`{format_words(kind)}`", gives, ", ".join(map(_version, _takers(kind)))] for kind, gives in GIVES.items()
+    ]
     dates = sorted({server.date for server in SERVERS.values() if server.date})
     asked = f"The versions are those that were asked on {' and '.join(dates)} (`make test-servers`)."
     rest = ", ".join(server.title for server in SERVERS.values() if not server.version)
@@ -86,7 +88,11 @@ MORE_TASKS = {
 def _program(name: str) -> str:
     """Version and date, which tasks it takes in which format, and the code that the model card shows."""
     server = SERVERS[name]
-    asked = f"Asked: {server.version}, on {server.date}." if server.version else "Not asked: it runs in its container alone."
+    asked = (
+        f"Asked: {server.version}, on {server.date}."
+        if server.version
+        else "Not asked: it runs in its container alone."
+    )
     rows = [[f"`{format_words(kind)}`", ", ".join(tasks)] for kind, tasks in server.takes.items()]
     shown = [
         f"`{format_words(kind)}`, {task}:\n\n{_code(server, kind, task)}"
