@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from wlora_merge.data.tasks import FIT_TASKS, get_task
+from wlora_merge.exporters.dense_format import DenseMeasures
+from wlora_merge.exporters.format import Measures
+from wlora_merge.exporters.lora_format import LoraMeasures
 from wlora_merge.exporters.model_card import SERVING, TGI
+from wlora_merge.exporters.onnx_format import GenaiMeasures, RefoldMeasures, TracedMeasures
 from wlora_merge.exporters.serving import SERVERS, Server, format_words, vllm_rank
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,7 +175,7 @@ def _type(value: Mapping[str, Any]) -> str:
     if value.get("type") == "object" and "properties" not in value:
         more = value.get("additionalProperties")
         return f"table of {_type(more)}" if isinstance(more, dict) else "table"
-    return NAMES.get(str(value.get("type")), "table")
+    return NAMES.get(str(value.get("type")), "table" if "properties" in value or "$ref" in value else "any value")
 
 
 def _file_keys(file: str) -> str:
@@ -189,13 +193,15 @@ def _keys(schema: Mapping[str, Any], within: Mapping[str, Any], before: str) -> 
         reference = inner.get("$ref", "").rpartition("/")[2]
         words = "table" if reference else _type(value)
         path = f"{before}{key}{marks}"
-        yield path, f"list of {words}" if reference and marks == "[]" else words, said.get(key, "")
+        yield path, f"list of {words}" if reference and marks == "[]" else words, said.get(key) or value.get("description", "")
         if reference not in ("", "MixtureRecord"):
             yield from _keys(schema, schema["$defs"][reference], f"{path}.")
 
 
 def _behind(value: Mapping[str, Any], marks: str) -> tuple[Mapping[str, Any], str]:
     """What lists and tables hold in the end, and the marks of the way there: `[]` for a list, `{}` for a table."""
+    if reference := next((v for v in value.get("anyOf", ()) if "$ref" in v), None):
+        return reference, marks
     if value.get("type") == "array" and "$ref" in value["items"]:
         return _behind(value["items"], marks + "[]")
     if isinstance(value.get("additionalProperties"), dict) and "$ref" in value["additionalProperties"]:
@@ -210,12 +216,31 @@ def described(record: Mapping[str, Any]) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in rows}
 
 
+def _report_keys(_: str) -> str:
+    """The keys of `report` in a manifest, by the kind of export."""
+    rows = []
+    for kind, measures in MEASURES.items():
+        schema = measures.model_json_schema()
+        rows += [[kind, f"`{path}`", words, said] for path, words, said in _keys(schema, schema, "")]
+    return table(["export", "key", "value", "what it is"], rows)
+
+
+MEASURES: dict[str, type[Measures]] = {
+    "dense": DenseMeasures,
+    "lora": LoraMeasures,
+    "onnx, traced": TracedMeasures,
+    "onnx, refolded": RefoldMeasures,
+    "onnx, genai": GenaiMeasures,
+}
+
+
 PARTS: dict[str, Callable[[str], str]] = {
     "tasks": _tasks,
     "formats": _formats,
     "program": _program,
     "recipe keys": _recipe_keys,
     "file keys": _file_keys,
+    "report keys": _report_keys,
 }
 
 
