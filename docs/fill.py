@@ -193,7 +193,11 @@ def _keys(schema: Mapping[str, Any], within: Mapping[str, Any], before: str) -> 
         reference = inner.get("$ref", "").rpartition("/")[2]
         words = "table" if reference else _type(value)
         path = f"{before}{key}{marks}"
-        yield path, f"list of {words}" if reference and marks == "[]" else words, said.get(key) or value.get("description", "")
+        yield (
+            path,
+            f"list of {words}" if reference and marks == "[]" else words,
+            said.get(key) or value.get("description", ""),
+        )
         if reference not in ("", "MixtureRecord"):
             yield from _keys(schema, schema["$defs"][reference], f"{path}.")
 
