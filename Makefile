@@ -71,11 +71,13 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# What is made from the options, the schema of a recipe and the reference page of the command line, and from the records of files.
+# What is made from the options and the records of files: schemas, the reference page of the command line, parts of other pages.
 generate: $(VENV)/.ready
 	$(BIN)/python -m wlora_merge.cli.recipe_schema > wlora_merge/cli/schemas/recipe.schema.json
 	$(BIN)/python -m wlora_merge.cli.file_schemas
 	$(BIN)/python -m wlora_merge.cli.reference > docs/cli-reference.md
+	$(BIN)/python docs/fill.py
+	$(BIN)/python docs/draw_way.py > docs/way.svg
 
 clean:
 	rm -rf $(VENV) quickstart-out bench-out

@@ -97,8 +97,8 @@ class FitOptions:
     new_adapter: int | None = option(
         None, Topic.MIXED, common=True, metavar="R", bounds=AT_LEAST_0, of=LEARNED,
         help="Rank of a LoRA that is trained from zero beside the given ones, with weight 1; 0: none. Default: 8 on four examples or "
-        "more, with a new head two per class too, and with a solved one only where the shots are far from what the adapters know; "
-        "else 0. The folds may prefer the other. Always 0 with --normalize present.",
+        "more, else 0. A new head needs two per class too, and a solved one shots that are far from what the adapters know. The "
+        "folds may prefer the other. Always 0 with --normalize present.",
         detail="It lies on the linear layers that the given adapters change, and becomes one more adapter of the mixture. The "
         "weights are then free ones.")
     new_adapter_interpolation: float | None = option(
@@ -132,7 +132,7 @@ class FitOptions:
         help="What a new head sees of a text: the mean of its tokens, the first (cls), the last, or what the model's class reads "
         "(model). Default: what modules.json says, else what tells the shots apart best.",
         detail="Decoders and image models: model. A mean is one more layer in a dense export of BERT, RoBERTa, ELECTRA and "
-        "DistilBERT, and a key of the config where the class pools by it (ModernBERT); for other models it is exported to ONNX.")
+        "DistilBERT. It is a key of the config where the class pools by it (ModernBERT). For other models it is exported to ONNX.")
     l2: float | None = option(
         None, Topic.MIXED, bounds=ABOVE_0,
         help="How strongly a new head is held to zero, on features of norm 1: 1/C of scikit-learn. Default: 0.1, unless the folds "
@@ -160,7 +160,7 @@ class FitOptions:
     max_steps: int | None = option(
         None, Topic.TRAINED, common=True, bounds=COUNT,
         help="Optimizer steps. Default: 100 if a head is trained, 15 if a solved head classifies examples, else 20 epochs, but 40 to "
-        "100 steps; fewer where the shots are told apart before, or the folds prefer it.")
+        "100 steps. It is fewer where the shots are told apart before, or the folds prefer it.")
     max_minutes: float | None = option(
         None, Topic.TRAINED, bounds=ABOVE_0,
         help="Wall-clock budget in minutes, seen to between steps; half of it for folds.",

@@ -1,8 +1,8 @@
 """A base with the vocabulary of one adapter (`--resize-vocab NAME`), and all adapters at its size.
 
 An adapter that was trained on a resized base has embeddings with more rows than the base's or, where the base's table is padded,
-with fewer. Rows that the base lacks are no deltas: they are taken from the adapter that the user names, and stand behind the base's
-own; they are those that it was trained on where its file has them, else those that it trained. Rows that it lacks are cut. So the
+with fewer. Rows that the base lacks are no deltas. They are taken from the adapter that the user names, and stand behind the base's
+own. They are those that it was trained on where its file has them, else those that it trained. Rows that it lacks are cut. So the
 base is what `resize_token_embeddings` made of it before the training, and has that adapter's tokenizer.
 
 On the base so resized every adapter mixes as ever. One of another size is brought to this size first: rows that it lacks stay as
@@ -156,8 +156,8 @@ def _added(named: _Tables) -> dict[str, torch.Tensor]:
 def _rows_behind(named: _Tables, name: str, own: Entry) -> torch.Tensor | None:
     """The rows of one tensor that the base lacks; None where it lacks none.
 
-    Of a tied tensor the file may have the rows under another of its names, as PEFT loads a copy of a base weight into the one
-    tensor that both are; a tensor of `modules_to_save` is none.
+    Of a tied tensor the file may have the rows under another of its names: PEFT loads a copy of a base weight into the one tensor
+    that both are. A tensor of `modules_to_save` is none.
     """
     import torch
 

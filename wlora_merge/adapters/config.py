@@ -1,7 +1,7 @@
 """What each field of a PEFT `LoraConfig` means for the delta weight: folded, without effect, or refused.
 
-Importing PEFT costs seconds, and what only reads adapters and folds them must not pay them; so the fields and their
-defaults stand here as a table, and a test holds the table against PEFT's own dataclass: a new release of PEFT breaks a test
+Importing PEFT costs seconds, and what only reads adapters and folds them must not pay them. So the fields and their
+defaults stand here as a table. A test holds the table against PEFT's own dataclass: a new release of PEFT breaks a test
 and not a user. A field that is refused, or that the table does not know, is accepted only with an empty value or its
 default.
 """

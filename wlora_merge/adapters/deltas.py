@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 class ModuleDelta:
     """All adapters' low-rank changes of one module, stacked.
 
-    lora_A [R, in] and lora_B [out, R] hold the rows and columns of all adapters that target the module, R = Σ r_n;
+    lora_A [R, in] and lora_B [out, R] hold the rows and columns of all adapters that target the module, R = Σ r_n.
     scaling [R] and adapter_index [R] say for each row its adapter's scaling and which adapter it came from.
-    `module` is the base tensor's name without `.weight`; `shape` the base tensor's shape, or with `start` that of the rows from
-    there on which alone change (rows of a matrix with its last dimension as columns). `name` is what an adapter calls the
+    `module` is the base tensor's name without `.weight`, and `shape` the base tensor's shape. With `start` only the rows from there
+    on change, and `shape` is theirs: rows of a matrix with its last dimension as columns. `name` is what an adapter calls the
     module; empty where it knows it as a part of another. `read` gives the base weight.
 
     DoRA's merged weight is c_n·(W + s_n B_n A_n) with c_n = magnitude_n / ||W + s_n B_n A_n|| of each output row. It is

@@ -1,6 +1,6 @@
 """An adapter's factors for one tensor of the module tree -> factors for the tensors of the files that hold its rows.
 
-A fused expert weight is one parameter [experts, out, in] of the tree; PEFT's `target_parameters` gives it lora_A
+A fused expert weight is one parameter [experts, out, in] of the tree. PEFT's `target_parameters` gives it lora_A
 [r · experts, in], the experts one after another, and lora_B [out, r · experts], the experts innermost. Its delta weight is one
 low-rank product for each expert, so each expert's rows, wherever the files keep them, have factors of their own. An adapter
 that was trained on a model with a linear for each expert has them already, of gate_proj and up_proj apart or of both in one.
@@ -215,8 +215,9 @@ def _meets(part: Part, spread: range, rows: int) -> bool:
 
 
 def _orders(adapter: Adapter) -> list[bool]:
-    """Whether the PEFT that wrote an adapter takes expert weights [experts, out, in] for [experts, in, out], as it did until 0.18;
-    both where its version is not known, and of a development version between them.
+    """Whether the PEFT that wrote an adapter takes expert weights [experts, out, in] for [experts, in, out], as it did until 0.18.
+
+    It may be both: where its version is not known, and of a development version between them.
 
     Source: `peft.tuners.lora.layer.ParamWrapper.update_layer`.
     """

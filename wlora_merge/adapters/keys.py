@@ -52,10 +52,11 @@ V = TypeVar("V")
 class AdapterKey:
     """What one key of an adapter file holds.
 
-    `part` is `lora_A`, `lora_B`, `lora_B.bias`, `lora_embedding_A`, `lora_embedding_B` or `lora_magnitude_vector`, and
-    `name` the target module; or `part` is `tensor` and `name` a whole tensor of the model (a saved head, say); or `part` is
-    `original`, the base's own copy of a saved module, which has no effect; or `token_rows`, the new values of some rows of an
-    embedding.
+    Attributes:
+        name: the target module; of `tensor` a whole tensor of the model, as a saved head.
+        part: `lora_A`, `lora_B`, `lora_B.bias`, `lora_embedding_A`, `lora_embedding_B`, `lora_magnitude_vector` or `tensor`. Or it
+            is `original`, the base's own copy of a saved module, which has no effect. Or it is `token_rows`, the new values of some
+            rows of an embedding.
     """
 
     name: str

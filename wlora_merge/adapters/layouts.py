@@ -8,8 +8,8 @@ Every LoRA is a product lora_B @ lora_A of shape [out, in]. How that product lie
     EMBEDDING   [vocab, dim]           [r, vocab]             [dim, r]               (B A)^T
     CONV        [out, in, *kernel]     [r, in, *kernel]       [out, r, 1...]         B A, reshaped
 
-`stored_factors` gives `left [rows, R]` and `right [R, cols]` with left @ right = the delta in the base tensor's own order
-(viewed as a matrix of shape[0] rows), so that a fold runs over row blocks of the file and never transposes the base.
+`stored_factors` gives `left [rows, R]` and `right [R, cols]`. left @ right is the delta in the base tensor's own order, viewed
+as a matrix of shape[0] rows. So a fold runs over row blocks of the file and never transposes the base.
 """
 
 from __future__ import annotations

@@ -120,8 +120,11 @@ def _changes(n: int, adapter: Adapter, name: str, find: Find, model_type: str) -
 
 
 def _scaled(adapter: Adapter, name: str) -> Factors:
-    """One module's factors with their scaling; PEFT matches a wrapped parameter's own name with the patterns, and adds the
-    product of a MultiheadAttention's out_proj twice, in its forward pass and in its merge (`peft.tuners.lora.layer`)."""
+    """One module's factors with their scaling.
+
+    PEFT matches a wrapped parameter's own name with the patterns. It adds the product of a MultiheadAttention's out_proj twice, in
+    its forward pass and in its merge (`peft.tuners.lora.layer`).
+    """
     if name.endswith(OUT_PROJ) and name.removesuffix(OUT_PROJ) in adapter.modules:
         return replace(adapter.modules[name], scaling=2 * adapter.modules[name].scaling)
     factors, targets = adapter.modules[name], adapter.config.get("target_parameters") or []

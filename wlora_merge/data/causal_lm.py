@@ -43,8 +43,8 @@ def encode_causal_lm(
 ) -> list[dict[str, list[int]]]:
     """Token ids and labels for each example.
 
-    All of a `text` is learned, a `completion` alone of a prompt and completion, and of `messages` the turns of the
-    assistant where the chat template marks them, else the last turn alone. What is too long loses the start of its
+    All of a `text` is learned, and a `completion` alone of a prompt and completion. Of `messages` the turns of the
+    assistant are, where the chat template marks them, else the last turn alone. What is too long loses the start of its
     prompt, or the end of its `text`; never a token of the last completion.
 
     Args:

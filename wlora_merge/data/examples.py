@@ -45,8 +45,8 @@ _OF_MESSAGES = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 class Examples:
     """Rows of one task under their canonical column names.
 
-    A `label` is a string (a class without spaces around it; whole numbers and booleans are spelled out), a float, or a list of
-    strings; `tags` are strings; `answers` are {text: [...], answer_start: [...]}; an `image` is decoded when its row is read.
+    A `label` is a string, a float, or a list of strings. A string is a class without spaces around it; whole numbers and booleans
+    are spelled out. `tags` are strings. `answers` are {text: [...], answer_start: [...]}. An `image` is decoded when its row is read.
     `messages` and `tools` are JSON texts of lists, as the keys of their objects differ from row to row; `input`, `system` and
     `tools` may be empty.
 
@@ -168,8 +168,8 @@ def read_examples(
     """Read and check the examples of a task.
 
     Args:
-        source: a JSONL, JSON, CSV, TSV, Parquet, Arrow or text file; a folder of them, or of `save_to_disk`; a folder of texts or
-            images with one folder for each class; a hub id, `owner/name[:config]`, or a URL, which alone use the network; or a
+        source: a JSONL, JSON, CSV, TSV, Parquet, Arrow or text file. A folder of them, of `save_to_disk`, or of texts or images with
+            one folder for each class. A hub id, `owner/name[:config]`, or a URL, which alone use the network. Or a
             `datasets.Dataset` or `DatasetDict`, a pandas frame or a list of dicts.
         task: a task name.
         columns: {canonical column: column in the file}, where the names do not follow the conventions or are not clear.

@@ -1,8 +1,8 @@
 """One data file as rows: JSONL, JSON, CSV, TSV, Parquet, Arrow or text; the texts also compressed.
 
 This room knows formats of files. It knows neither tasks nor what a column means. Text formats are read here with the
-standard library: the readers behind `datasets.load_dataset` guess types (a sentence "NA" becomes nothing, a label
-"01" becomes 1, a column `created_at` a date), write a cache, expand `*` and `[` in paths, and cannot say which line is
+standard library. The readers behind `datasets.load_dataset` guess types: a sentence "NA" becomes nothing, a label
+"01" becomes 1, a column `created_at` a date. They write a cache, expand `*` and `[` in paths, and cannot say which line is
 wrong. Nothing here loads a pickle.
 """
 

@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 
 
 class DenseMeasures(Measures):
-    """Which tensors are two in the export and one in the base, as adapters change one of the two."""
+    """Which tensors are two in the export and one in the base, as adapters change one of the two.
+
+    Attributes:
+        untied: tensors that are two here and one in the base.
+    """
 
     untied: list[str] | None = None
 

@@ -53,7 +53,12 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 class FileRecord(Record):
-    """A file of an export."""
+    """A file of an export.
+
+    Attributes:
+        sha256: of its bytes.
+        bytes: its size.
+    """
 
     sha256: str
     bytes: int
@@ -70,7 +75,18 @@ def _check_asked(options: Mapping[str, Any]) -> None:
 
 
 class Manifest(Record):
-    """What an export is: its format, the mixture in it, how it was asked for, what was measured, and its files."""
+    """What an export is: its format, the mixture in it, how it was asked for, what was measured, and its files.
+
+    Attributes:
+        format_version: of this file; 1 is read too.
+        format: `dense`, `lora` or `onnx`.
+        mixture: the mixture, in the form of `mixture.json`; its weights stand nowhere else.
+        options: how the export was asked for: every option by its Python name.
+        report: what was measured while it was written.
+        probe: inputs to compare outputs on: rows of token ids, or a shape and a seed.
+        versions: package -> version that wrote it.
+        files: every other file of the folder, by its path.
+    """
 
     format_version: int
     format: Annotated[str, one_of(FORMATS)]

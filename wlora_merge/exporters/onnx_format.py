@@ -50,7 +50,14 @@ Places = dict[str, Annotated[list[Any], checked_by(_check_place)]]
 class Quantized(Record):
     """A quantized graph, and how far its outputs are from the float graph's.
 
-    `scheme` says which weights share a scale; `same_choice`, of scores, is a share, 0 to 1; `cosine`, of embeddings, the smallest.
+    Attributes:
+        file: its path.
+        bytes: its size.
+        largest_difference: of an output from the float graph's.
+        relative: the same, over the largest output.
+        same_choice: share of the choices that are the float graph's, 0 to 1; of scores.
+        cosine: the smallest between its embeddings and the float graph's.
+        scheme: which weights share a scale.
     """
 
     file: str
@@ -73,7 +80,16 @@ class Quantized(Record):
 
 
 class TracedMeasures(Measures):
-    """The interface of a traced graph, and the largest difference of an output from PyTorch's."""
+    """The interface of a traced graph, and the largest difference of an output from PyTorch's.
+
+    Attributes:
+        inputs: names of the graph's inputs.
+        outputs: names of its outputs.
+        opset: its opset version.
+        largest_difference: of an output from PyTorch's.
+        head: tensor of the head -> [its initializer, whether it is transposed there].
+        quantized: the quantized graph beside it.
+    """
 
     inputs: list[str]
     outputs: list[str]
@@ -104,7 +120,14 @@ class TracedMeasures(Measures):
 
 
 class RefoldMeasures(Measures):
-    """The files whose weights were rewritten, with their sha256, how many weights, and of which dtypes."""
+    """The files whose weights were rewritten, with their sha256, how many weights, and of which dtypes.
+
+    Attributes:
+        head: tensor of the head -> [its initializer, whether it is transposed there].
+        onnx_base: sha256 of each file that was rewritten, by its name.
+        rewritten: how many weights are others.
+        dtypes: of these weights.
+    """
 
     head: Places | None = None
     onnx_base: dict[str, str]
@@ -117,7 +140,11 @@ class RefoldMeasures(Measures):
 
 
 class GenaiMeasures(Measures):
-    """The share (0 to 1) of greedy tokens that are PyTorch's."""
+    """The share (0 to 1) of greedy tokens that are PyTorch's.
+
+    Attributes:
+        same_tokens: share of the greedy tokens that are PyTorch's, 0 to 1.
+    """
 
     same_tokens: float
 

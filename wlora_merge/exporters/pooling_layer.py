@@ -1,6 +1,6 @@
 """Mean pooling as one more layer of an encoder's own architecture: a checkpoint that has it needs no code of ours.
 
-The layer stands behind the last one. Query and key are zero, so its attention is uniform over the mask; its value is the
+The layer stands behind the last one. Query and key are zero, so its attention is uniform over the mask. Its value is the
 identity and its output projection c·I, so that its first layer norm sees c·mean + h. For a large c that is the layer norm of
 the mean, for every token. Its feed-forward part is zero. `models.pooling` is the same as a hook.
 

@@ -1,8 +1,8 @@
 """The planned files of a dense export, streamed at the speed of the disk.
 
 One pass over the base's files. Untouched tensors move as byte ranges and never become tensors; target modules are folded in
-row blocks through reused buffers. Workers read and fold blocks; whoever finishes one hashes and writes what is next in the
-file, so that all cores are busy, and nothing is held but a few blocks and the adapters' factors.
+row blocks through reused buffers. Workers read and fold blocks. Whoever finishes one hashes and writes what is next in the
+file. So all cores are busy, and nothing is held but a few blocks and the adapters' factors.
 
 This room knows byte ranges and blocks, and asks `fold` for the numbers.
 """

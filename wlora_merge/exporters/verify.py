@@ -41,7 +41,7 @@ def verify(
         folder: what `wlora-merge export` wrote.
         quick: digests and headers alone; nothing is loaded.
         pinned: the digest that it must have, `sha256:...`, as `export` printed it.
-        base: the base model. Left out, it is looked for by its sha256 among the files that this machine remembers; where it is
+        base: the base model. Left out, it is looked for by its sha256 among the files that this machine remembers. Where it is
             not found, what needs it is skipped, and the result says so.
         adapters: the export's adapters, as NAME=PATH; left out, they are looked for in the same way.
 

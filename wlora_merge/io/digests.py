@@ -2,10 +2,10 @@
 
 This room knows bytes, paths and the user's cache folder; it must not know what the bytes mean.
 
-A digest costs a pass once. It is then remembered in ``digests.jsonl`` in the cache folder (``$WLORA_MERGE_CACHE``,
-else ``$XDG_CACHE_HOME/wlora_merge``, else ``~/.cache/wlora_merge``) under the file's real path, size, mtime, ctime,
-inode and device; a file that differs in one of them is hashed anew. Each line carries its own checksum and is appended
-by one write, so several processes may write at once, and a line that is damaged or half written is passed over: never a
+A digest costs a pass once. It is then remembered in ``digests.jsonl`` in the cache folder: ``$WLORA_MERGE_CACHE``,
+else ``$XDG_CACHE_HOME/wlora_merge``, else ``~/.cache/wlora_merge``. It stands there under the file's real path, size, mtime,
+ctime, inode and device. A file that differs in one of them is hashed anew. Each line carries its own checksum and is appended
+by one write, so several processes may write at once. A line that is damaged or half written is passed over: never a
 wrong digest, never an error. A folder that cannot be read or written is no cache. LFS files of the Hugging Face hub
 cache need no pass at all: the name of the blob is its sha256.
 """

@@ -2,7 +2,7 @@
 
 This room knows folders and full disks. It must not know what is written into a folder, or by whom.
 
-The promise: whatever happens while a folder is built (an exception, SIGKILL, a full disk, a power cut), ``out`` is
+The promise holds whatever happens while a folder is built: an exception, SIGKILL, a full disk, a power cut. ``out`` is
 either what it was before (absent, empty, or the old content untouched) or the complete new folder. Everything temporary
 stands beside ``out`` under names that begin with ``.NAME.wlora-``, so that the last step is a rename:
 
@@ -12,9 +12,9 @@ stands beside ``out`` under names that begin with ``.NAME.wlora-``, so that the 
 
 Who holds the lock knows that any such folder was left by a killed run, and clears it away.
 
-Weaker elsewhere: without renameat2 (Linux) or renamex_np (macOS) ``force`` takes two renames, and a kill between them
-leaves ``out`` absent until the next run restores the old folder; on a file system without flock two runs at once are
-not told apart and leftovers are kept; one that cannot fsync a folder does not promise the rename after a power cut.
+Weaker elsewhere: without renameat2 (Linux) or renamex_np (macOS) ``force`` takes two renames. A kill between them
+leaves ``out`` absent until the next run restores the old folder. On a file system without flock two runs at once are
+not told apart and leftovers are kept. One that cannot fsync a folder does not promise the rename after a power cut.
 """
 
 from __future__ import annotations

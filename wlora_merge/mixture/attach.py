@@ -1,7 +1,7 @@
 """attach and detach: adapters on a model in memory, and the Mixture that a loop has trained on it.
 
 Nothing of the model is replaced. Each target module gets a child `wlora` that holds the stacked factors as buffers, and a
-forward hook that adds its output; the model gets one parameter, `wlora_weights` [G, N], and everything else is frozen. So
+forward hook that adds its output. The model gets one parameter, `wlora_weights` [G, N], and everything else is frozen. So
 names, state dict and saving stay the model's own, and `detach` leaves no trace. What was put where is in `model.wlora`, the
 `Attachment`.
 """
@@ -66,8 +66,8 @@ def attach(
         delta_scale: factor of the whole delta weight; `learned` makes it a parameter too, `wlora_delta_scale`, from 1.
         temperature: of the softmax, v̂ = softmax(v / temperature); without effect on free weights.
         head: names of modules or parameters to train along (`classifier`).
-        options: fields of `AdapterOptions`: `modules_to_save`, what becomes of whole tensors that the adapters carry (a name,
-            `drop`, `mix`, or None to refuse those that the head does not replace), and `residual`, the adapter whose residual the
+        options: fields of `AdapterOptions`. `modules_to_save` says what becomes of whole tensors that the adapters carry: a name,
+            `drop`, `mix`, or None to refuse those that the head does not replace. `residual` is the adapter whose residual the
             base is (PiSSA and its kind).
 
     Returns:
@@ -76,7 +76,7 @@ def attach(
     Raises:
         AdapterError, UnsupportedError: an adapter that does not fit the model, or a feature that is not supported.
         MixtureError: the model has other weights than its base's files, a head that they lack and `head` does not name, or an adapter
-            of PEFT's in it; or a checkpoint's `wlora_weights` are those of other adapters or groups.
+            of PEFT's in it. Or a checkpoint's `wlora_weights` are those of other adapters or groups.
     """
     base = base_of(model)
     _check_model(model)

@@ -1,8 +1,8 @@
 """Attachment: what `attach` has done to a model, the owner of the layers and hooks that it put there.
 
 The model holds it as `model.wlora`. Each target module holds its own factors as a child, `wlora`: what takes a module elsewhere, as
-accelerate's device maps do, takes them along, and the replicas of nn.DataParallel, which share the hooks of the model that they
-are copies of, each find theirs. The parameter `wlora_weights` is the model's own, so that its name in a state dict is that.
+accelerate's device maps do, takes them along. The replicas of nn.DataParallel share the hooks of the model that they are copies
+of, and each finds its own. The parameter `wlora_weights` is the model's own, so that its name in a state dict is that.
 
 An attachment keeps no reference to its model, so that a model is freed when its last user lets it go.
 """

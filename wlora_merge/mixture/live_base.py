@@ -159,8 +159,8 @@ def _compare(name: str, tensor: torch.Tensor, parts: list[Part]) -> None:
 
 def _refuse(name: str, entry: Entry, what: str) -> None:
     raise MixtureError(
-        f"{entry.file}: tensor {name!r} of the model is {what}, and an export adds to the file's, so it would not be this model (was "
-        f"an adapter merged into it, or was it trained or resized?): {ANEW}."
+        f"{entry.file}: tensor {name!r} of the model is {what}, and an export adds to the file's: it would not be this model. An "
+        f"adapter may have been merged into it, or it was trained or resized: {ANEW}."
     )
 
 

@@ -51,8 +51,10 @@ class LiveNames:
         return ModuleTree(self.model, entries) if isinstance(self.model, PreTrainedModel) else None
 
     def find(self, name: str) -> str | None:
-        """The model's tensor: the one that it reads from the files' tensor that the base calls so; of a name that the base does not
-        know, the one of that name, with or without the model prefix, or as transformers renames it. None where there is none.
+        """The model's tensor: the one that it reads from the files' tensor that the base calls so. None where there is none.
+
+        Of a name that the base does not know, it is the one of that name, with or without the model prefix, or as transformers
+        renames it.
 
         Raises:
             WloraMergeError: the model has a tensor of just that name, and reads the files' tensor of that name as another; or several

@@ -60,8 +60,8 @@ class InputRef:
 class Mixture:
     """Which adapters, in which groups, with which weights.
 
-    `mixture_weights` [G, N] float32 are what an export reads; `wlora_weights` [G, N] the logits (free weights with
-    `normalize: none`), kept to continue a fit; row g belongs to the g-th group of `groups`. `head_tensors` says which tensor of
+    `mixture_weights` [G, N] float32 are what an export reads. `wlora_weights` [G, N] are the logits (free weights with
+    `normalize: none`), kept to continue a fit. Row g belongs to the g-th group of `groups`. `head_tensors` says which tensor of
     the base's files each tensor of the head replaces; None where it is new. `pooling` says what the head sees in place of the
     first token (`models.pooling.add_pooling_layer`); None: what its class reads. `new_files` are the files of an adapter that
     the fit trained and that no folder holds yet; its source is `NEW_FOLDER` alone.

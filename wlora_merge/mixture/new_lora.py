@@ -1,6 +1,6 @@
 """The new adapter: a LoRA that a fit trains from zero beside the adapters it was given, and the PEFT folder that it becomes.
 
-Where a task is far from all that the given adapters know, no weights of theirs reach it, and a LoRA that starts from their
+Where a task is far from all that the given adapters know, no weights of theirs reach it. A LoRA that starts from their
 composition does (recipes/bench_fit/README.md has the figures). It enters the mixture as one more adapter, with weight 1 in
 every group, so that nothing behind the fit treats it in a way of its own. The given adapters stay frozen.
 

@@ -39,7 +39,13 @@ Digests = dict[str, str]
 
 
 class BaseRecord(Record):
-    """The base model, as a file names it."""
+    """The base model, as a file names it.
+
+    Attributes:
+        source: its folder, relative to the file's own where it can be, or its hub id.
+        revision: the commit on the hub; null for a folder.
+        sha256: of each weight file, by its name.
+    """
 
     source: SourceText
     revision: str | None = None
@@ -47,7 +53,14 @@ class BaseRecord(Record):
 
 
 class AdapterRecord(Record):
-    """An adapter, as a file names it."""
+    """An adapter, as a file names it.
+
+    Attributes:
+        name: what the mixture calls it.
+        source: its folder or hub id, as the base's.
+        revision: the commit on the hub; null for a folder.
+        sha256: of its config and its weights, by file name.
+    """
 
     name: Annotated[str, checked_by(_check_name)]
     source: SourceText
@@ -56,7 +69,12 @@ class AdapterRecord(Record):
 
 
 class Prefixes(Record):
-    """The leading parts in which the file's and the model's names of all modules differ."""
+    """The leading parts in which the file's and the model's names of all modules differ.
+
+    Attributes:
+        in_file: the part that the names in the base's files begin with.
+        in_model: the part that the names in the model's tree begin with.
+    """
 
     in_file: str
     in_model: str
@@ -66,7 +84,16 @@ class Prefixes(Record):
 
 
 class DataRef(TypedDict, total=False):
-    """A file of data: its own name and digest, how many rows, and which columns were used."""
+    """A file of data: its own name and digest, how many rows, and which columns were used.
+
+    Attributes:
+        name: its own name, a hub id, or how Python's data is called.
+        sha256: of its bytes.
+        examples: how many there are.
+        columns: column of the task -> column of the file.
+        unused_columns: columns that were left out.
+        split: which split was read.
+    """
 
     name: Required[str]
     sha256: str
@@ -76,14 +103,35 @@ class DataRef(TypedDict, total=False):
     split: str
 
 
-HeldOut = TypedDict("HeldOut", {"examples": int, "of": int, "folds": int, "from": DataRef}, total=False)
+HeldOut = TypedDict(
+    "HeldOut",
+    {
+        "examples": Annotated[int, Field(description="how many judged.")],
+        "of": Annotated[int, Field(description="how many shots there are.")],
+        "folds": Annotated[int, Field(description="in how many parts they were held out; 0 for none.")],
+        "from": Annotated[DataRef, Field(description="the evaluation data, where they judged.")],
+    },
+    total=False,
+)
 """Which examples the candidates were judged on."""
 Scores = dict[str, float]
 """Loss, metric and its standard error."""
 
 
 class Chosen(TypedDict, total=False):
-    """How what was kept was learned."""
+    """How what was kept was learned.
+
+    Attributes:
+        granularity: as `--granularity`.
+        normalize: as `--normalize`.
+        pull: as `--pull`.
+        new_adapter: rank of the new adapter; 0 for none.
+        interpolation: as `--interpolation`.
+        new_adapter_interpolation: as `--new-adapter-interpolation`.
+        steps: optimizer steps.
+        pooling: what a new head sees of a text.
+        l2: how strongly a solved head is held.
+    """
 
     granularity: str
     normalize: str
@@ -97,7 +145,15 @@ class Chosen(TypedDict, total=False):
 
 
 class Pruned(TypedDict, total=False):
-    """What pruning set to zero, and what it cost."""
+    """What pruning set to zero, and what it cost.
+
+    Attributes:
+        below: as `--prune-below`.
+        weights_set_to_zero: how many.
+        left: adapters that left the mixture.
+        loss_added: how much the loss rose.
+        on: the examples that loss is of, in words.
+    """
 
     below: float
     weights_set_to_zero: int
@@ -114,8 +170,20 @@ def _check_point(point: list[float]) -> None:
 class FitMetrics(TypedDict, total=False):
     """The record of a fit: the scores of all candidates, what was kept, and in words what they were measured on.
 
-    `better` and `as_good` name the simpler candidates that did better than what was compared, and as well; `history` has
-    [step, loss] of the last training.
+    Attributes:
+        metric: its name.
+        higher_is_better: of the metric.
+        candidates: candidate -> its loss, its metric, and the metric's standard error.
+        kept: the candidate that was kept.
+        compared_with: the candidate that the others are compared with.
+        better: simpler candidates that did better than it.
+        as_good: simpler candidates that did as well.
+        note: what was measured, and on what, in words.
+        settings: learned setting -> its scores on the folds.
+        chosen: how what was kept was learned.
+        history: [step, loss] of the last training, by its title.
+        pruned: what pruning did.
+        held_out: the examples that judged.
     """
 
     metric: str
@@ -134,7 +202,12 @@ class FitMetrics(TypedDict, total=False):
 
 
 class NewAdapter(TypedDict):
-    """The adapter that a fit trained beside those given."""
+    """The adapter that a fit trained beside those given.
+
+    Attributes:
+        name: what the mixture calls it.
+        r: its rank.
+    """
 
     name: str
     r: int
@@ -147,7 +220,17 @@ def _check_option(value: Any) -> None:
 
 
 class MadeFrom(TypedDict, total=False):
-    """How a mixture was made: the method, and of a fit its data and its options."""
+    """How a mixture was made: the method, and of a fit its data and its options.
+
+    Attributes:
+        method: the method of the fit, `given`, `uniform`, or `training loop`.
+        data: the shots of a fit.
+        fit: every option of the fit.
+        columns: what `--column` said.
+        residual: the adapter whose residual the base is.
+        adapters: name -> source of all adapters that a fit was given, where it did not keep all of them.
+        new_adapter: the adapter that it trained beside them.
+    """
 
     method: str
     data: DataRef
@@ -162,7 +245,27 @@ class MadeFrom(TypedDict, total=False):
 
 
 class MixtureRecord(Record):
-    """A mixture without its tensors; `weights` are for the reader, but in a manifest, which has no others."""
+    """A mixture without its tensors; `weights` are for the reader, but in a manifest, which has no others.
+
+    Attributes:
+        format_version: of this part.
+        base_model: the base.
+        adapters: in the order of their weights.
+        granularity: which modules share a row of weights.
+        normalize: `all` and `present` are a softmax, `none` are free weights.
+        delta_scale: factor of the whole delta weight.
+        groups: group -> the modules that share its row.
+        weights: group -> adapter -> mixture weight, without delta_scale.
+        task: what the model is for.
+        config: keys of the base's config that the task changes.
+        metrics: the record of a fit.
+        modules_to_save: as `--modules-to-save`.
+        resize_vocab: the adapter whose vocabulary the export has.
+        pooling: how a layer pools tokens for the head, where one does.
+        prefixes: how names in files and in the model differ.
+        data: how the mixture was made.
+        head: tensor of a trained head -> the base's tensor that it replaces; null for none.
+    """
 
     format_version: Literal[1] = FORMAT_VERSION
     base_model: BaseRecord

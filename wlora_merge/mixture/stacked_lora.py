@@ -1,8 +1,8 @@
 """StackedLora: the nn.Module that a fit attaches to each target module, and what it adds to that module's output.
 
 The forward pass is y = base(x) + ((x @ lora_A.T) * gains) @ lora_B.T. As the factors need no gradient, autograd keeps only
-the [tokens, R] product of the first matmul, whatever the number of adapters (and base(x) where an adapter is a DoRA, which
-also adds Σ gains_n·row_scale_n · (base(x) - bias)). The gradient is the softmax's own; the public
+the [tokens, R] product of the first matmul, whatever the number of adapters. A DoRA also adds
+Σ gains_n·row_scale_n · (base(x) - bias), so base(x) is kept then. The gradient is the softmax's own; the public
 WLoRA code loses its normalization term.
 """
 
@@ -32,8 +32,8 @@ CONVOLVE: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3:
 class StackedLora(nn.Module):
     """The stacked changes of one target module; its output is the mixture's change of that module's output.
 
-    Buffers: present [N]; lora_A [R, in], lora_B [out, R], scaling [R] float32 and adapter_index [R] where R > 0; with a DoRA
-    row_scale, and with a trained bias `bias`, both [N, out] float32. They are not part of the state dict: they come from the
+    Buffers: present [N]; lora_A [R, in], lora_B [out, R], scaling [R] float32 and adapter_index [R] where R > 0. With a DoRA
+    there is row_scale, and with a trained bias `bias`, both [N, out] float32. They are not part of the state dict: they come from the
     adapters.
     """
 

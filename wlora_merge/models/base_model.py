@@ -42,8 +42,8 @@ SIDES = (
 class BaseModel:
     """An opened base: `headers` by file name in the index's order, `entries` by tensor name.
 
-    Where it has a vocabulary of another size, `vocabulary` says so, `added` holds the rows [k, ...] that stand behind a tensor's own,
-    by the tensor's name, and `tokenizer` the files (name -> path) that take the place of its tokenizer's. `known` has a model's
+    Where it has a vocabulary of another size, `vocabulary` says so. `added` holds the rows [k, ...] that stand behind a tensor's own,
+    by the tensor's name. `tokenizer` holds the files (name -> path) that take the place of its tokenizer's. `known` has a model's
     names of tensors that a mixture has recorded -> their names in the files, None for those that are not there. `mixture` has the
     parameters of a mixture that a checkpoint of an attached model holds: no tensors of the base, and never exported.
     """
@@ -137,8 +137,13 @@ class BaseModel:
     def find_tensor(self, name: str) -> Entry | None:
         """The tensor that a model built on this base calls so.
 
-        In this order: as the files spell it; of a multimodal base, whose parts have like names, as a class has it that loads the base
-        or a part of it; with or without a leading part (the model prefix); renamed on loading; as a class renames an older spelling.
+        It is looked for in this order:
+
+        - as the files spell it
+        - of a multimodal base, whose parts have like names, as a class has it that loads the base or a part of it
+        - with or without a leading part (the model prefix)
+        - renamed on loading
+        - as a class renames an older spelling
 
         Raises:
             WloraMergeError: several tensors fit.
@@ -353,8 +358,8 @@ def _no_weights(folder: Path) -> str:
             "copy the tokenizer's files."
         )
     return _gguf(folder) or (
-        f"{folder}: has neither {SINGLE} nor {INDEX}: give a Hugging Face model in safetensors; pickles of the hub are not fetched, "
-        "so load such a base with its own class where you trust it, and save_pretrained it into a folder."
+        f"{folder}: has neither {SINGLE} nor {INDEX}: give a Hugging Face model in safetensors. Pickles of the hub are not fetched: "
+        "load such a base with its own class where you trust it, and save_pretrained it into a folder."
     )
 
 
@@ -368,7 +373,7 @@ def _check_size(config: dict[str, Any], file: Path, entries: Collection[Entry], 
     """Refuse a config of a far larger model than the files hold, before transformers makes lists as long as it says.
 
     What is left is told when a model is built; see `loading.bounded`. A side may be 16 times the longest that is there, as packed
-    weights have several numbers in one; a table for a part that is not there may have longer ones.
+    weights have several numbers in one. A table for a part that is not there may have longer ones.
     """
     most = 4 * len(entries) + 100  # layers that share their tensors, as ALBERT's, are few
     longest = 16 * max((side for entry in entries for side in entry.shape), default=0) + 10_000

@@ -33,7 +33,7 @@ _AXES = {
 def tidy(model: onnx_ir.Model) -> None:
     """Fold constants, drop what is unused or said twice, name the axes, and strip every note about the tracing.
 
-    The passes are those of `onnxscript.optimizer.optimize_ir` without its two rounds of some hundred rewrite rules, which
+    The passes are those of `onnxscript.optimizer.optimize_ir` without its two rounds of some hundred rewrite rules. These
     take 30 s on a 30-layer decoder; only the rules that drop slices and casts doing nothing have work there.
     """
     import onnx_ir as ir

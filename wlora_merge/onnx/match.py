@@ -1,7 +1,7 @@
 """Which base tensors a weight of an ONNX graph is made of: told by its numbers, whatever its name.
 
-A weight is a base tensor, its transpose, or several of them below or beside each other (a fused QKV), in the graph's dtype; or
-a stack of such (fused experts).
+A weight is a base tensor, its transpose, or several of them below or beside each other (a fused QKV), in the graph's dtype. Or it
+is a stack of such (fused experts).
 The corners of all base tensors are kept; a corner that fits finds the candidates, and every number then decides.
 """
 

@@ -1,6 +1,6 @@
 """An encoder-decoder -> two graphs: `encoder_model.onnx` and `decoder_model_merged.onnx`.
 
-The decoder is traced twice, with and without a past, and the two become the branches of one `If` over shared weights, as
+The decoder is traced twice, with and without a past. The two become the branches of one `If` over shared weights, as
 Optimum lays them out and transformers.js runs them. Knows that layout alone; tracing and tidying are the other rooms'.
 """
 

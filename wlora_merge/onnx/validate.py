@@ -35,16 +35,16 @@ GENERATED = 16
 LONGEST = 1024  # tokens whose attention scores a check can hold
 MIXTURE_ADVICE = "look at the adapters' numbers, the mixture weights and the delta_scale"
 HALF_ADVICE = (
-    "float16 ends at 65504, and a runtime that computes in float16 would give the same (ONNX Runtime's CPU provider computes in "
-    "float32 and does not show it); export with --dtype float32"
+    "float16 ends at 65504, and a runtime that computes in float16 would give the same, though ONNX Runtime's CPU provider, which "
+    "computes in float32, does not show it: export with --dtype float32"
 )
 
 
 def check_onnx(onnx_folder: Path, dense: Path, *, task: str, pooling: str | None = None) -> float:
     """Run the graph of `onnx_folder` and the PyTorch model of `dense` on the same inputs and compare all that they give.
 
-    `onnx.checker`, no missing or left-over data file, each output in float32 at several batch sizes, sequence lengths
-    and past lengths (masked positions left out), and for a float32 decoder a greedy generation token by token.
+    It runs `onnx.checker`, and looks for missing and left-over data files. It compares each output in float32 at several batch
+    sizes, sequence lengths and past lengths, masked positions left out. A float32 decoder also generates greedily, token by token.
 
     Args:
         onnx_folder: the root of an ONNX export (`onnx/model.onnx` below it).

@@ -85,8 +85,8 @@ def single(adapter: str) -> Contender:
 class Candidate:
     """One way to mix: a row of weights for all groups, or (`row` None) weights learned from the start.
 
-    `scale` 0 is the base model alone; `new_adapter` the rank of a LoRA that is trained beside them; `interpolation` how far it goes
-    from uniform composition (0) to what was learned (1), `new_interpolations` how far the new adapter may go besides, from nothing.
+    `scale` 0 is the base model alone. `new_adapter` is the rank of a LoRA that is trained beside them. `interpolation` is how far it
+    goes from uniform composition (0) to what was learned (1). `new_interpolations` is how far the new adapter may go, from nothing.
     `trains_weights` says whether gradients train the weights; else their start is all that is chosen.
     """
 
@@ -160,8 +160,8 @@ def learned_settings(options: FitOptions, now: Situation) -> list[Candidate]:
     """What the folds compare for the learned method: the default, then what differs from it in one option, then in more.
 
     Empty for a method that learns nothing by gradients. The default is free weights where there is a new head, and a softmax where
-    the base already does the task; with a new adapter where the examples are enough for one and, under a solved head, do not
-    tell their classes yet (recipes/bench_fit/README.md says what was measured).
+    the base already does the task. It has a new adapter where the examples are enough for one. Under a solved head they must not
+    tell their classes yet, too (recipes/bench_fit/README.md says what was measured).
 
     Args:
         options: the options of the fit.

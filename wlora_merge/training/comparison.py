@@ -1,7 +1,7 @@
 """What each candidate gives on the folds or on evaluation data.
 
 The base, uniform composition, each adapter alone and the learned mixture all train their heads in the same way, on the same
-folds; each is judged after several numbers of steps, on examples that it was not trained on. It knows no files.
+folds. Each is judged after several numbers of steps, on examples that it was not trained on. It knows no files.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SEARCH_BOUND, SEARCH_L1 = 1.5, 0.05  # LoraHub's, https://arxiv.org/abs/2307.132
 class Comparison:
     """What the candidates gave on examples that they were not trained on.
 
-    `settings` has the scores of the learned method, by what was set; `steps` the best number of them; `skipped` what the time did
-    not allow, for the note; `trained` what was trained, where there was one part.
+    `settings` has the scores of the learned method, by what was set, and `steps` the best number of them. `skipped` names what the
+    time did not allow, for the note. `trained` is what was trained, where there was one part.
     """
 
     scores: dict[Contender, Score] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Judging:
         parts: (rows to train on, rows to judge on).
         steps: optimizer steps, for all or by candidate.
         judge_at: shares of the steps after which to judge.
-        deadline: after it nothing is trained. Where there is one part, the first candidate is judged as far as it came; any other
+        deadline: after it nothing is trained. Where there is one part, the first candidate is judged as far as it came. Any other
             that did not run to its end is skipped, as its score would say nothing of it.
         patience: stop a training after so many judgements without a lower loss.
         tag: tells this comparison from another in the fit's state.

@@ -1,7 +1,7 @@
 """The fit workflow: find the mixture weights, and a head where the task needs a new one, on few-shot data.
 
 With two shots per class or more, stratified folds compare the base, uniform composition, each adapter alone and the learned
-mixture in several settings; each trains its own head in the same way. What is kept is then trained on all shots. With one shot
+mixture in several settings. Each trains its own head in the same way. What is kept is then trained on all shots. With one shot
 per class nothing can be held out: the settings are the defaults, and the metrics are not estimated.
 """
 

@@ -1,8 +1,8 @@
 """The learner of a fit: one loaded model on which one candidate after another is placed, trained and judged.
 
-Its loop is our own, because it trains a few numbers through a frozen model: it takes quantized bases as they are, keeps no
-state but those numbers, and gives the same result on several processes as on one (each weighs its share of a batch by what the
-loss counts). A new head that ends in one linear layer is solved (`solved_head`), any other is trained. Dropout is off: the frozen
+Its loop is our own, because it trains a few numbers through a frozen model. It takes quantized bases as they are, and keeps no
+state but those numbers. It gives the same result on several processes as on one: each weighs its share of a batch by what the
+loss counts. A new head that ends in one linear layer is solved (`solved_head`), any other is trained. Dropout is off: the frozen
 model is a fixed function.
 """
 

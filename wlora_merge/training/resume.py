@@ -1,7 +1,7 @@
 """A fit's resumable state: one file beside the output, `OUT.fit-state`, with what has been trained and nothing of the model.
 
 It holds the judgements of finished trainings, and of the one under way the trained tensors, the optimizer and the random
-state. It is replaced in one step and read with `weights_only`, so a kill at any moment leaves the old one or the new one, and
+state. It is replaced in one step, so a kill at any moment leaves the old one or the new one. It is read with `weights_only`, so
 no code in it is ever run. It goes when the fit is done.
 """
 
