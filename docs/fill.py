@@ -80,6 +80,10 @@ def _version(server: Server) -> str:
 
 FOLDERS = {"dense": "served", "lora": "adapter", "onnx": "graph", "genai": "genai"}
 """What the pages call an export of each kind."""
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What a LoRA on the pages belongs to: a Llama, which each of the programs knows."""
+LABELS = {0: "negative", 1: "positive"}
+"""Those of a head in the pages' code."""
 MORE_TASKS = {
     "vllm": ("text-classification", "feature-extraction"),
     "ctranslate2": ("seq2seq-lm",),
@@ -110,9 +114,15 @@ def _code(server: Server, kind: str, name: str) -> str:
     """What a card shows of one program for an export of one kind, without the program's title."""
     from jinja2 import StrictUndefined, Template
 
+    task = get_task(name)
+    head = (
+        {"architecture": "LlamaForSequenceClassification", "labels": LABELS}
+        if task.has_labels
+        else {"architecture": "", "labels": {}}
+    )
     text: str = Template(SERVING.read_text(encoding="utf-8"), undefined=StrictUndefined).render(
-        kind=kind, dtype=None, architecture="", labels={}, graph="model.onnx", js_dtype="fp32", vllm_rank=vllm_rank(16),
-        folder=FOLDERS[kind], base_name="facebook/opt-350m", task=get_task(name), servers=[server], **TGI,
+        kind=kind, dtype=None, **head, graph="model.onnx", js_dtype="fp32", vllm_rank=vllm_rank(16),
+        folder=FOLDERS[kind], base_name=BASE, task=task, servers=[server], **TGI,
     )  # fmt: skip
     return text.removeprefix(f"{server.title}:").strip()
 

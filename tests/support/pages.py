@@ -15,6 +15,7 @@ PAGES = {
 WORDS = ["[PAD]", "[UNK]", "Review", "a", "gem", "bore", "Sentiment", "positive", "negative", ":", "."]
 STAND_INS = {
     "facebook/opt-350m": "base",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "base",
     "varun-v-rao/opt-350m-lora-1.57M-squad-model3": "a",
     "renyulin/finetune_fp4_opt_bnb_peft_opt-350m-lora": "b",
 }
