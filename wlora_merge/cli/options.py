@@ -178,6 +178,14 @@ FORCE = option("--force", is_flag=True, help="Replace what is in --out. Default:
 OUT = option("--out", required=True, type=click.Path(), help="Folder to write; all or nothing.")
 REPORT_HELP = "Write report.html and its figures into the folder (needs matplotlib)."
 AS_JSON = option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+MANY = option(
+    "--adapters",
+    "lists",
+    topic=Topic.INPUTS,
+    multiple=True,
+    metavar="FOLDER_OR_LIST",
+    help="Every PEFT folder below a folder, or a text file with one [NAME=]PATH_OR_ID on a line.",
+)
 INPUTS = together(
     option(
         "--base", topic=Topic.INPUTS, required=True, metavar="PATH_OR_ID", help="Base model: a folder, or a hub id."
@@ -186,10 +194,17 @@ INPUTS = together(
         "--adapter",
         "adapters",
         topic=Topic.INPUTS,
-        required=True,
         multiple=True,
         metavar="[NAME=]PATH_OR_ID",
-        help="An adapter: a PEFT folder, or a hub id; its name is the folder's. Give it for each adapter.",
+        help="An adapter: a PEFT folder, or a hub id; its name is the folder's. Give it for each adapter, or give --adapters.",
+    ),
+    MANY,
+    option(
+        "--strict",
+        topic=Topic.INPUTS,
+        is_flag=True,
+        help="With --adapters: refuse an adapter that cannot be mixed on the base. Default: leave it out and say why, but with "
+        "--weights refuse it.",
     ),
 )
 MOVED = together(

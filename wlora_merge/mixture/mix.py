@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.adapter import load_adapters
+from ..adapters.adapter import AdapterSpec, load_adapters
 from ..adapters.added_tokens import resized
 from ..adapters.modules_to_save import join_changes, stack_tensors
 from ..adapters.stacking import stack
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def mix(
     base: str | Path,
-    adapters: Iterable[str | Path | tuple[str, str | Path]],
+    adapters: Iterable[AdapterSpec],
     out: str | Path | None = None,
     *,
     force: bool = False,
@@ -42,7 +42,7 @@ def mix(
 
     Args:
         base: folder or hub id of the base model.
-        adapters: one or more, as PATH_OR_ID, `NAME=PATH_OR_ID` or (name, PATH_OR_ID).
+        adapters: one or more, as PATH_OR_ID, `NAME=PATH_OR_ID`, (name, PATH_OR_ID), or opened by `mixable`.
         out: folder to write the mixture to; None writes nothing.
         force: replace what is in `out`.
         options: fields of `MixOptions`: `weights` [N], used as they are (`normalize: none`), else uniform composition; `task`,
