@@ -130,6 +130,7 @@ def mixture_rows(mixture: Mixture) -> Rows:
         {"what": "granularity", "value": f"{mixture.granularity} ({mixture.group_count})"},
         {"what": "normalize", "value": mixture.normalize},
         {"what": "delta_scale", "value": f"{mixture.delta_scale:g}"},
+        *([] if mixture.combination.is_linear else [{"what": "combination", "value": str(mixture.combination)}]),
         {"what": "head", "value": " ".join(mixture.head) or "none"},
         *([{"what": "pooling", "value": pooling}] if (pooling := _pooling(mixture)) else []),
     ]

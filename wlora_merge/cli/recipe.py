@@ -27,8 +27,8 @@ from ..errors import RecipeError, WloraMergeError
 from ..export_options import ExportOptions, export_options
 from ..fit_options import FitRequest, fit_request
 from ..io.untrusted import is_plain_file_name, parse_yaml, read_bytes
-from ..mix_options import MixOptions
-from ..option_fields import REQUIRED, Field, Topic, checked, is_of_type, option
+from ..mix_options import MixOptions, mix_options
+from ..option_fields import REQUIRED, Field, Topic, is_of_type, option
 from ..text import nearest, short
 
 
@@ -184,7 +184,7 @@ def _check(recipe: Recipe, path: Path) -> None:
             fit_request(vars(recipe.fit))
     with _named(f"{path}: mix"):
         if recipe.mix is not None:
-            checked(MixOptions, vars(recipe.mix), "mix", RecipeError)
+            mix_options(vars(recipe.mix))
     for i, entry in enumerate(recipe.exports):
         with _named(f"{path}: exports[{i}]"):
             export_options(options_of(entry, ExportOptions))

@@ -21,6 +21,7 @@ from ..adapters.targets import modules_of, tensors_of
 from ..errors import AdapterError, WloraMergeError, WloraMergeWarning
 from ..models.base_model import BaseModel, open_base
 from ..progress import Meter
+from .combination import Combination
 from .fold import fold_factor, fold_factors
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def mixable(
     modules_to_save: str | None = None,
     resize_vocab: str | None = None,
     residual: str | None = None,
+    method: str = "linear",
 ) -> list[Adapter]:
     """The adapters that can be mixed with each other on a base, opened, as `mix` and `fit` take them; each other one is left out
     with a warning that says why.
@@ -64,6 +66,7 @@ def mixable(
         modules_to_save: as for `mix`, like the rest.
         resize_vocab: the adapter whose vocabulary the base is to have.
         residual: the adapter whose residual the base is.
+        method: how delta weights are to be combined.
 
     Raises:
         AdapterError: none can be mixed; with the reason for each.
@@ -78,7 +81,7 @@ def mixable(
             left[called(spec)] = error
         meter.add(0, 1)
     grown, brought = resized(opened, loaded, resize_vocab)
-    together = Together(grown, modules_to_save)
+    together = Together(grown, modules_to_save, Combination(method))
     meter = Meter("trying adapters on the base", 0, len(loaded), "adapters")
     for adapter, own in zip(loaded, brought, strict=True):
         try:
@@ -101,10 +104,11 @@ class Together:
     Args:
         base: the opened base model.
         choice: `modules_to_save`, as for `stack_tensors`.
+        how: how they are to be combined.
     """
 
-    def __init__(self, base: BaseModel, choice: str | None) -> None:
-        self._base, self._choice = base, choice
+    def __init__(self, base: BaseModel, choice: str | None, how: Combination | None = None) -> None:
+        self._base, self._choice, self._how = base, choice, how or Combination()
         self._stack, self._names = Stack(modules_of(base), tensors_of(base), model_type=base.model_type), Names()
         self.adapters: list[Adapter] = []
 
@@ -117,7 +121,9 @@ class Together:
         find = tensors_of(self._base)
         deltas = stack([adapter], modules_of(self._base), find, model_type=self._base.model_type)
         choice = self._choice if self._choice in (None, "drop", "mix", adapter.name) else "drop"
-        names = self._names | Names.of(deltas, *stack_tensors([adapter], choice, (), find), find)
+        tensors, head = stack_tensors([adapter], choice, (), find)
+        self._how.refuse_changes([adapter], tensors)
+        names = self._names | Names.of(deltas, tensors, head, find)
         names.refuse_both()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the stack above has said it

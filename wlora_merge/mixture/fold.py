@@ -7,7 +7,8 @@ float32, which is off by one unit where the float32 number lies exactly between 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from ..adapters.layouts import row_factor, stored_factors
 
@@ -34,6 +35,33 @@ def fold_factor(delta: ModuleDelta, gains: torch.Tensor) -> torch.Tensor | None:
     if delta.row_scale is None:
         return None
     return row_factor(delta.layout, 1 + gains.double() @ delta.row_scale)
+
+
+class RowFold(Protocol):
+    """What folds a module by rows, however its adapters are combined."""
+
+    def rows(self, block: torch.Tensor, rows: slice | list[int], total: torch.Tensor) -> torch.Tensor:
+        """The folded weight of some rows.
+
+        Args:
+            block: those rows [count, cols] of the base weight, any floating dtype.
+            rows: which they are.
+            total: [count, cols] float64, overwritten and returned.
+        """
+
+
+@dataclass(frozen=True)
+class LinearFold:
+    """factor · W + left @ right: the weighted sum; the terms are those of `fold_rows`."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    factor: torch.Tensor | None = None
+
+    def rows(self, block: torch.Tensor, rows: slice | list[int], total: torch.Tensor) -> torch.Tensor:
+        """As of a `RowFold`."""
+        factor = self.factor[rows] if self.factor is not None and self.factor.shape[0] > 1 else self.factor
+        return fold_rows(block, self.left[rows], self.right, total, factor)
 
 
 def fold_rows(
