@@ -92,7 +92,7 @@ def attachable(found: Inputs) -> tuple[Mixture, list[Adapter]]:
     from ..adapters.deltas import ModuleDelta
     from ..adapters.factors import Factors
     from ..adapters.layouts import Layout, factors_to_file
-    from ..mixture.combination import Combination, CombinedFold
+    from ..mixture.combination import Combination
     from ..mixture.mixture import InputRef
 
     mixture, modules, layouts = found.mixture, dict[str, Factors](), set[Layout]()
@@ -103,8 +103,7 @@ def attachable(found: Inputs) -> tuple[Mixture, list[Adapter]]:
             raise UnsupportedError(
                 f"{mixture.combination.method}: module {delta.module!r} is combined in parts, which no adapter can be attached to"
             )
-        fold = mixture.fold_of(delta)
-        dense = fold.dense() if isinstance(fold, CombinedFold) else torch.empty(0)
+        dense = mixture.fold_of(delta).dense()
         dense = (dense.T if delta.layout.transposed else dense).float().contiguous()  # [out, in]
         out, columns = dense.shape
         pair = (dense, torch.eye(out)) if out < columns else (torch.eye(columns), dense)

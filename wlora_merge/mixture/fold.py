@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ..adapters.layouts import row_factor, stored_factors
+from ..io.tensors import matrix_shape
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 
 
 def fold_factors(delta: ModuleDelta, gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`left [rows, R]`, `right [R, cols]` float64 in the base tensor's order, with the gains in `left`."""
+    """`left [rows, R]`, `right [R, cols]` float64 in the base tensor's order, with the gains in `left`; R may be 0."""
+    import torch
+
+    if not delta.factors:
+        rows, cols = matrix_shape(delta.shape)
+        return torch.zeros(rows, 0, dtype=torch.float64), torch.zeros(0, cols, dtype=torch.float64)
     lora_B = delta.lora_B.double() * gains.double()
     left, right = stored_factors(delta.layout, delta.lora_A.double(), lora_B)
     return left.contiguous(), right.contiguous()
@@ -62,6 +68,10 @@ class LinearFold:
         """As of a `RowFold`."""
         factor = self.factor[rows] if self.factor is not None and self.factor.shape[0] > 1 else self.factor
         return fold_rows(block, self.left[rows], self.right, total, factor)
+
+    def dense(self) -> torch.Tensor:
+        """The delta weight [rows, cols] float64 in the base tensor's order, without what the factor changes."""
+        return self.left @ self.right
 
 
 def fold_rows(

@@ -143,9 +143,11 @@ class Mixture:
         return self.delta_scale * self.weights_of(delta)
 
     def fold_of(self, delta: ModuleDelta) -> LinearFold | CombinedFold:
-        """What folds the weight of one module."""
+        """What folds the weight of one module; an adapter of weight zero is not read, but where it has a vote."""
         weights = self.whole_gains_of(delta)
-        if not self.combination.is_linear:
+        if not self.combination.elects:
+            delta = delta.only(weights != 0)
+        if not self.combination.is_linear and delta.factors:
             return CombinedFold(self.combination, delta, weights, self.adapter_names)
         return LinearFold(*fold_factors(delta, self.gains_of(delta)), fold_factor(delta, weights))
 
