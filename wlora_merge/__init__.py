@@ -6,6 +6,10 @@
     wlora_merge.export("mixture", "dense", "served")
     wlora_merge.verify("served")
 
+With all adapters of a folder that can be mixed on the base, those that cannot being named in a warning:
+
+    wlora_merge.mix(base, wlora_merge.mixable(base, wlora_merge.find_adapters("adapters")), out="mixture")
+
 With a training loop of your own:
 
     wlora_merge.attach(model, adapters)            # only model.wlora_weights requires gradients
@@ -21,10 +25,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters.find import find_adapters
     from .errors import WloraMergeError, WloraMergeWarning
     from .exporters.export import export
     from .exporters.verify import verify
     from .mixture.attach import attach, detach
+    from .mixture.compatibility import mixable
     from .mixture.mix import mix
     from .mixture.mixture import Mixture
     from .training.fit import fit
@@ -36,8 +42,10 @@ _HOMES = {
     "attach": "mixture.attach",
     "detach": "mixture.attach",
     "export": "exporters.export",
+    "find_adapters": "adapters.find",
     "fit": "training.fit",
     "mix": "mixture.mix",
+    "mixable": "mixture.compatibility",
     "verify": "exporters.verify",
 }
 
@@ -49,8 +57,10 @@ __all__ = [
     "attach",
     "detach",
     "export",
+    "find_adapters",
     "fit",
     "mix",
+    "mixable",
     "verify",
 ]
 

@@ -16,6 +16,7 @@ NEW_FOLDER = "new_adapter"
 """Where a mixture folder has it."""
 FIT_STATE = ".fit-state"
 NORMALIZE = ("all", "present", "none")
+COMBINATIONS, MAJORITY_SIGNS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"), ("total", "frequency")
 FORMATS = ("dense", "lora", "onnx")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What weights may be written in, and how safetensors calls it."""

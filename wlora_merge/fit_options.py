@@ -16,8 +16,8 @@ from .option_fields import (
     AT_LEAST_0,
     COUNT,
     REQUIRED,
+    SEED,
     SHARE,
-    Range,
     Rule,
     Topic,
     checked,
@@ -31,7 +31,6 @@ POOLINGS = ("auto", "model", "mean", "cls", "last")
 METHODS = ("learned", "uniform", "best-single", "fixed", "search", "auto")
 LEARNED = ("learned", "auto")
 """The methods that learn weights by gradients."""
-_SEED = "a whole number from 0 to 2^32 - 1"
 
 
 def _tasks(fact: str) -> tuple[str, ...]:
@@ -186,7 +185,7 @@ class FitOptions:
         None, Topic.TRAINED, bounds=COUNT,
         help="Tokens kept of an example. Default: what the tokenizer says, within the model's positions.")
     seed: int = option(
-        0, Topic.TRAINED, bounds=Range(0, _SEED, high=2**32 - 1, too_high=_SEED),
+        0, Topic.TRAINED, bounds=SEED,
         help="Of the head, the new adapter, the search, the order and the folds.")
     device: str = option("auto", Topic.TRAINED, choices=("auto", "cpu", "cuda", "mps"), help="Where to run.")
     precision: str = option(

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .constants import NORMALIZE
+from .constants import COMBINATIONS, MAJORITY_SIGNS, NORMALIZE
 from .data.tasks import TASKS
 from .errors import MixtureError
-from .option_fields import Topic, checked, option
+from .option_fields import SEED, SHARE, Rule, Topic, checked, option, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,21 @@ class WeightOptions:
     normalize: str | None = option(
         None, Topic.MIXED, choices=NORMALIZE[:2], help="For uniform composition. Default: all."
     )
+    method: str = option(
+        "linear", Topic.MIXED, choices=COMBINATIONS,
+        help="How delta weights become one: summed as they are; pruned first, to the largest (magnitude_prune) or at random "
+        "(dare_linear); and of one sign where they disagree (ties, dare_ties).",
+        detail="As PEFT's functions of these names do it, on the dense delta weight of each tensor and adapter. All but linear are "
+        "exported dense or to ONNX, or come near as a LoRA of --rank K. ties and dare_ties average what agrees: their default "
+        "weights are 1. TIES: https://arxiv.org/abs/2306.01708; DARE: https://arxiv.org/abs/2311.03099.")
+    density: float | None = option(
+        None, Topic.MIXED, bounds=SHARE, of=COMBINATIONS[1:],
+        help="The share of each adapter's delta weight, tensor by tensor, that is kept.")
+    majority_sign: str | None = option(
+        None, Topic.MIXED, choices=MAJORITY_SIGNS, of=("ties", "dare_ties"),
+        help="Elect by the total of the numbers, or by how many have a sign. Default: total.")
+    seed: int | None = option(
+        None, Topic.MIXED, bounds=SEED, of=("dare_linear", "dare_ties"), help="Of what is kept at random. Default: 0.")
     delta_scale: float = option(1.0, Topic.MIXED, common=True, help="Factor of the whole delta weight.")
     resize_vocab: str | None = option(
         None,
@@ -59,6 +74,22 @@ class MixOptions(AdapterOptions, WeightOptions):
     """The `mix` section: a mixture without fitting."""
 
 
+# fmt: off
+_RULES: list[Rule] = [
+    (lambda o: o.method != "linear" and o.density is None,
+     "method {o.method} prunes the delta weights: say --density, the share of them that is kept, as 0.2."),
+    (lambda o: o.method == "linear" and o.density is not None,
+     "density is of a method that prunes ({found}), and method linear does not: say --method too, or leave it out."),
+    (lambda o: o.majority_sign is not None and not o.method.endswith("ties"),
+     "majority_sign is of ties and dare_ties, and method {o.method} elects no sign: leave it out."),
+    (lambda o: o.seed is not None and not o.method.startswith("dare"),
+     "seed is of dare_linear and dare_ties, and method {o.method} draws nothing at random: leave it out."),
+    (lambda o: o.normalize is not None and o.method.endswith("ties"),
+     "normalize is of uniform composition, and method {o.method} averages what agrees by itself: leave it out."),
+]
+# fmt: on
+
+
 def mix_options(given: Mapping[str, Any]) -> MixOptions:
     """Options by name; None keeps the default. Whether the weights are one for each adapter is seen once those are read.
 
@@ -75,6 +106,7 @@ def mix_options(given: Mapping[str, Any]) -> MixOptions:
     apart = {"weights", "normalize"} if weights is not None else {"weights"}
     rest = {name: value for name, value in given.items() if name not in apart}
     options: MixOptions = checked(MixOptions, rest, "mix", MixtureError)
+    refuse(_RULES, MixtureError, options)
     if not math.isfinite(options.delta_scale):
         raise MixtureError(f"delta_scale is {options.delta_scale}, expected a finite number.")
     return replace(options, weights=weights)

@@ -305,6 +305,7 @@ def test_a_path_that_exists_is_a_path_though_it_holds_an_equals_sign(
     assert load_adapters(["a=lr=0.1"])[0].name == "a"
 
 
+@pytest.mark.filterwarnings("ignore:adapters .* are the same")
 def test_adapters_are_named_by_folder_by_spec_or_by_pair(tmp_path: Path) -> None:
     for name in "abc":
         write(tmp_path / name)

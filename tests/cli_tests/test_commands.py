@@ -32,6 +32,31 @@ def test_mix_export_inspect_verify_from_end_to_end(zoo: tuple[Path, list[Path]],
         assert json.loads(run("inspect", *paths, "--json").stdout)
 
 
+def test_a_mixture_of_another_method_is_shown_exported_and_verified(
+    zoo: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, folders = zoo
+    how = ["--method", "dare_ties", "--density", "0.5", "--seed", "3", "--weights", "1,0.5,1", "--task", "causal-lm"]
+    assert run("mix", *inputs(base, folders), *how, "--out", tmp_path / "m").exit_code == 0
+    rows = json.loads(run("inspect", tmp_path / "m", "--json").stdout)[f"Mixture {tmp_path / 'm'}"]
+    assert {"what": "combination", "value": "method dare_ties, density 0.5, majority_sign total, seed 3"} in rows
+    refused(
+        run("export", tmp_path / "m", "--format", "lora", "--out", tmp_path / "l"),
+        tmp_path / "l",
+        "dare_ties: ",
+        "--rank K",
+    )
+    done = run("export", tmp_path / "m", "--format", "lora", "--rank", "4", "--out", tmp_path / "l")
+    assert "r = 4, relative error" in done.stdout
+    for name, words in (
+        ("d", ["--format", "dense", "--report"]),
+        ("l", ["--format", "lora", "--rank", "4", "--force"]),
+    ):
+        assert run("export", tmp_path / "m", *words, "--out", tmp_path / name).exit_code == 0
+        done = run("verify", tmp_path / name, "--base", base, *adapter_options(folders), "--json")
+        assert json.loads(done.stdout)["skipped"] == {}
+
+
 def test_wrong_usage_exits_2(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, folders = zoo
     assert run("export").exit_code == 2
@@ -54,6 +79,16 @@ FIT = ["fit", "--base", "b", "--adapter", "a", "--adapter", "c", "--data", "x"]
         (["export", "m", "--format", "dense", "--rank", "2"], "--rank: of --format lora alone, not of dense"),
         (["mix", "--base", "b", "--adapter", "a", "--adapter", "c", "--adapter", "d", "--weights", "1,2"], "2 numbers"),
         (["mix", "--base", "b", "--adapter", "a", "--adapter", "c", "--weights", "0.7,nan"], "finite numbers"),
+        (
+            ["mix", "--base", "b", "--adapter", "a", "--method", "ties"],
+            "method ties prunes the delta weights: say --density",
+        ),
+        (["mix", "--base", "b", "--adapter", "a", "--method", "ties", "--density", "0"], "0<x<=1"),
+        (["mix", "--base", "b", "--adapter", "a", "--density", "0.5"], "density is of a method that prunes"),
+        (
+            ["mix", "--base", "b", "--adapter", "a", "--majority-sign", "total"],
+            "majority_sign is of ties and dare_ties",
+        ),
         (["export", "m", "--format", "lora", "--opset", "18"], "of --format onnx alone"),
         (["export", "m", "--format", "onnx", "--max-shard-size", "1MB"], "of --format dense alone"),
         ([*FIT, "--task", "causal-lm", "--eval-split", "test"], "eval_split is of eval_data"),

@@ -103,6 +103,7 @@ def test_an_adapter_that_does_not_fit_is_a_row_with_the_reason(llama_zoo: Callab
     json.dumps(tables, allow_nan=False)
 
 
+@pytest.mark.filterwarnings("ignore:adapters .* are the same")
 def test_adapters_that_mix_given_an_option_are_told_which(llama_zoo: Callable[..., Any], tmp_path: Path) -> None:
     base, folders = llama_zoo()
     head = make_adapter(tiny_llama(), tmp_path / "head", 1, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support.models import make_adapter
+from support.models import make_adapter, tiny_llama
 from support.tokenizers import WORDS, tokenizer
 
 from wlora_merge.errors import UnsupportedError
@@ -58,6 +58,21 @@ def test_a_reward_model_without_any_padding_token_is_one_sentence(tmp_path: Path
     with pytest.raises(UnsupportedError, match=r"config has no pad_token_id, and its tokenizer none.*set pad_token_id"):
         export(mixture, "onnx", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_that_is_no_weighted_sum_is_traced_refolded_and_verified(tmp_path: Path) -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "base")
+    adapters = [make_adapter(model, tmp_path / name, i, r=2, target_modules=["q_proj"]) for i, name in enumerate("bcd")]
+    mix(tmp_path / "base", adapters, tmp_path / "m", method="ties", density=0.3, task="causal-lm")
+    export(tmp_path / "m", "onnx", tmp_path / "traced")
+    export(mix(tmp_path / "base", adapters, weights=[0, 0, 0], task="causal-lm"), "onnx", tmp_path / "plain")
+    export(tmp_path / "m", "onnx", tmp_path / "refolded", onnx_base=tmp_path / "plain")
+    for name in ("traced", "refolded"):
+        checked = verify(tmp_path / name, base=tmp_path / "base", adapters=[f"{a.name}={a}" for a in adapters])
+        assert not checked.skipped
+        assert checked.largest_difference is not None
+        assert checked.largest_difference < 1e-5
 
 
 def test_a_padding_token_without_an_embedding_is_one_sentence(tmp_path: Path) -> None:

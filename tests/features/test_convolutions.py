@@ -171,6 +171,7 @@ def test_a_grouped_convolution_which_peft_cannot_merge_is_refused_by_name(tmp_pa
 
 
 @pytest.mark.parametrize("options", [{"dilation": 2, "padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
+@pytest.mark.filterwarnings("ignore:adapters .* are the same")
 def test_a_convolution_that_peft_trains_as_another_than_it_merges_is_refused(
     options: dict[str, Any], tmp_path: Path
 ) -> None:

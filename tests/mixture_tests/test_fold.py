@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from support.models import EVERY_LINEAR, make_adapter, tiny_llama
 from transformers import AutoModelForCausalLM
 
+from wlora_merge.errors import WloraMergeWarning
 from wlora_merge.exporters.export import export
 from wlora_merge.mixture.fold import fold_factors, low_rank_svd, pad_rank, truncate
 from wlora_merge.mixture.inputs import find_inputs
@@ -151,3 +152,65 @@ def test_padding_does_not_change_the_product() -> None:
     assert A.shape == (8, 5)
     assert B.shape == (4, 8)
     assert torch.allclose(B @ A, lora_B @ lora_A, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"method": "dare_linear", "density": 0.5}, {"method": "magnitude_prune", "density": 0.5}], ids=str
+)
+def test_an_adapter_of_weight_zero_costs_nothing_and_leaves_the_bytes_of_the_others(
+    llama_zoo: Callable[..., Any], tmp_path: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wlora_merge.adapters import factors
+
+    base, folders = llama_zoo()
+    mix(base, [folders[0], folders[2]], tmp_path / "two", weights=[0.75, -0.5], task="causal-lm", **how)
+    mix(base, folders, tmp_path / "three", weights=[0.75, 0, -0.5], task="causal-lm", **how)
+    export(tmp_path / "two", "dense", tmp_path / "d2")
+    read, read_tensor = set[str](), factors.read_tensor
+
+    def noted(entry: Any) -> torch.Tensor:
+        read.add(entry.file.parent.name)
+        return read_tensor(entry)
+
+    monkeypatch.setattr(factors, "read_tensor", noted)
+    export(tmp_path / "three", "dense", tmp_path / "d3")
+    assert read == {"a0", "a2"}
+    assert (tmp_path / "d2" / "model.safetensors").read_bytes() == (tmp_path / "d3" / "model.safetensors").read_bytes()
+    mix(base, folders, tmp_path / "none", weights=[0, 0, 0], task="causal-lm", **how)
+    export(tmp_path / "none", "dense", tmp_path / "d0")
+    assert (tmp_path / "d0" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+def test_of_many_adapters_the_dtype_of_a_stack_is_asked_for_once(
+    llama_zoo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wlora_merge.adapters.factors import Factors
+
+    base, folders = llama_zoo()
+    names = [(f"{folder.name}.{i}", folder) for i in range(8) for folder in folders]
+    with pytest.warns(WloraMergeWarning, match="are the same"):
+        mixture = mix(base, names)
+    asked, dtype = [0], Factors.dtype.fget  # type: ignore[attr-defined]
+
+    def counted(factors: Factors) -> torch.dtype:
+        asked[0] += 1
+        return dtype(factors)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Factors, "dtype", property(counted))
+    inputs = find_inputs(mixture)
+    for delta in inputs.deltas:
+        mixture.fold_of(delta)  # type: ignore[arg-type]
+    assert asked[0] == sum(len(delta.factors) for delta in inputs.deltas)  # type: ignore[union-attr]
+
+
+def test_a_dora_of_weight_zero_leaves_the_base_as_it_is(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    folders = [
+        make_adapter(model, tmp_path / name, i, r=2, target_modules=["q_proj", "v_proj"], use_dora=bool(i))
+        for i, name in enumerate("ab")
+    ]
+    for name, weights, given in (("two", [1, 0], folders), ("one", [1], folders[:1])):
+        export(mix(tmp_path / "base", given, weights=weights, task="causal-lm"), "dense", tmp_path / name)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two

@@ -67,6 +67,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(llama_zoo: Callable[...,
     assert torch.allclose(*gradients, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:adapters .* are the same")
 def test_nothing_but_the_low_rank_product_is_kept_for_the_backward_pass(llama_zoo: Callable[..., Any]) -> None:
     _, folders = llama_zoo()
     model = attach(tiny_llama(), [*folders, *[(f"b{i}", f) for i, f in enumerate(folders)]])

@@ -3,6 +3,7 @@
 This room knows PEFT's files and the layouts of layers. It must not know mixtures, tasks or exports.
 
 adapter            a PEFT folder -> Adapter: load_adapters
+find               the adapters of a folder or a list: find_adapters
 config             each field of a LoraConfig: folded, without effect, or refused
 keys               a key of an adapter's file -> module and part
 conventions        what other trainers write differently into a PEFT folder

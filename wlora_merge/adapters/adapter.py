@@ -6,22 +6,25 @@ Nothing is executed and nothing is ignored: a tensor that is not understood is a
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterError, UnsupportedError, WloraMergeError
+from ..errors import AdapterError, UnsupportedError, WloraMergeError, WloraMergeWarning
 from ..io.digests import sha256_file
 from ..io.hub import ADAPTER_PATTERNS, Source, is_here, resolve_source
 from ..io.safetensors_file import FLOATING, Entry, Header, read_header, read_tensor
 from ..io.tensors import all_finite
 from ..io.untrusted import find_file, read_json
+from ..progress import Meter
 from .config import check_config
 from .conventions import by_expert
-from .factors import Factors, TokenRows
+from .factors import Factors, TokenRows, used_ranks
 from .keys import PATTERN_SECONDS, check_adapter_name, parse_adapter_key, pattern_value
 
 if TYPE_CHECKING:
@@ -126,36 +129,95 @@ def _take_biases(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> di
     return {name: tensors.pop(f"{name}.bias") for name in free}
 
 
-def load_adapters(
-    specs: Iterable[str | Path | tuple[str, str | Path]], *, residual: str | None = None
-) -> list[Adapter]:
-    """Read several adapters, given as PATH_OR_ID, `NAME=PATH_OR_ID`, or (name, PATH_OR_ID).
+AdapterSpec = str | Path | tuple[str, str | Path] | Adapter
+"""How adapters are given: PATH_OR_ID, `NAME=PATH_OR_ID`, (name, PATH_OR_ID), or opened already."""
+
+
+def load_adapters(specs: Iterable[AdapterSpec], *, residual: str | None = None) -> list[Adapter]:
+    """Read several adapters, one after another; their weights stay in their files.
+
+    Args:
+        specs: N adapters.
+        residual: the name of one whose residual the base is.
 
     Raises:
         AdapterError: two of the same name, or `residual` names none of them.
     """
-    adapters: list[Adapter] = []
-    for spec in specs:
-        name, path = split_adapter_spec(spec) if not isinstance(spec, tuple) else spec
-        adapters.append(_load(path, name, lambda found: found == residual))
+    given, adapters = list(specs), []
+    meter = Meter("opening adapters", 0, len(given), "adapters")
+    for spec in given:
+        adapters.append(open_adapter(spec, residual))
+        meter.add(0, 1)
     names = [a.name for a in adapters]
-    for name in names:
-        if names.count(name) > 1:
-            raise AdapterError(
-                f"two adapters are called {name!r}: name them, as in --adapter first=PATH --adapter second=PATH."
-            )
+    refuse_same_names(names)
     if residual is not None and residual not in names:
         raise AdapterError(f"--base-is-residual {residual}: no adapter has that name; there are {', '.join(names)}.")
+    warn_of_same(adapters)
     return adapters
 
 
-def split_adapter_spec(spec: str | Path) -> tuple[str | None, str]:
-    """`NAME=PATH_OR_ID` -> (name, path); a path that exists, or holds a separator before its `=`, has no name."""
+def open_adapter(spec: AdapterSpec, residual: str | None = None) -> Adapter:
+    """One adapter, however it is given; arguments as for `load_adapters`."""
+    if isinstance(spec, Adapter):
+        return spec
+    name, path = spec if isinstance(spec, tuple) else split_adapter_spec(spec)
+    return _load(path, name, lambda found: found == residual)
+
+
+def called(spec: AdapterSpec) -> str:
+    """The name that an adapter has before it is opened."""
+    if isinstance(spec, Adapter):
+        return spec.name
+    name, path = spec if isinstance(spec, tuple) else split_adapter_spec(spec)
+    return name or default_name(str(path))
+
+
+def warn_of_same(adapters: Sequence[Adapter]) -> None:
+    """Warn of the same adapter under two names."""
+    first: dict[tuple[str, str], str] = {}
+    for adapter in adapters:
+        known = first.setdefault((adapter.sha256, json.dumps(adapter.config, sort_keys=True)), adapter.name)
+        if known != adapter.name:
+            warnings.warn(
+                f"adapters {known!r} and {adapter.name!r} are the same (their files agree): its weight counts double.",
+                WloraMergeWarning,
+                stacklevel=2,
+            )
+
+
+def refuse_same_names(names: Iterable[str]) -> None:
+    """Refuse two adapters of the same name.
+
+    Raises:
+        AdapterError: with the name.
+    """
+    seen = set[str]()
+    for name in names:
+        if name in seen:
+            raise AdapterError(
+                f"two adapters are called {name!r}: name them, as in --adapter first=PATH --adapter second=PATH."
+            )
+        seen.add(name)
+
+
+def split_adapter_spec(spec: str | Path, folder: Path = Path()) -> tuple[str | None, str]:
+    """`NAME=PATH_OR_ID` -> (name, path); a path that exists, or holds a separator before its `=`, has no name.
+
+    Args:
+        spec: the text.
+        folder: what its path is relative to.
+    """
     text = str(spec)
     name, equals, path = text.partition("=")
-    if not equals or "/" in name or is_here(text):
+    if not equals or "/" in name or is_here(folder / text):
         return None, text
     return name, path
+
+
+def default_name(path_or_id: str) -> str:
+    """The name of an adapter that is given none: its folder's, or the last part of its hub id without the revision."""
+    local = path_or_id.startswith((".", "/", "~"))
+    return Path(path_or_id if local else path_or_id.partition("@")[0]).name
 
 
 def _named_folder(source: Source) -> Source:
@@ -214,6 +276,7 @@ def _sort_tensors(
     parts: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Any] = {}
     trained: dict[str, torch.Tensor] = {}
+    ranks: dict[Entry, torch.Tensor] = {}
     for key, entry in header.entries.items():
         tensor = _read_finite(key, entry)
         parsed = parse_adapter_key(key, wrapped=bool(config.get("target_parameters")))
@@ -229,8 +292,12 @@ def _sort_tensors(
         if slot in known:
             raise AdapterError(f"tensor {key!r} names the same thing as another tensor of the file.")
         known[slot] = tensor if parsed.part in WHOLE else entry
+        if parsed.part not in WHOLE and tensor.ndim > 1:
+            ranks[entry] = used_ranks(tensor, 0 if parsed.part.endswith("A") else 1)
     deadline = time.monotonic() + PATTERN_SECONDS
     modules = {module: _factors(module, own, config, deadline) for module, own in by_expert(parts).items()}
+    for factors in modules.values():
+        factors.note_ranks(ranks)
     return modules, tensors, _token_rows(trained, config)
 
 

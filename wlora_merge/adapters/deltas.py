@@ -7,7 +7,7 @@ weights of a mixture.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -89,7 +89,7 @@ class ModuleDelta:
         """Rank of the stack: the sum of the adapters' ranks."""
         return sum(f.r for f in self.factors)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """float32, or wider where an adapter is, or where DoRA's factor is in lora_B."""
         import torch
@@ -143,6 +143,14 @@ class ModuleDelta:
         if not bool(scale.isfinite().all()):
             raise AdapterError(f"module {self.module!r}: DoRA divides by the norm of a row that is zero: leave it out.")
         return scale
+
+    def only(self, used: torch.Tensor) -> ModuleDelta:
+        """The same without the factors of adapters that are not `used` [N] bool: their files are not read."""
+        if bool(used[self.adapter_index].all()):
+            return self
+        rows = used[self.adapter_index]
+        factors = tuple(f for n, f in zip(self._owners, self.factors, strict=True) if used[n])
+        return replace(self, factors=factors, scaling=self.scaling[rows], adapter_index=self.adapter_index[rows])
 
     @property
     def _owners(self) -> list[int]:

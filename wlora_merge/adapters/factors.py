@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -105,8 +106,21 @@ class Factors:
     @cached_property
     def is_zero(self) -> bool:
         """True where the product is zero: no rank has both its row of lora_A and its column of lora_B."""
-        rows, columns = self.lora_A.flatten(1).any(1), self.lora_B.transpose(0, 1).flatten(1).any(1)
+        return self._is_zero(used_ranks(self.lora_A, 0), used_ranks(self.lora_B, 1))
+
+    def note_ranks(self, ranks: Mapping[Entry, torch.Tensor]) -> None:
+        """Learn from who has read both tensors which ranks they use, so that `is_zero` need not read them again."""
+        known = [ranks[s] for s in (self.stored_A, self.stored_B) if isinstance(s, Entry) and s in ranks]
+        if len(known) == 2:
+            self.is_zero = self._is_zero(*known)
+
+    def _is_zero(self, rows: torch.Tensor, columns: torch.Tensor) -> bool:
         return self.scaling == 0 or not bool((rows & columns).any())
+
+
+def used_ranks(factor: torch.Tensor, axis: int) -> torch.Tensor:
+    """[r] bool: which ranks of a factor are not all zero; they are its rows (axis 0, of lora_A) or columns (axis 1, of lora_B)."""
+    return factor.transpose(0, axis).flatten(1).any(1)
 
 
 def _held(stored: torch.Tensor | Entry) -> torch.Tensor:

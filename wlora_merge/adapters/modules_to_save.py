@@ -188,6 +188,50 @@ def _check_taken(adapter: Adapter, name: str, find: Find) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Names:
+    """Names of the base's tensors that adapters change: by factors or as biases, as biases, as whole tensors, and those that a head
+    replaces."""
+
+    changed: frozenset[str] = frozenset()
+    biases: frozenset[str] = frozenset()
+    tensors: frozenset[str] = frozenset()
+    replaced: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(
+        cls, deltas: Sequence[ModuleDelta], tensors: Sequence[TensorDelta], head: Iterable[str], find: Find
+    ) -> Names:
+        """The names of some changes; arguments as for `join_changes`."""
+        return cls(
+            frozenset(name for delta in deltas for name in delta.changes),
+            frozenset(delta.bias_name for delta in deltas if delta.biases),
+            frozenset(t.tensor for t in tensors),
+            frozenset(target.module if (target := find(name)) else name for name in head),
+        )
+
+    def __or__(self, other: Names) -> Names:
+        """Those of both."""
+        return Names(
+            self.changed | other.changed,
+            self.biases | other.biases,
+            self.tensors | other.tensors,
+            self.replaced | other.replaced,
+        )
+
+    def refuse_both(self) -> None:
+        """Refuse what cannot both be.
+
+        Raises:
+            UnsupportedError: a tensor that changes and is replaced, or a bias that is trained and mixed as a whole.
+        """
+        for name in sorted(self.tensors & self.biases) + sorted(self.replaced & self.changed):
+            raise UnsupportedError(
+                f"tensor {name!r}: one adapter changes it by a LoRA, or trains it as a bias, and another or the head replaces it "
+                "as a whole, which cannot both be: leave one adapter out, or say --modules-to-save drop."
+            )
+
+
 def join_changes(
     deltas: Sequence[ModuleDelta], tensors: Sequence[TensorDelta], head: Iterable[str], find: Find
 ) -> list[ModuleDelta | TensorDelta]:
@@ -202,14 +246,7 @@ def join_changes(
     Raises:
         UnsupportedError: a tensor that changes and is replaced, or a bias that is trained and mixed as a whole.
     """
-    changed = {name for delta in deltas for name in delta.changes}
-    biases = {delta.bias_name for delta in deltas if delta.biases}
-    replaced = [target.module if (target := find(name)) else name for name in head]
-    for name in [*(t.tensor for t in tensors if t.tensor in biases), *(name for name in replaced if name in changed)]:
-        raise UnsupportedError(
-            f"tensor {name!r}: one adapter changes it by a LoRA, or trains it as a bias, and another or the head replaces it as "
-            "a whole, which cannot both be: leave one adapter out, or say --modules-to-save drop."
-        )
+    Names.of(deltas, tensors, head, find).refuse_both()
     present: dict[str, set[int]] = {}
     for d in deltas:
         present.setdefault(d.module, set()).update(d.adapter_index.tolist(), d.biases)

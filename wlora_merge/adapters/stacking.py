@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import AdapterError, UnsupportedError, WloraMergeWarning
 from ..models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, natural_key
+from ..progress import Meter
 from .adapter import Adapter
 from .deltas import ModuleDelta
 from .experts import split_factors
 from .factors import Factors
 from .layouts import Layout, layout_of, output_rows
-from .targets import OTHER_VOCABULARY, Find, Target, foreign, in_peft_names, target_of
+from .targets import OTHER_VOCABULARY, Find, Target, foreign, in_peft_names, remembered, target_of
 from .trainable_tokens import with_token_rows
 
 if TYPE_CHECKING:
@@ -47,35 +48,82 @@ def stack(
             nothing.
         UnsupportedError: a trained lora_B.bias where the base has no bias.
     """
-    adapters = [in_peft_names(a, find) for a in adapters]
-    adapters = [with_token_rows(a, partial(target_of, a, find=find)) if a.token_rows else a for a in adapters]
-    rows: dict[tuple[str, int | None], list[ModuleChange]] = {}
-    for n, adapter in enumerate(adapters):
+    made = Stack(find, find_tensor, model_type=model_type)
+    meter = Meter("reading adapters on the base", 0, len(adapters), "adapters")
+    for adapter in adapters:
+        made.add(adapter)
+        meter.add(0, 1)
+    return made.deltas()
+
+
+class Stack:
+    """Adapters laid side by side over one base, one after another; arguments as for `stack`."""
+
+    def __init__(self, find: Find, find_tensor: Find | None = None, *, model_type: str) -> None:
+        self._find, self._find_tensor = remembered(find), find_tensor or (lambda name: None)
+        self._model_type, self._adapters = model_type, list[Adapter]()
+        self._rows: dict[tuple[str, int | None], list[ModuleChange]] = {}
+        self._starts: dict[str, set[int | None]] = {}
+        self._biases: dict[str, dict[int, torch.Tensor]] = {}
+
+    def add(self, adapter: Adapter) -> None:
+        """Lay one more adapter beside the others; where it is refused, the stack is as it was.
+
+        Raises:
+            WloraMergeError: as `stack`.
+        """
+        adapter, n = in_peft_names(adapter, self._find), len(self._adapters)
+        if adapter.token_rows:
+            adapter = with_token_rows(adapter, partial(target_of, adapter, find=self._find))
+        rows: dict[tuple[str, int | None], list[ModuleChange]] = {}
         for name in adapter.modules:
-            for change in _changes(n, adapter, name, find, model_type):
-                known = rows.setdefault((change.module, change.start), [])
-                _refuse_conflict(adapter, name, change, known)
-                known.append(change)
-    _refuse_overlapping_rows(rows)
-    biases = _biases(adapters, find_tensor or (lambda name: None))
-    order = sorted({*rows, *((module, None) for module in biases)}, key=lambda key: (natural_key(key[0]), key[1] or 0))
-    deltas = [
-        _stack_one(key[0], rows.get(key, []), biases.get(key[0], {}) if key[1] is None else {}, len(adapters))
-        for key in order
-    ]
-    for n, adapter in enumerate(adapters):
-        if adapter.is_zero and not any(_changes_beside(delta, n) for delta in deltas):
-            raise AdapterError(f"{adapter.where}: every delta weight is zero: train this adapter, or leave it out.")
-    return deltas
+            for change in _changes(n, adapter, name, self._find, self._model_type):
+                own = rows.setdefault((change.module, change.start), [])
+                _refuse_conflict(adapter, name, change, self._rows.get((change.module, change.start), []), own)
+                own.append(change)
+        starts: dict[str, set[int | None]] = {}
+        for module, start in rows:
+            starts.setdefault(module, {*self._starts.get(module, ())}).add(start)
+        together = [(module, start) for module in starts for start in starts[module]]
+        _refuse_overlapping_rows({key: self._rows.get(key) or rows[key] for key in together})
+        biases = _biases(adapter, self._find_tensor)
+        for key, changes in rows.items():
+            self._rows.setdefault(key, []).extend(changes)
+        self._starts |= starts
+        for module, delta in biases.items():
+            self._biases.setdefault(module, {})[n] = delta
+        self._adapters.append(adapter)
+
+    def deltas(self) -> list[ModuleDelta]:
+        """What `stack` gives.
+
+        Raises:
+            AdapterError: an adapter that changes nothing.
+        """
+        rows, biases, n_adapters = self._rows, self._biases, len(self._adapters)
+        order = sorted(
+            {*rows, *((module, None) for module in biases)}, key=lambda key: (natural_key(key[0]), key[1] or 0)
+        )
+        deltas = [
+            _stack_one(key[0], rows.get(key, []), biases.get(key[0], {}) if key[1] is None else {}, n_adapters)
+            for key in order
+        ]
+        for n, adapter in enumerate(self._adapters):
+            if adapter.is_zero and not any(_changes_beside(delta, n) for delta in deltas):
+                raise AdapterError(f"{adapter.where}: every delta weight is zero: train this adapter, or leave it out.")
+        return deltas
 
 
-def _refuse_conflict(adapter: Adapter, name: str, change: ModuleChange, known: Sequence[ModuleChange]) -> None:
+def _refuse_conflict(
+    adapter: Adapter, name: str, change: ModuleChange, others: Sequence[ModuleChange], own: Sequence[ModuleChange]
+) -> None:
     """Refuse a change of a module that others change as another kind of layer, or that the same adapter changes twice."""
+    known = [*others[:1], *own]
     if known and known[0].layout is not change.layout:
         raise AdapterError(
             f"{adapter.where}: target module {name!r} is {change.layout.value} here and {known[0].layout.value} in another."
         )
-    if any(other.n == change.n and not _apart(other.factors, change.factors) for other in known):
+    if any(not _apart(other.factors, change.factors) for other in own):
         raise AdapterError(f"{adapter.where}: two of its target modules are {change.module!r} of the base model.")
 
 
@@ -145,26 +193,25 @@ def _refuse_overlapping_rows(rows: Mapping[tuple[str, int | None], list[ModuleCh
         ends[module] = math.inf if start is None else start + changes[0].shape[0]
 
 
-def _biases(adapters: Sequence[Adapter], find_tensor: Find) -> dict[str, dict[int, torch.Tensor]]:
-    """Module of the base -> adapter -> the delta [out] float64 of its bias: what was trained less the base's own, and
-    scaling · lora_B.bias. Source: `peft.tuners.lora.layer.Linear.merge`."""
-    found: dict[str, dict[int, torch.Tensor]] = {}
-    for n, adapter in enumerate(adapters):
-        for name, trained in adapter.biases.items():
-            module, base = _base_bias(adapter, name, trained, find_tensor)
-            found.setdefault(module, {})[n] = trained.double() - base
-        for name in adapter.modules:
-            bias = adapter.modules[name].bias
-            if bias is None:
-                continue
-            if find_tensor(f"{name}.bias") is None:
-                raise UnsupportedError(
-                    f"{adapter.where}: it has a lora_B.bias on {name!r}, which has no bias in the base model, so it cannot be "
-                    "folded: leave this adapter out."
-                )
-            module, _ = _base_bias(adapter, name, bias, find_tensor)
-            known, delta = found.setdefault(module, {}), _scaled(adapter, name).scaling * bias.double()
-            known[n] = known[n] + delta if n in known else delta
+def _biases(adapter: Adapter, find_tensor: Find) -> dict[str, torch.Tensor]:
+    """Module of the base -> the delta [out] float64 of its bias: what was trained less the base's own, and scaling · lora_B.bias.
+    Source: `peft.tuners.lora.layer.Linear.merge`."""
+    found: dict[str, torch.Tensor] = {}
+    for name, trained in adapter.biases.items():
+        module, base = _base_bias(adapter, name, trained, find_tensor)
+        found[module] = trained.double() - base
+    for name in adapter.modules:
+        bias = adapter.modules[name].bias
+        if bias is None:
+            continue
+        if find_tensor(f"{name}.bias") is None:
+            raise UnsupportedError(
+                f"{adapter.where}: it has a lora_B.bias on {name!r}, which has no bias in the base model, so it cannot be folded: "
+                "leave this adapter out."
+            )
+        module, _ = _base_bias(adapter, name, bias, find_tensor)
+        delta = _scaled(adapter, name).scaling * bias.double()
+        found[module] = found[module] + delta if module in found else delta
     return found
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterError, UnsupportedError
@@ -70,6 +70,12 @@ class Known:
     def __call__(self, name: str) -> Target | None:
         """The target of that name."""
         return self.find(name)
+
+
+def remembered(find: Find) -> Find:
+    """A Find that looks for each name once: many adapters have the same target modules."""
+    found = cache(find)
+    return Known(found, find.names) if isinstance(find, Known) else found
 
 
 @dataclass(frozen=True)

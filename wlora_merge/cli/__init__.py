@@ -7,6 +7,7 @@ commands         fit, mix, export, verify, run, inspect
 options          the options of the commands, and help by topic
 terminal         tables, progress, warnings
 reference        docs/cli-reference.md, made from them
+given_adapters   which adapters a command or a recipe takes
 recipe           a whole job in one YAML file
 recipe_schema    its JSON schema
 run              what a recipe says, done

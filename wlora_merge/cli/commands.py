@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,8 +20,25 @@ from ..fit_options import FitCall, fit_request
 from ..mix_options import MixOptions, mix_options
 from ..option_fields import Topic
 from ..text import human_bytes
-from .options import AS_JSON, COLUMNS, FORCE, INPUTS, MOVED, OUT, REPORT_HELP, Command, argument, fields_of, option
+from .given_adapters import given_adapters, mixable_adapters
+from .options import (
+    AS_JSON,
+    COLUMNS,
+    FORCE,
+    INPUTS,
+    MANY,
+    MOVED,
+    OUT,
+    REPORT_HELP,
+    Command,
+    argument,
+    fields_of,
+    option,
+)
 from .terminal import fit_progress, human_time, say, show_table, work_progress
+
+if TYPE_CHECKING:
+    from ..adapters.adapter import AdapterSpec
 
 
 @contextmanager
@@ -49,22 +66,27 @@ def _naming_state(out: str) -> Iterator[None]:
 @option("--report/--no-report", default=True, show_default=True, help=REPORT_HELP)
 @FORCE
 @AS_JSON
-def fit(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
+def fit(
+    base: str, adapters: tuple[str, ...], lists: tuple[str, ...], strict: bool, out: str, as_json: bool, **options: Any
+) -> None:
     """Learn the mixture weights of several adapters on few-shot data.
 
     \b
     wlora-merge fit --base BASE --adapter A --adapter B \\
         --data shots.csv --task text-classification --out mixture
     """
-    if len(adapters) < 2:
+    given = _given(adapters, lists, strict)
+    if len(given) < 2 and not lists:
         raise click.UsageError("a fit needs --adapter twice or more; for one adapter, see wlora-merge mix.")
     with _wrong_usage():
-        _check_weights(options["weights"], adapters)
+        _check_weights(options["weights"], given)
         fit_request(_those_of(FitCall, options))
     from ..training.fit import fit as run
 
     with fit_progress() as progress, work_progress(), _naming_state(out):
-        mixture = run(base, adapters, out=out, progress=progress, **options)
+        if lists and not strict:
+            given = mixable_adapters(base, given, options)
+        mixture = run(base, given, out=out, progress=progress, **options)
     from ..distributed import is_leader
 
     if is_leader():
@@ -80,19 +102,25 @@ def fit(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options
 @OUT
 @FORCE
 @AS_JSON
-def mix(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
+def mix(
+    base: str, adapters: tuple[str, ...], lists: tuple[str, ...], strict: bool, out: str, as_json: bool, **options: Any
+) -> None:
     """Make a mixture without fitting: uniform composition, or the weights given.
 
     \b
     wlora-merge mix --base BASE --adapter A --adapter B --weights 0.7,0.3 --out mixture
+    wlora-merge mix --base BASE --adapters FOLDER --out mixture
     """
+    given = _given(adapters, lists, strict)
     with _wrong_usage():
         mix_options(_those_of(MixOptions, options))
-        _check_weights(options["weights"], adapters)
+        _check_weights(options["weights"], given)
     from ..mixture.mix import mix as run
 
     with work_progress():
-        mixture = run(base, adapters, out, **options)
+        if lists and not strict:
+            given = mixable_adapters(base, given, options)
+        mixture = run(base, given, out, **options)
     _show_mixture(mixture, out, as_json)
 
 
@@ -280,21 +308,24 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
     "paths",
     metavar="PATH...",
     nargs=-1,
-    required=True,
     help="Folders (or a base's hub id); with a base among them, adapters are tried on the first.",
 )
+@MANY
 @AS_JSON
-def inspect(paths: tuple[str, ...], as_json: bool) -> None:
+def inspect(paths: tuple[str, ...], lists: tuple[str, ...], as_json: bool) -> None:
     """Show adapters, a base model, a mixture or an export as tables.
 
     \b
     wlora-merge inspect BASE A B
+    wlora-merge inspect BASE --adapters FOLDER
     wlora-merge inspect mixture
     """
     from .inspect_tables import inspect_paths
 
+    if not paths and not lists:
+        raise click.UsageError("Missing argument 'PATH...', or --adapters FOLDER_OR_LIST.")
     with work_progress():
-        tables = inspect_paths(paths)
+        tables = inspect_paths(paths, given_adapters((), lists))
     if as_json:
         click.echo(json.dumps(tables))
         return
@@ -321,6 +352,15 @@ def _show_mixture(mixture: Any, out: str, as_json: bool) -> None:
         click.echo(mixture.metrics["note"])
     show_table("Mixture weights over the groups", weight_rows(mixture))
     click.echo(f"Wrote {out}.")
+
+
+def _given(adapters: Sequence[str], lists: Sequence[str], strict: bool) -> list[AdapterSpec]:
+    """The adapters that are asked for, before any is opened."""
+    if not adapters and not lists:
+        raise click.UsageError("Missing option '--adapter': give it for each adapter, or --adapters FOLDER_OR_LIST.")
+    if strict and not lists:
+        raise click.UsageError("--strict is of --adapters: adapters given one by one are never left out.")
+    return given_adapters(adapters, lists)
 
 
 def _is_sound(recipe: str) -> bool:
@@ -357,7 +397,7 @@ def _those_of(cls: type[Any], options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in known}
 
 
-def _check_weights(weights: list[float] | None, adapters: tuple[str, ...]) -> None:
+def _check_weights(weights: list[float] | None, adapters: Sequence[object]) -> None:
     if weights is None:
         return
     given = ",".join(f"{weight:.12g}" for weight in weights)

@@ -168,6 +168,8 @@ def _export_row(inputs: Inputs, entry: ExportRecipe, speed: float) -> dict[str, 
         )
         size, work = folder_bytes(files), folds
         memory = IMPORTS + max(100 << 20, max((16 * d.R * sum(matrix_shape(d.shape)) for d in stacks), default=0))
+        if not inputs.mixture.combination.is_linear:  # magnitudes are compared over a whole delta weight
+            memory += max((8 * math.prod(d.shape) for d in stacks), default=0)
         if entry.format == "onnx":
             memory, work = TRAINER_IMPORTS + 3 * size, folds + 10 + size / 100e6  # tracing and checking
     return {

@@ -20,17 +20,22 @@ from ..mixture.mixture import Mixture
 from ..models.base_model import BaseModel, open_base
 
 if TYPE_CHECKING:
+    from ..adapters.adapter import AdapterSpec
     from ..exporters.manifest import Manifest
 
 
-def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:
+def inspect_paths(paths: Sequence[str | Path], others: Sequence[AdapterSpec] = ()) -> dict[str, Rows]:
     """Tables for some folders: title -> rows. With a base among them, adapters are checked against the first.
+
+    Args:
+        paths: folders of any kind.
+        others: adapters that stand behind those.
 
     Raises:
         WloraMergeError: a folder that is none of the kinds.
     """
     tables: dict[str, Rows] = {}
-    adapters: list[str | Path] = []
+    adapters: list[AdapterSpec] = []
     bases: list[BaseModel] = []
     for path in paths:
         kind = _kind_of(path)
@@ -41,7 +46,7 @@ def inspect_paths(paths: Sequence[str | Path]) -> dict[str, Rows]:
             tables[f"Base model {path}"] = base_rows(bases[-1])
         else:
             tables |= _TABLES[kind](path)
-    if adapters:
+    if adapters := [*adapters, *others]:
         tables |= adapter_tables(adapters, bases[0] if bases else None)
     return tables
 
@@ -125,6 +130,7 @@ def mixture_rows(mixture: Mixture) -> Rows:
         {"what": "granularity", "value": f"{mixture.granularity} ({mixture.group_count})"},
         {"what": "normalize", "value": mixture.normalize},
         {"what": "delta_scale", "value": f"{mixture.delta_scale:g}"},
+        *([] if mixture.combination.is_linear else [{"what": "combination", "value": str(mixture.combination)}]),
         {"what": "head", "value": " ".join(mixture.head) or "none"},
         *([{"what": "pooling", "value": pooling}] if (pooling := _pooling(mixture)) else []),
     ]

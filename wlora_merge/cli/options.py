@@ -251,6 +251,14 @@ FORCE = option("--force", is_flag=True, help="Replace what is in --out. Default:
 OUT = option("--out", common=True, required=True, type=click.Path(), help="Folder to write; all or nothing.")
 REPORT_HELP = "Write report.html and its figures into the folder (needs matplotlib)."
 AS_JSON = option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+MANY = option(
+    "--adapters",
+    "lists",
+    topic=Topic.INPUTS,
+    multiple=True,
+    metavar="FOLDER_OR_LIST",
+    help="Every PEFT folder below a folder, or a text file with one [NAME=]PATH_OR_ID on a line.",
+)
 INPUTS = together(
     option(
         "--base",
@@ -265,10 +273,17 @@ INPUTS = together(
         "adapters",
         topic=Topic.INPUTS,
         common=True,
-        required=True,
         multiple=True,
         metavar="[NAME=]PATH_OR_ID",
-        help="An adapter: a PEFT folder, or a hub id; its name is the folder's. Give it for each adapter.",
+        help="An adapter: a PEFT folder, or a hub id; its name is the folder's. Give it for each adapter, or give --adapters.",
+    ),
+    MANY,
+    option(
+        "--strict",
+        topic=Topic.INPUTS,
+        is_flag=True,
+        help="With --adapters: refuse an adapter that cannot be mixed on the base. Default: leave it out and say why, but with "
+        "--weights refuse it.",
     ),
 )
 MOVED = together(

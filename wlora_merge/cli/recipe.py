@@ -1,7 +1,7 @@
 """YAML -> frozen dataclasses: a whole job in one file, checked before anything runs.
 
     base: facebook/opt-350m
-    adapters:
+    adapters:                          # or a folder of adapters, or a text file with one [NAME=]PATH_OR_ID on a line
       first: ybelkada/opt-350m-lora
       second: ./adapters/second
     fit: {data: shots.jsonl, task: causal-lm, max_steps: 40}     # or mix: {weights: [0.7, 0.3], task: causal-lm}
@@ -22,12 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..adapters.adapter import default_name
 from ..errors import RecipeError, WloraMergeError
 from ..export_options import ExportOptions, export_options
 from ..fit_options import FitRequest, fit_request
 from ..io.untrusted import is_plain_file_name, parse_yaml, read_bytes
-from ..mix_options import MixOptions
-from ..option_fields import REQUIRED, Field, Topic, checked, is_of_type, option
+from ..mix_options import MixOptions, mix_options
+from ..option_fields import REQUIRED, Field, Topic, is_of_type, option
 from ..text import nearest, short
 
 
@@ -48,7 +49,12 @@ class Recipe:
     """A whole job: a base, adapters, a fit or a mix, and the exports."""
 
     base: str = option(REQUIRED, Topic.INPUTS, "Base model: a folder, or a hub id.")
-    adapters: dict[str, str]
+    adapters: dict[str, str] | str
+    strict: bool = option(
+        False,
+        Topic.INPUTS,
+        "Of adapters that are a folder or a list: refuse one that cannot be mixed on the base. Default: leave it out and say why.",
+    )
     fit: FitRequest | None = None
     mix: MixOptions | None = None
     exports: list[ExportRecipe] = field(default_factory=list)
@@ -114,16 +120,21 @@ def _recipe(table: Mapping[str, Any], path: Path) -> Recipe:
     return recipe
 
 
-def _adapters(value: Any, path: Path) -> dict[str, str]:
+def _adapters(value: Any, path: Path) -> dict[str, str] | str:
+    if isinstance(value, str) and value:
+        return value
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
-        names = [Path(v if v.startswith((".", "/", "~")) else v.partition("@")[0]).name for v in value]
+        names = [default_name(v) for v in value]
         if twice := [name for name in names if names.count(name) > 1]:
             raise RecipeError(
                 f"{path}: two adapters are called {twice[0]!r}: name them, as in adapters: {{first: PATH, second: PATH}}."
             )
         value = dict(zip(names, value, strict=True))
     if not isinstance(value, dict) or not value or not all(isinstance(v, str) for v in value.values()):
-        raise RecipeError(f"{path}: adapters must be a table NAME: PATH_OR_ID or a list of them, got {short(value)}.")
+        raise RecipeError(
+            f"{path}: adapters must be a table NAME: PATH_OR_ID, a list of them, or a folder or text file that has them, got "
+            f"{short(value)}."
+        )
     return {str(k): v for k, v in value.items()}
 
 
@@ -160,6 +171,8 @@ def _check_type(f: Field, value: Any, where: str) -> None:
 
 
 def _check(recipe: Recipe, path: Path) -> None:
+    if recipe.strict and not isinstance(recipe.adapters, str):
+        raise RecipeError(f"{path}: strict is of adapters in a folder or a list; those named here are never left out.")
     folders = ["mixture", "figures", *(e.folder for e in recipe.exports)]
     for folder in folders:
         if folders.count(folder) > 1 or not is_plain_file_name(folder):
@@ -171,7 +184,7 @@ def _check(recipe: Recipe, path: Path) -> None:
             fit_request(vars(recipe.fit))
     with _named(f"{path}: mix"):
         if recipe.mix is not None:
-            checked(MixOptions, vars(recipe.mix), "mix", RecipeError)
+            mix_options(vars(recipe.mix))
     for i, entry in enumerate(recipe.exports):
         with _named(f"{path}: exports[{i}]"):
             export_options(options_of(entry, ExportOptions))

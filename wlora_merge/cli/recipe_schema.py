@@ -31,7 +31,7 @@ def recipe_schema() -> dict[str, Any]:
     texts = {"type": "array", "items": {"type": "string"}, "minItems": 1}
     table = {"type": "object", "additionalProperties": {"type": "string"}, "minProperties": 1}
     top["properties"] |= {
-        "adapters": {"oneOf": [table, texts]},
+        "adapters": {"oneOf": [table, texts, {"type": "string"}]},
         "fit": _section(FitRequest),
         "mix": {"anyOf": [_section(MixOptions), {"type": "null"}]},
         "exports": {"type": "array", "items": _section(ExportRecipe)},

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.adapter import called
+from ..adapters.find import find_adapters
 from ..constants import NEW_FOLDER
 from ..export_options import ExportOptions
 from ..exporters.export import ExportResult, export
 from ..exporters.verify import verify
 from ..exporters.verify_outputs import Checked
 from ..fit_options import FitRequest
-from ..io.hub import is_here
+from ..io.hub import is_here, seen_from
 from ..io.staging import staged
 from ..mixture.inputs import find_inputs
 from ..mixture.mixture import Mixture
 from ..text import human_bytes
+from .given_adapters import mixable_adapters
 from .recipe import Recipe, options_of
 
 if TYPE_CHECKING:
@@ -61,11 +63,11 @@ def run(
     Raises:
         WloraMergeError: from any step; nothing is left in `out`.
     """
-    base = _path(recipe.base, where)
-    adapters = [(name, _path(source, where)) for name, source in recipe.adapters.items()]
+    base = seen_from(recipe.base, where)
+    adapters = _adapters(recipe, base, where)
     exports: dict[str, ExportResult] = {}
     checked: dict[str, Checked] = {}
-    data = [_path(path, where) for path in (recipe.fit.data, recipe.fit.eval_data) if path] if recipe.fit else []
+    data = [seen_from(path, where) for path in (recipe.fit.data, recipe.fit.eval_data) if path] if recipe.fit else []
     local = [Path(source) for source in (base, *(path for _, path in adapters), *data) if is_here(source)]
     with staged(Path(out), force=force, inputs=local) as staging:
         folder = staging.path / "mixture"
@@ -74,7 +76,7 @@ def run(
             say(f"export {entry.folder}")
             options = options_of(entry, ExportOptions) | {"report": recipe.report}
             if entry.onnx_base is not None:
-                options["onnx_base"] = _path(entry.onnx_base, where)
+                options["onnx_base"] = seen_from(entry.onnx_base, where)
             target = staging.path / entry.folder
             exports[entry.folder] = export(folder, options.pop("format"), target, **options)
             if recipe.verify:
@@ -116,7 +118,7 @@ def _mixture(
         options = {key: value for key, value in asdict(recipe.fit).items() if value is not None}
         for key in ("data", "eval_data", "initial_logits"):
             if isinstance(options.get(key), str):
-                options[key] = _path(options[key], where)
+                options[key] = seen_from(options[key], where)
         return fit(base, adapters, options.pop("data"), options.pop("task"), folder, progress=progress, **options)
     from ..mixture.mix import mix
 
@@ -124,14 +126,21 @@ def _mixture(
     return mix(base, adapters, folder, **_mix_options(recipe))
 
 
+def _adapters(recipe: Recipe, base: str, where: str | Path) -> list[tuple[str, str]]:
+    """Names and places of the adapters; of a folder or list, those that can be mixed on the base."""
+    if not isinstance(recipe.adapters, str):
+        return [(name, seen_from(source, where)) for name, source in recipe.adapters.items()]
+    found = find_adapters(seen_from(recipe.adapters, where))
+    if recipe.strict:
+        return found
+    kept = {
+        called(a) for a in mixable_adapters(base, found, asdict(recipe.fit) if recipe.fit else _mix_options(recipe))
+    }
+    return [(name, path) for name, path in found if name in kept]
+
+
 def _mix_options(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in asdict(recipe.mix).items() if value is not None} if recipe.mix else {}
-
-
-def _path(source: str, where: str | Path) -> str:
-    """A path of the recipe as this process sees it; a hub id as it is."""
-    local = Path(where) / os.path.expanduser(source)
-    return str(local) if is_here(local) or source.startswith(".") else source
 
 
 def _keeps_all(fit: FitRequest | None) -> bool:
@@ -149,8 +158,8 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
     """
     from ..mixture.mix import mix
 
-    base = _path(recipe.base, where)
-    adapters = [(name, _path(source, where)) for name, source in recipe.adapters.items()]
+    base = seen_from(recipe.base, where)
+    adapters = _adapters(recipe, base, where)
     fitted = {"modules_to_save": "drop", "residual": recipe.fit.residual} if recipe.fit is not None else {}
     inputs = find_inputs(mix(base, adapters, **(fitted or _mix_options(recipe))))
     rows = [{"what": "base", "path": base}, *({"what": f"adapter {n}", "path": p} for n, p in adapters)]
@@ -166,11 +175,11 @@ def _read_data(fit: FitRequest, where: str | Path) -> tuple[Examples, list[dict[
     """The shots, and a row for each file of data."""
     from ..data.examples import EVAL_SPLITS, read_examples
 
-    data = _path(fit.data, where)
+    data = seen_from(fit.data, where)
     examples = read_examples(data, task=fit.task, columns=fit.columns, split=fit.split)
     rows = [{"what": f"data ({len(examples)} examples)", "path": data}]
     if fit.eval_data:
-        data = _path(fit.eval_data, where)
+        data = seen_from(fit.eval_data, where)
         held = read_examples(data, task=fit.task, columns=fit.columns, split=fit.eval_split, default_splits=EVAL_SPLITS)
         held.tell_shots(examples)
         rows.append({"what": f"eval_data ({len(held)} examples)", "path": data})

@@ -25,7 +25,7 @@ from ..data.tasks import get_task
 from ..errors import UnsupportedError, WloraMergeError
 from ..io.safetensors_file import read_header, write_tensors
 from ..io.tensors import all_finite, one_torch_thread, overflow_advice
-from ..mixture.fold import lora_product, low_rank_svd, pad_rank, truncate
+from ..mixture.fold import lora_product, pad_rank, truncate
 from ..mixture.mixture import Mixture
 from ..models.base_model import BaseModel
 from ..models.loading import library_errors, quiet
@@ -90,7 +90,7 @@ def write_lora(
         dtype: `float32`, `bfloat16` or `float16`, of the tensors.
 
     Raises:
-        UnsupportedError: a change that is no product of two factors.
+        UnsupportedError: a change that is no product of two factors, or a combination that is none and no rank to come near it with.
     """
     import torch
 
@@ -163,7 +163,13 @@ def as_one_lora(
     """
     deltas = _products(changes)
     exact = max(delta.R for delta in deltas)
-    if energy is None and (rank is None or rank >= exact):
+    how = mixture.combination
+    if not how.is_linear and rank is None:
+        raise UnsupportedError(
+            f"{how.method}: the delta weights of this mixture are no products of two factors, so no LoRA has them: say --rank K for "
+            "the nearest one of rank K, whose error is told, or export with --format dense."
+        )
+    if how.is_linear and energy is None and (rank is None or rank >= exact):
         r = rank or exact
         products = [(d, pad_rank(*lora_product(d, mixture.gains_of(d)), r)) for d in deltas]
         return products, LoraReport(
@@ -173,7 +179,7 @@ def as_one_lora(
     meter = Meter("decomposing deltas", 0, len(deltas), "modules")
 
     def spectrum(delta: ModuleDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        u, s, vt = low_rank_svd(delta.lora_A, delta.lora_B.double() * mixture.gains_of(delta))
+        u, s, vt = mixture.svd_of(delta)
         meter.add(0, 1)
         return (*truncate(u, s, vt, rank or len(s)), s.square())  # what a given rank drops is not held
 

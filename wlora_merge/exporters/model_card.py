@@ -18,6 +18,7 @@ from ..export_options import ExportOptions
 from ..fit_options import FitOptions, FitRequest
 from ..io.hub import at_revision
 from ..io.untrusted import find_file, parse_yaml, read_bytes
+from ..mixture.combination import SOURCES
 from ..mixture.mixture import TRAINING_LOOP, Mixture
 from ..onnx.js_names import dtype_for_js
 from ..option_fields import flag_of
@@ -94,6 +95,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         looped=_is_looped(mixture),
         new_adapter=mixture.data.get("new_adapter"),
         kept=metrics.get("kept", "learned"),
+        combined_by=SOURCES.get(mixture.combination.method, ""),
         weights=_weights(mixture),
         judged_on=mixture.judged_on,
         answer=" ".join(answer(mixture)),
@@ -200,6 +202,9 @@ def _mix_words(mixture: Mixture) -> list[str]:
         words = ["--weights", ",".join(f"{w:.9g}" for w in mixture.mixture_weights[0].tolist())]
     if mixture.normalize == "present":
         words = ["--normalize", "present"]
+    how = mixture.combination
+    if not how.is_linear:
+        words += _flags(how.table())
     return words + _flags({"delta_scale": mixture.delta_scale if mixture.delta_scale != 1 else None})
 
 

@@ -16,7 +16,6 @@ from ..adapters.deltas import ModuleDelta, TensorDelta
 from ..errors import BaseModelError
 from ..io.safetensors_file import Entry, byte_length, opened, read_header, read_rows, torch_dtype
 from ..io.tensors import matrix_shape, one_torch_thread
-from ..mixture.fold import fold_factor, fold_factors, fold_rows
 from ..mixture.mixture import Mixture
 from ..models.base_model import BaseModel
 
@@ -48,17 +47,9 @@ def adapter_similarity(deltas: Sequence[ModuleDelta | TensorDelta]) -> torch.Ten
 
 
 def spectra(deltas: Sequence[ModuleDelta | TensorDelta], mixture: Mixture) -> dict[str, torch.Tensor]:
-    """Singular values of each module's delta weight in the mixture, descending, float64: from the R×R core."""
-    import torch
-
-    found = {}
+    """Singular values of each module's delta weight in the mixture, descending, float64."""
     with one_torch_thread():
-        for delta in deltas:
-            if isinstance(delta, ModuleDelta) and delta.R:
-                _, r_B = torch.linalg.qr(delta.lora_B.double() * mixture.gains_of(delta), mode="r")
-                _, r_A = torch.linalg.qr(delta.lora_A.double().T, mode="r")
-                found[delta.label] = torch.linalg.svdvals(r_B @ r_A.T)
-    return found
+        return {d.label: mixture.svd_of(d)[1] for d in deltas if isinstance(d, ModuleDelta) and d.R}
 
 
 def error_by_rank(values: Mapping[str, torch.Tensor]) -> list[float]:
@@ -135,11 +126,7 @@ def _lost(
 
     if isinstance(delta, TensorDelta) or delta.start is not None or delta.others:
         return None
-    left, right = fold_factors(delta, mixture.gains_of(delta))
-    factor = fold_factor(delta, mixture.whole_gains_of(delta))
-    if factor is not None and factor.shape[0] > 1:
-        factor = factor[rows]
-    exact = fold_rows(before, left[rows], right, torch.empty_like(before), factor)
+    exact = mixture.fold_of(delta).rows(before, rows, torch.empty_like(before))
     return _ratio(after - exact, exact - before)
 
 

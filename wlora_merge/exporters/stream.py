@@ -36,7 +36,7 @@ from ..io.tensors import (
     one_torch_thread,
     overflow_advice,
 )
-from ..mixture.fold import bias_factors, fold_factor, fold_factors, fold_rows, fold_saved
+from ..mixture.fold import LinearFold, RowFold, bias_factors, fold_saved
 from ..mixture.mixture import Mixture
 from ..progress import Meter
 from .dense import OutputFile, Piece
@@ -329,7 +329,7 @@ def _fold_jobs(
     step = max(1, BLOCK_ELEMENTS // max(1, cols))
     for first, end, delta in spans:
         fold = _Fold(
-            space, fd, piece, source, None if delta is None else _terms(piece, delta, mixture), whole, first, cols
+            space, fd, piece, source, None if delta is None else _fold_of(piece, delta, mixture), whole, first, cols
         )
         row = 0
         while row < end - first:
@@ -338,14 +338,10 @@ def _fold_jobs(
             row += count
 
 
-Terms = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]
-"""What `fold_rows` takes beside the base: left, right, factor."""
-
-
-def _terms(piece: Piece, delta: ModuleDelta, mixture: Mixture) -> Terms:
+def _fold_of(piece: Piece, delta: ModuleDelta, mixture: Mixture) -> RowFold:
     if piece.name == delta.bias_name:
-        return (*bias_factors(delta, mixture.whole_gains_of(delta)), None)
-    return (*fold_factors(delta, mixture.gains_of(delta)), fold_factor(delta, mixture.whole_gains_of(delta)))
+        return LinearFold(*bias_factors(delta, mixture.whole_gains_of(delta)))
+    return mixture.fold_of(delta)
 
 
 def _spans(
@@ -369,14 +365,14 @@ def _spans(
 class _Fold:
     """Rows of a tensor that are folded alike: those of the base from `first` on, of `cols` numbers each, in the file `fd`.
 
-    They are rows 0 and on of the terms; `whole` are the changes of the tensor as a whole, with their gains [N].
+    They are rows 0 and on of the fold; `whole` are the changes of the tensor as a whole, with their gains [N].
     """
 
     space: Workspace
     fd: int
     piece: Piece
     source: Entry
-    terms: Terms | None
+    fold: RowFold | None
     whole: Sequence[tuple[TensorDelta, torch.Tensor]]
     first: int
     cols: int
@@ -384,16 +380,13 @@ class _Fold:
     def block(self, row: int, count: int) -> memoryview:
         """The bytes of `count` rows from `row` on, folded and rounded."""
         block, data = self._base(row, count)
-        if self.terms is None and not self.whole:
+        if self.fold is None and not self.whole:
             return _rounded(self.space, block, self.piece)
         total = self.space.sum(count * self.cols).view(count, self.cols)
-        if self.terms is None:
+        if self.fold is None:
             total.copy_(block)
         else:
-            left, right, factor = self.terms
-            if factor is not None and factor.shape[0] > 1:
-                factor = factor[row : row + count]
-            fold_rows(block, left[row : row + count], right, total, factor)
+            self.fold.rows(block, slice(row, row + count), total)
         for delta, gains in self.whole:
             fold_saved(block, delta, gains, total, self.first + row)
         return _rounded(self.space, total, self.piece, data)

@@ -19,7 +19,7 @@ from ..text import nearest
 from .formats import FORMATS
 from .manifest import Manifest, digest, read_manifest
 from .probe import outputs_of
-from .unmerged import attach_mixture, head_options, load_checked, unused_by
+from .unmerged import attach_mixture, attachable, head_options, load_checked, unused_by
 from .verify_files import check_files
 from .verify_outputs import Checked
 
@@ -114,7 +114,8 @@ def _unmerged(manifest: Manifest, found: Inputs) -> nn.Module:
         unused=unused_by(mixture),
         **head_options(mixture.config),
     )
-    attach_mixture(model, mixture, found.adapters, found.base, found.tensors)
+    mixture, adapters = attachable(found)
+    attach_mixture(model, mixture, adapters, found.base, found.tensors)
     refuse_uncalled(model, attachment_of(model).layers, lambda: outputs_of(model, manifest.probe, UnsupportedError))
     return model
 

@@ -14,12 +14,12 @@ from ..adapters.stacking import stack
 from ..adapters.targets import modules_of, tensors_of
 from ..errors import VerifyError, WloraMergeError, WloraMergeWarning
 from ..io.safetensors_file import Entry, read_header, read_tensor, torch_dtype
+from ..mixture.combination import CombinedFold
+from ..mixture.fold import fold_factors
 from ..models.base_model import BaseModel, open_base
 from ..progress import Meter
 
 if TYPE_CHECKING:
-    import torch
-
     from ..mixture.inputs import Inputs
     from ..mixture.mixture import Mixture
     from .dense import OutputFile, Piece
@@ -127,11 +127,8 @@ def check_lora(folder: Path, told: Mapping[str, float], found: Inputs) -> float:
     Raises:
         VerifyError: a module that lost more than its report and its dtype say.
     """
-    from .lora import energy_of
-
     file, wanted = folder / WEIGHTS_FILE, {d.label: d for d in found.deltas if isinstance(d, ModuleDelta)}
-    ours = {module: delta.lora_B.double() * found.mixture.gains_of(delta) for module, delta in wanted.items()}
-    energy = {module: energy_of(delta.lora_A, ours[module]) for module, delta in wanted.items()}
+    energy = {module: _energy(found.mixture, delta) for module, delta in wanted.items()}
     if not any(energy.values()):
         return 0.0
     written = _written_lora(folder, found.base)
@@ -143,7 +140,7 @@ def check_lora(folder: Path, told: Mapping[str, float], found: Inputs) -> float:
     apart = {}
     for module, delta in wanted.items():
         other, lost = written[module], told.get(module, 0.0)
-        apart[module] = _energy_apart(delta.lora_A, ours[module], other)
+        apart[module] = _energy(found.mixture, delta, other)
         more = apart[module] - lost**2 * energy[module]  # what truncation drops is orthogonal to what it keeps
         if not more <= (rounding * energy[module] ** 0.5 + _tiny(other)) ** 2:
             raise VerifyError(
@@ -166,14 +163,24 @@ def _written_lora(folder: Path, base: BaseModel) -> dict[str, ModuleDelta]:
     return {delta.label: delta for delta in deltas if isinstance(delta, ModuleDelta)}
 
 
-def _energy_apart(lora_A: torch.Tensor, lora_B: torch.Tensor, other: ModuleDelta) -> float:
-    """||lora_B @ lora_A - what the other does||², of which no [out, in] matrix is formed."""
+def _energy(mixture: Mixture, delta: ModuleDelta, other: ModuleDelta | None = None) -> float:
+    """||Δ - what the other does||² of a module; of a weighted sum no [out, in] matrix is formed."""
     import torch
 
     from .lora import energy_of
 
-    left = torch.cat([lora_B, -other.lora_B.double() * other.scaling.double()], dim=1)
-    return max(0.0, energy_of(torch.cat([lora_A.double(), other.lora_A.double()]), left))
+    fold = mixture.fold_of(delta)
+    if isinstance(fold, CombinedFold):
+        dense = fold.dense()
+        if other is not None:
+            left, right = fold_factors(other, other.scaling)
+            dense -= left @ right
+        return float(dense.square().sum())
+    lora_A, lora_B = delta.lora_A.double(), delta.lora_B.double() * mixture.gains_of(delta)
+    if other is not None:
+        lora_A = torch.cat([lora_A, other.lora_A.double()])
+        lora_B = torch.cat([lora_B, -other.lora_B.double() * other.scaling.double()], dim=1)
+    return max(0.0, energy_of(lora_A, lora_B))
 
 
 def _tiny(delta: ModuleDelta) -> float:

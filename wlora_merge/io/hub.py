@@ -91,6 +91,12 @@ def resolve_source(path_or_id: str | Path, patterns: Sequence[str]) -> Source:
     return _fetched(text, patterns)
 
 
+def seen_from(source: str, folder: str | Path) -> str:
+    """A path that is relative to `folder`, as this process sees it; a hub id as it is."""
+    local = Path(folder) / os.path.expanduser(source)
+    return str(local) if is_here(local) or source.startswith(".") else source
+
+
 def folder_here(path_or_id: str, revision: str | None = None) -> Path | None:
     """The folder of an input that is on this machine: a path as it is, a hub id's in the hub's cache; None where there is none."""
     from huggingface_hub import try_to_load_from_cache

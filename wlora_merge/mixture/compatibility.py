@@ -1,4 +1,4 @@
-"""Adapters beside each other, as rows for a table: what each one is, and whether it can be mixed with the others on a base.
+"""Which adapters can be mixed with each other on a base, and why the others cannot; and the same as rows for a table.
 
 An adapter is judged as `mix` judges it: alone on the base, then stacked with those before it that could be mixed. Norms come
 from the factors; no delta weight is formed but a DoRA's, which scales the base's rows too.
@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.adapter import Adapter, load_adapter
+from ..adapters.adapter import Adapter, AdapterSpec, called, open_adapter, warn_of_same
 from ..adapters.added_tokens import other_vocabulary, resized
 from ..adapters.deltas import ModuleDelta
-from ..adapters.modules_to_save import join_changes, stack_tensors
-from ..adapters.stacking import stack
+from ..adapters.modules_to_save import Names, stack_tensors
+from ..adapters.stacking import Stack, stack
 from ..adapters.targets import modules_of, tensors_of
-from ..errors import WloraMergeError
-from ..models.base_model import BaseModel
+from ..errors import AdapterError, WloraMergeError, WloraMergeWarning
+from ..models.base_model import BaseModel, open_base
+from ..progress import Meter
+from .combination import Combination
 from .fold import fold_factor, fold_factors
 
 if TYPE_CHECKING:
@@ -46,29 +48,119 @@ REASONS = {
 }
 
 
-def adapter_tables(paths: Sequence[str | Path], base: BaseModel | None) -> dict[str, Rows]:
+def mixable(
+    base: str | Path,
+    adapters: Iterable[AdapterSpec],
+    *,
+    modules_to_save: str | None = None,
+    resize_vocab: str | None = None,
+    residual: str | None = None,
+    method: str = "linear",
+) -> list[Adapter]:
+    """The adapters that can be mixed with each other on a base, opened, as `mix` and `fit` take them; each other one is left out
+    with a warning that says why.
+
+    Args:
+        base: folder or hub id of the base model.
+        adapters: as for `mix`.
+        modules_to_save: as for `mix`, like the rest.
+        resize_vocab: the adapter whose vocabulary the base is to have.
+        residual: the adapter whose residual the base is.
+        method: how delta weights are to be combined.
+
+    Raises:
+        AdapterError: none can be mixed; with the reason for each.
+    """
+    opened, given, left = open_base(base), list(adapters), dict[str, WloraMergeError]()
+    loaded, kept = list[Adapter](), list[Adapter]()
+    meter = Meter("opening adapters", 0, len(given), "adapters")
+    for spec in given:
+        try:
+            loaded.append(open_adapter(spec, residual))
+        except WloraMergeError as error:
+            left[called(spec)] = error
+        meter.add(0, 1)
+    grown, brought = resized(opened, loaded, resize_vocab)
+    together = Together(grown, modules_to_save, Combination(method))
+    meter = Meter("trying adapters on the base", 0, len(loaded), "adapters")
+    for adapter, own in zip(loaded, brought, strict=True):
+        try:
+            together.add(own)
+            kept.append(adapter)
+        except WloraMergeError as error:
+            left[adapter.name] = error
+        meter.add(0, 1)
+    if not kept:
+        reasons = "; ".join(f"{name}: {str(why).rstrip('.')}" for name, why in left.items())
+        raise AdapterError(f"{opened.folder}: none of the {len(given)} adapters can be mixed on this base ({reasons}).")
+    for name, why in left.items():
+        warnings.warn(f"adapter {name!r} is left out: {why}", WloraMergeWarning, stacklevel=2)
+    return kept
+
+
+class Together:
+    """Adapters on a base that can be mixed with each other, tried one after another.
+
+    Args:
+        base: the opened base model.
+        choice: `modules_to_save`, as for `stack_tensors`.
+        how: how they are to be combined.
+    """
+
+    def __init__(self, base: BaseModel, choice: str | None, how: Combination | None = None) -> None:
+        self._base, self._choice, self._how = base, choice, how or Combination()
+        self._stack, self._names = Stack(modules_of(base), tensors_of(base), model_type=base.model_type), Names()
+        self.adapters: list[Adapter] = []
+
+    def add(self, adapter: Adapter) -> list[ModuleDelta]:
+        """Take one more adapter, if it mixes with those that there are; what it changes by factors and biases.
+
+        Raises:
+            WloraMergeError: why it does not; it is not taken then.
+        """
+        find = tensors_of(self._base)
+        deltas = stack([adapter], modules_of(self._base), find, model_type=self._base.model_type)
+        choice = self._choice if self._choice in (None, "drop", "mix", adapter.name) else "drop"
+        tensors, head = stack_tensors([adapter], choice, (), find)
+        self._how.refuse_changes([adapter], tensors)
+        names = self._names | Names.of(deltas, tensors, head, find)
+        names.refuse_both()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the stack above has said it
+            self._stack.add(adapter)
+        self._names = names
+        self.adapters.append(adapter)
+        return deltas
+
+
+def adapter_tables(given: Sequence[AdapterSpec], base: BaseModel | None) -> dict[str, Rows]:
     """Tables with a row for each adapter: what it is; why it cannot be mixed; what it changes and how.
 
     What an adapter needs, and why one cannot be mixed, stands in tables of its own: a sentence in a narrow column reads badly.
     """
-    adapters = [_loaded(path) for path in paths]
     rows: Rows = []
-    fitting: list[Adapter] = []
-    for path, adapter in zip(paths, adapters, strict=True):
-        if isinstance(adapter, WloraMergeError):
-            rows.append({"adapter": Path(path).name, "mixes": "no", "reason": str(adapter)})
+    adapters: list[Adapter] = []
+    together = Together(base, "drop") if base is not None else None
+    norms: dict[str, float] = {}
+    meter = Meter("looking at adapters", 0, len(given), "adapters")
+    for spec in given:
+        try:
+            adapter = open_adapter(spec)
+        except WloraMergeError as error:
+            rows.append({"adapter": called(spec), "mixes": "no", "reason": str(error)})
             continue
-        row = _on_base(adapter, base, fitting) if base is not None else {}
+        row = _on_base(adapter, base, together, norms) if base is not None and together is not None else {}
         deltas = row.pop("deltas", None)
         rows.append(_what(adapter, deltas) | row)
-        if row.get("mixes") not in (NO, WITH_TOKENS):  # on the base as it is
-            fitting.append(adapter)
+        adapters.append(adapter)
+        meter.add(0, 1)
+    warn_of_same(adapters)
     tables = {"Adapters": rows}
     reasons = [(row, row.pop("reason")) for row in rows if "reason" in row]
     for title, answers in REASONS.items():
         if found := [(row["adapter"], reason) for row, reason in reasons if row["mixes"] in answers]:
             tables[title] = _grouped(found)
-    if features := [feature_row(a) for a in adapters if isinstance(a, Adapter)]:
+    if features := [feature_row(a) for a in adapters]:
         tables["Targets and features"] = features
     return tables
 
@@ -79,13 +171,6 @@ def _grouped(found: Iterable[tuple[str, str]]) -> Rows:
     for name, reason in found:
         groups.setdefault(reason, []).append(name)
     return [{"adapter": " ".join(names), "reason": reason} for reason, names in groups.items()]
-
-
-def _loaded(path: str | Path) -> Adapter | WloraMergeError:
-    try:
-        return load_adapter(path)
-    except WloraMergeError as error:
-        return error
 
 
 def _what(adapter: Adapter, deltas: Sequence[ModuleDelta] | None) -> dict[str, Any]:
@@ -106,36 +191,45 @@ def _pattern(adapter: Adapter, field: str) -> Iterable[float]:
     return (adapter.config.get(field) or {}).values()
 
 
-def _on_base(adapter: Adapter, base: BaseModel, others: Sequence[Adapter]) -> dict[str, Any]:
+def _on_base(adapter: Adapter, base: BaseModel, together: Together, norms: dict[str, float]) -> dict[str, Any]:
     """The deltas, their norm over the base's, and whether the adapter mixes with the others, by the words above."""
     row: dict[str, Any] = {"delta / base norm": None, "mixes": NO}
     needs: list[str] = []
+    names = {other.name for other in together.adapters}
     try:
         rows = other_vocabulary(base, adapter)
         if rows is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the others' tokens
-                base, (*others, adapter) = resized(base, [*others, adapter], adapter.name)
+            base, together, adapter = _resized(base, together, adapter)
             needs = [f"was trained with a vocabulary of {rows} rows: say --resize-vocab {adapter.name}."]
-        find = tensors_of(base)
-        deltas = stack([adapter], modules_of(base), find, model_type=base.model_type)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the line above has said it
-            together = stack([*others, adapter], modules_of(base), find, model_type=base.model_type)
-        tensors, head = stack_tensors([*others, adapter], "drop", (), find)
-        join_changes(together, tensors, head, find)
+            norms = {}
+        deltas = together.add(adapter)
     except WloraMergeError as error:
         return row | {"reason": str(error)}
-    row |= {"deltas": deltas, "delta / base norm": _relative_norm(deltas), "mixes": WITH_TOKENS if needs else YES}
-    if adapter.name in [other.name for other in others]:
+    row |= {
+        "deltas": deltas,
+        "delta / base norm": _relative_norm(deltas, norms),
+        "mixes": WITH_TOKENS if needs else YES,
+    }
+    if adapter.name in names:
         reason = f"another adapter is called {adapter.name!r} too: name them, as in --adapter first=PATH --adapter second=PATH."
         return row | {"mixes": NAMED_APART, "reason": " ".join([*needs, reason])}
     try:
-        stack_tensors([adapter], None, (), find)
+        stack_tensors([adapter], None, (), tensors_of(base))
     except WloraMergeError:
         row |= {} if needs else {"mixes": WITH_HEADS}
         needs.append(_carries(adapter))
     return row | ({"reason": " ".join(needs)} if needs else {})
+
+
+def _resized(base: BaseModel, together: Together, adapter: Adapter) -> tuple[BaseModel, Together, Adapter]:
+    """The base with an adapter's vocabulary, the others on it, and the adapter at that size."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the others' tokens
+        base, (*others, adapter) = resized(base, [*together.adapters, adapter], adapter.name)
+        together = Together(base, "drop")
+        for other in others:
+            together.add(other)
+    return base, together, adapter
 
 
 def _carries(adapter: Adapter) -> str:
@@ -146,19 +240,25 @@ def _carries(adapter: Adapter) -> str:
     )
 
 
-def _relative_norm(deltas: Sequence[ModuleDelta]) -> float | None:
-    """Frobenius norm of the delta weights over that of the base weights that they change; None where those are packed."""
+def _relative_norm(deltas: Sequence[ModuleDelta], norms: dict[str, float]) -> float | None:
+    """Frobenius norm of the delta weights over that of the base weights that they change; None where those are packed.
+
+    Args:
+        deltas: of one adapter.
+        norms: squared norms of the base's weights that are known already, by the deltas' labels; others are added.
+    """
     changed = whole = 0.0
     for delta in deltas:
         if not delta.factors or delta.read is None:
             continue
-        weight = delta.read().double()
-        whole += float(weight.square().sum())
-        changed += _square(delta, weight)
+        if delta.label not in norms:
+            norms[delta.label] = float(delta.read().double().square().sum())
+        whole += norms[delta.label]
+        changed += _square(delta, delta.read)
     return math.sqrt(changed / whole) if whole else None
 
 
-def _square(delta: ModuleDelta, weight: torch.Tensor) -> float:
+def _square(delta: ModuleDelta, read: Callable[[], torch.Tensor]) -> float:
     """Squared Frobenius norm of the delta weight, by the trace of the factors' Gram matrices."""
     import torch
 
@@ -166,7 +266,7 @@ def _square(delta: ModuleDelta, weight: torch.Tensor) -> float:
     factor = fold_factor(delta, torch.ones(1))
     if factor is None:
         return float(((left.T @ left) * (right @ right.T)).sum())
-    return float(((factor - 1) * weight.flatten(1) + left @ right).square().sum())
+    return float(((factor - 1) * read().double().flatten(1) + left @ right).square().sum())
 
 
 def feature_row(adapter: Adapter) -> dict[str, Any]:

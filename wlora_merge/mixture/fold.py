@@ -7,9 +7,11 @@ float32, which is off by one unit where the float32 number lies exactly between 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from ..adapters.layouts import row_factor, stored_factors
+from ..io.tensors import matrix_shape
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +20,12 @@ if TYPE_CHECKING:
 
 
 def fold_factors(delta: ModuleDelta, gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`left [rows, R]`, `right [R, cols]` float64 in the base tensor's order, with the gains in `left`."""
+    """`left [rows, R]`, `right [R, cols]` float64 in the base tensor's order, with the gains in `left`; R may be 0."""
+    import torch
+
+    if not delta.factors:
+        rows, cols = matrix_shape(delta.shape)
+        return torch.zeros(rows, 0, dtype=torch.float64), torch.zeros(0, cols, dtype=torch.float64)
     lora_B = delta.lora_B.double() * gains.double()
     left, right = stored_factors(delta.layout, delta.lora_A.double(), lora_B)
     return left.contiguous(), right.contiguous()
@@ -34,6 +41,37 @@ def fold_factor(delta: ModuleDelta, gains: torch.Tensor) -> torch.Tensor | None:
     if delta.row_scale is None:
         return None
     return row_factor(delta.layout, 1 + gains.double() @ delta.row_scale)
+
+
+class RowFold(Protocol):
+    """What folds a module by rows, however its adapters are combined."""
+
+    def rows(self, block: torch.Tensor, rows: slice | list[int], total: torch.Tensor) -> torch.Tensor:
+        """The folded weight of some rows.
+
+        Args:
+            block: those rows [count, cols] of the base weight, any floating dtype.
+            rows: which they are.
+            total: [count, cols] float64, overwritten and returned.
+        """
+
+
+@dataclass(frozen=True)
+class LinearFold:
+    """factor · W + left @ right: the weighted sum; the terms are those of `fold_rows`."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    factor: torch.Tensor | None = None
+
+    def rows(self, block: torch.Tensor, rows: slice | list[int], total: torch.Tensor) -> torch.Tensor:
+        """As of a `RowFold`."""
+        factor = self.factor[rows] if self.factor is not None and self.factor.shape[0] > 1 else self.factor
+        return fold_rows(block, self.left[rows], self.right, total, factor)
+
+    def dense(self) -> torch.Tensor:
+        """The delta weight [rows, cols] float64 in the base tensor's order, without what the factor changes."""
+        return self.left @ self.right
 
 
 def fold_rows(

@@ -103,6 +103,7 @@ def stacked_inputs(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter
             lacks.
     """
     deltas = _deltas(mixture, base, adapters)
+    mixture.combination.refuse_changes(adapters, (d for d in deltas if isinstance(d, TensorDelta)))
     _refuse_unknown(mixture, base, {delta.module for delta in deltas})
     return Inputs(mixture, base, list(adapters), deltas)
 

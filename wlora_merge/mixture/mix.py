@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.adapter import load_adapters
+from ..adapters.adapter import AdapterSpec, load_adapters
 from ..adapters.added_tokens import resized
 from ..adapters.modules_to_save import join_changes, stack_tensors
 from ..adapters.stacking import stack
@@ -16,9 +16,10 @@ from ..adapters.targets import modules_of, tensors_of
 from ..adapters.tokenizers import warn_of_end
 from ..data.tasks import TASKS, get_task
 from ..errors import AdapterError, UnsupportedError
-from ..mix_options import mix_options
+from ..mix_options import MixOptions, mix_options
 from ..models.base_model import BaseModel, open_base, refuse_attached
 from ..text import first_line
+from .combination import Combination
 from .groups import make_groups, prefixes
 from .mixture import Mixture, adapter_ref, base_ref
 from .told_task import told_task
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 def mix(
     base: str | Path,
-    adapters: Iterable[str | Path | tuple[str, str | Path]],
+    adapters: Iterable[AdapterSpec],
     out: str | Path | None = None,
     *,
     force: bool = False,
@@ -42,11 +43,12 @@ def mix(
 
     Args:
         base: folder or hub id of the base model.
-        adapters: one or more, as PATH_OR_ID, `NAME=PATH_OR_ID` or (name, PATH_OR_ID).
+        adapters: one or more, as PATH_OR_ID, `NAME=PATH_OR_ID`, (name, PATH_OR_ID), or opened by `mixable`.
         out: folder to write the mixture to; None writes nothing.
         force: replace what is in `out`.
         options: fields of `MixOptions`: `weights` [N], used as they are (`normalize: none`), else uniform composition; `task`,
-            `normalize`, `delta_scale`, `modules_to_save`, `resize_vocab` and `residual`.
+            `normalize`, `delta_scale`, `modules_to_save`, `resize_vocab` and `residual`; and how delta weights are combined:
+            `method`, `density`, `majority_sign` and `seed`.
 
     Returns:
         The mixture, its adapters checked against the base.
@@ -61,11 +63,15 @@ def mix(
     refuse_attached(opened)
     opened, loaded = resized(opened, loaded, asked.resize_vocab)
     warn_of_end(opened)
-    normalize = asked.normalize or ("all" if asked.weights is None else "none")
-    row = uniform(len(loaded)) if asked.weights is None else _checked(asked.weights, len(loaded))
+    how, weights = combination_of(asked), asked.weights
+    if weights is None and how.elects:
+        weights = [1.0] * len(loaded)  # what agrees is averaged as it is summed
+    normalize = asked.normalize or ("all" if weights is None else "none")
+    row = uniform(len(loaded)) if weights is None else _checked(weights, len(loaded))
     deltas = stack(loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type)
     tensors, head = stack_tensors(loaded, asked.modules_to_save, (), tensors_of(opened))
     changed = join_changes(deltas, tensors, head, tensors_of(opened))
+    how.refuse_changes(loaded, tensors)
     if not changed:
         raise AdapterError(
             f"{', '.join(a.where for a in loaded)}: no module of the base is changed, by factors or by mixed tensors, so there is "
@@ -76,7 +82,7 @@ def mix(
         task = told_task(opened, loaded, {}, _tasks_with(head, opened))
     groups = make_groups([d.module for d in changed], "global")
     values = torch.tensor([row], dtype=torch.float32)
-    logits = torch.zeros_like(values) if asked.weights is None else values
+    logits = torch.zeros_like(values) if weights is None else values
     mixture = Mixture(
         base=base_ref(opened),
         adapters=[adapter_ref(a) for a in loaded],
@@ -89,15 +95,22 @@ def mix(
         task=task,
         head=head,
         head_tensors=opened.stored_names(head),
+        combination=how,
         modules_to_save=asked.modules_to_save,
         config=_config_of(head, opened, task) | (opened.vocabulary.config if opened.vocabulary is not None else {}),
         resize_vocab=asked.resize_vocab,
         prefixes=prefixes((d.module, d.name or d.module) for d in deltas),
-        data=_made_from(asked.weights, asked.residual),
+        data=_made_from(weights, asked.residual),
     )
     if out is not None:
         mixture.save(out, force=force, inputs=[opened.folder, *(a.source.folder for a in loaded)])
     return mixture
+
+
+def combination_of(asked: MixOptions) -> Combination:
+    """How a mix combines delta weights."""
+    given = {name: getattr(asked, name) for name in ("density", "majority_sign", "seed")}
+    return Combination(asked.method, **{name: value for name, value in given.items() if value is not None})
 
 
 def _config_of(head: Mapping[str, torch.Tensor], base: BaseModel, task: str | None) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from ..io.safetensors_file import write_tensors
 from ..io.staging import staged
 from ..models.base_model import BaseModel
 from ..models.names import OUTPUT_EMBEDDINGS
+from .combination import Combination, CombinedFold
+from .fold import LinearFold, fold_factor, fold_factors, low_rank_svd
 from .groups import rows_of
 from .weights import at_module, gains
 
@@ -80,6 +82,7 @@ class Mixture:
     metrics: FitMetrics = field(default_factory=dict)  # type: ignore[assignment]
     head: dict[str, torch.Tensor] = field(default_factory=dict)
     head_tensors: dict[str, str | None] = field(default_factory=dict)
+    combination: Combination = field(default_factory=Combination)
     modules_to_save: str | None = None
     resize_vocab: str | None = None
     pooling: str | None = None
@@ -138,6 +141,29 @@ class Mixture:
     def whole_gains_of(self, delta: ModuleDelta | TensorDelta) -> torch.Tensor:
         """gains [N] float64 of what has no scaling of its own: delta_scale · mixture weight."""
         return self.delta_scale * self.weights_of(delta)
+
+    def fold_of(self, delta: ModuleDelta) -> LinearFold | CombinedFold:
+        """What folds the weight of one module; an adapter of weight zero is not read, but where it has a vote."""
+        weights = self.whole_gains_of(delta)
+        if not self.combination.elects:
+            delta = delta.only(weights != 0)
+        if not self.combination.is_linear and delta.factors:
+            return CombinedFold(self.combination, delta, weights, self.adapter_names)
+        return LinearFold(*fold_factors(delta, self.gains_of(delta)), fold_factor(delta, weights))
+
+    def svd_of(self, delta: ModuleDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The singular value decomposition of one module's delta weight [out, in]: U [out, k], S [k] descending, V^T [k, in].
+
+        Of the weighted sum it is that of the two factors; else the matrix is formed.
+        """
+        import torch
+
+        fold = self.fold_of(delta) if not self.combination.is_linear else None
+        if isinstance(fold, CombinedFold):
+            dense = fold.dense()
+            u, s, vt = torch.linalg.svd(dense.T if delta.layout.transposed else dense, full_matrices=False)
+            return u, s, vt
+        return low_rank_svd(delta.lora_A, delta.lora_B.double() * self.gains_of(delta))
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -224,9 +250,9 @@ class Mixture:
             named: how the file calls an input.
             digits: of the weights behind the point; None gives them as they are, so that float32 comes back bit for bit.
         """
-        from .record import AdapterRecord, BaseRecord, MixtureRecord, Prefixes
+        from .record import AdapterRecord, BaseRecord, CombinationRecord, MixtureRecord, Prefixes
 
-        base, weights = self.base, self.mixture_weights.tolist()
+        base, weights, how = self.base, self.mixture_weights.tolist(), self.combination
         rows = [[w if digits is None else round(w, digits) for w in row] for row in weights]
         return MixtureRecord.model_construct(
             base_model=BaseRecord.model_construct(source=named(base), revision=base.revision, sha256=base.sha256),
@@ -237,6 +263,7 @@ class Mixture:
             granularity=self.granularity,
             normalize=self.normalize,
             delta_scale=self.delta_scale,
+            combination=None if how.is_linear else CombinationRecord.model_construct(**how.table()),
             groups=self.groups,
             weights={
                 g: dict(zip(self.adapter_names, row, strict=True)) for g, row in zip(self.groups, rows, strict=True)
@@ -294,6 +321,7 @@ class Mixture:
             metrics=record.metrics,
             head={name.removeprefix("head."): tensors[name] for name in sorted(tensors) if name.startswith("head.")},
             head_tensors=record.head,
+            combination=Combination(**(record.combination.model_dump(exclude_none=True) if record.combination else {})),
             modules_to_save=record.modules_to_save,
             resize_vocab=record.resize_vocab,
             pooling=record.pooling,

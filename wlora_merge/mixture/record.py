@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Required, TypedDict
 
 from ..adapters.keys import check_adapter_name
-from ..constants import GRANULARITIES, NORMALIZE
+from ..constants import COMBINATIONS, GRANULARITIES, MAJORITY_SIGNS, NORMALIZE
 from ..data.tasks import TASKS
 from ..errors import AdapterError
 from ..io.records import AS_WRITTEN, UNCHANGED, Record, checked_by, one_of
@@ -19,6 +19,8 @@ from ..models.pooling import LAYER_POOLINGS
 from ..text import short
 
 FORMAT_VERSION: Literal[1] = 1
+RARE = ("combination", "resize_vocab", "pooling", "head")
+"""Keys that a file has where they say something."""
 
 
 def _check_source(source: str) -> None:
@@ -244,6 +246,25 @@ class MadeFrom(TypedDict, total=False):
 # ------------------------------------------------------------------------------------------------------ the mixture
 
 
+def _check_density(density: float) -> None:
+    if not 0 < density <= 1:
+        raise ValueError(f"is {density}, expected a share above 0 and at most 1")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"is {seed}, expected a whole number from 0 to 2^32 - 1")
+
+
+class CombinationRecord(Record):
+    """How delta weights are combined, where it is not their weighted sum."""
+
+    method: Annotated[str, one_of(COMBINATIONS[1:])]
+    density: Annotated[float, checked_by(_check_density)]
+    majority_sign: Annotated[str, one_of(MAJORITY_SIGNS)] | None = None
+    seed: Annotated[int, checked_by(_check_seed)] | None = None
+
+
 class MixtureRecord(Record):
     """A mixture without its tensors; `weights` are for the reader, but in a manifest, which has no others.
 
@@ -273,6 +294,7 @@ class MixtureRecord(Record):
     granularity: Annotated[str, one_of(GRANULARITIES)]
     normalize: Annotated[str, one_of(NORMALIZE)]
     delta_scale: float
+    combination: CombinationRecord | None = None
     groups: dict[str, list[str]]
     weights: dict[str, Scores] = Field(default_factory=dict)
     task: Annotated[str, one_of(TASKS)] | None = None
@@ -302,7 +324,7 @@ class MixtureRecord(Record):
     def table(self) -> dict[str, Any]:
         """What a file holds of it: every key, but those that few mixtures have."""
         table = self.model_dump(warnings=False)
-        return {key: value for key, value in table.items() if value or key not in ("resize_vocab", "pooling", "head")}
+        return {key: value for key, value in table.items() if value or key not in RARE}
 
 
 def _first_twice(names: list[str]) -> str | None:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.adapter import Adapter, load_adapters
+from ..adapters.adapter import Adapter, AdapterSpec, load_adapters
 from ..adapters.stacking import stack
 from ..adapters.targets import modules_of, tensors_of
 from ..data.examples import EVAL_SPLITS, Examples, read_examples
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 def fit(
     base: str | Path,
-    adapters: Iterable[str | Path | tuple[str, str | Path]],
+    adapters: Iterable[AdapterSpec],
     data: Source,
     task: str,
     out: str | Path | None = None,
@@ -66,7 +66,7 @@ def fit(
 
     Args:
         base: folder or hub id of the base model.
-        adapters: two or more, as PATH_OR_ID, `NAME=PATH_OR_ID` or (name, PATH_OR_ID).
+        adapters: two or more, as PATH_OR_ID, `NAME=PATH_OR_ID`, (name, PATH_OR_ID), or opened by `mixable`.
         data: the shots: a data file, folder, URL or hub data set; or a `datasets.Dataset`, a pandas frame or a list of dicts, as
             `eval_data` may be too.
         task: its name, as on the command line.

@@ -30,6 +30,11 @@ def like_start(options: FitOptions) -> FitOptions:
     if not isinstance(given, str) or not Path(given).is_dir():
         return options
     start = Mixture.load(given)
+    if not start.combination.is_linear:
+        raise MixtureError(
+            f"initial_logits {given}: its delta weights are combined by {start.combination.method}, which no fit trains: give a "
+            "mixture that was made with method linear."
+        )
     normalize = options.normalize or start.normalize
     if (normalize == "none") != (start.normalize == "none"):
         raise MixtureError(
