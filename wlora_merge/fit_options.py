@@ -157,7 +157,7 @@ class FitOptions:
     epochs: float | None = option(
         None, Topic.TRAINED, bounds=ABOVE_0, help="Passes over the shots, in place of --max-steps.")
     max_steps: int | None = option(
-        None, Topic.TRAINED, common=True, bounds=COUNT,
+        None, Topic.TRAINED, bounds=COUNT,
         help="Optimizer steps. Default: 100 if a head is trained, 15 if a solved head classifies examples, else 20 epochs, but 40 to "
         "100 steps. It is fewer where the shots are told apart before, or the folds prefer it.")
     max_minutes: float | None = option(

@@ -45,7 +45,7 @@ NOT_RUN_PYTHON = {
 """What is in a block -> why it is not run here."""
 OTHERS = ("make", "torchrun", "accelerate", "--use_fsdp", "pip", "cp", "vllm", "docker")
 """How spans begin that show another program's options."""
-PLACEHOLDERS = {"BASE": "./base", "A": "./a", "B": "./b"}
+PLACEHOLDERS = {"BASE": "./base", "A": "./a", "B": "./b", "FOLDER": "./zoo"}
 SHORTER = ["--max-steps", "2", "--folds", "2"]
 """A fit on a page is run as it stands, but for how long it takes."""
 

@@ -18,7 +18,7 @@ from support.shots import WORDS, save_tokenizer
 
 from wlora_merge.cli.main import main
 
-INPUTS = ("BASE", "A", "B", "shots.jsonl", "shots.csv", "recipe.yaml")
+INPUTS = ("BASE", "A", "B", "FOLDER", "shots.jsonl", "shots.csv", "recipe.yaml")
 QUICK = ["--max-steps", "2", "--folds", "2", "--settings", "1"]
 """As it stands, but for how long it takes."""
 
@@ -38,6 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tokenizer(root / "BASE")
     for i, name in enumerate("AB"):
         make_adapter(model, root / name, i, r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+        shutil.copytree(root / name, root / "FOLDER" / name)
     pairs = [(f"{WORDS[4 + i]} {WORDS[5 + i]}", "low" if i < 20 else "high") for i in range(0, 40, 5)]
     lines = [json.dumps({"prompt": text, "completion": f" {label}"}) for text, label in pairs]
     (root / "shots.jsonl").write_text("\n".join(lines) + "\n")

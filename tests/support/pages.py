@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 from support.models import make_adapter, tiny_llama
@@ -52,6 +53,7 @@ def make_place(root: Path) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(root / "base")
     for i, name in enumerate("ab"):
         make_adapter(model, root / name, i, r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+        shutil.copytree(root / name, root / "zoo" / name)
     (root / "shots.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shots() * 4))
     rows = [f"a {word} .,{label}" for word, label in (("gem", "positive"), ("bore", "negative"))] * 4
     (root / "reviews.csv").write_text("\n".join(["review,stars", *rows]) + "\n")

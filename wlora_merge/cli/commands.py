@@ -109,7 +109,7 @@ def mix(
 
     \b
     wlora-merge mix --base BASE --adapter A --adapter B --weights 0.7,0.3 --out mixture
-    wlora-merge mix --base BASE --adapters FOLDER --out mixture
+    wlora-merge mix --base BASE --adapters FOLDER --out average
     """
     given = _given(adapters, lists, strict)
     with _wrong_usage():

@@ -255,6 +255,7 @@ MANY = option(
     "--adapters",
     "lists",
     topic=Topic.INPUTS,
+    common=True,
     multiple=True,
     metavar="FOLDER_OR_LIST",
     help="Every PEFT folder below a folder, or a text file with one [NAME=]PATH_OR_ID on a line.",

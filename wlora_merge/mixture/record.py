@@ -257,7 +257,14 @@ def _check_seed(seed: int) -> None:
 
 
 class CombinationRecord(Record):
-    """How delta weights are combined, where it is not their weighted sum."""
+    """How delta weights are combined, where it is not their weighted sum.
+
+    Attributes:
+        method: as `mix --method`.
+        density: the share of each adapter's delta weight that is kept.
+        majority_sign: of what a sign is elected by.
+        seed: of what is kept at random.
+    """
 
     method: Annotated[str, one_of(COMBINATIONS[1:])]
     density: Annotated[float, checked_by(_check_density)]
@@ -281,6 +288,7 @@ class MixtureRecord(Record):
         config: keys of the base's config that the task changes.
         metrics: the record of a fit.
         modules_to_save: as `--modules-to-save`.
+        combination: how delta weights become one, where they are not just summed.
         resize_vocab: the adapter whose vocabulary the export has.
         pooling: how a layer pools tokens for the head, where one does.
         prefixes: how names in files and in the model differ.
