@@ -51,11 +51,14 @@ class Meter:
 
     Args:
         what: a few words, as `writing weights`; work of unknown length has no totals.
+        told: False tells nobody: a short step of other work, which tells of itself.
     """
 
-    def __init__(self, what: str, total_bytes: int = 0, total_items: int = 0, unit: str = "tensors") -> None:
+    def __init__(
+        self, what: str, total_bytes: int = 0, total_items: int = 0, unit: str = "tensors", *, told: bool = True
+    ) -> None:
         self._done = Done(what, 0, total_bytes, 0, total_items, unit)
-        self._tell, self._lock = _LISTENER.get(), threading.Lock()
+        self._tell, self._lock = _LISTENER.get() if told else None, threading.Lock()
         self.add()
 
     def add(self, count: int = 0, items: int = 0) -> None:

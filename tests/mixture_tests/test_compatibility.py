@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import warnings
 from collections.abc import Callable
@@ -114,6 +115,8 @@ def test_many_adapters_tell_how_far_they_are_and_read_no_weight_twice_to_say_tha
     with listening(told.append):
         mix(base, [zoo / name for name in ("a0", "a1", "a2")])
     ends = {done.what: done for done in told if done.unit == "adapters"}
+    whats = [done.what for done in told]
+    assert [what for what, _ in itertools.groupby(whats)][:2] == ["opening adapters", "reading adapters on the base"]
     assert {what: (done.items, done.total_items) for what, done in ends.items()} == {
         "opening adapters": (3, 3),
         "reading adapters on the base": (3, 3),
@@ -137,3 +140,14 @@ def test_zeros_are_noted_while_a_file_is_read_as_they_are_when_it_is_read_again(
         assert known.is_zero is not again
         assert known.is_zero == (name == "model.layers.0.self_attn.q_proj")
     assert torch.equal(used_ranks(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), 1), torch.tensor([False, True]))
+
+
+def test_trying_many_tells_of_itself_and_of_no_step_of_it(many: tuple[Path, Path]) -> None:
+    base, zoo = many
+    told: list[Done] = []
+    with listening(told.append), pytest.warns(WloraMergeWarning, match="left out"):
+        mixable(base, find_adapters(zoo))
+    assert [what for what, _ in itertools.groupby(done.what for done in told)] == [
+        "opening adapters", "trying adapters on the base",
+    ]  # fmt: skip
+    assert (told[-1].items, told[-1].total_items) == (5, 5)

@@ -49,7 +49,7 @@ def stack(
         UnsupportedError: a trained lora_B.bias where the base has no bias.
     """
     made = Stack(find, find_tensor, model_type=model_type)
-    meter = Meter("reading adapters on the base", 0, len(adapters), "adapters")
+    meter = Meter("reading adapters on the base", 0, len(adapters), "adapters", told=len(adapters) > 1)
     for adapter in adapters:
         made.add(adapter)
         meter.add(0, 1)

@@ -29,6 +29,7 @@ from ..errors import WloraMergeError
 from ..progress import Meter
 
 _READ_BYTES = 1 << 20
+_LONG_BYTES = 256 << 20  # takes a second or so; what one file of fewer is read for tells of itself
 _CACHE_BYTES = 1 << 20  # about 2,500 records; the older half goes when it is full
 _RACY_NS = 2_000_000_000  # the coarsest mtime of a common file system (FAT); git's racy index has the same care
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -67,7 +68,8 @@ def sha256_files(paths: Iterable[Path], *, fresh: bool = False) -> dict[Path, st
         WloraMergeError: a file cannot be read, or changed while it was read.
     """
     names = list(dict.fromkeys(paths))
-    stop, meter = threading.Event(), Meter("reading files", _total(names), len(names), "files")
+    stop, total = threading.Event(), _total(names)
+    meter = Meter("reading files", total, len(names), "files", told=len(names) > 1 or total > _LONG_BYTES)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         try:
             return dict(zip(names, pool.map(lambda path: _digest(path, fresh, stop, meter), names), strict=True))

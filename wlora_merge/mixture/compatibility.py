@@ -144,6 +144,7 @@ def adapter_tables(given: Sequence[AdapterSpec], base: BaseModel | None) -> dict
     norms: dict[str, float] = {}
     meter = Meter("looking at adapters", 0, len(given), "adapters")
     for spec in given:
+        meter.add(0, 1)
         try:
             adapter = open_adapter(spec)
         except WloraMergeError as error:
@@ -153,7 +154,6 @@ def adapter_tables(given: Sequence[AdapterSpec], base: BaseModel | None) -> dict
         deltas = row.pop("deltas", None)
         rows.append(_what(adapter, deltas) | row)
         adapters.append(adapter)
-        meter.add(0, 1)
     warn_of_same(adapters)
     tables = {"Adapters": rows}
     reasons = [(row, row.pop("reason")) for row in rows if "reason" in row]

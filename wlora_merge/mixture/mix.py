@@ -63,11 +63,10 @@ def mix(
     refuse_attached(opened)
     opened, loaded = resized(opened, loaded, asked.resize_vocab)
     warn_of_end(opened)
-    how, weights = combination_of(asked), asked.weights
-    if weights is None and how.elects:
-        weights = [1.0] * len(loaded)  # what agrees is averaged as it is summed
+    how = combination_of(asked)
+    weights = _given_weights(asked.weights, how, len(loaded))
     normalize = asked.normalize or ("all" if weights is None else "none")
-    row = uniform(len(loaded)) if weights is None else _checked(weights, len(loaded))
+    row = uniform(len(loaded)) if weights is None else weights
     deltas = stack(loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type)
     tensors, head = stack_tensors(loaded, asked.modules_to_save, (), tensors_of(opened))
     changed = join_changes(deltas, tensors, head, tensors_of(opened))
@@ -169,7 +168,10 @@ def _shapes_of(base: BaseModel, task: str, n_labels: int) -> tuple[str, dict[str
     return type(model).__name__, {name: tuple(t.shape) for name, t in model.state_dict().items()}
 
 
-def _checked(weights: Sequence[float], n: int) -> list[float]:
+def _given_weights(weights: Sequence[float] | None, how: Combination, n: int) -> list[float] | None:
+    """Weights that are used as they are; None: uniform composition. A method that averages what agrees takes 1 for each adapter."""
+    if weights is None:
+        return [1.0] * n if how.elects else None
     if len(weights) != n or not all(math.isfinite(w) for w in weights):
         raise AdapterError(
             f"got {len(weights)} weights {list(weights)} for {n} adapters, expected one finite number for each."
