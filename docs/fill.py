@@ -78,7 +78,7 @@ def _version(server: Server) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- programs
 
-FOLDERS = {"dense": "served", "lora": "adapter", "onnx": "graph", "genai": "genai"}
+FOLDERS = {"dense": "served", "lora": "adapter", "onnx": "./graph", "genai": "genai"}
 """What the pages call an export of each kind."""
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What a LoRA on the pages belongs to: a Llama, which each of the programs knows."""

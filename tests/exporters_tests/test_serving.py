@@ -252,6 +252,7 @@ def test_what_vllm_has_no_lora_for_is_refused(tmp_path: Path) -> None:
         ("onnxruntime-genai", Exported("onnx", "causal-lm"), "takes --format onnx --onnx-runtime genai, not"),
         ("openvino", Exported("genai", "causal-lm"), "takes --format onnx, not --format onnx --onnx-runtime genai"),
         ("lm-eval", Exported("dense", "text-classification"), "not text-classification"),
+        ("tgi", Exported("dense", None), "what the model is for cannot be told: say --task TASK"),
     ],
 )
 def test_what_a_program_does_not_take_is_said_in_one_sentence(server: str, exported: Exported, said: str) -> None:
@@ -271,6 +272,18 @@ def test_tgi_sees_the_base_of_a_lora(tmp_path: Path, base_name: str, mounts: str
     text = card(tmp_path, mixture(), "lora", base_name).text
     assert f":/mixture{mounts} -e LORA_ADAPTERS=mixture=/mixture" in text
     assert f"--model-id {model_id}\n" in text
+
+
+def test_a_card_of_no_known_task_names_what_takes_every_task(tmp_path: Path) -> None:
+    model = tiny_bert()
+    model.save_pretrained(tmp_path / "base")
+    adapter = make_adapter(model, tmp_path / "a", 0, r=2, target_modules=["query"])
+    made = mix(tmp_path / "base", [adapter])
+    made.config = {"architectures": ["BertForPreTraining"]}
+    export(made, "dense", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModel.from_pretrained" in text
+    assert not any(word in text for word in ("vllm serve", "llama-server", "lm_eval", "ctranslate2", "docker"))
 
 
 def test_every_program_is_an_option_and_says_which_version_was_asked() -> None:

@@ -595,6 +595,20 @@ def test_a_pooling_is_of_a_head_that_sees_one_vector(bert_zoo: tuple[Path, list[
         fit(base, folders, shots, "causal-lm", pooling="mean")
 
 
+def test_a_mixture_that_no_adapter_has_weight_in_says_so(
+    bert_zoo: tuple[Path, list[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the shots are predicted best from each other without any adapter."""
+    options: dict[str, Any] = {"new_adapter": 0, "pooling": "mean"}
+    assert "No adapter has any weight" not in fit(*bert_zoo, "text-classification", **options).metrics["note"]
+    monkeypatch.setattr("wlora_merge.training.learner.START_SCALES", (0.0,))
+    made = fit(*bert_zoo, "text-classification", **options)
+    assert not made.mixture_weights.any()
+    assert made.metrics["note"].endswith(
+        "No adapter has any weight: this is the base, with its head, which is best without them."
+    )
+
+
 # ------------------------------------------------------------------------------------------------- the real ones
 
 

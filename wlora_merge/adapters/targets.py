@@ -230,9 +230,10 @@ def foreign(adapter: Adapter, name: str, find: Find) -> AdapterError:
 
 
 def _near(name: str, find: Find) -> str:
-    """The module of the base whose name is nearest, of those with the same layer and expert, as a question."""
-    names = find.names() if isinstance(find, Known) else ()
-    return nearest(name, [other for other in names if _numbers(other) == _numbers(name)])
+    """The module of the base whose name is nearest, as a question: of those in the same layer and expert that share one of the last
+    two parts of the name, as names of two architectures are near by chance alone."""
+    names, last = find.names() if isinstance(find, Known) else (), {*name.split(".")[-2:]}
+    return nearest(name, [other for other in names if _numbers(other) == _numbers(name) and last & {*other.split(".")}])
 
 
 def _numbers(name: str) -> list[str]:

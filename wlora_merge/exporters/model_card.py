@@ -145,7 +145,7 @@ def _serving(facts: CardFacts, js_dtype: str) -> str:
         folder=FOLDER,
         js_dtype=js_dtype,
         base_name=facts.base_name,
-        task=get_task(facts.mixture.task),
+        task=get_task(exported.task),
         servers=list(servers_of(exported)),
         labels=_labels(facts.mixture),
         vllm_rank=vllm_rank(exported.rank) if exported.rank else None,

@@ -88,6 +88,8 @@ class Server:
                 f"{self.title} takes {' or '.join(map(format_words, self.takes))}, not {format_words(exported.kind)}."
             )
         tasks = self.takes[exported.kind]
+        if exported.task is None and len(tasks) < len(TASKS):
+            return f"{self.title} takes {', '.join(tasks)}, and what the model is for cannot be told: say --task TASK."
         if exported.task is not None and exported.task not in tasks:
             return f"{self.title} takes {', '.join(tasks)} as {format_words(exported.kind)}, not {exported.task}."
         check = self.checks.get(exported.kind)
@@ -106,7 +108,7 @@ def exported_of(inputs: Inputs, asked: ExportOptions) -> Exported:
     rank = asked.rank or (max(ranks, default=0) if asked.energy is None else None)
     return Exported(
         "genai" if asked.onnx_runtime == "genai" else asked.format,
-        mixture.task,
+        mixture.task or _told(inputs),
         str(((base.config | mixture.config).get("architectures") or [""])[0]),
         asked.dtype,
         rank=rank,
@@ -115,6 +117,16 @@ def exported_of(inputs: Inputs, asked: ExportOptions) -> Exported:
         pools=(base.folder / "modules.json").is_file(),
         tied=base.config.get("tie_word_embeddings", True) is not False,
     )
+
+
+def _told(inputs: Inputs) -> str | None:
+    """The task that the inputs tell; None where they do not agree on one."""
+    from ..mixture.told_task import told_task
+
+    try:
+        return told_task(inputs.base, inputs.adapters, inputs.mixture.config)
+    except UnsupportedError:
+        return None
 
 
 def check_server(server: str, exported: Exported) -> None:

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from .candidates import Candidate
     from .learner import Learner
 
+UNUSED = "No adapter has any weight: this is the base, with its head, which is best without them."
+
 
 def fit(
     base: str | Path,
@@ -323,6 +325,8 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetri
         names = LiveNames(learner.model, given.base).stored_modules(attachment_of(learner.model).new)
         add_new(mixture, files, [stored for name in names for stored in names[name]])
         mixture.data["new_adapter"] = {"name": mixture.adapter_names[-1], "r": kept.new_adapter}
+    elif not used:
+        mixture.metrics["note"] = f"{metrics['note']} {UNUSED}"
     return mixture
 
 
