@@ -177,8 +177,8 @@ def test_the_embeddings_of_an_encoder_decoder_are_refused_by_name(tmp_path: Path
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 96}
     base = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes)).eval()
     base.save_pretrained(tmp_path / "base")
-    folder = make_adapter(base, tmp_path / "a", 1, r=2, target_modules=["shared"])
-    for call in (lambda: mix(tmp_path / "base", [folder]), lambda: attach(base, [folder, f"b={folder}"])):
+    one, other = (make_adapter(base, tmp_path / name, i, r=2, target_modules=["shared"]) for i, name in enumerate("ab"))
+    for call in (lambda: mix(tmp_path / "base", [one]), lambda: attach(base, [one, other])):
         with pytest.raises(UnsupportedError, match=r"'shared'.*in several places.*tie_word_embeddings"):
             call()
 
