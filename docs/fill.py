@@ -121,7 +121,7 @@ def _code(server: Server, kind: str, name: str) -> str:
         else {"architecture": "", "labels": {}}
     )
     text: str = Template(SERVING.read_text(encoding="utf-8"), undefined=StrictUndefined).render(
-        kind=kind, dtype=None, **head, graph="model.onnx", js_dtype="fp32", vllm_rank=vllm_rank(16),
+        kind=kind, dtype=None, **head, js_dtype="fp32", vllm_rank=vllm_rank(16),
         folder=FOLDERS[kind], base_name=BASE, task=task, servers=[server], **TGI,
     )  # fmt: skip
     return text.removeprefix(f"{server.title}:").strip()

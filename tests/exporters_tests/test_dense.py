@@ -362,6 +362,19 @@ def test_an_export_with_a_new_head_does_not_import_peft(tmp_path: Path) -> None:
     assert torch.equal(got["classifier.weight"], model.classifier.weight)
 
 
+def test_a_plain_export_imports_neither_transformers_nor_peft(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """What the model is for is not asked of transformers where nobody needs to know."""
+    base, folders = zoo
+    mix(base, folders, tmp_path / "m")
+    code = (
+        "import sys; from wlora_merge import export;"
+        f"export({str(tmp_path / 'm')!r}, 'dense', {str(tmp_path / 'out')!r});"
+        "print(sorted({'transformers', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_head_that_the_files_call_otherwise_takes_its_place(tmp_path: Path) -> None:
     """A checkpoint with the prefix of another class: `model.classifier.weight` is replaced, not joined by a second one."""
     from transformers import BertForSequenceClassification

@@ -149,7 +149,6 @@ def _serving(facts: CardFacts, js_dtype: str) -> str:
         servers=list(servers_of(exported)),
         labels=_labels(facts.mixture),
         vllm_rank=vllm_rank(exported.rank) if exported.rank else None,
-        graph="model.onnx",
         **TGI,
     )
     return lines

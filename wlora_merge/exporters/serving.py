@@ -41,7 +41,6 @@ class Exported:
         dtype: of the weights, as `--dtype` names it; None: the base's own.
         rank: that one LoRA has, where it is known.
         changes: what the adapters change.
-        head: whether it has a trained head.
         pools: whether the base is a sentence-transformers folder, whose `modules.json` says how its tokens are pooled.
         tied: whether the base ties its embeddings.
     """
@@ -52,7 +51,6 @@ class Exported:
     dtype: str | None = None
     rank: int | None = None
     changes: Sequence[ModuleDelta | TensorDelta] = ()
-    head: bool = False
     pools: bool = False
     tied: bool = False
 
@@ -108,19 +106,18 @@ def exported_of(inputs: Inputs, asked: ExportOptions) -> Exported:
     rank = asked.rank or (max(ranks, default=0) if asked.energy is None else None)
     return Exported(
         "genai" if asked.onnx_runtime == "genai" else asked.format,
-        mixture.task or _told(inputs),
+        mixture.task or (_told(inputs) if asked.server is not None else None),
         str(((base.config | mixture.config).get("architectures") or [""])[0]),
         asked.dtype,
         rank=rank,
         changes=inputs.deltas,
-        head=bool(mixture.head),
         pools=(base.folder / "modules.json").is_file(),
         tied=base.config.get("tie_word_embeddings", True) is not False,
     )
 
 
 def _told(inputs: Inputs) -> str | None:
-    """The task that the inputs tell; None where they do not agree on one."""
+    """The task that the inputs tell; None where they do not agree on one. It asks transformers, whose import takes seconds."""
     from ..mixture.told_task import told_task
 
     try:

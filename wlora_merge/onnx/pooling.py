@@ -63,8 +63,7 @@ def add_pooling(model: torch.nn.Module, folder: Path) -> None:
         tokens = output["last_hidden_state"]
         mask = given.get("attention_mask")
         mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device) if mask is None else mask
-        again = tokens.clone()  # two outputs of a graph cannot be one tensor
-        return {**output, OUTPUTS[0]: again, OUTPUTS[1]: head((tokens, mask))}
+        return {**output, OUTPUTS[0]: tokens, OUTPUTS[1]: head((tokens, mask))}
 
     model.add_module(HEAD, head)
     model.register_forward_hook(pool, with_kwargs=True)
