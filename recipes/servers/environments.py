@@ -69,8 +69,8 @@ def _vllm(folder: Path) -> None:
 def _llama_cpp(folder: Path) -> None:
     """llama.cpp's converters, which the source package of its Python binding carries."""
     version = (HERE / "requirements" / "llama.cpp.txt").read_text().partition("llama-cpp-python==")[2].split()[0]
-    pip(folder, "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", str(folder),
-        f"llama-cpp-python=={version}")  # fmt: skip
+    source = f"llama-cpp-python=={version}"
+    pip(folder, "download", "--no-deps", "--no-binary", "llama-cpp-python", "-d", str(folder), source)
     with tarfile.open(folder / f"llama_cpp_python-{version}.tar.gz") as archive:
         inside = f"llama_cpp_python-{version}/vendor/llama.cpp/"
         for member in archive.getmembers():
