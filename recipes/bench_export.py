@@ -1,6 +1,7 @@
 """How fast an export is, against PEFT's merge and `cp` of the same folder; how much memory it takes.
 
     python recipes/bench_export.py --size 1b --rounds 5
+    python recipes/bench_export.py --adapters 64 --without-peft --svd-rounds 0
 
 Makes a synthetic Llama checkpoint with `../shared/tools/mk_synth.py` (sizes tiny, 125m, 1b; 7b is made here, and takes 27 GB of
 disk), then runs each contender in turn in a process of its own, round after round, with `sync` before each run. The first round
@@ -31,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 TOOL = Path(__file__).resolve().parents[2] / "shared" / "tools" / "mk_synth.py"
-ADAPTERS = 4
 RANK = 32  # of the lora export
+ADAPTER_RANK = 16
 
 PEFT_DENSE = """
 import sys, torch
@@ -51,13 +52,13 @@ MATMULS = """
 import sys, torch
 from safetensors import safe_open
 from pathlib import Path
-R = 64
+R, dtype = int(sys.argv[2]), getattr(torch, sys.argv[3])
 for file in sorted(Path(sys.argv[1]).glob("*.safetensors")):
     with safe_open(file, "pt") as f:
         for name in f.keys():
             if "_proj" in name:
                 out, cols = f.get_slice(name).get_shape()
-                torch.mm(torch.ones(out, R), torch.ones(R, cols))
+                torch.mm(torch.ones(out, R, dtype=dtype), torch.ones(R, cols, dtype=dtype))
 """
 PEFT_SVD = """
 import sys, time, torch, json
@@ -135,13 +136,19 @@ def _watch(pid: int, peak: dict[str, int]) -> None:
         time.sleep(0.01)
 
 
-def contenders(work: Path) -> list[Contender]:
-    base, adapters, mixture = work / "base", work / "adapters", work / "mixture"
+def contenders(work: Path, adapters: int) -> list[Contender]:
+    base, mixture = work / "base", work / "mixture"
     python, ours = sys.executable, [sys.executable, "-m", "wlora_merge", "export", str(mixture)]
     found = [
         Contender("cp -r", ["cp", "-r", str(base), str(work / "copy")], work / "copy"),
         Contender("python -c 'import torch'", [python, "-c", "import torch"]),
-        Contender("import torch and the bare matmuls", [python, "-c", MATMULS, str(base)]),
+        *(
+            Contender(
+                f"import torch and the bare matmuls, {dtype}",
+                [python, "-c", MATMULS, str(base), str(ADAPTER_RANK * adapters), dtype],
+            )
+            for dtype in ("float32", "float64")
+        ),
         Contender(
             "imports of an export", [python, "-c", "import wlora_merge.cli.main, wlora_merge.exporters.export, torch"]
         ),
@@ -155,28 +162,29 @@ def contenders(work: Path) -> list[Contender]:
         ),
         Contender(
             "PEFT cat, merge_and_unload, save_pretrained",
-            [python, "-c", PEFT_DENSE, str(base), str(adapters), str(work / "peft"), str(ADAPTERS)],
+            [python, "-c", PEFT_DENSE, str(base), str(work / "adapters"), str(work / "peft"), str(adapters)],
             work / "peft",
         ),
     ]
     if find_spec("mergekit"):
-        found.append(_mergekit(work))
+        found.append(_mergekit(work, adapters))
     return found
 
 
-def _mergekit(work: Path) -> Contender:
+def _mergekit(work: Path, adapters: int) -> Contender:
     recipe = work / "mergekit.yaml"
     models = [
-        {"model": f"{work / 'base'}+{work / 'adapters' / f'a{i}'}", "parameters": {"weight": 0.25}} for i in range(4)
+        {"model": f"{work / 'base'}+{work / 'adapters' / f'a{i}'}", "parameters": {"weight": 1 / adapters}}
+        for i in range(adapters)
     ]
     recipe.write_text(json.dumps({"merge_method": "linear", "dtype": "bfloat16", "models": models}))
     return Contender("mergekit linear", ["mergekit-yaml", str(recipe), str(work / "mk"), "--allow-crimes"], work / "mk")
 
 
-def combination_alone(work: Path, rounds: int) -> dict[str, float]:
+def combination_alone(work: Path, adapters: int, rounds: int) -> dict[str, float]:
     """Seconds of the low-rank combination itself, ours and PEFT's svd, medians of alternate runs."""
     ours = [sys.executable, "-c", OURS_SVD, str(work / "mixture"), str(RANK)]
-    theirs = [sys.executable, "-c", PEFT_SVD, str(work / "base"), str(work / "adapters"), str(ADAPTERS), str(RANK)]
+    theirs = [sys.executable, "-c", PEFT_SVD, str(work / "base"), str(work / "adapters"), str(adapters), str(RANK)]
     seconds: dict[str, list[float]] = {"ours": [], "PEFT svd": []}
     for _ in range(rounds):
         for name, command in {"ours": ours, "PEFT svd": theirs}.items():
@@ -185,12 +193,12 @@ def combination_alone(work: Path, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def make_7b(work: Path) -> None:
+def make_7b(work: Path, adapters: int) -> None:
     """A checkpoint of Llama 2 7B's shapes, a layer at a time, for machines that cannot hold it; the numbers repeat."""
     import torch
     from safetensors.torch import save_file
 
-    hidden, inner, layers, vocabulary, rank = 4096, 11008, 32, 32000, 16
+    hidden, inner, layers, vocabulary, rank = 4096, 11008, 32, 32000, ADAPTER_RANK
     linear = {f"self_attn.{x}_proj": (hidden, hidden) for x in "qkvo"}
     linear |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
     numbers = torch.randn(vocabulary * hidden, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
@@ -217,7 +225,7 @@ def make_7b(work: Path) -> None:
     }  # fmt: skip
     (work / "base" / "config.json").write_text(json.dumps(config))
     (work / "base" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    for n in range(ADAPTERS):
+    for n in range(adapters):
         folder = work / "adapters" / f"a{n}"
         folder.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(n)
@@ -233,20 +241,22 @@ def make_7b(work: Path) -> None:
         )
 
 
-def make_synthetic(work: Path, size: str) -> None:
+def make_synthetic(work: Path, size: str, adapters: int) -> None:
     if (work / "mixture" / "mixture.json").is_file():
         return
-    if size == "7b" and not (work / "adapters" / "a3" / "adapter_config.json").is_file():
-        make_7b(work)
+    last = work / "adapters" / f"a{adapters - 1}"
+    if size == "7b" and not (last / "adapter_config.json").is_file():
+        make_7b(work, adapters)
     elif not TOOL.is_file():
         raise SystemExit(f"{TOOL} makes the synthetic checkpoint, and is not here.")
-    if not (work / "adapters" / "a3").is_dir():
-        subprocess.run([sys.executable, str(TOOL), str(work), "--size", size, "--adapters", str(ADAPTERS)], check=True)
+    if not last.is_dir():
+        asked = ["--size", size, "--adapters", str(adapters), "--rank", str(ADAPTER_RANK)]
+        subprocess.run([sys.executable, str(TOOL), str(work), *asked], check=True)
     from wlora_merge.mixture.mix import mix
 
     mix(
         work / "base",
-        [work / "adapters" / f"a{i}" for i in range(ADAPTERS)],
+        [work / "adapters" / f"a{i}" for i in range(adapters)],
         work / "mixture",
         task="causal-lm",
         force=True,
@@ -264,18 +274,22 @@ def show(found: list[Contender], console: Console) -> None:
         )
     console.print(table)
     median = {c.name: statistics.median(c.seconds) for c in found}
-    ours, theirs = median["wlora-merge export dense"], median["PEFT cat, merge_and_unload, save_pretrained"]
-    floor = median["cp -r"] + median["import torch and the bare matmuls"]
+    ours = median["wlora-merge export dense"]
     memory = {c.name: c.anonymous for c in found}
     over = (memory["wlora-merge export dense"] - memory["imports of an export"]) / 1e6
-    console.print(f"PEFT / ours: {theirs / ours:.1f}×")
-    console.print(f"ours / (cp + import torch + bare matmuls): {ours / floor:.2f}×")
+    for name in ("PEFT cat, merge_and_unload, save_pretrained", "mergekit linear", "cp -r"):
+        if name in median:
+            console.print(f"{name} / ours: {median[name] / ours:.2f}×")
+    for dtype in ("float32", "float64"):
+        floor = median["cp -r"] + median[f"import torch and the bare matmuls, {dtype}"]
+        console.print(f"ours / (cp + import torch + bare matmuls in {dtype}): {ours / floor:.2f}×")
     console.print(f"anonymous memory over the interpreter with its imports: {over:.0f} MB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="1b", choices=["tiny", "125m", "1b", "7b"], help="of the synthetic Llama")
+    parser.add_argument("--adapters", type=int, default=4, help=f"how many, each of rank {ADAPTER_RANK}")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds")
     parser.add_argument(
         "--out", type=Path, default=Path("bench-out"), help="working folder; the checkpoint is kept there"
@@ -285,21 +299,21 @@ def main() -> None:
         "--svd-rounds", type=int, default=1, help="rounds of the low-rank combination alone; 0 for none"
     )
     options = parser.parse_args()
-    work = (options.out / options.size).resolve()
+    work = (options.out / f"{options.size}-{options.adapters}").resolve()
     work.mkdir(parents=True, exist_ok=True)
-    make_synthetic(work, options.size)
+    make_synthetic(work, options.size, options.adapters)
     console = Console(highlight=False)
     console.print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}")
     console.print(
         ", ".join(f"{name} {_version(name)}" for name in ("torch", "peft", "transformers", "safetensors", "mergekit"))
     )
-    found = [c for c in contenders(work) if not (options.without_peft and c.name.startswith("PEFT"))]
+    found = [c for c in contenders(work, options.adapters) if not (options.without_peft and c.name.startswith("PEFT"))]
     for number in range(options.rounds + 1):
         for contender in found:
             run(contender, counted=number > 0)
     show(found, console)
     if options.svd_rounds:
-        alone = combination_alone(work, options.svd_rounds)
+        alone = combination_alone(work, options.adapters, options.svd_rounds)
         console.print(
             f"low-rank combination alone, rank {RANK}: ours {alone['ours']:.2f} s, PEFT svd {alone['PEFT svd']:.1f} s, "
             f"{alone['PEFT svd'] / alone['ours']:.0f}×"
