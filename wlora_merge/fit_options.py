@@ -17,6 +17,7 @@ from .option_fields import (
     COUNT,
     REQUIRED,
     SEED,
+    SEVERAL,
     SHARE,
     Rule,
     Topic,
@@ -81,6 +82,11 @@ class FitOptions:
         help="best: keep uniform composition or one adapter where it is better, or as good within a standard error.",
         detail="method keeps what the method gives. As good is what is behind by at most a standard error of the difference, with a "
         "loss at most a quarter larger, or 0.05.")
+    keep: int | None = option(
+        None, Topic.MIXED, common=True, metavar="K", bounds=SEVERAL,
+        help="Adapters to mix at most: of more, those that help most on the shots are kept. Default: 16, or all with --weights or "
+        "--initial-logits.",
+        detail="Each is scored by the first-order gain of adding it to the base: one backward pass serves any number of adapters.")
     weights: Sequence[float] | None = option(
         None, Topic.MIXED, metavar="W,W,...", of=("fixed",),
         help="For --method fixed: one mixture weight for each adapter.", detail="They are used as they are.")
@@ -94,7 +100,7 @@ class FitOptions:
         detail="Free weights start as uniform composition. The default is all where logits or a temperature are given, or nothing is "
         "learned.")
     new_adapter: int | None = option(
-        None, Topic.MIXED, common=True, metavar="R", bounds=AT_LEAST_0, of=LEARNED,
+        None, Topic.MIXED, metavar="R", bounds=AT_LEAST_0, of=LEARNED,
         help="Rank of a LoRA that is trained from zero beside the given ones, with weight 1; 0: none. Default: 8 on four examples or "
         "more, else 0. A new head needs two per class too, and a solved one shots that are far from what the adapters know. The "
         "folds may prefer the other. Always 0 with --normalize present.",
@@ -294,6 +300,8 @@ _RULES: list[Rule] = [
      "settings are compared on the folds, and folds 0 makes none: leave one of them out."),
     (lambda o: o.epochs is not None and o.max_steps is not None,
      "epochs and max_steps both say how long to train: give one."),
+    (lambda o: o.keep is not None and (o.weights is not None or o.initial_logits is not None),
+     "keep chooses among the adapters, and weights and initial_logits are of all of them: leave keep out."),
     (lambda o: (o.method == "fixed") != (o.weights is not None),
      "--method fixed and --weights go together: give both, or neither."),
     (lambda o: o.prune_below >= 1 and o.normalize != "none" and o.method not in ("fixed", "best-single"),

@@ -61,6 +61,7 @@ class Range:
 ABOVE_0 = Range(0, "a number above 0", open=True)
 AT_LEAST_0 = Range(0, "a number of at least 0")
 COUNT = Range(1, "a number above 0")
+SEVERAL = Range(2, "a number of at least 2")
 _SEED = "a whole number from 0 to 2^32 - 1"
 SEED = Range(0, _SEED, high=2**32 - 1, too_high=_SEED)
 SHARE = Range(0, "a number above 0", open=True, high=1, too_high="a share above 0 and at most 1")

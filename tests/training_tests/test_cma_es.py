@@ -54,7 +54,7 @@ def test_a_search_that_time_cut_says_where_it_stopped_and_is_not_taken_for_done(
         clock.ends = len(judged) >= 7
         return judge(self, *args, **options)
 
-    for module in ("fit", "run"):
+    for module in ("preparation", "run"):
         monkeypatch.setattr(sys.modules[f"wlora_merge.training.{module}"], "time", clock)
     monkeypatch.setattr(Learner, "judge", ending)
     monkeypatch.setattr(FitState, "finish", lambda self, key, value: finished.append(key))

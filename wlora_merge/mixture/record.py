@@ -164,6 +164,18 @@ class Pruned(TypedDict, total=False):
     on: str
 
 
+class Screening(TypedDict):
+    """Which of many adapters a fit has mixed.
+
+    Attributes:
+        kept: names of those.
+        gains: of every adapter, by how much a little of it lowers the loss of the shots, to first order.
+    """
+
+    kept: list[str]
+    gains: dict[str, float]
+
+
 def _check_point(point: list[float]) -> None:
     if len(point) != 2:
         raise ValueError("is not a pair of a step and a loss")
@@ -185,6 +197,7 @@ class FitMetrics(TypedDict, total=False):
         chosen: how what was kept was learned.
         history: [step, loss] of the last training, by its title.
         pruned: what pruning did.
+        screening: which of many adapters were kept.
         held_out: the examples that judged.
     """
 
@@ -200,6 +213,7 @@ class FitMetrics(TypedDict, total=False):
     chosen: Chosen
     history: dict[str, list[Annotated[list[float], checked_by(_check_point)]]]
     pruned: Pruned
+    screening: Screening
     held_out: HeldOut
 
 

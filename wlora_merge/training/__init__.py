@@ -4,6 +4,9 @@ This room knows everything below it but how an export is written. It must not kn
 
 fit                the workflow: fit
 stages             what a fit does once its model is loaded
+given              what a fit works on, before its model is loaded: Given
+screening          which of many adapters a fit mixes
+preparation        the model loaded, the examples encoded: Prepared
 run                what stays the same through a fit, and what one training is asked for
 model              the model that a fit trains on
 learner            one loaded model on which candidates are placed, trained and judged

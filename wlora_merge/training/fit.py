@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,31 +22,29 @@ from ..adapters.stacking import stack
 from ..adapters.targets import modules_of, tensors_of
 from ..data.examples import EVAL_SPLITS, Examples, read_examples
 from ..data.sources import name_of
-from ..data.task import Task, refuse_unknown_tokens
 from ..data.tasks import get_task
-from ..errors import DataError, MixtureError
+from ..errors import MixtureError
 from ..exporters.report import write_report
-from ..fit_options import FitCall, FitOptions, fit_request
+from ..fit_options import FitOptions, fit_request
 from ..io.digests import sha256_file
-from ..io.hub import is_here
 from ..io.staging import refuse_out
 from ..mixture.inputs import find_inputs, stacked_inputs
 from ..mixture.mixture import Mixture, adapter_ref
 from ..models.base_model import BaseModel, open_base, refuse_attached, refuse_quantized
 from ..text import first_line
-from .initial_logits import find_start, like_start
-from .record import FitJob, data_ref, held_out, recorded
+from .given import Given
+from .initial_logits import like_start
+from .record import FitJob, data_ref, held_out, recorded, said_of_screening
 from .resume import FitState, only_fit, state_file
-from .run import Clock, FitProgress, Rows, Run
+from .run import FitProgress
 from .trackers import tracker_names
 
 if TYPE_CHECKING:
-    from ..data.labels import LabelSet
     from ..data.sources import Source
-    from ..distributed import Team
     from ..mixture.record import FitMetrics
     from .candidates import Candidate
     from .learner import Learner
+    from .preparation import Prepared
 
 UNUSED = "No adapter has any weight: this is the base, with its head, which is best without them."
 
@@ -85,6 +82,8 @@ def fit(
         WloraMergeError: with one sentence; nothing is left in `out`.
     """
     from ..distributed import team
+    from .preparation import prepare
+    from .screening import screened
     from .stages import find_mixture
 
     job = get_task(task)
@@ -93,18 +92,23 @@ def fit(
     request = fit_request({"data": names[0], "eval_data": names[1], "task": task, **options})
     chosen = like_start(request.options)
     tracker_names(chosen)  # refuses before anything is read
-    given = _Given(job, request, chosen, open_base(base), load_adapters(adapters, residual=request.residual), read)
+    given = Given(job, request, chosen, open_base(base), load_adapters(adapters, residual=request.residual), read)
     if out is not None:
         refuse_out(Path(out), force=force, inputs=given.sources)
     _refuse_unfit(given)
     shots, held = _examples(given)
     with team() as ranks, only_fit(out if ranks.leads else None):
-        state = _state(out if ranks.leads else None, given, shots, held)
+        with _within_memory(), _seeded(chosen.seed):
+            fitted, screening = screened(given, shots, ranks)
+        state = _state(out if ranks.leads else None, fitted, shots, held)
         state.table = ranks.share(state.table)  # what a killed fit has trained, no process trains again
         with _within_memory(), _seeded(chosen.seed):
-            work = _prepare(given, shots, held, ranks, state, progress)
+            work = _job(fitted, prepare(fitted, shots, held, ranks, state, progress))
             metrics, kept = find_mixture(work)
         metrics["held_out"] = held_out(work, shots, held, request.eval_split)
+        if screening is not None:
+            metrics["screening"] = screening
+            metrics["note"] += f" {said_of_screening(screening)}"
         mixture = _mixture(work.learner, given, shots, metrics, kept)
         if out is not None and ranks.leads:
             title = f"A mixture on {given.base.source.name}"
@@ -115,29 +119,7 @@ def fit(
     return mixture
 
 
-@dataclass(frozen=True)
-class _Given:
-    """What a fit is given: the request, its options as the mixture to start from has them, base and adapters opened."""
-
-    task: Task
-    request: FitCall
-    options: FitOptions
-    base: BaseModel
-    adapters: list[Adapter]
-    read: tuple[Source, Source | None]
-    """The shots and the evaluation data, which the request has by their names."""
-
-    @property
-    def sources(self) -> list[Path]:
-        """The local files and folders that it reads."""
-        start = self.options.initial_logits
-        files = (self.request.data, self.request.eval_data, start if isinstance(start, str) else None)
-        return [
-            self.base.folder, *(a.source.folder for a in self.adapters), *(Path(f) for f in files if f and is_here(f)),
-        ]  # fmt: skip
-
-
-def _refuse_unfit(given: _Given) -> None:
+def _refuse_unfit(given: Given) -> None:
     """Refuse, before any example is read, what cannot be fitted."""
     if given.options.quantize:
         logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)  # which the command line keeps quiet
@@ -149,7 +131,7 @@ def _refuse_unfit(given: _Given) -> None:
     )
 
 
-def _examples(given: _Given) -> tuple[Examples, Examples | None]:
+def _examples(given: Given) -> tuple[Examples, Examples | None]:
     """The shots, and the evaluation data."""
     asked = given.request
     task, columns = asked.task, asked.columns
@@ -195,65 +177,24 @@ def _check_adapters(adapters: list[Adapter], options: FitOptions) -> None:
             raise MixtureError(f"{name} has {len(row)} numbers, expected one for each of the {len(adapters)} adapters.")
 
 
-def _prepare(
-    given: _Given,
-    shots: Examples,
-    held: Examples | None,
-    ranks: Team,
-    state: FitState,
-    progress: FitProgress | None,
-) -> FitJob:
-    """Load the model and encode the examples."""
-    from torch.utils.data import ConcatDataset
-
+def _job(given: Given, ready: Prepared) -> FitJob:
+    """Which rows the fit trains on, and which its folds hold out."""
     from ..mixture.live_model import LiveNames
     from ..mixture.new_lora import new_targets
-    from ..onnx.pooling import own_pooling
-    from .cross_validation import enough, fold_indices
-    from .learner import Learner
-    from .model import attached_model, max_tokens
+    from .cross_validation import fold_indices
 
-    task, base, options = given.task, given.base, given.options
-    clock = Clock(time.monotonic(), options.max_minutes)
-    processor, labels = task.load_processor(base.folder), task.labels(shots, problem_type=options.problem_type)
-    names = _names(task, shots, labels, options)  # refuses before the model is loaded
-    model, head, labels = attached_model(
-        base, given.adapters, task, labels, processor, options, given.request.modules_to_save, ranks
-    )
-    if not head and options.head_learning_rate != FitOptions.head_learning_rate:
-        raise MixtureError(
-            f"{base.folder}: no new head is trained on it for {task.name}: leave --head-learning-rate out."
-        )
-    length = max_tokens(model, processor, options.max_length)
-    rows, named, judged = (
-        _encoded(task, examples, processor, length, labels, model) if examples else []
-        for examples in (shots, names, held)
-    )
-    n, every = (
-        len(rows),
-        ConcatDataset[Any]([rows, named, judged]),
-    )  # read lazily: images are decoded when they are used
-    start = find_start(options, [a.name for a in given.adapters], base)
-    whole = len(shots) == n  # else an example is several rows
-    classes, twins = (shots.classes(labels), shots.twins) if whole else ([("",)] * n, list(range(n)))
-    run = Run(task, labels, options, ranks, state, clock, progress)
-    encoded = Rows(every, n, classes, enough(classes, twins, head=bool(head)))  # type: ignore[arg-type]
-    learner = Learner(run, model, processor, encoded, head, start, own_pooling(base.folder))
-    folds = fold_indices(classes, twins, options.folds, options.seed)
+    learner, options = ready.learner, given.options
+    folds = fold_indices(ready.classes, ready.twins, options.folds, options.seed)
     if learner.situation.left_out:
-        learner.placement.everywhere = LiveNames(model, base).are_stored(new_targets(model, everywhere=True))
-    if learner.solved and options.head_learning_rate != FitOptions.head_learning_rate:
-        raise MixtureError(
-            f"{base.folder}: its new head is solved, not trained, as it is one linear layer: leave --head-learning-rate out."
-        )
+        everywhere = new_targets(learner.model, everywhere=True)
+        learner.placement.everywhere = LiveNames(learner.model, given.base).are_stored(everywhere)
     _rehearse(learner, given)
-    of_names, held_rows = range(n, n + len(named)), list(range(n + len(named), len(every)))
-    trained = [*range(n), *(of_names if learner.takes_names(of_names) else ())]
+    trained = [*range(learner.shots), *(ready.names if learner.takes_names(ready.names) else ())]
     parts = [(sorted({*trained}.difference(fold)), fold) for fold in folds]
-    return FitJob(learner, trained, held_rows, parts)
+    return FitJob(learner, trained, list(ready.held), parts)
 
 
-def _rehearse(learner: Learner, given: _Given) -> None:
+def _rehearse(learner: Learner, given: Given) -> None:
     """Make the mixture of the start as that of the end is made, and stack its inputs as an export does: what the end of the fit
     would refuse is refused before its first step."""
     mixture = Mixture.from_model(learner.model, given.base)
@@ -261,33 +202,7 @@ def _rehearse(learner: Learner, given: _Given) -> None:
     stacked_inputs(mixture, given.base, given.adapters)
 
 
-def _names(task: Task, shots: Examples, labels: LabelSet | None, options: FitOptions) -> Examples | None:
-    """The names of the shots' classes, where they are asked for, or are words that may be taken."""
-    if options.label_names is False or not task.takes_label_names:
-        return None
-    try:
-        return shots.label_names(labels)
-    except DataError:
-        if options.label_names:
-            raise
-        return None
-
-
-def _encoded(
-    task: Task, examples: Examples, processor: Any, length: int | None, labels: LabelSet | None, model: Any
-) -> Any:
-    rows = task.encode(examples, processor, max_length=length, labels=labels)
-    refuse_unknown_tokens(task, examples, rows, processor, model)
-    for number, row in enumerate(rows if isinstance(rows, list) else [], start=1):  # images are decoded later
-        if not task.items(row):
-            raise DataError(
-                f"{examples.where(number)} has no token that the loss counts, as its labels were cut off or lie on none: leave it "
-                "out, or give a larger --max-length."
-            )
-    return rows
-
-
-def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetrics, kept: Candidate) -> Mixture:
+def _mixture(learner: Learner, given: Given, shots: Examples, metrics: FitMetrics, kept: Candidate) -> Mixture:
     """The mixture that the model holds; an adapter without weight anywhere leaves it, one that was trained enters it."""
     import torch
 
@@ -330,7 +245,7 @@ def _mixture(learner: Learner, given: _Given, shots: Examples, metrics: FitMetri
     return mixture
 
 
-def _state(out: str | Path | None, given: _Given, shots: Examples, held: Examples | None) -> FitState:
+def _state(out: str | Path | None, given: Given, shots: Examples, held: Examples | None) -> FitState:
     """The state of this fit, with a fingerprint of all that decides its result."""
     from ..exporters.manifest import versions
     from .model import device_name

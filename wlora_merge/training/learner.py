@@ -366,7 +366,17 @@ class Learner:
             loss: torch.Tensor = (
                 next_token_loss(self.model, inputs) if self.run.task.is_decoder else self.model(**inputs).loss
             )
-        return loss.float()
+        return loss.to(torch.promote_types(loss.dtype, torch.float32))
+
+    def backward(self, rows: Sequence[int]) -> None:
+        """Gradients of the mean loss of some rows, by which mixtures are judged, summed into what requires them."""
+        if self.situation.left_out:
+            self.solved.backward_left_out(rows)  # type: ignore[union-attr]
+            return
+        size, total = self.run.options.batch_size or BATCH, self.items(rows)
+        for start in range(0, len(rows), size):
+            part = list(rows[start : start + size])
+            (self.loss(part) * (self.items(part) / total)).backward()  # type: ignore[no-untyped-call]
 
     def left_out(self, rows: list[int]) -> torch.Tensor:
         """The loss of a batch by how each row is predicted from the others, of what the head would see of them."""

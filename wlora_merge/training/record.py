@@ -14,7 +14,7 @@ from .candidates import AUTO, BASE, LEARNED, SEARCH_EVALUATIONS, Candidate, Cont
 from .cross_validation import FEWEST
 
 if TYPE_CHECKING:
-    from ..mixture.record import Chosen, DataRef, FitMetrics, HeldOut, Pruned
+    from ..mixture.record import Chosen, DataRef, FitMetrics, HeldOut, Pruned, Screening
     from .comparison import Comparison
     from .learner import Learner
     from .loop import Trained
@@ -113,6 +113,12 @@ def said_of_pruning(pruned: Pruned, *, scored: bool) -> str:
         f"Pruning below {pruned['below']:g} set {count} weight{'s' if count != 1 else ''} to zero and added "
         f"{pruned['loss_added']:.3g} to the loss on {pruned['on']}.{left}{before}"
     )
+
+
+def said_of_screening(screening: Screening) -> str:
+    """How many adapters were kept, of how many, and which."""
+    kept, of = screening["kept"], len(screening["gains"])
+    return f"Screened on the shots: {len(kept)} of {of} adapters were kept ({', '.join(kept)})."
 
 
 def _without_effect(options: FitOptions, candidate: Candidate, *, folds: bool) -> list[str]:

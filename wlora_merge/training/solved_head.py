@@ -17,7 +17,7 @@ from ..constants import MULTI, REGRESSION, SINGLE
 from ..data.metrics import IGNORED
 from .head_inputs import CLS, MEAN, MODEL, HeadInputs
 from .run import Run
-from .solver import left_out_accuracy, left_out_errors, left_out_losses, solve
+from .solver import left_out_accuracy, left_out_errors, left_out_losses, left_out_objective, solve
 
 OVERRULES = 2.0
 """Standard errors by which what is judged on few rows must be ahead of a default to take its place: at one, two examples do it, and
@@ -106,6 +106,21 @@ class SolvedHead:
         ]
         back = torch.tensor(order).argsort().to(parts[0].device)
         return torch.cat(parts)[back]
+
+    def backward_left_out(self, rows: Sequence[int]) -> None:
+        """Gradients of the loss by which each row is predicted from all others, summed into what requires them.
+
+        The features are computed twice, so that no graph is larger than a batch's (Gao et al. 2021, arXiv 2101.06983).
+        """
+        features = self._computed(rows)[self.seen.pooling]
+        wide = torch.stack([features[row] for row in rows]).requires_grad_()
+        loss = left_out_objective(wide, self.targets(rows), classes=self.kind == SINGLE)
+        slopes = dict(zip(rows, torch.autograd.grad(loss, wide)[0], strict=True))
+        order = sorted(rows, key=lambda row: self.lengths[row])
+        for start in range(0, len(order), TRAINED_BATCH):
+            part = order[start : start + TRAINED_BATCH]
+            seen = self._seen(part)[self.seen.pooling]
+            torch.autograd.backward(seen, torch.stack([slopes[row] for row in part]).to(seen))
 
     def _seen(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """What the head sees of some rows under each pooling, [B, ...]; gradients flow where they are on."""
