@@ -41,20 +41,24 @@ def _fitted(**options: Any) -> Method:
     """The product: fit, export, and load what was exported."""
 
     def run(job: Job, shots: list[Row], seed: int) -> Trained:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            adapters = list(job.adapters.items())
-            chosen = {k: v(len(adapters)) if callable(v) else v for k, v in options.items()}
-            data = job.write(shots, folder)
-            asked = {"label_names": job.label_names or None} | chosen
-            mixture = wlora_merge.fit(job.base, adapters, data, job.task, seed=seed, device="cpu", **asked)
-            wlora_merge.export(mixture, "dense", folder / "dense")
-            model = _auto(job).from_pretrained(folder / "dense", dtype=torch.float32)
-            frozen = chosen.get("method") in ("fixed", "uniform", "best-single")
-            learned = 0 if frozen else len(mixture.groups) * len(adapters)
-            return Trained(model, learned + _new(mixture) + sum(t.numel() for t in mixture.head.values()))
+        chosen = {k: v(len(job.adapters)) if callable(v) else v for k, v in options.items()}
+        mixture, model = fit_and_load(job, shots, seed, **chosen)
+        frozen = chosen.get("method") in ("fixed", "uniform", "best-single")
+        learned = 0 if frozen else len(mixture.groups) * len(job.adapters)
+        return Trained(model, learned + _new(mixture) + sum(t.numel() for t in mixture.head.values()))
 
     return run
+
+
+def fit_and_load(job: Job, shots: list[Row], seed: int, **options: Any) -> tuple[wlora_merge.Mixture, Any]:
+    """What `wlora-merge fit` gives with the job's adapters, and its dense export as transformers loads it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        asked = {"label_names": job.label_names or None} | options
+        adapters, data = list(job.adapters.items()), job.write(shots, folder)
+        mixture = wlora_merge.fit(job.base, adapters, data, job.task, seed=seed, device="cpu", **asked)
+        wlora_merge.export(mixture, "dense", folder / "dense")
+        return mixture, _auto(job).from_pretrained(folder / "dense", dtype=torch.float32).eval()
 
 
 def _new(mixture: wlora_merge.Mixture) -> int:
