@@ -145,7 +145,7 @@ class _Cut(torch.autograd.Function):
         """vector [Σ sizes]"""
         ctx.sizes = sizes
         ctx.set_materialize_grads(False)
-        return vector.split(sizes)
+        return torch.split(vector, sizes)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
@@ -182,4 +182,4 @@ def open_gains(model: nn.Module, args: tuple[Any, ...]) -> None:
 def close_gains(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """The hook after it, and after an error in it."""
     if not getattr(model, "_is_replica", False):
-        model.wlora.gains.close()  # type: ignore[union-attr]
+        model.wlora.gains.close()  # type: ignore[union-attr,operator]
