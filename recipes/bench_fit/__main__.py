@@ -2,10 +2,11 @@
 
     python recipes/bench_fit quality --jobs banking:g5,minilm:mr --shots 1,4 --seeds 5
     python recipes/bench_fit speed
+    python recipes/bench_fit launches
 
 `quality` trains every method on the same shots and judges all on the same test examples. Each result goes to a JSON Lines
 file as soon as it is there; a run that was stopped goes on where it stopped. `speed` compares a training step with the base
-model's own.
+model's own; `launches` compares how many kernels the two launch.
 """
 
 from __future__ import annotations
@@ -129,11 +130,22 @@ def speed(options: argparse.Namespace) -> None:
     console.print(table)
 
 
+def launches(options: argparse.Namespace) -> None:
+    from launches import launch_rows
+
+    table = Table(title="Launches of a training step: SmolLM2-135M, all seven linear layers", title_justify="left")
+    for column in ("adapters", "dtype", "base", "attached", "× base"):
+        table.add_column(column, justify="left" if column == "dtype" else "right")
+    for row in launch_rows(options.models / "smollm2", options.out):
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="bench_fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["quality", "speed"])
+    parser.add_argument("what", choices=["quality", "speed", "launches"])
     parser.add_argument("--jobs", default=REPORTED, help="with commas between them")
     parser.add_argument("--methods", help="with commas between them; default: all")
     parser.add_argument("--shots", default="1,2,4,8,16", help="per class, with commas between them")
@@ -151,7 +163,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    {"quality": quality, "speed": speed}[options.what](options)
+    {"quality": quality, "speed": speed, "launches": launches}[options.what](options)
 
 
 if __name__ == "__main__":

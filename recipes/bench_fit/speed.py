@@ -69,7 +69,8 @@ def make_step(
     else:
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
     model.train()
-    ids = torch.randint(0, 1000, (batch, TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    most = min(1000, model.config.vocab_size)
+    ids = torch.randint(0, most, (batch, TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
 
     def step() -> None:
         before_step()

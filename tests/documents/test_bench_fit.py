@@ -51,6 +51,30 @@ def test_what_the_speed_table_compares_gives_one_loss_and_one_gradient(
     assert torch.allclose(folded, stacked, rtol=1e-3, atol=1e-5 * float(stacked.abs().max()))
 
 
+def test_a_step_launches_at_most_half_more_than_the_bases(
+    llama_zoo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(RECIPE))
+    import launches
+
+    base, _ = llama_zoo()
+    for adapters, dtype, *counted, _ in launches.launch_rows(base, base.parent / "speed"):
+        floor, stacked = (int(number.replace(",", "")) for number in counted)
+        assert floor > 200, (adapters, dtype)
+        assert floor < stacked <= 1.5 * floor, (adapters, dtype)
+
+
+def test_what_launches_is_counted_once() -> None:
+    launches = runpy.run_path(str(RECIPE / "launches.py"))["launches"]
+    x, weight, bias = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5)
+
+    def step() -> None:
+        product = torch.nn.functional.linear(x, weight, bias)  # one
+        (product.view(2, 2, 5).transpose(0, 1).reshape(4, 5) * 2).sum(0)  # a copy, a product, a sum
+
+    assert launches(step) == 4
+
+
 def test_the_lead_of_the_fit_is_over_the_cells_that_both_methods_have() -> None:
     ahead = runpy.run_path(str(RECIPE / "__main__.py"))["_ahead"]
     accuracies = {"wlora-merge fit": [70.0, 80.0, 99.0], "uniform composition": [69.0, 77.0]}  # none for the third draw

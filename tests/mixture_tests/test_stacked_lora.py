@@ -13,6 +13,7 @@ from support.attached import IDS, attached, attached_llama, randomized
 from support.models import make_adapter, tiny_bert, tiny_llama
 
 from wlora_merge.mixture.attach import attach, detach
+from wlora_merge.mixture.model_gains import FACTORS
 
 
 @pytest.mark.parametrize(
@@ -126,13 +127,13 @@ def test_inputs_of_no_tokens_have_a_backward_pass(tmp_path: Path) -> None:
 
 
 def test_a_model_made_narrower_keeps_its_scalings(tmp_path: Path) -> None:
-    model = attached_llama(tmp_path)
-    layer = model.get_submodule(next(n for n, m in model.named_modules() if n and hasattr(m, "wlora")))
-    scaling = layer.wlora.scaling.clone()
-    model.bfloat16()
-    assert layer.wlora.lora_A.dtype == torch.bfloat16
-    assert torch.equal(layer.wlora.scaling, scaling)
-    assert layer.wlora.scaling.dtype == torch.float32
+    base = tiny_llama()
+    folder = make_adapter(base, tmp_path / "a", 0, r=3, lora_alpha=1, target_modules=["q_proj"], use_dora=True)
+    model = attach(base, [folder]).bfloat16()
+    lora, gains = model.model.layers[0].self_attn.q_proj.wlora, model.wlora.gains
+    assert lora.lora_A.dtype == torch.bfloat16
+    assert lora.row_scale.dtype == torch.float32
+    assert torch.equal(gains.of((lora.module, FACTORS)), torch.full((3,), 1 / 3))  # not what bfloat16 makes of a third
 
 
 def test_factors_on_weights_of_8_bits_keep_their_numbers(tmp_path: Path) -> None:

@@ -167,9 +167,7 @@ def attach_mixture(
             total = fold_saved(block, delta, mixture.whole_gains_of(delta), block.double())
             set_parameter(model, live.module, total.reshape(own.shape))
             if (module := live.module.rpartition(".")[0]) in attachment.layers:
-                attachment.stacked(
-                    module
-                ).present = delta.present  # a LoRA of the same module knows its own adapters alone
+                attachment.gains.set_present(module, delta.present)  # a LoRA of it knows its own adapters alone
     if mixture.pooling is not None:
         add_pooling_layer(model, mixture.pooling)
     return model

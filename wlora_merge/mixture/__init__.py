@@ -17,6 +17,7 @@ compatibility   can these adapters be mixed on this base?
 attach          adapters on a model in memory: attach, detach
 attachment      Attachment: what was attached, the owner of layers and hooks
 stacked_lora    StackedLora: the module that a fit trains through
+model_gains     ModelGains: gains of all modules in one operation, for a forward pass
 new_lora        NewLora: the LoRA that a fit trains from zero, and its PEFT files
 live_model      which module or tensor of a model in memory a name means
 live_base       whether a model in memory is what its base's files say

@@ -150,8 +150,7 @@ def attach_loaded(
             base.folder if base else None, stored,
         )  # fmt: skip
         model.wlora = attachment  # type: ignore[assignment]
-        for delta in deltas:
-            attachment.hang(delta, model.get_submodule(delta.module))
+        attachment.hang(model, deltas)
     if getattr(model, "is_quantized", False):
         model.is_quantized = False  # type: ignore[assignment]  # else Trainer refuses it: it knows PEFT's adapters alone
     return model

@@ -27,8 +27,9 @@ from .groups import make_groups, prefixes, rows_of
 from .live_base import refuse_other_weights, take_up
 from .live_model import LiveNames
 from .mixture import NOT_ATTACHED, TRAINING_LOOP, Mixture, adapter_ref, base_ref
+from .model_gains import ModelGains, close_gains, open_gains
 from .stacked_lora import StackedLora, add_delta
-from .weights import at_module, mixture_weights, uniform_start
+from .weights import mixture_weights, uniform_start
 
 if TYPE_CHECKING:
     from ..models.base_model import BaseModel
@@ -71,14 +72,23 @@ class Attachment:
 
     def __post_init__(self) -> None:
         self.row = rows_of(self.groups)
+        self.gains: ModelGains
 
     # ---------------------------------------------------------------------------------------------- layers and hooks
 
-    def hang(self, delta: ModuleDelta, layer: nn.Module) -> None:
-        """Put the factors of one module on it, and the hook that adds their output."""
-        self.layers[delta.module] = layer
-        layer.add_module("wlora", StackedLora(delta, layer, self))
-        self._hooks.append(layer.register_forward_hook(add_delta, with_kwargs=True))
+    def hang(self, model: nn.Module, deltas: Sequence[ModuleDelta]) -> None:
+        """Put the factors of each module on it, with the hook that adds their output; and the hooks that make their gains."""
+        self.gains = ModelGains(self, deltas)
+        self._hooks.append(model.register_forward_pre_hook(open_gains))
+        self._hooks.append(model.register_forward_hook(close_gains, always_call=True))
+        for delta in deltas:
+            self.layers[delta.module] = layer = model.get_submodule(delta.module)
+            layer.add_module("wlora", StackedLora(delta, layer, self))
+            self._hooks.append(layer.register_forward_hook(add_delta, with_kwargs=True))
+
+    def open_gains(self) -> None:
+        """Make the gains of all modules, where and as each needs them, for a forward pass of the model."""
+        self.gains.open([self.stacked(module).place(kind) for module, kind in self.gains.parts])
 
     def stacked(self, module: str) -> StackedLora:
         """The factors of one target module."""
@@ -113,11 +123,6 @@ class Attachment:
 
     # -------------------------------------------------------------------------------------------------------- weights
 
-    def weights_of(self, module: str, present: torch.Tensor) -> torch.Tensor:
-        """Mixture weights [N] of one target module, on its device (that of `present`), differentiable in `wlora_weights`."""
-        weights = mixture_weights(self.weights[self.row[module]], self.normalize, self.temperature)
-        return at_module(weights.to(present.device), present, self.normalize)
-
     def regroup(self, granularity: str, normalize: str) -> nn.Parameter:
         """Take other groups or another normalization, at uniform composition; the new weights, which the model must have too.
 
@@ -129,6 +134,7 @@ class Attachment:
         self.groups = make_groups(modules, granularity, self.stored)
         self.granularity, self.normalize, self.row = granularity, normalize, rows_of(self.groups)
         self.weights = uniform_weights(len(self.groups), len(self.adapters), normalize, self.weights.device)
+        self.gains.regroup()
         return self.weights
 
     # ----------------------------------------------------------------------------------------------------------- base

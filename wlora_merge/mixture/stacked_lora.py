@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from ..adapters.deltas import ModuleDelta
 from ..adapters.layouts import Layout
 from .live_model import CHANNELS, CONVOLUTIONS, FLOATS
-from .weights import gains
+from .model_gains import ADAPTERS, FACTORS, Place
 
 if TYPE_CHECKING:
     from .attachment import Attachment
 
-EXACT = ("scaling", "row_scale", "bias")
+EXACT = ("row_scale", "bias")
 """Buffers of a StackedLora that are float32 whatever the model's dtype."""
 CONVOLVE: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -32,16 +32,12 @@ CONVOLVE: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3:
 class StackedLora(nn.Module):
     """The stacked changes of one target module; its output is the mixture's change of that module's output.
 
-    Buffers: present [N]; lora_A [R, in], lora_B [out, R], scaling [R] float32 and adapter_index [R] where R > 0. With a DoRA
-    there is row_scale, and with a trained bias `bias`, both [N, out] float32. They are not part of the state dict: they come from the
-    adapters.
+    Buffers: lora_A [R, in] and lora_B [out, R] where R > 0. With a DoRA there is row_scale, and with a trained bias `bias`, both
+    [N, out] float32. They are not part of the state dict: they come from the adapters.
     """
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
-    scaling: torch.Tensor
-    adapter_index: torch.Tensor
-    present: torch.Tensor
     row_scale: torch.Tensor | None
     bias: torch.Tensor | None
 
@@ -59,9 +55,6 @@ class StackedLora(nn.Module):
         values = {
             "lora_A": delta.lora_A.to(dtype) if delta.factors else None,
             "lora_B": delta.lora_B.to(dtype) if delta.factors else None,
-            "scaling": delta.scaling.to(attachment.weights.dtype),
-            "adapter_index": delta.adapter_index,
-            "present": delta.present,
             "row_scale": None if delta.row_scale is None else delta.row_scale.to(attachment.weights.dtype),
             "bias": None if delta.bias is None else delta.bias.to(attachment.weights.dtype),
         }
@@ -76,13 +69,16 @@ class StackedLora(nn.Module):
             setattr(self, name, value.to(getattr(self, name).device))
         return self
 
-    def gains(self) -> torch.Tensor:
-        """gains [R], differentiable in `wlora_weights`."""
-        return gains(self.weights(), self.scaling, self.adapter_index, self.attachment.delta_scale)
+    def gains(self, kind: str = FACTORS) -> torch.Tensor:
+        """gains [R], or those of the adapters [N], differentiable in `wlora_weights`."""
+        return self.attachment.gains.of((self.module, kind)).to(*self.place(kind))
 
-    def weights(self) -> torch.Tensor:
-        """Mixture weights [N] of this module, differentiable in `wlora_weights`."""
-        return self.attachment.weights_of(self.module, self.present)
+    def place(self, kind: str) -> Place:
+        """Device and dtype in which it needs the gains of its rows, or of the adapters."""
+        if kind == FACTORS:
+            return self.lora_A.device, self.lora_A.dtype
+        rows: torch.Tensor = self.bias if self.row_scale is None else self.row_scale  # type: ignore[assignment]
+        return rows.device, self.attachment.weights.dtype
 
     def forward(self, x: torch.Tensor, output: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         """The change of the module's output [..., out], given its input [..., in] (token ids for an embedding) and `layer`."""
@@ -109,8 +105,8 @@ class StackedLora(nn.Module):
 
     def mixed(self, rows: torch.Tensor, output: torch.Tensor, layer: nn.Module) -> torch.Tensor:
         """Σ gains_n·rows_n of [N, out], in a shape that broadcasts with the module's output."""
-        weights = self.weights()
-        total = self.attachment.delta_scale * weights @ rows.to(weights.dtype)
+        gains = self.gains(ADAPTERS)
+        total = gains @ rows.to(gains.dtype)
         return _along_rows(total.to(output.dtype), layer, output)
 
     def product(self, x: torch.Tensor, layer: nn.Module) -> torch.Tensor:

@@ -208,8 +208,7 @@ def prune(learner: Learner) -> int:
     used, kept = torch.zeros_like(logits, dtype=torch.bool), torch.zeros_like(logits, dtype=torch.bool)
     for group, modules in enumerate(attachment.groups.values()):
         for module in modules:
-            present = attachment.stacked(module).present
-            size = attachment.weights_of(module, present).detach().abs().to(logits.device)
+            size = attachment.gains.weights_of(module).detach().abs()
             used[group] |= size > 0
             kept[group] |= (size >= learner.run.options.prune_below) | (size == size.max())
     logits.masked_fill_(~kept, 0.0 if attachment.normalize == "none" else float("-inf"))
