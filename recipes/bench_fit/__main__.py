@@ -2,11 +2,13 @@
 
     python recipes/bench_fit quality --jobs banking:g5,minilm:mr --shots 1,4 --seeds 5
     python recipes/bench_fit speed
+    python recipes/bench_fit many --zoo zoo-out/minilm --jobs banking:g3,banking:g4 --shots 2,8
     python recipes/bench_fit launches
 
 `quality` trains every method on the same shots and judges all on the same test examples. Each result goes to a JSON Lines
-file as soon as it is there; a run that was stopped goes on where it stopped. `speed` compares a training step with the base
-model's own; `launches` compares how many kernels the two launch.
+file as soon as it is there; a run that was stopped goes on where it stopped. `many` lets `fit --keep` and others choose eight
+of the adapters that recipes/zoo trains. `speed` compares a training step with the base model's own; `launches` compares how
+many kernels the two launch.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import platform
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -141,11 +144,49 @@ def launches(options: argparse.Namespace) -> None:
     Console(highlight=False).print(table)
 
 
+def many(options: argparse.Namespace) -> None:
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "quickstart"))
+    from many import SCREENED, compare
+    from processes import workers
+
+    results, jobs = options.out / "many.jsonl", options.jobs.split(",")
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    done = {(r["job"], r["shots"], r["seed"]) for r in rows}
+    numbers = [int(n) for n in options.shots.split(",")]
+    cells = list(itertools.product(jobs, numbers, range(options.seeds)))
+    wanted = [cell for cell in cells if cell not in done]
+    with open(results, "a") as log, workers(options.processes) as pool:
+        for found in pool.map(partial(compare, models=options.models, zoo=options.zoo), wanted):
+            rows += found
+            log.writelines(json.dumps(row) + "\n" for row in found)
+            log.flush()
+            print(found[0], file=sys.stderr)
+    rows = [r for r in rows if (r["job"], r["shots"], r["seed"]) in set(cells)]
+    table = Table(title="Of many adapters, which eight", title_justify="left")
+    for column in (
+        "method",
+        *(f"{job}, {n} shots" for job in jobs for n in numbers),
+        "behind --keep, paired",
+        "CPU-seconds",
+    ):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    known = {(r["job"], r["shots"], r["seed"], r["method"]): r for r in rows}
+    for method in dict.fromkeys(r["method"] for r in rows):
+        mine = [r for r in rows if r["method"] == method]
+        leads = [known[r["job"], r["shots"], r["seed"], SCREENED]["accuracy"] - r["accuracy"] for r in mine]
+        seconds = [r["cpu_seconds"] for r in mine if "cpu_seconds" in r]
+        means = [
+            _mean([r["accuracy"] for r in mine if (r["job"], r["shots"]) == (job, n)]) for job in jobs for n in numbers
+        ]
+        table.add_row(method, *means, _mean(leads, "+"), f"{statistics.median(seconds):.1f}" if seconds else "")
+    Console(highlight=False, width=140).print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="bench_fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["quality", "speed", "launches"])
+    parser.add_argument("what", choices=["quality", "many", "speed", "launches"])
     parser.add_argument("--jobs", default=REPORTED, help="with commas between them")
     parser.add_argument("--methods", help="with commas between them; default: all")
     parser.add_argument("--shots", default="1,2,4,8,16", help="per class, with commas between them")
@@ -161,9 +202,10 @@ def main() -> None:
         default=Path(os.environ.get("WLORA_MERGE_REAL_MODELS", "~/.cache/wlora_merge/real-models")).expanduser(),
         help="folder with minilm and smollm2, as ../shared/tools/get_real_models.py makes it",
     )
+    parser.add_argument("--zoo", type=Path, default=Path("zoo-out/minilm"), help="of many: what recipes/zoo has made")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    {"quality": quality, "speed": speed, "launches": launches}[options.what](options)
+    {"quality": quality, "many": many, "speed": speed, "launches": launches}[options.what](options)
 
 
 if __name__ == "__main__":

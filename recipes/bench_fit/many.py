@@ -24,8 +24,9 @@ KEPT = 8
 SCREENED, ALL = "fit --keep 8", "all of them"
 
 
-def compare(job_name: str, shots: int, seed: int, models: Path, zoo: Path) -> list[dict[str, Any]]:
-    """One row for each way to choose: the accuracy, and the seconds of the fit."""
+def compare(cell: tuple[str, int, int], *, models: Path, zoo: Path) -> list[dict[str, Any]]:
+    """One row for each way to choose on one task, shots per class and draw of them: the accuracy, and the seconds of the fit."""
+    job_name, shots, seed = cell
     records = [r for r in json.loads((zoo / "zoo.json").read_text())["adapters"] if job_name not in r["has_seen"]]
     job = replace(get_job(job_name, models), adapters={r["name"]: zoo / r["name"] for r in records})
     drawn, rows = job.shots(shots, seed), []
