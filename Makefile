@@ -8,7 +8,7 @@ REAL := $(or $(WLORA_MERGE_REAL_MODELS),$(HOME)/.cache/wlora_merge/real-models)
 # Threads that spin while they wait slow everything down many times where something else shares the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test test-fast test-servers lint format generate bench bench-onnx bench-fit clean test-trust
+.PHONY: quickstart test test-fast test-servers lint format generate bench bench-onnx bench-fit zoo clean test-trust
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -62,6 +62,10 @@ bench-fit: $(VENV)/.ready real-models
 	WLORA_MERGE_REAL_MODELS=$(REAL) $(BIN)/python recipes/bench_fit quality $(if $(JOBS),--jobs $(JOBS)) \
 		$(if $(SHOTS),--shots $(SHOTS)) $(if $(SEEDS),--seeds $(SEEDS))
 
+# Adapters to measure on: 72 of MiniLM and 24 of SmolLM2, from the data of the shared folder; OUT=folder says where.
+zoo: $(VENV)/.ready real-models
+	WLORA_MERGE_REAL_MODELS=$(REAL) $(BIN)/python recipes/zoo --out $(or $(OUT),zoo-out)
+
 # Real programs (vLLM, llama.cpp, transformers.js in Chromium, ...) load exports and agree with transformers; each has an environment
 # in .servers. SERVERS=vllm asks one; gigabytes and half an hour the first time.
 test-servers: $(VENV)/.ready real-models
@@ -80,4 +84,4 @@ generate: $(VENV)/.ready
 	$(BIN)/python docs/draw_way.py > docs/way.svg
 
 clean:
-	rm -rf $(VENV) quickstart-out bench-out
+	rm -rf $(VENV) quickstart-out bench-out zoo-out

@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SLOW = (
     "cli_tests/test_costs.py", "documents/test_schemas.py",
     "documents/test_quickstart.py", "documents/test_recipes.py", "documents/test_readme_blocks.py", "documents/test_bench_fit.py",
-    "documents/test_help_examples.py",
+    "documents/test_help_examples.py", "documents/test_zoo.py",
     "exporters_tests/test_onnx_refold.py", "exporters_tests/test_report_pages.py", "features/test_architectures.py", "onnx_tests/",
     "test_distributed.py", "training_tests/", "trust/",
 )  # fmt: skip

@@ -84,7 +84,7 @@ def _banking(name: str, group: str, models: Path) -> Job:
 
 
 def _minilm(name: str, dataset: str, models: Path) -> Job:
-    pool, judged = _halves(_sentences(dataset))
+    pool, judged = halves(sentences(dataset))
     return _job(
         name,
         "text-classification",
@@ -99,8 +99,8 @@ def _minilm(name: str, dataset: str, models: Path) -> Job:
 def _smollm2(name: str, dataset: str, models: Path) -> Job:
     """Sentences; the adapters of the other sentence tasks."""
     adapters = {k: v for k, v in _zoo("smollm2-tasks").items() if k != dataset}
-    rows = [(PROMPTS[dataset].format(text), f" {label}") for text, label in _sentences(dataset)]
-    pool, judged = _halves(rows)
+    rows = [(PROMPTS[dataset].format(text), f" {label}") for text, label in sentences(dataset)]
+    pool, judged = halves(rows)
     labels = [f" {label}" for label in SENTENCES[dataset][1]]
     return _job(name, "causal-lm", models / "smollm2", adapters, pool, judged, labels)
 
@@ -108,7 +108,7 @@ def _smollm2(name: str, dataset: str, models: Path) -> Job:
 def _bbh(name: str, dataset: str, models: Path) -> Job:
     examples = json.loads((SHARED / f"data/bbh/{dataset}.json").read_text())["examples"]
     rows = [(f"{e['input']}\nAnswer:", f" {e['target']}") for e in examples]
-    pool, judged = _halves(rows)
+    pool, judged = halves(rows)
     labels = sorted({label for _, label in rows})
     return _job(name, "causal-lm", models / "smollm2", _zoo("smollm2-tasks"), pool, judged, labels)
 
@@ -132,7 +132,7 @@ def _zoo(name: str) -> dict[str, Path]:
     return {folder.name: folder for folder in sorted((SHARED / "zoo" / name).iterdir()) if folder.is_dir()}
 
 
-def _sentences(dataset: str) -> list[Row]:
+def sentences(dataset: str) -> list[Row]:
     file, words = SENTENCES[dataset]
     lines = (
         (SHARED / "data/sentences" / file).read_text(encoding="latin-1").split("\n")
@@ -140,6 +140,6 @@ def _sentences(dataset: str) -> list[Row]:
     return [(text.strip(), words[int(label)]) for label, _, text in (line.partition(" ") for line in lines) if text]
 
 
-def _halves(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+def halves(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     mixed = random.Random(0).sample(rows, len(rows))
     return mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]

@@ -15,7 +15,7 @@ from support.paths import ROOT
 
 from wlora_merge.exporters.serving import SERVERS
 
-OTHER_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "recipes/bench_fit/README.md")
+OTHER_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "recipes/bench_fit/README.md", "recipes/zoo/README.md")
 LINKED = [*PAGES.values(), *(ROOT / name for name in OTHER_PAGES)]
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
