@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapter import Adapter, AdapterSpec, load_adapters
-from ..adapters.stacking import stack
+from ..adapters.stacking import Stack
 from ..adapters.targets import modules_of, tensors_of
 from ..data.examples import EVAL_SPLITS, Examples, read_examples
 from ..data.sources import name_of
@@ -85,7 +85,6 @@ def fit(
         WloraMergeError: with one sentence; nothing is left in `out`.
     """
     from ..distributed import team
-    from .stages import find_mixture
 
     job = get_task(task)
     read = (data, options.pop("eval_data", None))
@@ -96,13 +95,17 @@ def fit(
     given = _Given(job, request, chosen, open_base(base), load_adapters(adapters, residual=request.residual), read)
     if out is not None:
         refuse_out(Path(out), force=force, inputs=given.sources)
-    _refuse_unfit(given)
+    stacked = _stacked(given)
     shots, held = _examples(given)
+    labels = job.labels(shots, problem_type=chosen.problem_type)
+    stacked.check_numbers()  # what came before needs headers and data alone
+    from .stages import find_mixture
+
     with team() as ranks, only_fit(out if ranks.leads else None):
         state = _state(out if ranks.leads else None, given, shots, held)
         state.table = ranks.share(state.table)  # what a killed fit has trained, no process trains again
         with _within_memory(), _seeded(chosen.seed):
-            work = _prepare(given, shots, held, ranks, state, progress)
+            work = _prepare(given, shots, held, labels, ranks, state, progress)
             metrics, kept = find_mixture(work)
         metrics["held_out"] = held_out(work, shots, held, request.eval_split)
         mixture = _mixture(work.learner, given, shots, metrics, kept)
@@ -137,16 +140,19 @@ class _Given:
         ]  # fmt: skip
 
 
-def _refuse_unfit(given: _Given) -> None:
-    """Refuse, before any example is read, what cannot be fitted."""
+def _stacked(given: _Given) -> Stack:
+    """The adapters on the base, whose headers say whether they can be fitted.
+
+    Raises:
+        WloraMergeError: they cannot be, or no export could write what they change.
+    """
     if given.options.quantize:
         logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)  # which the command line keeps quiet
     _check_adapters(given.adapters, given.options)
     refuse_quantized(given.base)
     refuse_attached(given.base)
-    stack(  # refuses what no export could write
-        given.adapters, modules_of(given.base), tensors_of(given.base), model_type=given.base.model_type
-    )
+    base = given.base
+    return Stack.of(given.adapters, modules_of(base), tensors_of(base), model_type=base.model_type)
 
 
 def _examples(given: _Given) -> tuple[Examples, Examples | None]:
@@ -199,6 +205,7 @@ def _prepare(
     given: _Given,
     shots: Examples,
     held: Examples | None,
+    labels: LabelSet | None,
     ranks: Team,
     state: FitState,
     progress: FitProgress | None,
@@ -215,7 +222,7 @@ def _prepare(
 
     task, base, options = given.task, given.base, given.options
     clock = Clock(time.monotonic(), options.max_minutes)
-    processor, labels = task.load_processor(base.folder), task.labels(shots, problem_type=options.problem_type)
+    processor = task.load_processor(base.folder)
     names = _names(task, shots, labels, options)  # refuses before the model is loaded
     model, head, labels = attached_model(
         base, given.adapters, task, labels, processor, options, given.request.modules_to_save, ranks
