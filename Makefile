@@ -8,7 +8,7 @@ REAL := $(or $(WLORA_MERGE_REAL_MODELS),$(HOME)/.cache/wlora_merge/real-models)
 # Threads that spin while they wait slow everything down many times where something else shares the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: quickstart test test-fast test-servers lint format generate bench bench-onnx bench-fit zoo clean test-trust
+.PHONY: quickstart test test-fast test-servers lint format generate bench bench-onnx bench-start bench-fit zoo clean test-trust
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,6 +54,11 @@ bench: $(VENV)/.ready
 # A refold against exporting to ONNX again, on SmolLM2 and four adapters of the shared zoo; ROUNDS=3 is shorter.
 bench-onnx: $(VENV)/.ready real-models
 	$(BIN)/python recipes/bench_onnx.py --base $(REAL)/smollm2 --rounds $(or $(ROUNDS),5) \
+		$(foreach name,mpqa sst2 subj trec,--adapter $(SHARED)/zoo/smollm2-tasks/$(name))
+
+# From Enter to the answer: common mistakes and inspect, on SmolLM2 and four adapters of the shared zoo.
+bench-start: $(VENV)/.ready real-models
+	$(BIN)/python recipes/bench_start.py --base $(REAL)/smollm2 --rounds $(or $(ROUNDS),5) \
 		$(foreach name,mpqa sst2 subj trec,--adapter $(SHARED)/zoo/smollm2-tasks/$(name))
 
 # Few shots: every method on the same tasks, and a training step against the base's own. Hours: JOBS, SHOTS and SEEDS make it shorter.

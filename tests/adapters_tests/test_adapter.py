@@ -37,7 +37,7 @@ def write(folder: Path, found: dict[str, torch.Tensor] | None = None, **config: 
 
 def refused(folder: Path, kind: type[WloraMergeError] = AdapterError, **options: Any) -> str:
     with pytest.raises(kind) as error:
-        load_adapter(folder, **options)
+        load_adapter(folder, **options).check_numbers()
     message = str(error.value)
     assert "\n" not in message
     assert str(folder) in message

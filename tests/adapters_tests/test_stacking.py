@@ -14,7 +14,7 @@ from support.models import EVERY_LINEAR, make_adapter, tiny_bert, tiny_llama
 
 from wlora_merge.adapters.adapter import Adapter, load_adapter, load_adapters
 from wlora_merge.adapters.deltas import ModuleDelta
-from wlora_merge.adapters.factors import Factors
+from wlora_merge.adapters.factors import Factors, numbers
 from wlora_merge.adapters.layouts import Layout
 from wlora_merge.adapters.modules_to_save import join_changes, stack_tensors
 from wlora_merge.adapters.stacking import ModuleChange, _refuse_overlapping_rows, stack
@@ -31,7 +31,7 @@ def adapter(
 ) -> Adapter:
     """An adapter with factors of ones; its modules as name=(out, r, in)."""
     found = {m: Factors(torch.ones(r, i), torch.ones(o, r), 0.5, embedding=False) for m, (o, r, i) in modules.items()}
-    return Adapter(name, Source(Path("/nowhere") / name), {}, "", found, tensors or {})
+    return Adapter(name, Source(Path("/nowhere") / name), {}, found, tensors or {})
 
 
 def square(name: str) -> Target:
@@ -169,7 +169,7 @@ def test_a_copy_of_the_base_embedding_that_differs_is_a_delta_whatever_the_choic
     base, folder = embedding_zoo(tmp_path, ["embed_tokens"])
     found = load_adapter(folder)
     find = tensors_of(open_base(base))
-    copy = found.tensors[f"{EMBED}.weight"]
+    copy = found.tensors[f"{EMBED}.weight"] = numbers(found.tensors[f"{EMBED}.weight"])
     copy.view(torch.int32)[3, 3] ^= 1
     ((delta,), taken) = stack_tensors([found], choice, (), find)
     assert (delta.tensor, taken) == (f"{EMBED}.weight", {})

@@ -13,11 +13,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.models import make_adapter, peft_changes, tiny_llama
+from support.processes import heavy_imports
 
 from wlora_merge.cli.inspect_tables import inspect_paths
 from wlora_merge.errors import WloraMergeError
 from wlora_merge.exporters.export import export
 from wlora_merge.mixture.mix import mix
+from wlora_merge.progress import Done, listening
 
 COLUMNS = ["adapter", "r", "alpha", "scaling", "modules", "parameters", "delta / base norm", "mixes"]
 
@@ -58,7 +60,7 @@ def test_adapters_on_a_base_are_two_tables_with_a_row_for_each(llama_zoo: Callab
 def test_sizes_and_norms_are_pefts(llama_zoo: Callable[..., Any]) -> None:
     base, folders = llama_zoo()
     whole = load_file(base / "model.safetensors")
-    for folder, row in zip(folders, inspect_paths([base, *folders])["Adapters"], strict=True):
+    for folder, row in zip(folders, inspect_paths([base, *folders], norms=True)["Adapters"], strict=True):
         peft = PeftModel.from_pretrained(tiny_llama(), folder)
         deltas = {n: m for n, m in peft.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
         changed = sum(m.get_delta_weight("default").double().square().sum().item() for m in deltas.values())
@@ -81,9 +83,8 @@ def test_an_adapter_that_does_not_fit_is_a_row_with_the_reason(llama_zoo: Callab
     make_adapter(tiny_llama(), tmp_path / "alora", 1, r=2, target_modules=["q_proj"], alora_invocation_tokens=[3])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "adapter_config.json").write_text("{")
-    tables = inspect_paths(
-        [base, folders[0], tmp_path / "wide", tmp_path / "dora", tmp_path / "alora", tmp_path / "broken"]
-    )
+    paths = [base, folders[0], tmp_path / "wide", tmp_path / "dora", tmp_path / "alora", tmp_path / "broken"]
+    tables = inspect_paths(paths, norms=True)
     fits = {row["adapter"]: row["mixes"] for row in tables["Adapters"]}
     assert fits == {"a0": "yes", "wide": "no", "dora": "yes", "alora": "no", "broken": "no"}
     reasons = {row["adapter"]: row["reason"] for row in tables["Adapters that cannot be mixed"]}
@@ -148,7 +149,7 @@ def test_fused_experts_are_measured_on_the_rows_that_they_change(tmp_path: Path)
         base, adapters = make(
             case, tmp_path / name, {"r": 2, "target_modules": ["q_proj"], "target_parameters": EXPERTS}
         )
-        row = inspect_paths([base, *adapters])["Adapters"][0]
+        row = inspect_paths([base, *adapters], norms=True)["Adapters"][0]
         start, after = case.load(base, torch.float64).state_dict(), merged(case, base, adapters[0])
         changed = [k for k in start if not torch.equal(start[k], after[k])]
         squares = [sum(float((t[k]).square().sum()) for k in changed) for t in (start,)]
@@ -170,8 +171,68 @@ def test_a_quantized_base_gives_no_norm(tmp_path: Path) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path / "base")
     folder = make_adapter(model, tmp_path / "a", 1, r=2, target_modules=["q_proj"])
-    row = inspect_paths([quantize(tmp_path / "base", tmp_path / "q", "gptq 4-bit"), folder])["Adapters"][0]
+    paths = [quantize(tmp_path / "base", tmp_path / "q", "gptq 4-bit"), folder]
+    row = inspect_paths(paths, norms=True)["Adapters"][0]
     assert (row["mixes"], row["delta / base norm"]) == ("yes", None)
+
+
+def test_headers_say_the_same_as_weights_but_for_norms_and_numbers(
+    llama_zoo: Callable[..., Any], tmp_path: Path
+) -> None:
+    base, folders = llama_zoo()
+    file = shutil.copytree(folders[0], tmp_path / "nan") / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, file)
+    paths = [base, *folders, tmp_path / "nan"]
+    headers, weights = inspect_paths(paths), inspect_paths(paths, norms=True)
+    norms = [row.pop("delta / base norm") for row in weights["Adapters"]]
+    assert [row.pop("delta / base norm") for row in headers["Adapters"]] == [None] * 4
+    assert [norm is None for norm in norms] == [False] * 3 + [True]
+    assert headers["Adapters"][3].pop("mixes") == "yes"
+    assert weights["Adapters"][3].pop("mixes") == "no"
+    (reason,) = weights.pop("Adapters that cannot be mixed")
+    assert "holds a NaN" in reason["reason"]
+    assert headers == weights
+
+
+@pytest.fixture(scope="module")
+def folders_of_each_kind(llama_zoo: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("kinds")
+    base, (first, second, _) = llama_zoo()
+    mix(base, [first, second], place / "mixture", task="causal-lm")
+    for kind in ("dense", "lora"):
+        export(place / "mixture", kind, place / kind)
+    return {"base": base, "first": first, "second": second} | {n: place / n for n in ("mixture", "dense", "lora")}
+
+
+@pytest.mark.parametrize(
+    "kinds", ["base", "first", "first second", "base first second", "mixture", "dense", "lora", "mixture base first"]
+)
+def test_inspect_imports_no_torch(folders_of_each_kind: dict[str, Path], kinds: str, tmp_path: Path) -> None:
+    paths = [str(folders_of_each_kind[kind]) for kind in kinds.split()]
+    assert heavy_imports(["inspect", *paths], tmp_path) == set()
+
+
+def test_norms_import_torch_and_not_transformers(folders_of_each_kind: dict[str, Path], tmp_path: Path) -> None:
+    paths = [str(folders_of_each_kind[kind]) for kind in ("base", "first", "second")]
+    assert heavy_imports(["inspect", "--norms", *paths], tmp_path) == {"torch"}
+
+
+def test_norms_need_a_base_and_adapters(llama_zoo: Callable[..., Any]) -> None:
+    base, folders = llama_zoo()
+    for paths in ([base], folders):
+        with pytest.raises(WloraMergeError, match="give the base's folder or hub id, and the adapters' folders"):
+            inspect_paths(paths, norms=True)
+
+
+def test_norms_tell_how_far_they_are(llama_zoo: Callable[..., Any]) -> None:
+    base, folders = llama_zoo()
+    told: list[Done] = []
+    with listening(told.append):
+        inspect_paths([base, *folders], norms=True)
+    ends = {done.what: (done.items, done.total_items) for done in told if done.unit == "modules"}
+    assert ends == {"norms of a0": (4, 4), "norms of a1": (14, 14), "norms of a2": (6, 6)}
 
 
 def test_a_base_says_what_it_is(llama_zoo: Callable[..., Any]) -> None:
@@ -220,7 +281,7 @@ def test_tables_are_no_wider_than_80_columns(llama_zoo: Callable[..., Any]) -> N
 
     base, folders = llama_zoo()
     torch.manual_seed(0)
-    for rows in inspect_paths([base, *folders]).values():
+    for rows in inspect_paths([base, *folders], norms=True).values():
         table = Table()
         for column in rows[0]:
             table.add_column(column)

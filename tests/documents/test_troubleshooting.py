@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from support.models import make_adapter, tiny_bert, tiny_llama
 from support.pages import PAGES, blocks, make_place
+from support.processes import heavy_imports
 
 from wlora_merge.cli.main import main
 
@@ -123,6 +124,30 @@ def test_a_message_is_the_one_that_the_page_explains(place: Path, number: int) -
     assert result.exit_code in (1, 2), result.output
     message = blocks(PAGE, "text")[number].strip()
     assert message in re.sub(rf"{re.escape(str(place))}(/moved|/changed)?(?=/)", "PLACE", result.output)
+
+
+NEEDED = {
+    "bert": {"torch", "transformers", "scipy", "accelerate"},  # classes may know the module by another name
+    "zero": {"torch"},  # all numbers are read
+    "same.csv": {"datasets"},
+    "--eval-data": {"datasets"},
+    "with-dora": {"torch"},  # it is told when the LoRA is written
+    "--for vllm": {"torch", "transformers"},  # classes tell which task the model is for
+}
+"""The mistakes that are told by more than headers, configs, records and data files -> what they may import; others nothing."""
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)
+def test_a_mistake_is_refused_before_what_it_does_not_need_is_imported(place: Path, number: int) -> None:
+    case = CASES[number]
+    allowed = set().union(*(modules for part, modules in NEEDED.items() if part in case))
+    usage = case.startswith(("fit --base ./base --adapter a=./a --data", "run"))
+    assert heavy_imports(shlex.split(case), place, 2 if usage else 1) <= allowed
+
+
+def test_twenty_mistakes_need_neither_torch_nor_transformers() -> None:
+    heavy = [part for part, modules in NEEDED.items() if "torch" in modules]
+    assert len([case for case in CASES if not any(part in case for part in heavy)]) >= 20
 
 
 def test_every_message_of_the_page_is_met() -> None:

@@ -49,8 +49,7 @@ def crowd(names: list[str]) -> tuple[Mixture, list[ModuleDelta]]:
             for _ in names
         ]
         like = tuple(factors[0] if i % 3 == 0 else factor for i, factor in enumerate(factors))
-        owners = torch.arange(count)
-        deltas.append(ModuleDelta(module, Layout.LINEAR, (8, 8), like, torch.ones(count), owners, count))
+        deltas.append(ModuleDelta(module, Layout.LINEAR, (8, 8), like, tuple(range(count)), count))
     return found, deltas
 
 

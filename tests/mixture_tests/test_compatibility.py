@@ -116,10 +116,10 @@ def test_many_adapters_tell_how_far_they_are_and_read_no_weight_twice_to_say_tha
         mix(base, [zoo / name for name in ("a0", "a1", "a2")])
     ends = {done.what: done for done in told if done.unit == "adapters"}
     whats = [done.what for done in told]
-    assert [what for what, _ in itertools.groupby(whats)][:2] == ["opening adapters", "reading adapters on the base"]
+    assert [what for what, _ in itertools.groupby(whats)][:2] == ["opening adapters", "reading adapters"]
     assert {what: (done.items, done.total_items) for what, done in ends.items()} == {
         "opening adapters": (3, 3),
-        "reading adapters on the base": (3, 3),
+        "reading adapters": (3, 3),
     }
 
 

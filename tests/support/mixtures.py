@@ -60,8 +60,7 @@ def delta(module: str, adapters: list[int]) -> ModuleDelta:
         Layout.LINEAR,
         (4, 4),
         (Factors(torch.ones(1, 4), torch.ones(4, 1), 2.0, embedding=False),) * R,
-        torch.full((R,), 2.0),
-        torch.tensor(adapters),
+        tuple(adapters),
         3,
     )
 

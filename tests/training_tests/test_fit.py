@@ -18,6 +18,7 @@ from wlora_merge.cli.inspect_tables import mixture_rows, setting_rows
 from wlora_merge.errors import DataError, MixtureError, OutputError, UnsupportedError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
+from wlora_merge.mixture.files import read_mixture_record
 from wlora_merge.mixture.mixture import Mixture
 from wlora_merge.training.fit import fit
 from wlora_merge.training.learner import Learner
@@ -73,7 +74,7 @@ def test_a_classifier_fit_trains_a_new_head_judges_every_candidate_and_exports(
         *mixture.metrics["candidates"],
         "learned, all shots",
     }
-    assert ["new adapter" in row["setting of learned"] for row in setting_rows(mixture)] == [True, False]
+    assert ["new adapter" in row["setting of learned"] for row in setting_rows(mixture.metrics)] == [True, False]
     names = {p.name.rpartition("/")[2] for p in (tmp_path / "mixture").iterdir()}
     new = {"new_adapter"} if "new" in mixture.adapter_names else set()
     assert names == {"mixture.json", "mixture.safetensors"} | new
@@ -525,7 +526,7 @@ def test_a_head_on_the_mean_is_saved_exported_and_verified(
     )
     again = Mixture.load(tmp_path / "m")
     assert again.pooling == mixture.pooling == "mean"
-    assert {"what": "pooling", "value": "mean"} in mixture_rows(again)
+    assert {"what": "pooling", "value": "mean"} in mixture_rows(read_mixture_record(tmp_path / "m"), tmp_path / "m")
     new = [f"new={tmp_path / 'm' / 'new_adapter'}"] if "new" in mixture.adapter_names else []
     for kind in ("dense", "onnx"):
         export(tmp_path / "m", kind, tmp_path / kind)

@@ -45,7 +45,7 @@ def learner_of(base: Path, folders: Sequence[Path], data: Path, task: str, **opt
     adapters, opened = load_adapters(folders), open_base(base)
     given = Given(get_task(task), asked, asked.options, opened, adapters[:1], (data, None))
     shots = read_examples(data, task=task, columns=None, split=None)
-    learner = prepare(given, shots, None, Team(), FitState(None, "", resume=False)).learner
+    learner = prepare(given, shots, None, given.task.labels(shots), Team(), FitState(None, "", resume=False)).learner
     detach(learner.model).double()
     return learner, opened, adapters
 
@@ -142,7 +142,7 @@ def test_a_quantized_base_gives_the_gains_of_the_weights_attached_to_it(llamas: 
     adapters, opened = load_adapters(folders), open_base(base)
     given = Given(get_task("causal-lm"), asked, asked.options, opened, adapters[:1], (data, None))
     shots = read_examples(data, task="causal-lm", columns=None, split=None)
-    learner = prepare(given, shots, None, Team(), FitState(None, "", resume=False)).learner
+    learner = prepare(given, shots, None, given.task.labels(shots), Team(), FitState(None, "", resume=False)).learner
     detach(learner.model)
     rows = range(learner.shots)
     found = module_gains(learner, opened, adapters, rows)

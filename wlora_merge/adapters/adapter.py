@@ -1,7 +1,8 @@
 """A PEFT folder -> Adapter: its factors and whole tensors, every one of them accounted for.
 
-This room reads `adapter_config.json` and `adapter_model.safetensors`, checks them, and knows nothing of the base model.
-Nothing is executed and nothing is ignored: a tensor that is not understood is an error.
+This room reads `adapter_config.json` and the header of `adapter_model.safetensors`, checks them, and knows nothing of the base
+model. Its numbers are read when they are used. Nothing is executed and nothing is ignored: a tensor that is not understood is an
+error.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterError, UnsupportedError, WloraMergeError, WloraMergeWarning
 from ..io.digests import sha256_file
 from ..io.hub import ADAPTER_PATTERNS, Source, is_here, resolve_source
-from ..io.safetensors_file import FLOATING, Entry, Header, read_header, read_tensor
+from ..io.safetensors_file import FLOATING, Entry, Header, read_header, read_tensor, tensor_bytes
 from ..io.tensors import all_finite
 from ..io.untrusted import find_file, read_json
 from ..progress import Meter
 from .config import check_config
 from .conventions import by_expert
-from .factors import Factors, TokenRows, used_ranks
+from .factors import Factors, Stored, TokenRows, used_ranks
 from .keys import PATTERN_SECONDS, check_adapter_name, parse_adapter_key, pattern_value
 
 if TYPE_CHECKING:
@@ -32,31 +34,87 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-WHOLE = ("tensor", "lora_B.bias", "lora_magnitude_vector")  # small enough to hold; factors are read when they are used
+FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.ckpt", "adapter_model.pth")
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """An adapter's weights file.
+
+    Attributes:
+        path: where it lies.
+        entries: where each of its tensors lies, by key.
+        axes: those of them that are factors -> the axis of their ranks: 0 of lora_A, 1 of lora_B.
+    """
+
+    path: Path
+    entries: Mapping[str, Entry]
+    axes: Mapping[Entry, int]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Its digest."""
+        return sha256_file(self.path)
+
+    @cached_property
+    def ranks(self) -> dict[Entry, torch.Tensor]:
+        """Which ranks of each factor are not all zero, [r] bool. It reads the file, every number of which must be finite.
+
+        Raises:
+            AdapterError: a NaN or an infinity, with the tensor.
+        """
+        found = {}
+        for key, entry in self.entries.items():
+            tensor = read_tensor(entry)
+            if not all_finite(tensor):
+                raise AdapterError(f"{self.path}: tensor {key!r} holds a NaN or an infinity: the adapter is broken.")
+            if entry in self.axes:
+                found[entry] = used_ranks(tensor, self.axes[entry])
+        return found
 
 
 @dataclass
 class Adapter:
-    """One PEFT folder, read: `modules` are its low-rank changes, `tensors` the whole tensors that it carries.
+    """One PEFT folder, opened: `modules` are its low-rank changes, `tensors` the whole tensors that it carries.
 
     `biases` holds, by module name, the base's biases as this adapter trained them (`bias="all"` or `"lora_only"`), `token_rows`
-    the rows of embeddings (`trainable_token_indices`).
+    the rows of embeddings (`trainable_token_indices`). `weights` is its file, None for an adapter that has none.
     """
 
     name: str
     source: Source
     config: dict[str, Any]
-    sha256: str
     modules: dict[str, Factors]
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, Stored] = field(default_factory=dict)
+    biases: dict[str, Stored] = field(default_factory=dict)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
+    weights: WeightsFile | None = None
 
     @property
     def is_zero(self) -> bool:
         """True where it has target modules, and the product of each of them is zero."""
         return bool(self.modules) and all(f.is_zero for f in self.modules.values())
+
+    @property
+    def sha256(self) -> str:
+        """Of its weights file; empty where it has none."""
+        return self.weights.sha256 if self.weights is not None else ""
+
+    def check_numbers(self) -> None:
+        """Read its file once: its numbers must be finite, and not all zero.
+
+        Raises:
+            AdapterError: a NaN or an infinity, with the tensor; or an adapter that changes nothing.
+        """
+        if self.weights is None:
+            return
+        for factors in self.modules.values():
+            factors.note_ranks(self.weights.ranks)
+        parts = self.modules.values()
+        beside = self.biases or self.token_rows or any(f.magnitude is not None or f.bias is not None for f in parts)
+        if self.is_zero and not beside:  # what is beside can be judged only with the base
+            raise AdapterError(f"{self.weights.path}: every delta weight is zero: train this adapter, or leave it out.")
 
     def digests(self) -> dict[str, str]:
         """File name -> sha256 of both files: the config counts too, as it holds alpha."""
@@ -76,7 +134,7 @@ class Adapter:
 
 
 def load_adapter(path_or_id: str | Path, name: str | None = None, *, base_is_residual: bool = False) -> Adapter:
-    """Read one adapter; `name` defaults to its folder's name.
+    """Open one adapter by its config and its header; `name` defaults to its folder's name. `check_numbers` reads the rest.
 
     Args:
         path_or_id: a PEFT folder, or a hub id.
@@ -84,10 +142,10 @@ def load_adapter(path_or_id: str | Path, name: str | None = None, *, base_is_res
         base_is_residual: accept an unconverted PiSSA-like adapter: the base given is its residual.
 
     Returns:
-        The adapter, its tensors in the dtypes of the file.
+        The adapter; its numbers stay in the file.
 
     Raises:
-        AdapterError: a missing or broken folder, or a NaN or infinity in a tensor, named.
+        AdapterError: a missing or broken folder.
         UnsupportedError: a feature that is not folded, named.
     """
     return _load(path_or_id, name, lambda _: base_is_residual)
@@ -102,20 +160,17 @@ def _load(path_or_id: str | Path, name: str | None, is_residual: Callable[[str],
     file = _weights_file(source.folder, where)
     header = read_header(file)
     try:
-        modules, tensors, token_rows = _sort_tensors(header, config, where)
+        _check_dtypes(header)
+        weights, modules, tensors, token_rows = _sort_tensors(header, config)
     except WloraMergeError as error:
         raise type(error)(f"{file}: {error}" if str(file) not in str(error) else str(error)) from error
     if not modules and not tensors:
         raise AdapterError(f"{file}: holds no LoRA tensor.")
     biases = _take_biases(tensors, config)
-    adapter = Adapter(name, source, config, sha256_file(file), modules, tensors, biases, token_rows)
-    beside = biases or token_rows or any(f.magnitude is not None or f.bias is not None for f in modules.values())
-    if adapter.is_zero and not beside:  # what is beside can be judged only with the base
-        raise AdapterError(f"{file}: every delta weight is zero: train this adapter, or leave it out.")
-    return adapter
+    return Adapter(name, source, config, modules, tensors, biases, token_rows, weights)
 
 
-def _take_biases(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _take_biases(tensors: dict[str, Stored], config: dict[str, Any]) -> dict[str, Stored]:
     """Take the trained biases of the base out of the whole tensors; those of and within a saved module stay there.
 
     Source: `peft.tuners.tuners_utils.BaseTuner._get_learnable_bias_state_dict`.
@@ -134,7 +189,7 @@ AdapterSpec = str | Path | tuple[str, str | Path] | Adapter
 
 
 def load_adapters(specs: Iterable[AdapterSpec], *, residual: str | None = None) -> list[Adapter]:
-    """Read several adapters, one after another; their weights stay in their files.
+    """Open several adapters, one after another; their numbers stay in their files.
 
     Args:
         specs: N adapters.
@@ -269,58 +324,52 @@ def _weights_file(folder: Path, where: str) -> Path:
 
 
 def _sort_tensors(
-    header: Header, config: dict[str, Any], where: str
-) -> tuple[dict[str, Factors], dict[str, torch.Tensor], dict[str, TokenRows]]:
-    import torch
-
-    parts: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, Any] = {}
-    trained: dict[str, torch.Tensor] = {}
-    ranks: dict[Entry, torch.Tensor] = {}
+    header: Header, config: dict[str, Any]
+) -> tuple[WeightsFile, dict[str, Factors], dict[str, Stored], dict[str, TokenRows]]:
+    parts: dict[str, dict[str, Entry]] = {}
+    tensors: dict[str, Entry] = {}
+    trained: dict[str, Entry] = {}
+    axes: dict[Entry, int] = {}
     for key, entry in header.entries.items():
-        tensor = _read_finite(key, entry)
         parsed = parse_adapter_key(key, wrapped=bool(config.get("target_parameters")))
         if parsed.part == "original":
             continue
         if parsed.part == "token_rows":
-            trained[parsed.name] = tensor
+            trained[parsed.name] = entry
             continue
         known = tensors if parsed.part == "tensor" else parts.setdefault(parsed.name, {})
         slot = parsed.name if parsed.part == "tensor" else parsed.part
-        if slot in known and parsed.part == "tensor" and torch.equal(tensor, known[slot]):
+        if slot in known and parsed.part == "tensor" and _same(entry, known[slot]):
             continue  # with bias="all" PEFT saves a saved module's bias twice
         if slot in known:
             raise AdapterError(f"tensor {key!r} names the same thing as another tensor of the file.")
-        known[slot] = tensor if parsed.part in WHOLE else entry
-        if parsed.part not in WHOLE and tensor.ndim > 1:
-            ranks[entry] = used_ranks(tensor, 0 if parsed.part.endswith("A") else 1)
+        known[slot] = entry
+        if parsed.part in FACTORS and len(entry.shape) > 1:
+            axes[entry] = 0 if parsed.part.endswith("A") else 1
     deadline = time.monotonic() + PATTERN_SECONDS
     modules = {module: _factors(module, own, config, deadline) for module, own in by_expert(parts).items()}
-    for factors in modules.values():
-        factors.note_ranks(ranks)
-    return modules, tensors, _token_rows(trained, config)
+    weights = WeightsFile(header.file, header.entries, axes)
+    return weights, modules, {**tensors}, _token_rows(trained, config)
 
 
-def _read_finite(key: str, entry: Entry) -> torch.Tensor:
-    """A tensor of an adapter's file, which must hold finite floating-point numbers."""
-    if entry.dtype not in FLOATING:
-        raise UnsupportedError(f"tensor {key!r} has dtype {entry.dtype}, expected one of {', '.join(FLOATING)}.")
-    tensor = read_tensor(entry)
-    if not all_finite(tensor):
-        raise AdapterError(f"tensor {key!r} holds a NaN or an infinity: the adapter is broken.")
-    return tensor
+def _same(one: Entry, other: Entry) -> bool:
+    """Whether two tensors of a file are one, saved twice."""
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and tensor_bytes(one) == tensor_bytes(other)
 
 
-def _token_rows(trained: Mapping[str, torch.Tensor], config: dict[str, Any]) -> dict[str, TokenRows]:
+def _check_dtypes(header: Header) -> None:
+    """Refuse a tensor that holds no floating-point numbers."""
+    for key, entry in header.entries.items():
+        if entry.dtype not in FLOATING:
+            raise UnsupportedError(f"tensor {key!r} has dtype {entry.dtype}, expected one of {', '.join(FLOATING)}.")
+
+
+def _token_rows(trained: Mapping[str, Entry], config: dict[str, Any]) -> dict[str, TokenRows]:
     """The trained rows of each embedding; one that the config does not name is tied to one that it names, and has its rows."""
-    import torch
-
     told = {module: _told_indices(module, config) for module in trained}
     for module, values in trained.items():
         if told[module] is None:
-            told[module] = next(
-                (told[m] for m, other in trained.items() if told[m] and torch.equal(other, values)), None
-            )
+            told[module] = next((told[m] for m, other in trained.items() if told[m] and _same(other, values)), None)
     return {m: TokenRows(_checked_indices(m, values, told[m] or []), values) for m, values in trained.items()}
 
 
@@ -336,19 +385,19 @@ def _told_indices(module: str, config: dict[str, Any]) -> Any:
     return found[0] if len(found) == 1 else None
 
 
-def _checked_indices(module: str, values: torch.Tensor, told: Any) -> tuple[int, ...]:
+def _checked_indices(module: str, values: Entry, told: Any) -> tuple[int, ...]:
     """Which rows of the embedding `values` [k, dim] are."""
     indices = told if isinstance(told, list) else []
     if not all(type(i) is int and i >= 0 for i in indices) or len(set(indices)) != len(indices):
         raise AdapterError(f"{module!r}: trainable_token_indices must be different whole numbers of 0 or more.")
-    if values.ndim != 2 or len(indices) != len(values):
+    if len(values.shape) != 2 or len(indices) != values.shape[0]:
         raise AdapterError(
             f"{module!r}: its token rows are {list(values.shape)}, and the config's trainable_token_indices name {len(indices)}."
         )
     return tuple(indices)
 
 
-def _factors(module: str, parts: dict[str, Any], config: dict[str, Any], deadline: float) -> Factors:
+def _factors(module: str, parts: dict[str, Entry], config: dict[str, Any], deadline: float) -> Factors:
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     told = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}

@@ -18,13 +18,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterError, UnsupportedError, WloraMergeWarning
-from ..io.safetensors_file import Entry, read_tensor
+from ..io.safetensors_file import Entry
 from ..io.tensors import equal
 from ..models.base_model import BaseModel
 from ..models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 from ..models.vocabulary import Vocabulary, vocabulary, with_vocabulary
 from .adapter import Adapter
-from .factors import Factors, TokenRows
+from .factors import Factors, Stored, TokenRows, numbers
 from .targets import tensors_of
 from .tokenizers import tokenizer_beside, tokenizer_files, tokens
 
@@ -92,7 +92,7 @@ class _Tables:
     made: Vocabulary
 
     @cached_property
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Stored]:
         """Its whole tensors."""
         found = {self.made.name_of(name): tensor for name, tensor in self.adapter.tensors.items()}
         return {name: tensor for name, tensor in found.items() if name is not None}
@@ -126,8 +126,8 @@ class _Tables:
         """The rows of its tensors and factors that are not the base's."""
         own = {name: entry.shape for name in self.made.shapes if (entry := self.made.stored(name)) is not None}
         for name, tensor in self.tensors.items():
-            if name in own and tensor.shape[1:] == own[name][1:] and len(tensor) != own[name][0]:
-                yield len(tensor)
+            if name in own and tensor.shape[1:] == own[name][1:] and tensor.shape[0] != own[name][0]:
+                yield tensor.shape[0]
         for module, factors in self.adapter.modules.items():
             shape = own.get(self.made.name_of(f"{module}.weight") or "")
             if shape is not None and (size := _size(factors)) != shape[0]:
@@ -170,11 +170,11 @@ def _rows_behind(named: _Tables, name: str, own: Entry) -> torch.Tensor | None:
     for other in names:
         tensor = named.tensors.get(other)
         if tensor is not None and tuple(tensor.shape) == shape and (other == name or not _asked(named.adapter, other)):
-            return tensor[first:]
+            return numbers(tensor)[first:]
     for other in names:
         values = named.token_rows.get(other)
         if values is not None and set(range(first, shape[0])) <= set(values.indices):
-            return _token_rows(values, range(first, shape[0])).values
+            return numbers(_token_rows(values, range(first, shape[0])).values)
     # where a LoRA is of an embedding, or copies are there, PEFT has saved all that it saves
     done = named.tensors or any(named.made.name_of(f"{module}.weight") for module in named.adapter.modules)
     anew = "" if done else "save it anew with save_pretrained(folder, save_embedding_layers=True), or "
@@ -216,7 +216,7 @@ def _brought(tables: _Tables, base: BaseModel, named: bool) -> Adapter:
     shared = made.rows if named else _shared(tables, base)
     find = tensors_of(base)
 
-    def whole(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def whole(name: str, tensor: Stored) -> Stored:
         """A whole tensor at that size."""
         found, target = made.name_of(name), find(name)
         if found is None or target is None or target.read is None:
@@ -239,7 +239,7 @@ def _brought(tables: _Tables, base: BaseModel, named: bool) -> Adapter:
         there = target.read()  # rows that the base has from here are no deltas
         new = [
             i
-            for i, row in zip(kept.indices, kept.values, strict=True)
+            for i, row in zip(kept.indices, numbers(kept.values), strict=True)
             if i < made.rows_before or not equal(there[i], row)
         ]
         return _token_rows(kept, new)
@@ -274,15 +274,15 @@ def _shared(tables: _Tables, base: BaseModel) -> int:
     return shared
 
 
-def _whole(tensor: torch.Tensor, read: Callable[[], torch.Tensor], shared: int, shape: tuple[int, ...]) -> torch.Tensor:
+def _whole(tensor: Stored, read: Callable[[], torch.Tensor], shared: int, shape: tuple[int, ...]) -> Stored:
     """A whole tensor [n, ...] at that shape: its first `shared` rows, and behind them the base's."""
     import torch
 
-    if tensor.shape[1:] != shape[1:] or (len(tensor) == shape[0] and shared >= shape[0]):
+    if tensor.shape[1:] != shape[1:] or (tensor.shape[0] == shape[0] and shared >= shape[0]):
         return tensor
-    shared, own = min(shared, len(tensor), shape[0]), read()
-    dtype = torch.promote_types(tensor.dtype, own.dtype)
-    return torch.cat([tensor[:shared].to(dtype), own[shared:].to(dtype)])
+    shared, first, own = min(shared, tensor.shape[0], shape[0]), numbers(tensor), read()
+    dtype = torch.promote_types(first.dtype, own.dtype)
+    return torch.cat([first[:shared].to(dtype), own[shared:].to(dtype)])
 
 
 def _factors(adapter: Adapter, module: str, own: Factors, shared: int, rows: int) -> Factors:
@@ -295,10 +295,10 @@ def _factors(adapter: Adapter, module: str, own: Factors, shared: int, rows: int
             f"{adapter.where}: its DoRA of {module!r} is of {size} tokens, and the vocabulary here has {rows}: a DoRA scales by "
             "norms of all rows, so leave this adapter out."
         )
-    lora_A, lora_B = (read_tensor(t) if isinstance(t, Entry) else t for t in (own.stored_A, own.stored_B))
+    lora_A, lora_B = numbers(own.stored_A), numbers(own.stored_B)
     if own.embedding:
         return replace(own, stored_A=_zeros_behind(lora_A.T, shared, rows).T.contiguous())
-    bias = None if own.bias is None else _zeros_behind(own.bias, shared, rows)
+    bias = None if own.bias is None else _zeros_behind(numbers(own.bias), shared, rows)
     return replace(own, stored_B=_zeros_behind(lora_B, shared, rows), bias=bias)
 
 
@@ -317,4 +317,4 @@ def _zeros_behind(tensor: torch.Tensor, shared: int, rows: int) -> torch.Tensor:
 
 def _token_rows(own: TokenRows, indices: Sequence[int]) -> TokenRows:
     """The trained rows of some of the tokens."""
-    return TokenRows(tuple(indices), own.values[[own.indices.index(i) for i in indices]])
+    return TokenRows(tuple(indices), numbers(own.values)[[own.indices.index(i) for i in indices]])

@@ -6,14 +6,13 @@ weights of a mixture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterError
-from .factors import Factors
+from .factors import Factors, numbers
 from .layouts import Layout, factors_from_file, output_rows, row_norms
 
 if TYPE_CHECKING:
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 class ModuleDelta:
     """All adapters' low-rank changes of one module, stacked.
 
-    lora_A [R, in] and lora_B [out, R] hold the rows and columns of all adapters that target the module, R = Σ r_n.
-    scaling [R] and adapter_index [R] say for each row its adapter's scaling and which adapter it came from.
+    lora_A [R, in] and lora_B [out, R] hold the rows and columns of all adapters that target the module, R = Σ r_n. `owners` has
+    for each of `factors` the number of the adapter that it came from; scaling [R] and adapter_index [R] say the same for each row.
     `module` is the base tensor's name without `.weight`, and `shape` the base tensor's shape. With `start` only the rows from there
     on change, and `shape` is theirs: rows of a matrix with its last dimension as columns. `name` is what an adapter calls the
     module; empty where it knows it as a part of another. `read` gives the base weight.
@@ -41,8 +40,7 @@ class ModuleDelta:
     layout: Layout
     shape: tuple[int, ...]
     factors: tuple[Factors, ...]
-    scaling: torch.Tensor
-    adapter_index: torch.Tensor
+    owners: tuple[int, ...]
     n_adapters: int
     read: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
     name: str = ""
@@ -81,13 +79,30 @@ class ModuleDelta:
         import torch
 
         mask = torch.zeros(self.n_adapters, dtype=torch.bool)
-        mask[[*self.adapter_index.tolist(), *self.biases, *self.others]] = True
+        mask[[*self.owners, *self.biases, *self.others]] = True
         return mask
 
     @property
     def R(self) -> int:
         """Rank of the stack: the sum of the adapters' ranks."""
         return sum(f.r for f in self.factors)
+
+    @cached_property
+    def scaling(self) -> torch.Tensor:
+        """[R] float64: each row's scaling."""
+        return self._by_row([f.scaling for f in self.factors], "float64")
+
+    @cached_property
+    def adapter_index(self) -> torch.Tensor:
+        """[R] int64: the adapter that each row came from."""
+        return self._by_row(self.owners, "int64")
+
+    def _by_row(self, values: Sequence[float], dtype: str) -> torch.Tensor:
+        """One value for each of `factors` as one for each of its rows."""
+        import torch
+
+        ranks = torch.tensor([f.r for f in self.factors], dtype=torch.int64)
+        return torch.tensor(values, dtype=getattr(torch, dtype)).repeat_interleave(ranks)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -112,7 +127,7 @@ class ModuleDelta:
 
         parts = [factors_from_file(self.layout, f.lora_B).to(self.dtype) for f in self.factors]
         if self.row_scale is not None:
-            parts = [(1 + self.row_scale[n])[:, None] * part for n, part in zip(self._owners, parts, strict=True)]
+            parts = [(1 + self.row_scale[n])[:, None] * part for n, part in zip(self.owners, parts, strict=True)]
         return torch.cat(parts, dim=1)
 
     @property
@@ -135,28 +150,21 @@ class ModuleDelta:
             raise AdapterError(f"module {self.module!r}: an adapter is a DoRA, and the base weight cannot be read.")
         base = self.read()
         scale = torch.zeros(self.n_adapters, output_rows(self.layout, self.shape), dtype=torch.float64)
-        for n, f in zip(self._owners, self.factors, strict=True):
+        for n, f in zip(self.owners, self.factors, strict=True):
             if f.magnitude is not None:
                 lora_A, lora_B = (factors_from_file(self.layout, t).double() for t in (f.lora_A, f.lora_B))
                 norms = row_norms(self.layout, base, lora_A, f.scaling * lora_B)
-                scale[n] = f.magnitude.double().flatten() / norms - 1
+                scale[n] = numbers(f.magnitude).double().flatten() / norms - 1
         if not bool(scale.isfinite().all()):
             raise AdapterError(f"module {self.module!r}: DoRA divides by the norm of a row that is zero: leave it out.")
         return scale
 
     def only(self, used: torch.Tensor) -> ModuleDelta:
         """The same without the factors of adapters that are not `used` [N] bool: their files are not read."""
-        if bool(used[self.adapter_index].all()):
+        kept = [(f, n) for f, n in zip(self.factors, self.owners, strict=True) if used[n]]
+        if len(kept) == len(self.factors):
             return self
-        rows = used[self.adapter_index]
-        factors = tuple(f for n, f in zip(self._owners, self.factors, strict=True) if used[n])
-        return replace(self, factors=factors, scaling=self.scaling[rows], adapter_index=self.adapter_index[rows])
-
-    @property
-    def _owners(self) -> list[int]:
-        """The adapter that each of `factors` came from."""
-        ends = list(accumulate(f.r for f in self.factors))
-        return [int(self.adapter_index[end - 1]) for end in ends]
+        return replace(self, factors=tuple(f for f, _ in kept), owners=tuple(n for _, n in kept))
 
 
 @dataclass(frozen=True)

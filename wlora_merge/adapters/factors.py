@@ -6,12 +6,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..io.safetensors_file import Entry, read_tensor, torch_dtype
 
 if TYPE_CHECKING:
     import torch
+
+Stored: TypeAlias = "torch.Tensor | Entry"
+"""A tensor, or where it lies in a file: its shape is known either way, its numbers are read when they are used."""
+
+
+def numbers(stored: Stored) -> torch.Tensor:
+    """A tensor's numbers, read where they lie in a file; in that file's dtype."""
+    return read_tensor(stored) if isinstance(stored, Entry) else stored
 
 
 @dataclass(frozen=True)
@@ -38,23 +46,23 @@ class Factors:
     """One adapter's change of one target module, as its file has it.
 
     lora_A is [r, in] (a convolution's has its kernel behind), lora_B [out, r]; scaling is alpha / r, or alpha / sqrt(r) for
-    rsLoRA. `stored_A` and `stored_B` are the tensors, or where they lie in the file: then each use reads them anew, and many
-    large adapters need no memory. `bias` [out] is a trained lora_B.bias, `magnitude` [out] DoRA's vector.
+    rsLoRA. `bias` [out] is a trained lora_B.bias, `magnitude` [out] DoRA's vector. Each is a tensor, or where it lies in the file:
+    then each use reads it anew, and many large adapters need no memory.
     """
 
-    stored_A: torch.Tensor | Entry
-    stored_B: torch.Tensor | Entry
+    stored_A: Stored
+    stored_B: Stored
     scaling: float
     embedding: bool
-    bias: torch.Tensor | None = None
-    magnitude: torch.Tensor | None = None
+    bias: Stored | None = None
+    magnitude: Stored | None = None
     slice: Slice | None = None
 
     @property
     def lora_A(self) -> torch.Tensor:
         """[r, in], in the file's dtype."""
         if self.slice is None:
-            return read_tensor(self.stored_A) if isinstance(self.stored_A, Entry) else self.stored_A
+            return numbers(self.stored_A)
         if self.slice.swapped:
             return self._expert_B.T
         return self._expert_A[:, self.slice.rows] if self.slice.transposed else self._expert_A
@@ -63,7 +71,7 @@ class Factors:
     def lora_B(self) -> torch.Tensor:
         """[out, r], in the file's dtype."""
         if self.slice is None:
-            return read_tensor(self.stored_B) if isinstance(self.stored_B, Entry) else self.stored_B
+            return numbers(self.stored_B)
         if self.slice.swapped:
             return self._expert_A.T[self.slice.rows]
         return self._expert_B if self.slice.transposed else self._expert_B[self.slice.rows]
@@ -100,8 +108,8 @@ class Factors:
     @property
     def parameters(self) -> int:
         """How many numbers this change holds."""
-        beside = sum(t.numel() for t in (self.bias, self.magnitude) if t is not None)
-        return math.prod(self.stored_A.shape) + math.prod(self.stored_B.shape) + beside
+        stored = (self.stored_A, self.stored_B, self.bias, self.magnitude)
+        return sum(math.prod(tensor.shape) for tensor in stored if tensor is not None)
 
     @cached_property
     def is_zero(self) -> bool:
@@ -123,7 +131,7 @@ def used_ranks(factor: torch.Tensor, axis: int) -> torch.Tensor:
     return factor.transpose(0, axis).flatten(1).any(1)
 
 
-def _held(stored: torch.Tensor | Entry) -> torch.Tensor:
+def _held(stored: Stored) -> torch.Tensor:
     """A stored tensor that many slices are taken from, read once for a while."""
     return _recent(stored, stored.file.stat().st_mtime_ns) if isinstance(stored, Entry) else stored
 
@@ -138,4 +146,4 @@ class TokenRows:
     """The rows of an embedding that an adapter trained: token ids [k], and the rows' new values [k, dim]."""
 
     indices: tuple[int, ...]
-    values: torch.Tensor
+    values: Stored

@@ -11,6 +11,7 @@ from ..io.tensors import equal
 from ..models.names import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, natural_key
 from .adapter import Adapter
 from .deltas import ModuleDelta, TensorDelta
+from .factors import numbers
 from .targets import OTHER_VOCABULARY, Find, Target, refuse_tied
 
 if TYPE_CHECKING:
@@ -49,19 +50,19 @@ def stack_tensors(
         )
     for n, adapter in enumerate(adapters):
         for name in sorted(set(adapter.tensors) - set(replaced)):
-            beside, target = _is_beside(adapter, name), find(name)
+            beside = _is_beside(adapter, name)
             if choice not in (None, "mix", adapter.name) and not beside:
                 continue
-            _refuse_other_vocabulary(adapter, name, target)
-            value = _without_token_rows(adapter, name, target)
-            copied = _changed_copy(adapter, name, value, find) if beside or _is_unasked_copy(adapter, name) else None
+            _refuse_other_vocabulary(adapter, name, find)
+            is_copy = beside or _is_unasked_copy(adapter, name)
+            if choice is None and not is_copy:
+                raise _unasked(adapter, name)
+            value = _without_token_rows(adapter, name, find)
+            copied = _changed_copy(adapter, name, value, find) if is_copy else None
             if copied is not None:
                 saved.add_copies(adapter, n, name, copied, value)
             elif choice is None:
-                raise UnsupportedError(
-                    f"{adapter.where}: it carries its own copy of tensor {name!r}: say --modules-to-save NAME to take one adapter's, "
-                    "drop to leave them out, or mix to mix them against the base's."
-                )
+                raise _unasked(adapter, name)
             elif choice == "mix":
                 target = _whole_target(adapter, name, tuple(value.shape), find)
                 saved.add(n, target.module, target.shape, value)
@@ -69,6 +70,13 @@ def stack_tensors(
                 _check_taken(adapter, name, find)
                 taken[name] = value
     return saved.deltas(len(adapters)), taken
+
+
+def _unasked(adapter: Adapter, name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{adapter.where}: it carries its own copy of tensor {name!r}: say --modules-to-save NAME to take one adapter's, drop to "
+        "leave them out, or mix to mix them against the base's."
+    )
 
 
 @dataclass
@@ -99,12 +107,13 @@ class _Saved:
         return [TensorDelta(name, self.shapes[name], self.values[name], n) for name in names]
 
 
-def _without_token_rows(adapter: Adapter, name: str, target: Target | None) -> torch.Tensor:
+def _without_token_rows(adapter: Adapter, name: str, find: Find) -> torch.Tensor:
     """An adapter's whole tensor; of an embedding's copy the rows that it trained by themselves are the base's, as they are deltas
     of their own."""
     import torch
 
-    saved, rows = adapter.tensors[name], adapter.token_rows.get(name.removesuffix(".weight"))
+    saved, rows = numbers(adapter.tensors[name]), adapter.token_rows.get(name.removesuffix(".weight"))
+    target = find(name) if rows is not None else None
     if rows is None or target is None or target.read is None or target.shape != tuple(saved.shape):
         return saved
     base, indices = target.read(), torch.tensor(rows.indices)
@@ -164,11 +173,14 @@ def _is_unasked_copy(adapter: Adapter, name: str) -> bool:
     return name.split(".")[-2] in (*OUTPUT_EMBEDDINGS, *INPUT_EMBEDDINGS) and name.split(".")[-2] not in asked
 
 
-def _refuse_other_vocabulary(adapter: Adapter, name: str, target: Target | None) -> None:
+def _refuse_other_vocabulary(adapter: Adapter, name: str, find: Find) -> None:
     """Refuse an embedding that has other rows than the base's."""
     shape = tuple(adapter.tensors[name].shape)
     embedding = name.split(".")[-2] in (*OUTPUT_EMBEDDINGS, *INPUT_EMBEDDINGS)
-    if target is None or not embedding or target.shape == shape or target.shape[1:] != shape[1:]:
+    target = (
+        find(name) if embedding else None
+    )  # a head that the base lacks is looked for in its classes, which takes seconds
+    if target is None or target.shape == shape or target.shape[1:] != shape[1:]:
         return
     raise UnsupportedError(
         f"{adapter.where}: its copy of tensor {name!r} {list(shape)} has {shape[0]} tokens, and the base model's "
@@ -249,7 +261,7 @@ def join_changes(
     Names.of(deltas, tensors, head, find).refuse_both()
     present: dict[str, set[int]] = {}
     for d in deltas:
-        present.setdefault(d.module, set()).update(d.adapter_index.tolist(), d.biases)
+        present.setdefault(d.module, set()).update(d.owners, d.biases)
     for t in tensors:
         present.setdefault(t.module, set()).update(t.saved)
     shared = {t.module for t in tensors}

@@ -1,13 +1,14 @@
 """The adapters' factors and biases over one base, joined module by module.
 
-This room knows shapes and names, no weights of a mixture. What becomes of whole tensors stands in `saved_tensors.py`.
+Whether they fit is told by their headers; their numbers are checked behind that. This room knows shapes and names, no weights
+of a mixture. What becomes of whole tensors stands in `modules_to_save.py`.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from ..progress import Meter
 from .adapter import Adapter
 from .deltas import ModuleDelta
 from .experts import split_factors
-from .factors import Factors
+from .factors import Factors, Stored, numbers
 from .layouts import Layout, layout_of, output_rows
 from .targets import OTHER_VOCABULARY, Find, Target, foreign, in_peft_names, remembered, target_of
 from .trainable_tokens import with_token_rows
@@ -44,20 +45,28 @@ def stack(
         One ModuleDelta per changed module, in natural name order, float32 (or wider, where an adapter is).
 
     Raises:
-        AdapterError: a target module or a bias that the base lacks, factors that do not fit it, or an adapter that changes
-            nothing.
+        AdapterError: a target module or a bias that the base lacks, factors that do not fit it, a number that is not finite, or an
+            adapter that changes nothing.
         UnsupportedError: a trained lora_B.bias where the base has no bias.
     """
-    made = Stack(find, find_tensor, model_type=model_type)
-    meter = Meter("reading adapters on the base", 0, len(adapters), "adapters", told=len(adapters) > 1)
-    for adapter in adapters:
-        made.add(adapter)
-        meter.add(0, 1)
+    made = Stack.of(adapters, find, find_tensor, model_type=model_type)
+    made.check_numbers()
     return made.deltas()
 
 
 class Stack:
-    """Adapters laid side by side over one base, one after another; arguments as for `stack`."""
+    """Adapters laid side by side over one base, one after another; arguments as for `stack`.
+
+    What is added must fit by its header. `check_numbers` reads the rest, which takes longer and needs torch.
+    """
+
+    @classmethod
+    def of(cls, adapters: Iterable[Adapter], find: Find, find_tensor: Find | None = None, *, model_type: str) -> Stack:
+        """Some adapters; arguments and errors as for `stack`."""
+        made = cls(find, find_tensor, model_type=model_type)
+        for adapter in adapters:
+            made.add(adapter)
+        return made
 
     def __init__(self, find: Find, find_tensor: Find | None = None, *, model_type: str) -> None:
         self._find, self._find_tensor = remembered(find), find_tensor or (lambda name: None)
@@ -95,23 +104,33 @@ class Stack:
         self._adapters.append(adapter)
 
     def deltas(self) -> list[ModuleDelta]:
-        """What `stack` gives.
-
-        Raises:
-            AdapterError: an adapter that changes nothing.
-        """
+        """What `stack` gives; no number of a factor is read for it."""
         rows, biases, n_adapters = self._rows, self._biases, len(self._adapters)
         order = sorted(
             {*rows, *((module, None) for module in biases)}, key=lambda key: (natural_key(key[0]), key[1] or 0)
         )
-        deltas = [
+        return [
             _stack_one(key[0], rows.get(key, []), biases.get(key[0], {}) if key[1] is None else {}, n_adapters)
             for key in order
         ]
+
+    def check_numbers(self) -> None:
+        """Read each adapter's file once, and refuse numbers that no export should have. It warns of a module that does not change.
+
+        Raises:
+            AdapterError: a NaN or an infinity, or an adapter that changes nothing.
+        """
+        meter = Meter("reading adapters", 0, len(self._adapters), "adapters", told=len(self._adapters) > 1)
         for n, adapter in enumerate(self._adapters):
-            if adapter.is_zero and not any(_changes_beside(delta, n) for delta in deltas):
+            adapter.check_numbers()
+            if adapter.is_zero and not any(_changes_beside(delta, n) for delta in self.deltas()):
                 raise AdapterError(f"{adapter.where}: every delta weight is zero: train this adapter, or leave it out.")
-        return deltas
+            for name, factors in adapter.modules.items():
+                if factors.is_zero and factors.magnitude is None and factors.bias is None:
+                    warnings.warn(
+                        f"{adapter.where}: the delta weight of {name!r} is zero.", WloraMergeWarning, stacklevel=2
+                    )
+            meter.add(0, 1)
 
 
 def _refuse_conflict(
@@ -149,8 +168,6 @@ class ModuleChange:
 
 def _changes(n: int, adapter: Adapter, name: str, find: Find, model_type: str) -> Iterator[ModuleChange]:
     target, factors = target_of(adapter, name, find), adapter.modules[name]
-    if factors.is_zero and factors.magnitude is None and factors.bias is None:
-        warnings.warn(f"{adapter.where}: the delta weight of {name!r} is zero.", WloraMergeWarning, stacklevel=2)
     if target.tree is None:
         factors = _scaled(adapter, name)
         layout = _layout(adapter, name, target, factors, model_type)
@@ -199,7 +216,7 @@ def _biases(adapter: Adapter, find_tensor: Find) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name, trained in adapter.biases.items():
         module, base = _base_bias(adapter, name, trained, find_tensor)
-        found[module] = trained.double() - base
+        found[module] = numbers(trained).double() - base
     for name in adapter.modules:
         bias = adapter.modules[name].bias
         if bias is None:
@@ -210,12 +227,12 @@ def _biases(adapter: Adapter, find_tensor: Find) -> dict[str, torch.Tensor]:
                 "leave this adapter out."
             )
         module, _ = _base_bias(adapter, name, bias, find_tensor)
-        delta = _scaled(adapter, name).scaling * bias.double()
+        delta = _scaled(adapter, name).scaling * numbers(bias).double()
         found[module] = found[module] + delta if module in found else delta
     return found
 
 
-def _base_bias(adapter: Adapter, name: str, trained: torch.Tensor, find_tensor: Find) -> tuple[str, torch.Tensor]:
+def _base_bias(adapter: Adapter, name: str, trained: Stored, find_tensor: Find) -> tuple[str, torch.Tensor]:
     """The base's module that an adapter's name means, and its own bias [out] float64."""
     target = find_tensor(f"{name}.bias")
     if target is None or target.read is None:
@@ -233,7 +250,7 @@ def _base_bias(adapter: Adapter, name: str, trained: torch.Tensor, find_tensor: 
 
 def _changes_beside(delta: ModuleDelta, n: int) -> bool:
     """True where adapter n changes a bias of this module, or its rows by more than rounding."""
-    scaled = n in delta.adapter_index and delta.row_scale is not None and bool((delta.row_scale[n].abs() > 1e-5).any())
+    scaled = n in delta.owners and delta.row_scale is not None and bool((delta.row_scale[n].abs() > 1e-5).any())
     return scaled or (n in delta.biases and bool(delta.biases[n].any()))
 
 
@@ -253,9 +270,9 @@ def _layout(adapter: Adapter, name: str, target: Target, factors: Factors, model
         hint = f" If it has other tokens: {OTHER_VOCABULARY}" if embedding else ""
         raise type(error)(f"{adapter.where}: {error}{hint}") from error
     out = output_rows(layout, target.shape)
-    if factors.magnitude is not None and factors.magnitude.numel() != out:
+    if factors.magnitude is not None and (found := math.prod(factors.magnitude.shape)) != out:
         raise AdapterError(
-            f"{adapter.where}: target module {name!r}: lora_magnitude_vector has {factors.magnitude.numel()} numbers, expected {out}."
+            f"{adapter.where}: target module {name!r}: lora_magnitude_vector has {found} numbers, expected {out}."
         )
     return layout
 
@@ -263,17 +280,13 @@ def _layout(adapter: Adapter, name: str, target: Target, factors: Factors, model
 def _stack_one(
     module: str, changes: list[ModuleChange], biases: dict[int, torch.Tensor], n_adapters: int
 ) -> ModuleDelta:
-    import torch
-
-    first, factors = changes[0] if changes else None, tuple(c.factors for c in changes)
-    ranks = torch.tensor([f.r for f in factors], dtype=torch.int64)
+    first = changes[0] if changes else None
     return ModuleDelta(
         module=module,
         layout=first.layout if first else Layout.LINEAR,
         shape=first.shape if first else tuple(next(iter(biases.values())).shape),
-        factors=factors,
-        scaling=torch.tensor([f.scaling for f in factors], dtype=torch.float64).repeat_interleave(ranks),
-        adapter_index=torch.tensor([c.n for c in changes], dtype=torch.int64).repeat_interleave(ranks),
+        factors=tuple(c.factors for c in changes),
+        owners=tuple(c.n for c in changes),
         n_adapters=n_adapters,
         read=first.read if first else None,
         name=first.name if first else "",

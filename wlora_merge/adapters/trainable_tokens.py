@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import AdapterError, UnsupportedError
 from .adapter import Adapter
-from .factors import Factors, TokenRows
+from .factors import Factors, TokenRows, numbers
 from .targets import OTHER_VOCABULARY
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _row_factors(adapter: Adapter, module: str, rows: TokenRows, target: Target)
             f"{OTHER_VOCABULARY}"
         )
     indices = torch.tensor(rows.indices)
-    change = rows.values.double() - target.read()[indices].cpu().double()
+    change = numbers(rows.values).double() - target.read()[indices].cpu().double()
     pick = torch.zeros(len(indices), vocabulary)
     pick[torch.arange(len(indices)), indices] = 1
     if target.is_embedding():

@@ -311,9 +311,14 @@ def run(recipe: str, out: str | None, overrides: tuple[str, ...], check: bool, f
     help="Folders (or a base's hub id); with a base among them, adapters are tried on the first.",
 )
 @MANY
+@option(
+    "--norms",
+    is_flag=True,
+    help="Read all weights: how large each adapter's change is, relative to the base weights that it changes.",
+)
 @AS_JSON
-def inspect(paths: tuple[str, ...], lists: tuple[str, ...], as_json: bool) -> None:
-    """Show adapters, a base model, a mixture or an export as tables.
+def inspect(paths: tuple[str, ...], lists: tuple[str, ...], norms: bool, as_json: bool) -> None:
+    """Show adapters, a base model, a mixture or an export as tables, from headers, configs and records.
 
     \b
     wlora-merge inspect BASE A B
@@ -325,7 +330,7 @@ def inspect(paths: tuple[str, ...], lists: tuple[str, ...], as_json: bool) -> No
     if not paths and not lists:
         raise click.UsageError("Missing argument 'PATH...', or --adapters FOLDER_OR_LIST.")
     with work_progress():
-        tables = inspect_paths(paths, given_adapters((), lists))
+        tables = inspect_paths(paths, given_adapters((), lists), norms=norms)
     if as_json:
         click.echo(json.dumps(tables))
         return
@@ -343,14 +348,14 @@ def _show_mixture(mixture: Any, out: str, as_json: bool) -> None:
         return
     from .inspect_tables import candidate_rows, setting_rows, weight_rows
 
-    candidates = candidate_rows(mixture)
+    candidates = candidate_rows(mixture.metrics)
     if candidates:
         show_table(mixture.judged_on, candidates)
-    if settings := setting_rows(mixture):
+    if settings := setting_rows(mixture.metrics):
         show_table("Out of fold", settings)
     if mixture.metrics.get("note"):
         click.echo(mixture.metrics["note"])
-    show_table("Mixture weights over the groups", weight_rows(mixture))
+    show_table("Mixture weights over the groups", weight_rows(mixture.adapter_names, mixture.mixture_weights.tolist()))
     click.echo(f"Wrote {out}.")
 
 

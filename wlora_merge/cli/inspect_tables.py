@@ -1,6 +1,6 @@
 """What a folder is, as rows for a table: adapters, a base model, a mixture, an export.
 
-Nothing is changed, and no model is loaded: of a base some weights alone, to say how large a change is. It knows no terminal.
+Nothing is changed, and no model is loaded. Headers, configs and records say all but how large a change is. It knows no terminal.
 """
 
 from __future__ import annotations
@@ -13,26 +13,32 @@ from typing import TYPE_CHECKING
 
 from ..adapters.adapter import CONFIG_FILE
 from ..constants import MANIFEST_FILE, MIXTURE_FILE
+from ..errors import WloraMergeError
 from ..exporters.folders import below
 from ..io.hub import is_here
 from ..mixture.compatibility import Rows, adapter_tables
-from ..mixture.mixture import Mixture
+from ..mixture.groups import group_count
+from ..mixture.mixture import combination_of, judged_on, refs_of
 from ..models.base_model import BaseModel, open_base
 
 if TYPE_CHECKING:
     from ..adapters.adapter import AdapterSpec
     from ..exporters.manifest import Manifest
+    from ..mixture.record import FitMetrics, MixtureRecord
 
 
-def inspect_paths(paths: Sequence[str | Path], others: Sequence[AdapterSpec] = ()) -> dict[str, Rows]:
+def inspect_paths(
+    paths: Sequence[str | Path], others: Sequence[AdapterSpec] = (), *, norms: bool = False
+) -> dict[str, Rows]:
     """Tables for some folders: title -> rows. With a base among them, adapters are checked against the first.
 
     Args:
         paths: folders of any kind.
         others: adapters that stand behind those.
+        norms: read the weights too, and say how large each adapter's change of the first base is.
 
     Raises:
-        WloraMergeError: a folder that is none of the kinds.
+        WloraMergeError: a folder that is none of the kinds; norms without a base and an adapter.
     """
     tables: dict[str, Rows] = {}
     adapters: list[AdapterSpec] = []
@@ -46,8 +52,13 @@ def inspect_paths(paths: Sequence[str | Path], others: Sequence[AdapterSpec] = (
             tables[f"Base model {path}"] = base_rows(bases[-1])
         else:
             tables |= _TABLES[kind](path)
-    if adapters := [*adapters, *others]:
-        tables |= adapter_tables(adapters, bases[0] if bases else None)
+    adapters += others
+    if norms and not (bases and adapters):
+        raise WloraMergeError(
+            "--norms is of adapters on a base: give the base's folder or hub id, and the adapters' folders."
+        )
+    if adapters:
+        tables |= adapter_tables(adapters, bases[0] if bases else None, norms=norms)
     return tables
 
 
@@ -81,12 +92,16 @@ def _export_tables(path: str | Path) -> dict[str, Rows]:
 
 
 def _mixture_tables(path: str | Path) -> dict[str, Rows]:
-    mixture = Mixture.load(path)
+    from ..mixture.files import read_mixture_record, read_mixture_weights
+
+    folder = Path(path)
+    record = read_mixture_record(folder)
+    names, weights = [adapter.name for adapter in record.adapters], read_mixture_weights(folder, record)
     tables = {
-        f"Mixture {path}": mixture_rows(mixture),
-        f"Mixture weights of {path}, over the groups": weight_rows(mixture),
-        f"{mixture.judged_on}, {path}": candidate_rows(mixture),
-        f"Out of fold, {path}": setting_rows(mixture),
+        f"Mixture {path}": mixture_rows(record, folder),
+        f"Mixture weights of {path}, over the groups": weight_rows(names, weights),
+        f"{judged_on(record.metrics)}, {path}": candidate_rows(record.metrics),
+        f"Out of fold, {path}": setting_rows(record.metrics),
     }
     return {title: rows for title, rows in tables.items() if rows}
 
@@ -116,43 +131,41 @@ def base_rows(base: BaseModel) -> Rows:
     ]
 
 
-def _pooling(mixture: Mixture) -> str | None:
-    """What the head sees of a text, where a fit has said so."""
-    return mixture.pooling or mixture.metrics.get("chosen", {}).get("pooling")
-
-
-def mixture_rows(mixture: Mixture) -> Rows:
-    """What a mixture was made from and how."""
+def mixture_rows(record: MixtureRecord, folder: Path) -> Rows:
+    """What a mixture was made from and how, as the record in its folder says."""
+    base, _ = refs_of(record, folder)
+    combination = combination_of(record)
+    pooling = record.pooling or record.metrics.get("chosen", {}).get("pooling")
     return [
-        {"what": "base model", "value": mixture.base.source},
-        {"what": "adapters", "value": " ".join(mixture.adapter_names)},
-        {"what": "task", "value": mixture.task or "not set"},
-        {"what": "granularity", "value": f"{mixture.granularity} ({mixture.group_count})"},
-        {"what": "normalize", "value": mixture.normalize},
-        {"what": "delta_scale", "value": f"{mixture.delta_scale:g}"},
-        *([] if mixture.combination.is_linear else [{"what": "combination", "value": str(mixture.combination)}]),
-        {"what": "head", "value": " ".join(mixture.head) or "none"},
-        *([{"what": "pooling", "value": pooling}] if (pooling := _pooling(mixture)) else []),
+        {"what": "base model", "value": base.source},
+        {"what": "adapters", "value": " ".join(adapter.name for adapter in record.adapters)},
+        {"what": "task", "value": record.task or "not set"},
+        {"what": "granularity", "value": f"{record.granularity} ({group_count(record.groups)})"},
+        {"what": "normalize", "value": record.normalize},
+        {"what": "delta_scale", "value": f"{record.delta_scale:g}"},
+        *([] if combination.is_linear else [{"what": "combination", "value": str(combination)}]),
+        {"what": "head", "value": " ".join(record.head) or "none"},
+        *([{"what": "pooling", "value": pooling}] if pooling else []),
     ]
 
 
-def weight_rows(mixture: Mixture) -> Rows:
-    """Mean, lowest and highest mixture weight of each adapter over the groups."""
-    weights = mixture.mixture_weights.double()
-    columns = zip(
-        mixture.adapter_names, weights.mean(0).tolist(), weights.amin(0).tolist(), weights.amax(0).tolist(), strict=True
-    )
-    return [{"adapter": name, "mean": mean, "lowest": low, "highest": high} for name, mean, low, high in columns]
+def weight_rows(names: Sequence[str], weights: Sequence[Sequence[float]]) -> Rows:
+    """Mean, lowest and highest mixture weight of each adapter over the groups, whose rows `weights` has."""
+    columns = zip(names, zip(*weights, strict=True), strict=True)
+    return [
+        {"adapter": name, "mean": math.fsum(column) / len(column), "lowest": min(column), "highest": max(column)}
+        for name, column in columns
+    ]
 
 
-def candidate_rows(mixture: Mixture) -> Rows:
+def candidate_rows(metrics: FitMetrics) -> Rows:
     """Loss and metric of every candidate of a fit."""
-    return [{"candidate": name, **row} for name, row in (mixture.metrics.get("candidates") or {}).items()]
+    return [{"candidate": name, **row} for name, row in (metrics.get("candidates") or {}).items()]
 
 
-def setting_rows(mixture: Mixture) -> Rows:
+def setting_rows(metrics: FitMetrics) -> Rows:
     """Held-out loss and metric of every setting of the learned method, where a fit compared several."""
-    settings = mixture.metrics.get("settings") or {}
+    settings = metrics.get("settings") or {}
     return [{"setting of learned": name, **row} for name, row in settings.items()] if len(settings) > 1 else []
 
 

@@ -153,6 +153,10 @@ class DenseFormat(Format):
     summary = "folded into the base model's weights"
     keeps_tensors = True
 
+    def check_base(self, base: BaseModel) -> None:
+        """A fold into quantized weights would not be exact."""
+        refuse_quantized(base)
+
     def plan(self, inputs: Inputs, asked: ExportOptions) -> Plan:
         """The base's files, or others of the size asked for."""
         return plan_pooled(inputs, asked.dtype, asked.max_shard_bytes)

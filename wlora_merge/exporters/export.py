@@ -16,7 +16,7 @@ from typing import Any
 from ..distributed import Team, team
 from ..errors import UnsupportedError
 from ..export_options import ExportOptions, export_options
-from ..io.staging import Staging, staged
+from ..io.staging import Staging, refuse_out, staged
 from ..mixture.inputs import Inputs, find_inputs
 from ..mixture.mixture import Mixture
 from ..mixture.told_task import told_task
@@ -76,7 +76,9 @@ def export(
         WloraMergeError: with one sentence; nothing is left in `out`.
     """
     asked = export_options({"format": format, **options})
-    kind, inputs = FORMATS[format], find_inputs(mixture, base=base, adapters=adapters, any_digest=any_digest)
+    kind = FORMATS[format]
+    refuse_out(Path(out), force=force)
+    inputs = find_inputs(mixture, base=base, adapters=adapters, any_digest=any_digest, check_base=kind.check_base)
     if (task := _task_of(inputs, kind, asked)) != inputs.mixture.task:
         inputs = replace(inputs, mixture=replace(inputs.mixture, task=task))
     take_tokenizer(inputs, asked.tokenizer_from)

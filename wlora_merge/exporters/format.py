@@ -96,6 +96,14 @@ class Format(ABC):
     needs_task: ClassVar[bool] = False
     gives_all_outputs: ClassVar[bool] = True
 
+    def check_base(self, base: BaseModel) -> None:
+        """Refuse a base of which no such export can be written, before anything else of a mixture is read.
+
+        Raises:
+            UnsupportedError: with what to give instead.
+        """
+        return
+
     def prepared(self, inputs: Inputs, asked: ExportOptions) -> Inputs:
         """The inputs with what this format needs and the mixture leaves open.
 

@@ -316,13 +316,16 @@ class OnnxFormat(Format):
     needs_task = True
     gives_all_outputs = False  # a graph has no pooler
 
+    def check_base(self, base: BaseModel) -> None:
+        """A fold into quantized weights would not be exact."""
+        refuse_quantized(base)
+
     def prepared(self, inputs: Inputs, asked: ExportOptions) -> Inputs:
         """With a padding token, where a graph that is traced needs one."""
         return inputs if inputs.mixture.task is None or asked.onnx_base is not None else _with_padding(inputs)
 
     def plan(self, inputs: Inputs, asked: ExportOptions) -> Plan:
         """A dense folder to trace, or with `--onnx-base` the graphs of the base."""
-        refuse_quantized(inputs.base)
         if asked.onnx_base is None:
             return TracedPlan(plan_dense(inputs, asked.dtype or "float32"), asked)
         from .onnx_refold import plan_refold

@@ -121,7 +121,7 @@ def attachable(found: Inputs) -> tuple[Mixture, list[Adapter]]:
         delta_scale=1.0,
         combination=Combination(),
     )
-    return alone, [Adapter(mixture.combination.method, found.base.source, config, "", modules)]
+    return alone, [Adapter(mixture.combination.method, found.base.source, config, modules)]
 
 
 def attach_mixture(

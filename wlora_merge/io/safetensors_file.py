@@ -250,6 +250,16 @@ def read_rows(fd: int, entry: Entry, buffer: memoryview, offset: int = 0) -> Non
         done += n
 
 
+def tensor_bytes(entry: Entry) -> bytearray:
+    """The bytes of one whole tensor."""
+    data, fd = bytearray(entry.nbytes), opened(entry)
+    try:
+        read_rows(fd, entry, memoryview(data))
+    finally:
+        os.close(fd)
+    return data
+
+
 def read_tensor(entry: Entry) -> torch.Tensor:
     """One whole tensor, in its own dtype and shape."""
     import torch
@@ -258,11 +268,7 @@ def read_tensor(entry: Entry) -> torch.Tensor:
         raise UnsupportedError(
             f"{entry.file}: tensor {entry.name!r} has dtype {entry.dtype}, which is not read: give the original 16-bit tensors."
         )
-    data, fd = bytearray(entry.nbytes), opened(entry)
-    try:
-        read_rows(fd, entry, memoryview(data))
-    finally:
-        os.close(fd)
+    data = tensor_bytes(entry)
     if not data:
         return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
     return torch.frombuffer(data, dtype=torch_dtype(entry.dtype)).reshape(entry.shape)

@@ -1,7 +1,7 @@
 """Which adapters can be mixed with each other on a base, and why the others cannot; and the same as rows for a table.
 
-An adapter is judged as `mix` judges it: alone on the base, then stacked with those before it that could be mixed. Norms come
-from the factors; no delta weight is formed but a DoRA's, which scales the base's rows too.
+An adapter is judged as `mix` judges it: alone on the base, then stacked with those before it that could be mixed. Tables are made
+of headers; norms, where they are asked for, of the factors. No delta weight is formed but a DoRA's, which scales the base's rows too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..adapters.adapter import Adapter, AdapterSpec, called, open_adapter, warn_
 from ..adapters.added_tokens import other_vocabulary, resized
 from ..adapters.deltas import ModuleDelta
 from ..adapters.modules_to_save import Names, stack_tensors
-from ..adapters.stacking import Stack, stack
+from ..adapters.stacking import Stack
 from ..adapters.targets import modules_of, tensors_of
 from ..errors import AdapterError, WloraMergeError, WloraMergeWarning
 from ..models.base_model import BaseModel, open_base
@@ -105,10 +105,13 @@ class Together:
         base: the opened base model.
         choice: `modules_to_save`, as for `stack_tensors`.
         how: how they are to be combined.
+        numbers: whether their files are read too, and refused where a number is not finite, or all are zero.
     """
 
-    def __init__(self, base: BaseModel, choice: str | None, how: Combination | None = None) -> None:
-        self._base, self._choice, self._how = base, choice, how or Combination()
+    def __init__(
+        self, base: BaseModel, choice: str | None, how: Combination | None = None, *, numbers: bool = True
+    ) -> None:
+        self._base, self._choice, self._how, self._numbers = base, choice, how or Combination(), numbers
         self._stack, self._names = Stack(modules_of(base), tensors_of(base), model_type=base.model_type), Names()
         self.adapters: list[Adapter] = []
 
@@ -119,29 +122,35 @@ class Together:
             WloraMergeError: why it does not; it is not taken then.
         """
         find = tensors_of(self._base)
-        deltas = stack([adapter], modules_of(self._base), find, model_type=self._base.model_type)
+        alone = Stack.of([adapter], modules_of(self._base), find, model_type=self._base.model_type)
+        deltas = alone.deltas()
         choice = self._choice if self._choice in (None, "drop", "mix", adapter.name) else "drop"
         tensors, head = stack_tensors([adapter], choice, (), find)
         self._how.refuse_changes([adapter], tensors)
         names = self._names | Names.of(deltas, tensors, head, find)
         names.refuse_both()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the stack above has said it
-            self._stack.add(adapter)
+        if self._numbers:
+            alone.check_numbers()
+        self._stack.add(adapter)
         self._names = names
         self.adapters.append(adapter)
         return deltas
 
 
-def adapter_tables(given: Sequence[AdapterSpec], base: BaseModel | None) -> dict[str, Rows]:
+def adapter_tables(given: Sequence[AdapterSpec], base: BaseModel | None, *, norms: bool = False) -> dict[str, Rows]:
     """Tables with a row for each adapter: what it is; why it cannot be mixed; what it changes and how.
 
     What an adapter needs, and why one cannot be mixed, stands in tables of its own: a sentence in a narrow column reads badly.
+
+    Args:
+        given: the adapters.
+        base: what they are tried on; None: they are not.
+        norms: read all weights, and say how large each adapter's change is; else headers say what there is to say.
     """
     rows: Rows = []
     adapters: list[Adapter] = []
-    together = Together(base, "drop") if base is not None else None
-    norms: dict[str, float] = {}
+    together = Together(base, "drop", numbers=norms) if base is not None else None
+    known: dict[str, float] | None = {} if norms else None
     meter = Meter("looking at adapters", 0, len(given), "adapters")
     for spec in given:
         meter.add(0, 1)
@@ -150,7 +159,7 @@ def adapter_tables(given: Sequence[AdapterSpec], base: BaseModel | None) -> dict
         except WloraMergeError as error:
             rows.append({"adapter": called(spec), "mixes": "no", "reason": str(error)})
             continue
-        row = _on_base(adapter, base, together, norms) if base is not None and together is not None else {}
+        row = _on_base(adapter, base, together, known) if base is not None and together is not None else {}
         deltas = row.pop("deltas", None)
         rows.append(_what(adapter, deltas) | row)
         adapters.append(adapter)
@@ -191,23 +200,24 @@ def _pattern(adapter: Adapter, field: str) -> Iterable[float]:
     return (adapter.config.get(field) or {}).values()
 
 
-def _on_base(adapter: Adapter, base: BaseModel, together: Together, norms: dict[str, float]) -> dict[str, Any]:
-    """The deltas, their norm over the base's, and whether the adapter mixes with the others, by the words above."""
+def _on_base(adapter: Adapter, base: BaseModel, together: Together, norms: dict[str, float] | None) -> dict[str, Any]:
+    """The deltas, their norm over the base's where norms are asked for, and whether the adapter mixes with the others, by the words
+    above."""
     row: dict[str, Any] = {"delta / base norm": None, "mixes": NO}
     needs: list[str] = []
     names = {other.name for other in together.adapters}
     try:
         rows = other_vocabulary(base, adapter)
         if rows is not None:
-            base, together, adapter = _resized(base, together, adapter)
+            base, together, adapter = _resized(base, together, adapter, numbers=norms is not None)
             needs = [f"was trained with a vocabulary of {rows} rows: say --resize-vocab {adapter.name}."]
-            norms = {}
+            norms = None if norms is None else {}
         deltas = together.add(adapter)
     except WloraMergeError as error:
         return row | {"reason": str(error)}
     row |= {
         "deltas": deltas,
-        "delta / base norm": _relative_norm(deltas, norms),
+        "delta / base norm": _relative_norm(adapter.name, deltas, norms) if norms is not None else None,
         "mixes": WITH_TOKENS if needs else YES,
     }
     if adapter.name in names:
@@ -221,12 +231,14 @@ def _on_base(adapter: Adapter, base: BaseModel, together: Together, norms: dict[
     return row | ({"reason": " ".join(needs)} if needs else {})
 
 
-def _resized(base: BaseModel, together: Together, adapter: Adapter) -> tuple[BaseModel, Together, Adapter]:
+def _resized(
+    base: BaseModel, together: Together, adapter: Adapter, *, numbers: bool
+) -> tuple[BaseModel, Together, Adapter]:
     """The base with an adapter's vocabulary, the others on it, and the adapter at that size."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the others' tokens
         base, (*others, adapter) = resized(base, [*together.adapters, adapter], adapter.name)
-        together = Together(base, "drop")
+        together = Together(base, "drop", numbers=numbers)
         for other in others:
             together.add(other)
     return base, together, adapter
@@ -240,15 +252,18 @@ def _carries(adapter: Adapter) -> str:
     )
 
 
-def _relative_norm(deltas: Sequence[ModuleDelta], norms: dict[str, float]) -> float | None:
+def _relative_norm(adapter: str, deltas: Sequence[ModuleDelta], norms: dict[str, float]) -> float | None:
     """Frobenius norm of the delta weights over that of the base weights that they change; None where those are packed.
 
     Args:
-        deltas: of one adapter.
+        adapter: its name.
+        deltas: of that adapter.
         norms: squared norms of the base's weights that are known already, by the deltas' labels; others are added.
     """
     changed = whole = 0.0
+    meter = Meter(f"norms of {adapter}", 0, len(deltas), "modules")
     for delta in deltas:
+        meter.add(0, 1)
         if not delta.factors or delta.read is None:
             continue
         if delta.label not in norms:

@@ -5,7 +5,7 @@ It knows names of modules. It knows no weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ..constants import GRANULARITIES
 from ..errors import MixtureError
@@ -28,6 +28,11 @@ def group_of(module: str, granularity: str) -> str:
             if NUMERIC_PART.fullmatch(part):
                 return ".".join(parts[: i + 1])
     return module
+
+
+def group_count(groups: Collection[str]) -> str:
+    """How many groups there are, in words: `1 group`, `24 groups`."""
+    return f"{len(groups)} group{'' if len(groups) == 1 else 's'}"
 
 
 def prefixes(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:

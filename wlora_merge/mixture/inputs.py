@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..io.hub import is_here
 from ..io.tensors import one_torch_thread
 from ..models.base_model import BaseModel, open_base
 from ..models.tied_embeddings import Untied, untied
-from .mixture import InputRef, Mixture
+from .mixture import InputRef, Mixture, Origin, origin_of
 
 
 @dataclass
@@ -62,8 +62,11 @@ def find_inputs(
     adapters: Iterable[str | Path] = (),
     any_digest: bool = False,
     instead: str = "make the mixture again, or say --any-digest",
+    check_base: Callable[[BaseModel], None] = lambda base: None,
 ) -> Inputs:
     """Open the base and the adapters that a mixture was made from, and stack the adapters on the base.
+
+    What records and headers tell is refused before any number is read.
 
     Args:
         mixture: a mixture folder, or a Mixture.
@@ -71,26 +74,25 @@ def find_inputs(
         adapters: adapters that have moved, as NAME=PATH.
         any_digest: accept inputs whose bytes are others.
         instead: what the caller lets people do about an input that is not the original.
+        check_base: what else the caller asks of the base; it raises.
 
     Raises:
         MixtureError: an input that has moved, or whose sha256 is another one.
     """
-    made = mixture if isinstance(mixture, Mixture) else Mixture.load(mixture)
-    moved = _moved(adapters, made.adapter_names)
-    _refuse_gone(made, moved if base is None else {"": str(base), **moved})
-    opened = open_base(base or _source(made.base))
+    origin = origin_of(mixture)
+    moved = _moved(adapters, [ref.name for ref in origin.adapters])
+    _refuse_gone(origin, moved if base is None else {"": str(base), **moved})
+    opened = open_base(base or _source(origin.base))
+    check_base(opened)
+    loaded = [
+        load_adapter(moved.get(ref.name) or _written(mixture, ref) or _source(ref), ref.name, base_is_residual=True)
+        for ref in origin.adapters
+    ]
+    if not any_digest:
+        _check_digests(origin, opened, loaded, instead)
+    made = origin.mixture()
     opened.known = made.head_tensors
     with one_torch_thread():
-        loaded = [
-            load_adapter(
-                moved.get(a.name) or _written(made, a) or _source(a),
-                a.name,
-                base_is_residual=True,
-            )
-            for a in made.adapters
-        ]
-        if not any_digest:
-            _check_digests(made, opened, loaded, instead)
         opened, loaded = resized(opened, loaded, made.resize_vocab)
         return stacked_inputs(made, opened, loaded)
 
@@ -127,9 +129,9 @@ def _deltas(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter]) -> l
     return join_changes(modules, tensors, mixture.head, tensors_of(base))
 
 
-def _written(mixture: Mixture, ref: InputRef) -> str | None:
+def _written(mixture: str | Path | Mixture, ref: InputRef) -> str | None:
     """The adapter that a fit trained, of a mixture that is in memory alone: a folder that goes when the mixture does."""
-    if ref.source != NEW_FOLDER:
+    if ref.source != NEW_FOLDER or not isinstance(mixture, Mixture):
         return None
     scratch = Path(tempfile.mkdtemp(prefix="wlora-"))
     weakref.finalize(mixture, shutil.rmtree, scratch, ignore_errors=True)
@@ -141,9 +143,9 @@ def _source(ref: InputRef) -> str:
     return f"{ref.source}@{ref.revision}" if hub else ref.source  # the hub's main branch may be another by now
 
 
-def _refuse_gone(mixture: Mixture, moved: Mapping[str, str]) -> None:
+def _refuse_gone(origin: Origin, moved: Mapping[str, str]) -> None:
     """Refuse a mixture whose folders are not where it says and not among `moved`, by name; the base's name is ""."""
-    refs = [mixture.base, *mixture.adapters]
+    refs = [origin.base, *origin.adapters]
     gone = [r for r in refs if r.name not in moved and Path(r.source).is_absolute() and not is_here(r.source)]
     if gone:
         options = " ".join(f"--adapter {ref.name}=PATH" if ref.name else "--base PATH" for ref in gone)
@@ -163,11 +165,11 @@ def _moved(specs: Iterable[str | Path], names: Sequence[str]) -> dict[str, str]:
     return moved
 
 
-def _check_digests(mixture: Mixture, base: BaseModel, adapters: Sequence[Adapter], instead: str) -> None:
+def _check_digests(origin: Origin, base: BaseModel, adapters: Sequence[Adapter], instead: str) -> None:
     found: dict[str, tuple[str, Mapping[str, str], Mapping[str, str]]] = {
-        "base model": (str(base.folder), mixture.base.sha256, base.sha256())
+        "base model": (str(base.folder), origin.base.sha256, base.sha256())
     }
-    for ref, adapter in zip(mixture.adapters, adapters, strict=True):
+    for ref, adapter in zip(origin.adapters, adapters, strict=True):
         found[f"adapter {ref.name!r}"] = (str(adapter.source.folder), ref.sha256, adapter.digests())
     for what, (folder, expected, got) in found.items():
         for file in sorted(set(expected) | set(got)):

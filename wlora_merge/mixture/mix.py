@@ -8,14 +8,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.adapter import AdapterSpec, load_adapters
+from ..adapters.adapter import Adapter, AdapterSpec, load_adapters
 from ..adapters.added_tokens import resized
 from ..adapters.modules_to_save import join_changes, stack_tensors
-from ..adapters.stacking import stack
+from ..adapters.stacking import Stack
 from ..adapters.targets import modules_of, tensors_of
 from ..adapters.tokenizers import warn_of_end
 from ..data.tasks import TASKS, get_task
 from ..errors import AdapterError, UnsupportedError
+from ..io.staging import refuse_out
 from ..mix_options import MixOptions, mix_options
 from ..models.base_model import BaseModel, open_base, refuse_attached
 from ..text import first_line
@@ -23,7 +24,7 @@ from .combination import Combination
 from .groups import make_groups, prefixes
 from .mixture import Mixture, adapter_ref, base_ref
 from .told_task import told_task
-from .weights import mixture_weights, uniform
+from .weights import mixture_weights
 
 if TYPE_CHECKING:
     import torch
@@ -56,21 +57,21 @@ def mix(
     Raises:
         WloraMergeError: an input that is broken or does not fit, weights that are not one finite number per adapter.
     """
-    import torch
-
     asked = mix_options(options)
     opened, loaded = open_base(base), load_adapters(adapters, residual=asked.residual)
+    if out is not None:
+        refuse_out(Path(out), force=force, inputs=_folders(opened, loaded))
     refuse_attached(opened)
     opened, loaded = resized(opened, loaded, asked.resize_vocab)
     warn_of_end(opened)
     how = combination_of(asked)
     weights = _given_weights(asked.weights, how, len(loaded))
-    normalize = asked.normalize or ("all" if weights is None else "none")
-    row = uniform(len(loaded)) if weights is None else weights
-    deltas = stack(loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type)
+    stacked = Stack.of(loaded, modules_of(opened), tensors_of(opened), model_type=opened.model_type)
     tensors, head = stack_tensors(loaded, asked.modules_to_save, (), tensors_of(opened))
+    deltas = stacked.deltas()
     changed = join_changes(deltas, tensors, head, tensors_of(opened))
     how.refuse_changes(loaded, tensors)
+    stacked.check_numbers()
     if not changed:
         raise AdapterError(
             f"{', '.join(a.where for a in loaded)}: no module of the base is changed, by factors or by mixed tensors, so there is "
@@ -80,8 +81,8 @@ def mix(
     if task is None and _is_new(head, opened):
         task = told_task(opened, loaded, {}, _tasks_with(head, opened))
     groups = make_groups([d.module for d in changed], "global")
-    values = torch.tensor([row], dtype=torch.float32)
-    logits = torch.zeros_like(values) if weights is None else values
+    normalize = asked.normalize or ("all" if weights is None else "none")
+    logits = _start(weights, len(loaded))
     mixture = Mixture(
         base=base_ref(opened),
         adapters=[adapter_ref(a) for a in loaded],
@@ -102,8 +103,19 @@ def mix(
         data=_made_from(weights, asked.residual),
     )
     if out is not None:
-        mixture.save(out, force=force, inputs=[opened.folder, *(a.source.folder for a in loaded)])
+        mixture.save(out, force=force, inputs=_folders(opened, loaded))
     return mixture
+
+
+def _folders(base: BaseModel, adapters: Iterable[Adapter]) -> list[Path]:
+    return [base.folder, *(adapter.source.folder for adapter in adapters)]
+
+
+def _start(weights: Sequence[float] | None, n: int) -> torch.Tensor:
+    """The weights given, or logits of uniform composition, [1, n] float32."""
+    import torch
+
+    return torch.tensor([[0.0] * n if weights is None else weights], dtype=torch.float32)
 
 
 def combination_of(asked: MixOptions) -> Combination:

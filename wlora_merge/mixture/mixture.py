@@ -29,7 +29,7 @@ from ..models.base_model import BaseModel
 from ..models.names import OUTPUT_EMBEDDINGS
 from .combination import Combination, CombinedFold
 from .fold import LinearFold, fold_factor, fold_factors, low_rank_svd
-from .groups import rows_of
+from .groups import group_count, rows_of
 from .weights import at_module, gains
 
 if TYPE_CHECKING:
@@ -114,12 +114,12 @@ class Mixture:
     @property
     def group_count(self) -> str:
         """How many groups there are, in words: `1 group`, `24 groups`."""
-        return f"{len(self.groups)} group{'' if len(self.groups) == 1 else 's'}"
+        return group_count(self.groups)
 
     @property
     def judged_on(self) -> str:
         """What the scores of its fit were measured on, as a title."""
-        return "Held out" if self.metrics.get("held_out", {}).get("examples") else "On the shots themselves"
+        return judged_on(self.metrics)
 
     def weights_of(self, delta: ModuleDelta | TensorDelta) -> torch.Tensor:
         """Mixture weights [N] float64 of one module, renormalized over those present where the mixture says so.
@@ -286,10 +286,7 @@ class Mixture:
         Raises:
             MixtureError: a missing or broken file, or weights that are not finite or of another shape.
         """
-        from .files import read_mixture_record, read_mixture_tensors
-
-        folder = Path(folder)
-        return cls.from_record(read_mixture_record(folder), read_mixture_tensors(folder), folder)
+        return origin_of(folder).mixture()
 
     @classmethod
     def from_record(
@@ -307,9 +304,10 @@ class Mixture:
             MixtureError: weights of another shape or dtype, or a tensor that is not finite or that no mixture has.
         """
         _check_tensors(record, tensors, folder / file)
+        base, adapters = refs_of(record, folder)
         return cls(
-            base=_ref_of(record.base_model, folder),
-            adapters=[_ref_of(adapter, folder, adapter.name) for adapter in record.adapters],
+            base=base,
+            adapters=adapters,
             granularity=record.granularity,
             normalize=record.normalize,
             delta_scale=record.delta_scale,
@@ -321,13 +319,54 @@ class Mixture:
             metrics=record.metrics,
             head={name.removeprefix("head."): tensors[name] for name in sorted(tensors) if name.startswith("head.")},
             head_tensors=record.head,
-            combination=Combination(**(record.combination.model_dump(exclude_none=True) if record.combination else {})),
+            combination=combination_of(record),
             modules_to_save=record.modules_to_save,
             resize_vocab=record.resize_vocab,
             pooling=record.pooling,
             data=record.data,
             prefixes=(record.prefixes.in_file, record.prefixes.in_model),
         )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a mixture was made from; `mixture` gives the mixture itself, whose tensors may not be read yet."""
+
+    base: InputRef
+    adapters: list[InputRef]
+    mixture: Callable[[], Mixture]
+
+
+def origin_of(mixture: str | Path | Mixture) -> Origin:
+    """What a mixture was made from; of a folder by its record alone.
+
+    Raises:
+        MixtureError: a missing or broken record.
+    """
+    if isinstance(mixture, Mixture):
+        return Origin(mixture.base, mixture.adapters, lambda: mixture)
+    from .files import read_mixture_record, read_mixture_tensors
+
+    folder = Path(mixture)
+    record = read_mixture_record(folder)
+    base, adapters = refs_of(record, folder)
+    return Origin(base, adapters, lambda: Mixture.from_record(record, read_mixture_tensors(folder), folder))
+
+
+def judged_on(metrics: FitMetrics) -> str:
+    """What the scores of a fit were measured on, as a title."""
+    return "Held out" if metrics.get("held_out", {}).get("examples") else "On the shots themselves"
+
+
+def combination_of(record: MixtureRecord) -> Combination:
+    """How a record says that delta weights become one."""
+    return Combination(**(record.combination.model_dump(exclude_none=True) if record.combination else {}))
+
+
+def refs_of(record: MixtureRecord, folder: Path) -> tuple[InputRef, list[InputRef]]:
+    """The base and the adapters that a record names; `folder` is what relative sources are relative to."""
+    adapters = [_ref_of(adapter, folder, adapter.name) for adapter in record.adapters]
+    return _ref_of(record.base_model, folder), adapters
 
 
 def adapter_ref(adapter: Adapter) -> InputRef:
@@ -360,15 +399,14 @@ def _ref_of(record: BaseRecord | AdapterRecord, folder: Path, name: str = "") ->
 
 def _check_tensors(record: MixtureRecord, tensors: Mapping[str, torch.Tensor], file: Path) -> None:
     """Refuse tensors that are not the weights of these groups and adapters, or no head."""
+    from .files import wrong_weights
+
     expected = (len(record.groups), len(record.adapters))
     for name, tensor in tensors.items():
         if name in ("mixture_weights", "wlora_weights"):
             finite = str(tensor.dtype) == "torch.float32" and bool(tensor.isfinite().all())
             if not finite or tuple(tensor.shape) != expected:
-                raise MixtureError(
-                    f"{file}: {name} is {list(tensor.shape)} {tensor.dtype}, expected finite float32 [groups, adapters] = "
-                    f"{list(expected)}: make the mixture again."
-                )
+                raise wrong_weights(file, name, tensor.shape, str(tensor.dtype), expected)
         elif not name.startswith("head."):
             raise MixtureError(f"{file}: holds an unknown tensor {name!r}: make the mixture again.")
         elif not tensor.is_floating_point() or not bool(tensor.isfinite().all()):

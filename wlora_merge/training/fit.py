@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.adapter import Adapter, AdapterSpec, load_adapters
-from ..adapters.stacking import stack
+from ..adapters.stacking import Stack
 from ..adapters.targets import modules_of, tensors_of
 from ..data.examples import EVAL_SPLITS, Examples, read_examples
 from ..data.sources import name_of
@@ -82,9 +82,6 @@ def fit(
         WloraMergeError: with one sentence; nothing is left in `out`.
     """
     from ..distributed import team
-    from .preparation import prepare
-    from .screening import screened
-    from .stages import find_mixture
 
     job = get_task(task)
     read = (data, options.pop("eval_data", None))
@@ -95,15 +92,21 @@ def fit(
     given = Given(job, request, chosen, open_base(base), load_adapters(adapters, residual=request.residual), read)
     if out is not None:
         refuse_out(Path(out), force=force, inputs=given.sources)
-    _refuse_unfit(given)
+    stacked = _stacked(given)
     shots, held = _examples(given)
+    labels = job.labels(shots, problem_type=chosen.problem_type)
+    stacked.check_numbers()  # what came before needs headers and data alone
+    from .preparation import prepare
+    from .screening import screened
+    from .stages import find_mixture
+
     with team() as ranks, only_fit(out if ranks.leads else None):
         with _within_memory(), _seeded(chosen.seed):
-            fitted, screening = screened(given, shots, ranks)
+            fitted, screening = screened(given, shots, labels, ranks)
         state = _state(out if ranks.leads else None, fitted, shots, held)
         state.table = ranks.share(state.table)  # what a killed fit has trained, no process trains again
         with _within_memory(), _seeded(chosen.seed):
-            work = _job(fitted, prepare(fitted, shots, held, ranks, state, progress))
+            work = _job(fitted, prepare(fitted, shots, held, labels, ranks, state, progress))
             metrics, kept = find_mixture(work)
         metrics["held_out"] = held_out(work, shots, held, request.eval_split)
         if screening is not None:
@@ -119,16 +122,19 @@ def fit(
     return mixture
 
 
-def _refuse_unfit(given: Given) -> None:
-    """Refuse, before any example is read, what cannot be fitted."""
+def _stacked(given: Given) -> Stack:
+    """The adapters on the base, whose headers say whether they can be fitted.
+
+    Raises:
+        WloraMergeError: they cannot be, or no export could write what they change.
+    """
     if given.options.quantize:
         logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)  # which the command line keeps quiet
     _check_adapters(given.adapters, given.options)
     refuse_quantized(given.base)
     refuse_attached(given.base)
-    stack(  # refuses what no export could write
-        given.adapters, modules_of(given.base), tensors_of(given.base), model_type=given.base.model_type
-    )
+    base = given.base
+    return Stack.of(given.adapters, modules_of(base), tensors_of(base), model_type=base.model_type)
 
 
 def _examples(given: Given) -> tuple[Examples, Examples | None]:

@@ -52,6 +52,7 @@ def prepare(
     given: Given,
     shots: Examples,
     held: Examples | None,
+    labels: LabelSet | None,
     ranks: Team,
     state: FitState,
     progress: FitProgress | None = None,
@@ -62,6 +63,7 @@ def prepare(
         given: what the fit works on.
         shots: its examples.
         held: the evaluation data.
+        labels: of the shots; None for a task without.
         ranks: the processes that share the work.
         state: what has been trained already.
         progress: as of `fit`.
@@ -71,7 +73,7 @@ def prepare(
     """
     task, base, options = given.task, given.base, given.options
     clock = Clock(time.monotonic(), options.max_minutes)
-    processor, labels = task.load_processor(base.folder), task.labels(shots, problem_type=options.problem_type)
+    processor = task.load_processor(base.folder)
     words = _names(task, shots, labels, options)  # refuses before the model is loaded
     model, head, labels = attached_model(
         base, given.adapters, task, labels, processor, options, given.request.modules_to_save, ranks

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
     from ..adapters.deltas import ModuleDelta
     from ..data.examples import Examples
+    from ..data.labels import LabelSet
     from ..distributed import Team
     from ..models.base_model import BaseModel
     from .given import Given
@@ -45,12 +46,13 @@ KEEP = 16
 """How many adapters a fit mixes at most, where it is not said."""
 
 
-def screened(given: Given, shots: Examples, ranks: Team) -> tuple[Given, Screening | None]:
+def screened(given: Given, shots: Examples, labels: LabelSet | None, ranks: Team) -> tuple[Given, Screening | None]:
     """What a fit works on with the adapters that help most, where there are more than it is to keep; else as it is, and None.
 
     Args:
         given: what the fit works on.
         shots: its examples.
+        labels: of the shots; None for a task without.
         ranks: the processes that share the work; each screens for itself, and the first one's result counts.
 
     Raises:
@@ -62,7 +64,7 @@ def screened(given: Given, shots: Examples, ranks: Team) -> tuple[Given, Screeni
     keep = options.keep or (KEEP if chooses else len(adapters))
     if len(adapters) <= keep:
         return given, None
-    gains = ranks.share(_gains(given, shots, ranks))
+    gains = ranks.share(_gains(given, shots, labels, ranks))
     gc.collect()  # the model that was screened on goes before the fit loads its own
     always = {given.request.modules_to_save, given.request.residual}  # without these the fit would be another
     order = sorted(gains, key=lambda name: (name not in always, -gains[name]))
@@ -72,7 +74,7 @@ def screened(given: Given, shots: Examples, ranks: Team) -> tuple[Given, Screeni
     )
 
 
-def _gains(given: Given, shots: Examples, ranks: Team) -> dict[str, float]:
+def _gains(given: Given, shots: Examples, labels: LabelSet | None, ranks: Team) -> dict[str, float]:
     """The first-order gain of each adapter."""
     one = replace(  # the task's model and head as a fit has them, with no change of any adapter
         given,
@@ -80,7 +82,7 @@ def _gains(given: Given, shots: Examples, ranks: Team) -> dict[str, float]:
         request=replace(given.request, modules_to_save="drop"),
         options=replace(given.options, delta_scale=0.0, granularity="global", normalize="none", packing=False),
     )
-    ready = prepare(one, shots, None, ranks, FitState(None, "", resume=False))
+    ready = prepare(one, shots, None, labels, ranks, FitState(None, "", resume=False))
     learner, rows = ready.learner, range(ready.learner.shots)
     if learner.head and not learner.situation.left_out:
         steps = 100
