@@ -3,12 +3,13 @@
     python recipes/bench_fit quality --jobs banking:g5,minilm:mr --shots 1,4 --seeds 5
     python recipes/bench_fit speed
     python recipes/bench_fit many --zoo zoo-out/minilm --jobs banking:g3,banking:g4 --shots 2,8
+    python recipes/bench_fit screening --jobs smollm2:mr --rounds 3 --fit "--method uniform --folds 0"
     python recipes/bench_fit launches
 
 `quality` trains every method on the same shots and judges all on the same test examples. Each result goes to a JSON Lines
 file as soon as it is there; a run that was stopped goes on where it stopped. `many` lets `fit --keep` and others choose eight
-of the adapters that recipes/zoo trains. `speed` compares a training step with the base model's own; `launches` compares how
-many kernels the two launch.
+of the adapters that recipes/zoo trains; `screening` says what that costs. `speed` compares a training step with the base
+model's own; `launches` compares how many kernels the two launch.
 """
 
 from __future__ import annotations
@@ -182,11 +183,28 @@ def many(options: argparse.Namespace) -> None:
     Console(highlight=False, width=140).print(table)
 
 
+def screening(options: argparse.Namespace) -> None:
+    from jobs import get_job
+    from screen_cost import measure
+
+    for name in options.jobs.split(","):
+        table = Table(
+            title=f"fit --keep {options.keep} {options.fit}: {name}, four shots per class", title_justify="left"
+        )
+        for column in ("adapters", "seconds", "peak RSS, MB"):
+            table.add_column(column, justify="right")
+        counts = [int(n) for n in options.counts.split(",")]
+        job, asked = get_job(name, options.models), ["--keep", str(options.keep), *options.fit.split()]
+        for command in measure(job, counts, asked, options.rounds, options.out):
+            table.add_row(*command.row())
+        Console(highlight=False).print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="bench_fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["quality", "many", "speed", "launches"])
+    parser.add_argument("what", choices=["quality", "many", "screening", "speed", "launches"])
     parser.add_argument("--jobs", default=REPORTED, help="with commas between them")
     parser.add_argument("--methods", help="with commas between them; default: all")
     parser.add_argument("--shots", default="1,2,4,8,16", help="per class, with commas between them")
@@ -202,10 +220,15 @@ def main() -> None:
         default=Path(os.environ.get("WLORA_MERGE_REAL_MODELS", "~/.cache/wlora_merge/real-models")).expanduser(),
         help="folder with minilm and smollm2, as ../shared/tools/get_real_models.py makes it",
     )
+    parser.add_argument("--keep", type=int, default=8, help="of screening: how many adapters are kept")
+    parser.add_argument("--fit", default="", help="of screening: more options of the fit, as one text")
+    parser.add_argument("--counts", default="8,64,500", help="of screening: adapters, with commas between them")
     parser.add_argument("--zoo", type=Path, default=Path("zoo-out/minilm"), help="of many: what recipes/zoo has made")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    {"quality": quality, "many": many, "speed": speed, "launches": launches}[options.what](options)
+    {"quality": quality, "many": many, "screening": screening, "speed": speed, "launches": launches}[options.what](
+        options
+    )
 
 
 if __name__ == "__main__":
