@@ -195,7 +195,7 @@ def _job(given: Given, ready: Prepared) -> FitJob:
         everywhere = new_targets(learner.model, everywhere=True)
         learner.placement.everywhere = LiveNames(learner.model, given.base).are_stored(everywhere)
     _rehearse(learner, given)
-    trained = [*range(learner.shots), *(ready.names if learner.takes_names(ready.names) else ())]
+    trained = ready.trained
     parts = [(sorted({*trained}.difference(fold)), fold) for fold in folds]
     return FitJob(learner, trained, list(ready.held), parts)
 

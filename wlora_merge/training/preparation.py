@@ -47,6 +47,11 @@ class Prepared:
     names: range
     held: range
 
+    @property
+    def trained(self) -> list[int]:
+        """The rows that are trained on: the shots, and the names of classes that are asked for or tell the shots apart."""
+        return [*range(self.learner.shots), *(self.names if self.learner.takes_names(self.names) else ())]
+
 
 def prepare(
     given: Given,
