@@ -1,19 +1,22 @@
-"""How fast a refold is, against exporting the same mixture to ONNX again.
+"""How fast an ONNX export is: traced, with a graph that was traced before, and as a refold.
 
     python recipes/bench_onnx.py --base BASE --adapter ADAPTER --adapter ADAPTER --task causal-lm --rounds 5
 
-Makes a mixture and an ONNX export of its base, then runs both commands in turn, each whole (its imports, checks and digests
-included) and in a process of its own, round after round, with `sync` before each run; the first round warms the caches and does
-not count. Beside them: the trace and its tidying alone, and the floor of a refold, which copies the file, imports torch and
-multiplies the factors. Prints medians and ratios, and whether the two exports have the same weights and outputs.
+Makes a mixture, a dense export of it, and an ONNX export of its base. Then it runs the commands in turn, each whole (its imports,
+checks and digests included) and in a process of its own, round after round, with `sync` before each run; the first round warms the
+caches and does not count. Beside them: the trace and its tidying alone, and two floors. A refold's floor imports torch, multiplies
+the factors and copies the files; an export's also runs the check once. Prints medians of seconds and of CPU seconds (all
+threads, user and system), ratios, and whether the exports have the same bytes, or the same weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -31,6 +34,7 @@ import json, sys, time
 from pathlib import Path
 import torch, transformers.exporters
 from wlora_merge.onnx.graph import tidy
+from wlora_merge.onnx.weights import take_weights
 from wlora_merge.data.tasks import get_task
 from wlora_merge.models.loading import quiet
 from wlora_merge.onnx.dummy_inputs import load_model
@@ -39,8 +43,9 @@ task = get_task(sys.argv[2])
 model = load_model(Path(sys.argv[1]), task, torch.float32, attention="eager")
 start = time.perf_counter()
 graphs = trace(model, task, 20)
-with quiet():
-    for graph in graphs.values():
+for graph in graphs.values():
+    take_weights(graph.graph, model)
+    with quiet():
         tidy(graph)
 print(json.dumps(time.perf_counter() - start))
 """
@@ -55,6 +60,10 @@ for delta in inputs.deltas:
     left, right = fold_factors(delta, inputs.mixture.gains_of(delta))
     torch.mm(left, right)
 shutil.copytree(sys.argv[2], sys.argv[3])
+if len(sys.argv) > 4:
+    from pathlib import Path
+    from wlora_merge.onnx.validate import check_onnx
+    check_onnx(Path(sys.argv[3]), Path(sys.argv[4]), task=sys.argv[5])
 print(json.dumps(time.perf_counter() - start))
 """
 BASE = """
@@ -66,28 +75,43 @@ write_onnx(Path(sys.argv[1]), Path(sys.argv[2]), task=sys.argv[3])
 """
 
 
+TRACED, ALONE, CACHED = "export, traced", "the trace and its tidying alone", "export, its graph traced before"
+CHECKED = "import torch, multiply, copy, check once"
+REFOLDED, COPIED = "refold", "import torch, multiply, copy"
+
+
 def prepare(work: Path, base: Path, adapters: list[Path], task: str) -> None:
-    """The mixture and the ONNX export of its base, where they are not there yet."""
+    """The mixture, its dense export and the ONNX export of its base, where they are not there yet."""
+    from wlora_merge.exporters.export import export
     from wlora_merge.mixture.mix import mix
 
     if not (work / "mixture").exists():
         mix(base, adapters, work / "mixture", task=task)
+    if not (work / "dense").exists():
+        export(work / "mixture", "dense", work / "dense", dtype="float32")
     if not (work / "base" / "onnx").exists():
         shutil.rmtree(work / "base", ignore_errors=True)
         subprocess.run([sys.executable, "-c", BASE, str(base), str(work / "base"), task], check=True)
 
 
-def seconds_of(command: list[str], output: Path | None, prints: bool) -> float:
-    """Run once, in a process of its own: the seconds that it prints, or those that it took."""
+def taken(command: list[str], output: Path | None, prints: bool) -> tuple[float, float]:
+    """Run once, in a process of its own: the seconds that it prints, or those that it took, and its CPU seconds."""
     if output is not None:
         shutil.rmtree(output, ignore_errors=True)
     os.sync()
-    start = time.perf_counter()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)[:200]} failed:\n{done.stderr[-2000:]}")
-    return float(json.loads(done.stdout.splitlines()[-1])) if prints else seconds
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return float(json.loads(done.stdout.splitlines()[-1])) if prints else seconds, cpu
+
+
+def same_files(one: Path, two: Path) -> bool:
+    """Whether two exports have the same files, byte for byte."""
+    names = [sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()) for root in (one, two)]
+    return names[0] == names[1] and not filecmp.cmpfiles(one, two, names[0], shallow=False)[1]
 
 
 def differences(one: Path, two: Path) -> int:
@@ -122,34 +146,39 @@ def main() -> None:
         ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxscript", "onnxruntime"))
     )
     python, export = sys.executable, [sys.executable, "-m", "wlora_merge", "export", str(work / "mixture")]
-    traced, refolded, copy = (work / name for name in ("traced", "refolded", "copy"))
+    traced, cached, refolded, copy = (work / name for name in ("traced", "cached", "refolded", "copy"))
+    as_onnx = [*export, "--format", "onnx", "--out"]
     contenders: dict[str, tuple[list[str], Path | None, bool]] = {
-        "export --format onnx": ([*export, "--format", "onnx", "--out", str(traced)], traced, False),
-        "the trace and its tidying alone": ([python, "-c", TRACE, str(options.base), options.task], None, True),
-        "export --format onnx --onnx-base": (
-            [*export, "--format", "onnx", "--onnx-base", str(work / "base"), "--out", str(refolded)], refolded, False,
+        TRACED: ([*as_onnx, str(traced), "--no-trace-cache"], traced, False),
+        ALONE: ([python, "-c", TRACE, str(options.base), options.task], None, True),
+        CACHED: ([*as_onnx, str(cached)], cached, False),
+        CHECKED: (
+            [python, "-c", FLOOR, *map(str, (work / "mixture", traced, copy, work / "dense")), options.task], copy, True,
         ),
-        "import torch, read and multiply the factors, copy": (
-            [python, "-c", FLOOR, str(work / "mixture"), str(work / "base"), str(copy)], copy, True,
-        ),
+        REFOLDED: ([*as_onnx, str(refolded), "--onnx-base", str(work / "base")], refolded, False),
+        COPIED: ([python, "-c", FLOOR, *map(str, (work / "mixture", work / "base", copy))], copy, True),
     }  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    os.environ["WLORA_MERGE_CACHE"] = str(work / "cache")
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for number in range(options.rounds + 1):
         for name, contender in contenders.items():
-            taken = seconds_of(*contender)
+            measured = taken(*contender)
             if number:
-                seconds[name].append(taken)
+                runs[name].append(measured)
     table = Table(title="ONNX: medians over the rounds", title_justify="left")
-    for column in ("what", "seconds", "spread"):
+    for column in ("what", "seconds", "spread", "CPU seconds"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, values in seconds.items():
-        table.add_row(name, f"{median[name]:.2f}", f"{min(values):.2f} to {max(values):.2f}")
+    seconds = {name: statistics.median(wall for wall, _ in values) for name, values in runs.items()}
+    cpu = {name: statistics.median(used for _, used in values) for name, values in runs.items()}
+    for name, values in runs.items():
+        spread = f"{min(wall for wall, _ in values):.2f} to {max(wall for wall, _ in values):.2f}"
+        table.add_row(name, f"{seconds[name]:.2f}", spread, f"{cpu[name]:.2f}")
     console.print(table)
-    whole, trace, refold, floor = median.values()
-    console.print(f"export again / refold: {whole / refold:.1f}×, the trace alone / refold: {trace / refold:.1f}×")
-    console.print(f"refold / (import torch, matmuls, copy): {refold / floor:.2f}×")
-    console.print(f"weights that differ between the two exports: {differences(traced, refolded)}")
+    for one, other in ((TRACED, CACHED), (CACHED, CHECKED), (TRACED, REFOLDED), (REFOLDED, COPIED), (ALONE, TRACED)):
+        ratios = f"{seconds[one] / seconds[other]:.2f}, of CPU seconds {cpu[one] / cpu[other]:.2f}"
+        console.print(f"{one} / {other}: {ratios}")
+    console.print(f"traced and cached export are the same, byte for byte: {same_files(traced, cached)}")
+    console.print(f"weights that differ between the traced export and the refold: {differences(traced, refolded)}")
 
 
 if __name__ == "__main__":

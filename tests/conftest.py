@@ -31,9 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What a fixture of a wider scope than a test does must not reach the user's own cache either."""
+    os.environ["WLORA_MERGE_CACHE"] = str(tmp_path_factory.mktemp("session-cache"))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Digests remembered by a test are forgotten after it."""
+    """Digests and graphs that a test leaves in the cache are forgotten after it."""
     monkeypatch.setenv("WLORA_MERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 

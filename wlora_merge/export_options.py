@@ -62,6 +62,9 @@ class ExportOptions:
         detail="With --onnx-runtime genai it is instead of the float one.")
     allow_loss: bool = option(
         False, Topic.FORMAT, help="onnx: have a quantized graph that keeps under 90% of the float one's choices.")
+    trace_cache: bool = option(
+        True, Topic.FORMAT, help="onnx: trace a base once and keep its graph in the cache folder, without weights.",
+        detail="The files are the same either way. `wlora-merge cache` shows what is kept.")
     # fmt: on
 
 
@@ -107,6 +110,8 @@ _RULES: list[Rule] = [
      "--onnx-base keeps the dtype and the opset of that file: leave --dtype and --opset out."),
     (lambda o: o.allow_loss and (o.quantize is None or o.onnx_runtime is not None),
      "--allow-loss is for a quantized graph beside the float one: say --quantize without --onnx-runtime, or leave it out."),
+    (lambda o: not o.trace_cache and (o.format != "onnx" or o.onnx_base is not None or o.onnx_runtime is not None),
+     "--no-trace-cache is for a graph that is traced, by --format onnx without --onnx-base and --onnx-runtime: leave it out."),
     (lambda o: o.onnx_runtime is not None and (o.opset is not None or o.ort_fusions is not None),
      "onnxruntime-genai's builder chooses opset and operators: leave --opset and --ort-fusions out."),
 ]

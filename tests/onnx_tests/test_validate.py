@@ -86,7 +86,7 @@ def test_a_float16_export_that_was_made_before_the_check_fails_it(
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     folder = make_adapter(model, tmp_path / "a", 0, r=2, target_modules=["q_proj"])
     mix(base, [folder], tmp_path / "mixture", task="causal-lm")
-    monkeypatch.setattr(convert, "check_onnx", lambda *args, **named: 0.0)
+    monkeypatch.setattr(convert, "compare_with", lambda *args, **named: 0.0)
     export(tmp_path / "mixture", "onnx", tmp_path / "out", dtype="float16")
     with pytest.raises(NotFiniteError, match=IN_HALF):
         verify(tmp_path / "out", **inputs_of(tmp_path / "mixture"))

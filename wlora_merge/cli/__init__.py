@@ -3,7 +3,7 @@
 This room alone knows click and rich. It knows the front doors of the others, and nothing behind them.
 
 main             the program: commands, exit codes, errors as one sentence: main
-commands         fit, mix, export, verify, run, inspect
+commands         fit, mix, export, verify, run, inspect, cache
 options          the options of the commands, and help by topic
 terminal         tables, progress, warnings
 reference        docs/cli-reference.md, made from them

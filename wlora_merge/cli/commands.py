@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -39,6 +40,7 @@ from .terminal import fit_progress, human_time, say, show_table, work_progress
 
 if TYPE_CHECKING:
     from ..adapters.adapter import AdapterSpec
+    from ..onnx.trace_cache import KeptGraphs
 
 
 @contextmanager
@@ -336,6 +338,52 @@ def inspect(paths: tuple[str, ...], lists: tuple[str, ...], norms: bool, as_json
         return
     for title, rows in tables.items():
         show_table(title, rows)
+
+
+# --------------------------------------------------------------------------------------------------------- cache
+
+
+@click.command(cls=Command, topic="Look and check")
+@option("--clear", topic=Topic.CHECKED, is_flag=True, help="Remove them; the next export traces again.")
+@AS_JSON
+def cache(clear: bool, as_json: bool) -> None:
+    """Show the traced ONNX graphs that are kept for the next export, or remove them.
+
+    \b
+    wlora-merge cache
+    wlora-merge cache --clear
+    """
+    from ..io.cache import cache_folder
+    from ..onnx.trace_cache import KIND, forget_graphs, kept_graphs
+
+    kept, root = kept_graphs(), cache_folder()
+    where = "nowhere, as this user has no home" if root is None else str(root / KIND)
+    if clear:
+        try:
+            forget_graphs()
+        except OSError as error:
+            raise WloraMergeError(f"{where}: cannot be cleared ({error.strerror}): remove the folder.") from error
+    rows = [_kept_row(entry) for entry in kept]
+    if as_json:
+        click.echo(json.dumps({"folder": None if root is None else where, "cleared": clear, "graphs": rows}))
+        return
+    total = f"{len(kept)} traced graphs ({human_bytes(sum(entry.file.nbytes for entry in kept))})"
+    if rows and not clear:
+        show_table(f"{where}: {total}", [{**row, "bytes": human_bytes(row["bytes"])} for row in rows])
+        return
+    click.echo(f"{where}: removed {total}." if clear else f"{where}: no traced graph is kept.")
+
+
+def _kept_row(entry: KeptGraphs) -> dict[str, Any]:
+    """An entry of the cache as a row; one that is not sound has no key to tell of."""
+    return {
+        "base": entry.base if entry.sound else "not sound: never used",
+        "task": entry.task,
+        "dtype": entry.dtype,
+        "opset": entry.opset,
+        "bytes": entry.file.nbytes,
+        "used": datetime.fromtimestamp(entry.file.used, timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- small

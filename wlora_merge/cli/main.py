@@ -19,7 +19,7 @@ import click
 from ..errors import WloraMergeError
 from ..io.signals import terminate_as_exit
 from ..text import redacted
-from .commands import export, fit, inspect, mix, run, verify
+from .commands import cache, export, fit, inspect, mix, run, verify
 from .options import Group
 from .terminal import human_time, say, shown_log, shown_warnings
 
@@ -104,5 +104,5 @@ def main(debug: bool, quiet: bool) -> None:
     atexit.register(gc.freeze)
 
 
-for command in (fit, mix, export, verify, run, inspect):
+for command in (fit, mix, export, verify, run, inspect, cache):
     main.add_command(command)

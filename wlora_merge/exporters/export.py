@@ -100,6 +100,7 @@ def export(
             return ExportResult(staging.out, format, None, 0, {})
         written = planned.write(staging.path)
         how = asdict(asked) | {"any_digest": any_digest, "report": report}
+        del how["trace_cache"]  # of which no file tells
         written = replace(written, digests={**known, **written.digests})
         _describe(inputs, kind, how, note, planned.names, exported, written, staging.path)
         total = sum(p.stat().st_size for p in staging.path.rglob("*") if p.is_file())

@@ -208,6 +208,7 @@ class TracedPlan(Plan):
             opset=asked.opset,
             ort_fusions=asked.ort_fusions,
             pooling=mixture.pooling,
+            cached_as=self.dense.inputs.base.source.name if asked.trace_cache else None,
         )
         quantized = self._quantized(out, dense) if asked.quantize else None
         shutil.rmtree(dense)

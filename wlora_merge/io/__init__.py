@@ -6,6 +6,7 @@ an adapter or a mixture is.
 safetensors_file   a safetensors file as bytes: Entry, read_header, read_tensor, write_tensors
 tensors            questions about tensors, and Workspace, the memory that blocks pass through
 direct_write       a new file, written past the page cache
+cache              the user's cache folder, and sealed files in it: cache_folder, read_sealed
 digests            sha256, computed once and remembered: sha256_files, path_of
 staging            all-or-nothing output folders: staged, refuse_out
 locks              of two runs to one folder, one wins

@@ -2,12 +2,11 @@
 
 This room knows bytes, paths and the user's cache folder; it must not know what the bytes mean.
 
-A digest costs a pass once. It is then remembered in ``digests.jsonl`` in the cache folder: ``$WLORA_MERGE_CACHE``,
-else ``$XDG_CACHE_HOME/wlora_merge``, else ``~/.cache/wlora_merge``. It stands there under the file's real path, size, mtime,
-ctime, inode and device. A file that differs in one of them is hashed anew. Each line carries its own checksum and is appended
-by one write, so several processes may write at once. A line that is damaged or half written is passed over: never a
-wrong digest, never an error. A folder that cannot be read or written is no cache. LFS files of the Hugging Face hub
-cache need no pass at all: the name of the blob is its sha256.
+A digest costs a pass once. It is then remembered in ``digests.jsonl`` in the cache folder (see `cache`). It stands there under
+the file's real path, size, mtime, ctime, inode and device. A file that differs in one of them is hashed anew. Each line
+carries its own checksum and is appended by one write, so several processes may write at once. A line that is damaged or half
+written is passed over: never a wrong digest, never an error. A folder that cannot be read or written is no cache. LFS files of the
+Hugging Face hub cache need no pass at all: the name of the blob is its sha256.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from typing import Any
 
 from ..errors import WloraMergeError
 from ..progress import Meter
+from .cache import cache_folder
 
 _READ_BYTES = 1 << 20
 _LONG_BYTES = 256 << 20  # takes a second or so; what one file of fewer is read for tells of itself
@@ -167,14 +167,8 @@ def _hub_name(real: Path) -> str | None:
 
 
 def _cache_file() -> Path | None:
-    own, shared = os.environ.get("WLORA_MERGE_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
-    if own:
-        return Path(own) / "digests.jsonl"
-    try:  # the XDG rule: a relative path is to be ignored
-        folder = Path(shared) if os.path.isabs(shared) else Path.home() / ".cache"
-    except RuntimeError:  # a user without a home
-        return None
-    return folder / "wlora_merge" / "digests.jsonl"
+    folder = cache_folder()
+    return None if folder is None else folder / "digests.jsonl"
 
 
 def _recall(real: str, seen: dict[str, int]) -> str | None:

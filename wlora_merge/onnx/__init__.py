@@ -8,7 +8,10 @@ trace          torch's exporter, and what it needs of transformers
 rope           rotary positions whose frequencies depend on the length
 seq2seq        encoder and decoder of a seq2seq model as graphs
 pooling        sentence embeddings in the graph
-graph          the traced graph made tidy, and saved
+weights        which tensors of a model are its weights, and what else a graph depends on
+graph          the traced graph made tidy
+skeleton       a graph without its weights, and the file that it becomes with them: fill
+trace_cache    such graphs, kept for the next export
 protobuf       an ONNX file as bytes, read lazily: read_onnx
 js_names       under which names transformers.js looks for graphs
 match          which initializers are which tensors: Matcher

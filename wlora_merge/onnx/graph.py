@@ -1,14 +1,15 @@
-"""A raw ONNX graph -> a conventional, small, reproducible one, and its bytes on disk.
+"""A raw ONNX graph -> a conventional, small, reproducible one.
 
-Knows onnx_ir: which passes pay, how axes are named, what must not reach a file (paths, traces), and where weights lie.
-Must not know torch or transformers.
+Knows onnx_ir: which passes pay, how axes are named, what must not reach a file (paths, traces). The graph's weights have no
+numbers here, so nothing that is done depends on them. Must not know torch or transformers.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .weights import Weight
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
     import onnx_ir
 
 MODEL = "model"
-# One protobuf file holds at most 2 GiB; what the graph itself takes fits in the margin. Below it, one file, as Optimum
-# writes: transformers.js loads external data only when its config says so.
-INLINE_LIMIT = 1_900_000_000
-
 _AXES = {
     "input_ids": ("batch_size", "sequence_length"),
     "attention_mask": ("batch_size", "total_sequence_length"),
@@ -44,7 +41,7 @@ def tidy(model: onnx_ir.Model) -> None:
     common: Any = ir.passes.common  # some of its constructors have no types
     outputs = [value.name for value in model.graph.outputs]
     ir.passes.Sequential(common.InlinePass(), common.RemoveUnusedNodesPass())(model)
-    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_keep_tied)
+    optimizer.fold_constants(model, onnx_shape_inference=True)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -57,6 +54,9 @@ def tidy(model: onnx_ir.Model) -> None:
         common.RemoveUnusedOpsetsPass(),
         common.DeduplicateInitializersPass(),
         common.CommonSubexpressionEliminationPass(),
+    )(model)
+    _turn_weights(model.graph)
+    ir.passes.Sequential(
         common.OutputFixPass(),
         common.NameFixPass(),
         common.ClearMetadataAndDocStringPass(),
@@ -71,10 +71,25 @@ def tidy(model: onnx_ir.Model) -> None:
     model.producer_version = (model.producer_version or "").split("+")[0]
 
 
-def _keep_tied(node: onnx_ir.Node) -> bool | None:
-    """Not fold the transpose of a weight that has another use, which would store a tied embedding twice."""
-    weight = node.inputs[0] if node.op_type == "Transpose" else None
-    return False if weight is not None and weight.is_initializer() and len(weight.uses()) > 1 else None
+def _turn_weights(graph: onnx_ir.Graph) -> None:
+    """Let a weight stand transposed in the graph, where one transpose is all that reads it: a tied embedding stays as it is."""
+    import onnx_ir as ir
+
+    for value in list(graph.initializers.values()):
+        weight, uses = Weight.of(value), list(value.uses())
+        node = uses[0].node if len(uses) == 1 else None
+        if weight is None or node is None or node.op_type != "Transpose" or node.graph is not graph:
+            continue
+        turned, shape = node.outputs[0], value.shape
+        if shape is None or turned.is_graph_output():
+            continue
+        axes = tuple(node.attributes.get_ints("perm", range(len(shape))[::-1]))
+        new = ir.Value(name=turned.name, type=value.type, shape=ir.Shape([shape[axis] for axis in axes]))
+        Weight(weight.name, axes).mark(new)
+        turned.replace_all_uses_with(new)
+        graph.remove(node, safe=True)
+        del graph.initializers[str(value.name)]
+        graph.initializers.add(new)
 
 
 def name_axes(model: onnx_ir.Model) -> None:
@@ -121,20 +136,3 @@ def graph_file(name: str) -> str:
 def data_file(name: str) -> str:
     """The file of its weights, where they are too large for the graph's own."""
     return f"{name}.onnx_data"
-
-
-def save(model: onnx_ir.Model, folder: Path, name: str = MODEL, inline_limit: int = INLINE_LIMIT) -> None:
-    """Write `model.onnx` in `folder`, with the weights inside, or in `model.onnx_data` when above `inline_limit` bytes.
-
-    Args:
-        model: what `tidy` left.
-        folder: exists, and has no ONNX file of that name yet.
-        name: what stands before `.onnx`.
-        inline_limit: bytes of weights up to which they stay inside.
-    """
-    import onnx_ir as ir
-
-    weights = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
-    )
-    ir.save(model, folder / graph_file(name), external_data=data_file(name) if weights > inline_limit else None)

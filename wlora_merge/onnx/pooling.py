@@ -152,6 +152,9 @@ def _pooling(file: Path, config: dict[str, Any]) -> torch.nn.Module:
         def forward(self, given: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
             return torch.cat([pool_tokens(*given, mode) for mode in modes], dim=-1)
 
+        def extra_repr(self) -> str:
+            return ", ".join(modes)  # a graph that was traced before is known by what the model says of itself
+
     return Pooling()
 
 

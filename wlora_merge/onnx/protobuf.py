@@ -18,6 +18,11 @@ from ..errors import BaseModelError
 from ..io.safetensors_file import Entry, byte_length
 from ..io.untrusted import is_plain_file_name
 
+GRAPH, INITIALIZER, INPUT, RAW_DATA = 7, 5, 11, 9
+"""Numbers of fields that hold bytes: of a ModelProto, twice of a GraphProto, of a TensorProto."""
+LONG = 4096  # bytes of an initializer that is a weight, and no shape, index or scale
+WIDTHS = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 10: 2, 11: 8, 16: 2}
+"""TensorProto.DataType of what a long initializer can be -> bytes of a number."""
 # TensorProto.DataType of what a base weight can be
 FLOATS = {1: "F32", 10: "F16", 11: "F64", 16: "BF16"}
 QUANTIZED = {
@@ -57,7 +62,7 @@ def read_onnx(path: Path) -> OnnxFile:
             view = memoryview(data)
             data.madvise(mmap.MADV_RANDOM)  # the weights between the fields are not read
             try:
-                graphs = [(start, end) for key, start, end in _fields(view, 0, len(view)) if key == (7, _LENGTH)]
+                graphs = [(start, end) for key, start, end in _fields(view, 0, len(view)) if key == (GRAPH, _LENGTH)]
                 for graph in graphs:
                     _walk(found, view, *graph)
             finally:
@@ -77,10 +82,66 @@ def read_onnx(path: Path) -> OnnxFile:
     return found
 
 
+def without_weights(path: Path) -> bytes:
+    """A graph whose long initializers have become inputs, so that it can be judged without reading them.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError, IndexError: its fields do not fit into each other.
+    """
+    with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        view = memoryview(data)
+        data.madvise(mmap.MADV_RANDOM)
+        try:
+            parts = []
+            for key, at, to in _fields(view, 0, len(view)):
+                graph = b"".join(_without_initializers(view, at, to)) if key == (GRAPH, _LENGTH) else None
+                parts.append(_copied(view, key, at, to) if graph is None else tag(GRAPH) + varint(len(graph)) + graph)
+            return b"".join(parts)
+        finally:
+            view.release()
+
+
+def _without_initializers(view: memoryview, start: int, end: int) -> Iterator[bytes]:
+    """The fields of a GraphProto, a long initializer as the input of its name, dtype and shape; one that is unsound as it is."""
+    import onnx
+
+    for key, at, to in _fields(view, start, end):
+        tensor = _read_tensor(view, at, to) if key == (INITIALIZER, _LENGTH) and to - at >= LONG else None
+        first, last = tensor.where or (0, 0) if tensor else (0, 0)
+        if tensor is None or last - first != WIDTHS.get(tensor.dtype, 0) * math.prod(tensor.shape):
+            yield _copied(view, key, at, to)
+            continue
+        value = onnx.helper.make_tensor_value_info(tensor.name, tensor.dtype, tensor.shape).SerializeToString()
+        yield tag(INPUT) + varint(len(value)) + value
+
+
+def _copied(view: memoryview, key: tuple[int, int], at: int, to: int) -> bytes:
+    """A field as it is."""
+    number, wire = key
+    if wire == 0:
+        return tag(number, 0) + varint(at)
+    return tag(number, wire) + (varint(to - at) if wire == _LENGTH else b"") + bytes(view[at:to])
+
+
+def tag(number: int, wire: int = _LENGTH) -> bytes:
+    """The tag of a field, by default of one that holds bytes."""
+    return varint(number << 3 | wire)
+
+
+def varint(value: int) -> bytes:
+    """A number of at least 0 as protobuf writes it: in groups of seven bits, least first."""
+    data = bytearray()
+    while value > 0x7F:
+        data.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*data, value))
+
+
 def _walk(found: OnnxFile, view: memoryview, start: int, end: int) -> None:
     """A GraphProto: its initializers, and its nodes' constants and branches."""
     for key, at, to in _fields(view, start, end):
-        if key == (5, _LENGTH):
+        if key == (INITIALIZER, _LENGTH):
             _add(found, view, at, to, None)
         elif key == (1, _LENGTH):
             _walk_node(found, view, at, to)

@@ -20,9 +20,10 @@ from ..models.loading import quiet
 from ..progress import Meter
 from ..text import first_line
 from .dummy_inputs import load_model
-from .graph import INLINE_LIMIT, MODEL, data_file, graph_file
+from .graph import MODEL, data_file, graph_file
 from .js_names import quantized_suffix
 from .session import has_half_weights
+from .skeleton import INLINE_LIMIT
 from .validate import Differences, differences
 
 BLOCK = 32  # weights that share one scale, as in transformers.js's q4

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.task import Task
 from ..errors import UnsupportedError
 from .dummy_inputs import DENSE_INSTEAD, sample_inputs
+from .weights import Weight
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -250,15 +251,17 @@ def _branch(
     for value in graph.inputs:
         value.replace_all_uses_with(inputs[value.name], replace_graph_outputs=True)
     for value in list(graph.initializers.values()):
-        tensor = value.const_value
-        if tensor is None:
+        tensor, weight = value.const_value, Weight.of(value)
+        if tensor is None and weight is None:
             continue
-        key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest())
+        content = weight if tensor is None else hashlib.sha256(tensor.tobytes()).digest()
+        key = (value.dtype, tuple(value.shape or ()), content)
         if key not in weights:
             taken = {kept.name for kept in weights.values()}
             own = f"{name}.{value.name}" if value.name in taken else value.name
-            shape = ir.Shape(tensor.shape.numpy())
-            weights[key] = ir.Value(name=own, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            weights[key] = ir.Value(name=own, shape=value.shape, type=value.type, const_value=tensor)
+            if weight is not None:
+                weight.mark(weights[key])
         value.replace_all_uses_with(weights[key], replace_graph_outputs=True)
     found = {value.name: value for value in graph.outputs}
     nodes = list(graph)
