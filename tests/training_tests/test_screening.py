@@ -243,3 +243,14 @@ def test_an_adapter_that_the_fit_cannot_do_without_is_kept(llamas: Zoo, tmp_path
 def test_a_keep_that_cannot_be_is_refused(zoo: Zoo, options: dict[str, Any], said: str) -> None:
     with pytest.raises(MixtureError, match=said):
         fitted(zoo, **options)
+
+
+@pytest.mark.parametrize("pooling", ["model", "cls"])
+def test_a_head_that_is_trained_or_solved_on_the_base_comes_before_the_gains(zoo: Zoo, pooling: str) -> None:
+    base, folders, data = zoo
+    mixture = fit(
+        base, folders, data, "text-classification", keep=2, method="uniform", folds=0, max_steps=3, pooling=pooling
+    )
+    gains = mixture.metrics["screening"]["gains"]
+    assert len(gains) == 3
+    assert all(gains.values())

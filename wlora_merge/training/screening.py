@@ -27,7 +27,7 @@ from ..mixture.fold import fold_factor, fold_factors
 from ..mixture.live_model import FLOATS, LiveNames, live_modules, live_tensors
 from ..mixture.record import Screening
 from ..progress import Meter
-from .candidates import BASE, Candidate
+from .candidates import BASE, MOST_STEPS, Candidate
 from .preparation import prepare
 from .resume import FitState
 from .run import Split
@@ -85,8 +85,7 @@ def _gains(given: Given, shots: Examples, labels: LabelSet | None, ranks: Team) 
     ready = prepare(one, shots, None, labels, ranks, FitState(None, "", resume=False))
     learner, rows = ready.learner, ready.trained
     if learner.head and not learner.situation.left_out:
-        steps = 100
-        learner.train(Candidate(BASE, (0.0,), scale=0.0), Split(rows, steps, "screening", "screening"))
+        learner.train(Candidate(BASE, (0.0,), scale=0.0), Split(rows, MOST_STEPS, "screening", "screening"))
     detach(learner.model)
     found = module_gains(learner, given.base, given.adapters, rows)
     gains = {name: sum(of_modules.values()) for name, of_modules in found.items()}
