@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from support.models import MIXED, make_adapter, tiny_llama
 from support.paths import SHARED
+
+if TYPE_CHECKING:  # pytest-xdist reads this file before it starts its workers, which import torch beside each other
+    import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -29,6 +31,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(Path(__file__).parent).as_posix().startswith(SLOW):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick() -> Iterator[None]:
+    """What costs much and no test looks at, once or never.
+
+    PEFT writes a card with each adapter, and compiles its template each time. No test cuts the power, so that a file that lies in
+    the system's cache is as good as one on the disk; processes that are killed keep their own fsync.
+    """
+    import jinja2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Environment, "compile", functools.lru_cache(jinja2.Environment.compile))
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +73,9 @@ def real_models() -> Path:
 @pytest.fixture(scope="session")
 def llama_zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list[Path]]]:
     """A function: dtype -> (a tiny Llama's folder, three adapters that differ in rank, alpha, rsLoRA, patterns, targets)."""
+    import torch
+    from support.models import MIXED, make_adapter, tiny_llama
+
     made: dict[torch.dtype, tuple[Path, list[Path]]] = {}
 
     def make(dtype: torch.dtype = torch.float32) -> tuple[Path, list[Path]]:
