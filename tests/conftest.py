@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from support.models import MIXED, make_adapter, tiny_llama
 from support.paths import SHARED
+
+if TYPE_CHECKING:  # pytest-xdist reads this file before it starts its workers, which import torch beside each other
+    import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -25,6 +27,11 @@ SLOW = (
 """Files that trace graphs, start processes or train many times; `make test-fast` leaves them out."""
 
 
+GRAPHS = ("onnx_tests/", "exporters_tests/test_onnx_", "documents/test_blocks.py", "features/")
+TRACED = ("test_trace.py", "test_trace_cache.py", "test_convert.py")
+"""Tests that export to ONNX, and those of them in which each export has to be traced."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(Path(__file__).parent).as_posix().startswith(SLOW):
@@ -34,13 +41,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What a fixture of a wider scope than a test does must not reach the user's own cache either."""
-    os.environ["WLORA_MERGE_CACHE"] = str(tmp_path_factory.mktemp("session-cache"))
+    os.environ["WLORA_MERGE_CACHE"] = str(_common_cache(tmp_path_factory))
+
+
+def _common_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache for all processes of this run of the suite, so that models of one structure are traced once."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "common-cache"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick() -> Iterator[None]:
+    """What costs much and no test looks at, once or never.
+
+    PEFT writes a card with each adapter, and compiles its template each time. No test cuts the power, so that a file that lies in
+    the system's cache is as good as one on the disk; processes that are killed keep their own fsync.
+    """
+    import jinja2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Environment, "compile", functools.lru_cache(jinja2.Environment.compile))
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Digests and graphs that a test leaves in the cache are forgotten after it."""
-    monkeypatch.setenv("WLORA_MERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+def _own_cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a test leaves in the cache is forgotten after it, but for traced graphs of the tests of ONNX that are not about tracing."""
+    path = request.path.relative_to(Path(__file__).parent).as_posix()
+    shares = path.startswith(GRAPHS) and not path.endswith(TRACED)
+    folder = _common_cache(tmp_path_factory) if shares else tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("WLORA_MERGE_CACHE", str(folder))
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +95,9 @@ def real_models() -> Path:
 @pytest.fixture(scope="session")
 def llama_zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list[Path]]]:
     """A function: dtype -> (a tiny Llama's folder, three adapters that differ in rank, alpha, rsLoRA, patterns, targets)."""
+    import torch
+    from support.models import MIXED, make_adapter, tiny_llama
+
     made: dict[torch.dtype, tuple[Path, list[Path]]] = {}
 
     def make(dtype: torch.dtype = torch.float32) -> tuple[Path, list[Path]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.models import make_adapter, tiny_llama
-from support.processes import free_port, launch
+from support.processes import IMPORTED, free_port, launch, start
 
 from wlora_merge.distributed import is_leader
 from wlora_merge.errors import WloraMergeError
@@ -39,6 +39,30 @@ def test_an_environment_that_starts_no_processes_is_one_sentence(
         monkeypatch.delenv("MASTER_ADDR", raising=False)
         with pytest.raises(WloraMergeError, match=f"WORLD_SIZE is {size}, and the processes cannot be joined"):
             export(mixture, "dense", tmp_path / "out")
+
+
+def test_a_fork_has_the_libraries_and_ends_as_a_program_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests of processes stand on."""
+    monkeypatch.setenv("GIVEN", "theirs")
+    asked = start(
+        "import os, sys, torch\n"
+        f"assert set({IMPORTED!r}) <= set(sys.modules), set({IMPORTED!r}) - set(sys.modules)\n"
+        "assert torch.get_num_threads() == 1\n"
+        "print(os.environ['GIVEN'], os.environ['MORE'], __name__)\n"
+        "raise SystemExit(3)",
+        MORE="x",
+    )
+    assert asked.communicate(timeout=120) == ("theirs x __main__\n", "")
+    assert asked.returncode == 3
+    fails = start("1 / 0")
+    assert fails.communicate(timeout=120)[1].endswith("ZeroDivisionError: division by zero\n")
+    assert fails.returncode == 1
+    waits = start("import time; time.sleep(60)")
+    waits.kill(signal.SIGTERM)
+    waits.communicate(timeout=120)
+    assert waits.returncode == -signal.SIGTERM
+    with pytest.raises(TimeoutError, match="still running"):
+        start("import time; time.sleep(60)").communicate(timeout=0.1)
 
 
 def test_two_ranks_write_the_bytes_of_one(mixture: Path, tmp_path: Path) -> None:

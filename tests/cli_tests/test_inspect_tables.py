@@ -12,8 +12,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.imports import heavy_imports
 from support.models import make_adapter, peft_changes, tiny_llama
-from support.processes import heavy_imports
 
 from wlora_merge.cli.inspect_tables import inspect_paths
 from wlora_merge.errors import WloraMergeError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,9 +152,9 @@ def test_the_table_fits_eighty_columns(recipe: Any) -> None:
 
 
 @pytest.fixture
-def offline(recipe: Any, settings: Any, tmp_path: Path) -> Path:
+def offline(recipe: Any, made: Any, tmp_path: Path) -> Path:
     """What `make quickstart` leaves: a zoo, here hardly trained, and shots."""
-    get_zoo(recipe, tmp_path / "quickstart-out", settings)
+    shutil.copytree(made.base.parent, tmp_path / "quickstart-out" / "zoo")
     _, pool, _ = recipe.digits.read_digits()
     recipe.digits.write_pictures(pool.shots(2, seed=0), tmp_path / "quickstart-out" / "shots")
     return tmp_path

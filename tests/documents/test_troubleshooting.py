@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from support.imports import heavy_imports
 from support.models import make_adapter, tiny_bert, tiny_llama
 from support.pages import PAGES, blocks, make_place
-from support.processes import heavy_imports
 
 from wlora_merge.cli.main import main
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers
 from support.models import assert_verified, inputs_of, make_adapter
-from support.onnx_models import BERT, CLIP_TEXT, CLIP_VISION, VOCABULARY, make_dense, sentence_folder
+from support.onnx_models import BERT, CLIP_TEXT, CLIP_VISION, VOCABULARY, Exported, make_dense, sentence_folder
 
 from wlora_merge.errors import BaseModelError, UnsupportedError
 from wlora_merge.exporters.export import export
@@ -135,15 +136,15 @@ def test_a_dense_module_has_its_weights_in_the_graph(tmp_path: Path) -> None:
         assert_verified(tmp_path / way, **inputs_of(tmp_path / "mixture"))
 
 
-def test_a_graph_without_pooling_is_verified_by_what_it_gives(tmp_path: Path) -> None:
+def test_a_graph_without_pooling_is_verified_by_what_it_gives(
+    exported: Callable[[str], Exported], tmp_path: Path
+) -> None:
     dense = sentence_folder(tmp_path / "dense", {"pooling_mode": "mean"})
     adapters = [
         make_adapter(transformers.BertModel(BERT), tmp_path / f"a{i}", i, r=2, target_modules=["query"]) for i in (0, 1)
     ]
     mix(dense, adapters, tmp_path / "mixture", task="feature-extraction")
-    (tmp_path / "base").mkdir()
-    write_onnx(make_dense(tmp_path / "plain", "BertModel", BERT), tmp_path / "base", task="feature-extraction")
-    export(tmp_path / "mixture", "onnx", tmp_path / "out", onnx_base=tmp_path / "base")
+    export(tmp_path / "mixture", "onnx", tmp_path / "out", onnx_base=exported("features").out)
     assert [o.name for o in onnx.load(tmp_path / "out/onnx/model.onnx").graph.output] == ["last_hidden_state"]
     assert_verified(tmp_path / "out", **inputs_of(tmp_path / "mixture"))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from wlora_merge.onnx.rope import lengths_that_matter, stateless_rope
 from wlora_merge.onnx.session import next_scores, open_graphs
 
 pytest.importorskip("onnxruntime")
+Traced = Callable[[str], tuple[Path, Path]]
 SHORT = 12  # the length that the model was trained for
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},
@@ -48,11 +51,24 @@ def ids_of(length: int, batch: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    """A function: kind -> (a model's folder, its ONNX export)."""
+
+    @functools.cache
+    def make(kind: str) -> tuple[Path, Path]:
+        root = tmp_path_factory.mktemp(kind)
+        dense, out = make_dense(root / "dense", "LlamaForCausalLM", config_of(kind)), root / "out"
+        out.mkdir()
+        write_onnx(dense, out, task="causal-lm")
+        return dense, out
+
+    return make
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_graph_gives_pytorchs_outputs_at_lengths_beyond_those_of_training(kind: str, tmp_path: Path) -> None:
-    dense, out = make_dense(tmp_path / "dense", "LlamaForCausalLM", config_of(kind)), tmp_path / "out"
-    out.mkdir()
-    write_onnx(dense, out, task="causal-lm")
+def test_a_graph_gives_pytorchs_outputs_at_lengths_beyond_those_of_training(kind: str, traced: Traced) -> None:
+    dense, out = traced(kind)
     for length in (1, SHORT - 1, SHORT, SHORT + 1, 2 * SHORT, 4 * SHORT - 3):
         ids = ids_of(length, batch=2)
         with torch.no_grad():
@@ -61,10 +77,8 @@ def test_a_graph_gives_pytorchs_outputs_at_lengths_beyond_those_of_training(kind
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_a_generation_that_grows_beyond_them_is_pytorchs(kind: str, tmp_path: Path) -> None:
-    dense, out = make_dense(tmp_path / "dense", "LlamaForCausalLM", config_of(kind)), tmp_path / "out"
-    out.mkdir()
-    write_onnx(dense, out, task="causal-lm")
+def test_a_generation_that_grows_beyond_them_is_pytorchs(kind: str, traced: Traced) -> None:
+    dense, out = traced(kind)
     prompt = ids_of(SHORT - 4)
     expected = fresh(dense).generate(prompt, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)[0]
     feed = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import transformers
 from onnx.reference import ReferenceEvaluator
 from support.models import inputs_of, make_adapter, tiny_llama
-from support.onnx_models import LLAMA, TEXT, make_dense
+from support.onnx_models import LLAMA, TEXT, Exported, make_dense
 
 from wlora_merge.errors import NotFiniteError, WloraMergeWarning
 from wlora_merge.exporters.export import export
@@ -112,26 +114,25 @@ def test_a_float16_graph_with_float32_outputs_is_judged_as_float16(tmp_path: Pat
 
 
 def test_outputs_that_are_not_finite_in_float32_are_refused_and_widen_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense = make_dense(tmp_path / "dense", "LlamaForCausalLM", LLAMA)
-    write_onnx(dense, tmp_path / "out", task="causal-lm")
-    model = transformers.AutoModelForCausalLM.from_pretrained(dense)
+    made = exported("llama")
+    model = made.model()
     with torch.no_grad():
         model.lm_head.weight[3] = torch.inf
     model.save_pretrained(tmp_path / "broken")
     with pytest.raises(NotFiniteError, match="'logits' in float32"):
-        check_onnx(tmp_path / "out", tmp_path / "broken", task="causal-lm")
+        check_onnx(made.out, tmp_path / "broken", task="causal-lm")
     monkeypatch.setattr("wlora_merge.onnx.genai._require_genai", lambda: None)
     monkeypatch.setattr("wlora_merge.onnx.genai._greedy", lambda folder, row, prompt: [5] * (len(row) - prompt))
     with pytest.raises(NotFiniteError, match="'logits' in float32"):
-        compare_genai(tmp_path / "out", model)
+        compare_genai(made.out, model)
 
 
 def test_a_quantized_graph_whose_outputs_are_nan_is_not_reported_as_near(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense = make_dense(tmp_path / "dense", "LlamaForCausalLM", LLAMA)
+    made = exported("llama")
 
     def of_nan(sessions: Any, feed: Any, past: int) -> dict[str, np.ndarray]:
         found = run_graphs(sessions, feed, past)
@@ -139,13 +140,13 @@ def test_a_quantized_graph_whose_outputs_are_nan_is_not_reported_as_near(
 
     seen: dict[str, Any] = {}
     run_graphs = validate.run_graphs
-    write_onnx(dense, tmp_path / "out", task="causal-lm")
+    shutil.copytree(made.out, tmp_path / "out")
     monkeypatch.setattr("wlora_merge.onnx.validate.run_graphs", of_nan)
     from wlora_merge.data.tasks import get_task
     from wlora_merge.onnx.quantize import quantize_onnx
 
     with pytest.raises(NotFiniteError, match=r"model_q4\.onnx: output 'logits'.*export without --quantize"):
-        quantize_onnx(tmp_path / "out", dense, task=get_task("causal-lm"), kind="int4")
+        quantize_onnx(tmp_path / "out", made.dense, task=get_task("causal-lm"), kind="int4")
 
 
 def test_an_infinite_effect_does_not_widen_the_tolerance_of_a_lora(tmp_path: Path) -> None:

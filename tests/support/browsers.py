@@ -69,8 +69,8 @@ def chromium() -> str:
     return found
 
 
-def measured(page: Path, widths: Sequence[int], *, dark: bool, scratch: Path) -> list[dict[str, Any]]:
-    """What a page is in frames of these widths, ascending: the keys of `found` in `PROBE`.
+def measured(page: Path, widths: Sequence[int], scratch: Path) -> list[dict[str, Any]]:
+    """What a page is in frames of these widths, on light and then on dark paper: the keys of `found` in `PROBE`.
 
     The page's own policy forbids scripts, so in the copy that is measured it lets the probe run, and nothing else.
     """
@@ -80,11 +80,12 @@ def measured(page: Path, widths: Sequence[int], *, dark: bool, scratch: Path) ->
     text = text.replace(policy, f"{policy} script-src 'nonce-probe';").replace(head, PROBE + head)
     (scratch / "probed.html").write_text(text, encoding="utf-8")
     frames = "".join(
-        f'<iframe src="probed.html" style="width: {width}px; height: 900px; border: 0"></iframe>' for width in widths
+        f'<iframe src="probed.html" style="width: {width}px; height: 900px; border: 0; color-scheme: {scheme}"></iframe>'
+        for scheme in ("light", "dark")
+        for width in widths
     )
     (scratch / "frames.html").write_text(FRAMES + frames, encoding="utf-8")
-    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    words = [chromium(), *QUIET, *scheme, f"--user-data-dir={scratch / 'profile'}", "--window-size=2000,1000"]
+    words = [chromium(), *QUIET, f"--user-data-dir={scratch / 'profile'}", "--window-size=2000,1000"]
     done = subprocess.run(
         [*words, "--virtual-time-budget=10000", "--dump-dom", (scratch / "frames.html").as_uri()],
         capture_output=True, text=True, timeout=120, check=False,
@@ -92,4 +93,4 @@ def measured(page: Path, widths: Sequence[int], *, dark: bool, scratch: Path) ->
     found = re.search(r'<pre id="found">(\[.*?\])</pre>', done.stdout, re.DOTALL)
     assert found, (done.stdout[-500:], done.stderr[-2000:])
     rows: list[dict[str, Any]] = json.loads(html.unescape(found[1]))
-    return sorted(rows, key=lambda row: int(row["inner_width"]))
+    return sorted(rows, key=lambda row: (bool(row["dark"]), int(row["inner_width"])))

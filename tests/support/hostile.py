@@ -1,7 +1,6 @@
-"""What an attacker, a broken disk or a tired person makes of a file: seeded mutations, and a process that survives them.
+"""What an attacker, a broken disk or a tired person makes of a file: seeded mutations, and processes that survive them.
 
-`Jail` keeps one process that has imported everything and forks it for each command line, with a bound on memory and on time; so
-a case costs what the command costs. Run as a program, this file is that process.
+`jailed` runs a command line in a fork with a bound on memory and on time, so a case costs what the command costs.
 """
 
 from __future__ import annotations
@@ -11,18 +10,14 @@ import json
 import os
 import random
 import resource
-import signal
 import struct
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.paths import ROOT
+from support.processes import Fork
 
 MEMORY_BYTES = 1 << 30  # of address space beyond the imports; the files of these cases have some kilobytes
 SECONDS = 30.0
@@ -43,121 +38,50 @@ class Outcome:
         return self.code != 1 or (self.said.rstrip().splitlines()[-1:] != [] and "Error: " in self.said)
 
 
-class Jail:
-    """Runs `wlora-merge` command lines in forks of a prepared process."""
+def jailed(
+    *argv: object,
+    memory: int = MEMORY_BYTES,
+    seconds: float = SECONDS,
+    file_bytes: int = -1,
+    stop: tuple[float, int] | None = None,
+    ready: bool = False,
+) -> Outcome:
+    """Run one `wlora-merge` command line in a process with bounds.
 
-    def __init__(self) -> None:
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "HF_HUB_OFFLINE": "1", "COLUMNS": "200",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-        }  # fmt: skip
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "support.hostile"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=ROOT,
-        )
-
-    def run(
-        self,
-        *argv: object,
-        memory: int = MEMORY_BYTES,
-        seconds: float = SECONDS,
-        file_bytes: int = -1,
-        stop: tuple[float, int] | None = None,
-        ready: bool = False,
-    ) -> Outcome:
-        """Run one command line.
-
-        Args:
-            memory: bytes of address space beyond what the imports take; file_bytes: how long a file may become.
-            stop: (seconds, signal): when to send it what; counted, if `ready`, from when it has begun to write.
-        """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        job = [[str(a) for a in argv], memory, seconds, file_bytes, stop, ready]
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return Outcome(*json.loads(self._process.stdout.readline()))
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=20)
-        self._process.stdout.close()
+    Args:
+        argv: the command line, without the program.
+        memory: bytes of address space beyond what the imports take.
+        seconds: how long it may take.
+        file_bytes: how long a file may become.
+        stop: (seconds, signal): when to send it what; counted, if `ready`, from when it has begun to write.
+        ready: see `stop`.
+    """
+    words = [str(a) for a in argv]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    child, started = Fork(_bounded, words, memory, file_bytes, environment=environment), time.monotonic()
+    place = Path(words[words.index("--out") + 1]) if ready else None
+    while child.returncode is None and time.monotonic() < started + seconds:
+        if place is not None and _begun(place):
+            started, place = time.monotonic(), None
+        if stop is not None and place is None and time.monotonic() >= started + stop[0]:
+            child.kill(stop[1])
+            stop = None
+        time.sleep(0.001)
+    code = child.returncode
+    if code is None:
+        child.kill()
+    return Outcome(code, "".join(child.communicate()))
 
 
-def _serve() -> None:
-    import datasets  # noqa: F401
-    import pyarrow.parquet  # noqa: F401
-    import torch  # noqa: F401
-    from transformers import AutoConfig, AutoModelForCausalLM, BertForSequenceClassification, LlamaForCausalLM  # noqa: F401
-
-    import wlora_merge.cli.inspect_tables
-    import wlora_merge.cli.run
-    import wlora_merge.exporters.export
-    import wlora_merge.mixture.attach
-    import wlora_merge.training.comparison
-    import wlora_merge.training.fit
-    import wlora_merge.training.model  # noqa: F401
+def _bounded(argv: list[str], memory: int, file_bytes: int) -> None:
     from wlora_merge.cli.main import main
 
-    for line in sys.stdin:
-        print(json.dumps(_forked(main, *json.loads(line))), flush=True)
-
-
-def _forked(
-    main: Callable[..., Any],
-    argv: list[str],
-    memory: int,
-    seconds: float,
-    file_bytes: int,
-    stop: tuple[float, int] | None,
-    ready: bool,
-) -> tuple[int | None, str]:
-    with tempfile.TemporaryFile() as said:
-        child = os.fork()
-        if not child:
-            for stream in (1, 2):
-                os.dup2(said.fileno(), stream)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-            resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            if file_bytes >= 0:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
-            code = 99
-            try:
-                main(argv)
-            except SystemExit as leave:
-                code = leave.code if isinstance(leave.code, int) else 0 if leave.code is None else 1
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        started = time.monotonic()
-        place = Path(argv[argv.index("--out") + 1]) if ready else None
-        while not (done := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < started + seconds:
-            if place is not None and _begun(place):
-                started, place = time.monotonic(), None
-            if stop is not None and place is None and time.monotonic() >= started + stop[0]:
-                os.kill(child, stop[1])
-                stop = None
-            time.sleep(0.001)
-        if not done[0]:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        said.seek(0)
-        text = said.read(1 << 20).decode("utf-8", "replace")
-        return os.waitstatus_to_exitcode(done[1]) if done[0] else None, text
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if file_bytes >= 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    main(argv)
 
 
 def _begun(out: Path) -> bool:
@@ -286,7 +210,3 @@ def spoil(path: Path, outside: Path, seed: random.Random) -> None:
         path.symlink_to(path.name)
     elif kind == 5:
         path.write_bytes(b"")
-
-
-if __name__ == "__main__":
-    _serve()

@@ -1,63 +1,112 @@
-"""Several processes, as a launcher starts them."""
+"""Several processes, as a launcher starts them: forks of one that has imported the libraries, which takes it seconds.
+
+What is said of a fresh interpreter (which modules it has, its hashes, the console script itself) wants `subprocess` instead.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
+import socket
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
+from typing import Any
 
-HEAVY = ("torch", "transformers", "peft", "datasets", "onnx", "onnxruntime", "scipy", "accelerate")
-_TELL = """
-import sys
-from wlora_merge.cli.main import main
-try:
-    main()
-finally:
-    print("heavy:", *set({heavy}) & set(sys.modules), file=sys.stderr)
-"""
+import pytest
+
+IMPORTED = [
+    "accelerate", "datasets", "peft", "pyarrow.parquet", "torch", "transformers.models.auto.modeling_auto",
+    "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "wlora_merge.cli.inspect_tables",
+    "wlora_merge.cli.main", "wlora_merge.cli.run", "wlora_merge.exporters.export", "wlora_merge.mixture.attach",
+    "wlora_merge.training.comparison", "wlora_merge.training.fit", "wlora_merge.training.model",
+]  # fmt: skip
+"""Modules that a fork has already. The server leaves out in silence what cannot be imported: test_distributed.py asks for each."""
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(IMPORTED)
 
 
-def heavy_imports(words: Sequence[str], folder: Path, code: int = 0) -> set[str]:
-    """The packages that take long to import and that a command has imported.
+class Fork:
+    """A process that runs a function of a module, used as a `subprocess.Popen` with pipes is.
 
     Args:
-        words: its words, without the program's name.
-        folder: the working directory.
-        code: the exit code that it must have.
+        run: the function; it ends the process as a program ends, by returning, raising or leaving.
+        arguments: what it is given.
+        environment: all environment variables.
     """
-    program = [sys.executable, "-c", _TELL.format(heavy=HEAVY), *words]
-    done = subprocess.run(program, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    told = done.stderr.splitlines()[-1]
-    assert told.startswith("heavy:"), done.stderr
-    return set(told.split()[1:])
+
+    def __init__(self, run: Callable[..., object], *arguments: object, environment: Mapping[str, str]) -> None:
+        self._said = [tempfile.NamedTemporaryFile("r", errors="replace") for _ in ("stdout", "stderr")]  # noqa: SIM115
+        begin = ([file.name for file in self._said], dict(environment), os.getcwd(), run, *arguments)
+        self._process = _FORKS.Process(target=_begin, args=begin)
+        with pytest.MonkeyPatch.context() as patch:  # read once, by the process that is forked
+            patch.setenv("OMP_NUM_THREADS", "1")
+            patch.setenv("MALLOC_ARENA_MAX", "2")
+            ensure_running()
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._process.exitcode
+
+    def kill(self, number: int | None = None) -> None:
+        """Send it a signal, SIGKILL unless told."""
+        if number is None:
+            self._process.kill()
+        elif self._process.exitcode is None and self._process.pid is not None:
+            with suppress(ProcessLookupError):  # it has ended since
+                os.kill(self._process.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait until it has ended; its stdout and stderr.
+
+        Raises:
+            TimeoutError: it has not ended after `timeout` seconds, and has been killed.
+        """
+        self._process.join(timeout)
+        if late := self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+        out, errors = (Path(file.name).read_text("utf-8", "replace") for file in self._said)
+        for file in self._said:
+            file.close()
+        if late:
+            raise TimeoutError(f"still running after {timeout} s: {out}{errors}")
+        return out, errors
 
 
-def launch(code: str, port: int, **environment: str) -> list[subprocess.Popen[str]]:
+def _begin(
+    said: list[str], environment: dict[str, str], folder: str, run: Callable[..., object], *arguments: Any
+) -> None:
+    for number, name in enumerate(said, 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    run(*arguments)
+
+
+def _program(code: str) -> None:
+    sys.argv[:] = ["-c"]
+    exec(code, {"__name__": "__main__"})
+
+
+def start(code: str, **environment: str) -> Fork:
+    """A process that runs a program's text."""
+    return Fork(_program, code, environment=os.environ | environment)
+
+
+def launch(code: str, port: int, **environment: str) -> list[Fork]:
     """Two ranks, as torchrun starts them."""
-    common = os.environ | {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | environment
+    return [start(code, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from support.fits import Zoo, fitted
 from support.fits import zoo as zoo
+from support.processes import start
 
 from wlora_merge.cli.main import main
 from wlora_merge.errors import MixtureError, OutputError
@@ -48,8 +47,9 @@ def killed(zoo: Zoo, out: Path, calls: int) -> None:
         f"wlora_merge.fit({str(base)!r}, {[str(f) for f in folders]!r}, {str(shots)!r}, 'text-classification', {str(out)!r}, "
         f"folds=2, resume=True, progress=progress, **{OPTIONS!r})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = start(code)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == -signal.SIGKILL, errors
     assert not out.exists()
     assert state_file(out).is_file()
 

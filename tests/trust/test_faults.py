@@ -14,12 +14,12 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.hostile import Jail
+from support.hostile import jailed
 from support.models import make_adapter, tiny_llama
 from support.processes import free_port, launch
 from support.shots import save_tokenizer
@@ -33,13 +33,6 @@ ROUNDS = int(os.environ.get("WLORA_MERGE_TRUST_ROUNDS", "2"))
 COMMANDS = ("export dense", "export lora", "mix", "run", "fit")
 SOME = COMMANDS if ROUNDS > 10 else ("export dense", "export lora", "mix")  # in the default run
 STEPS = {"fit": 3}  # a fit is slower than the others, so it gets a third of the rounds
-
-
-@pytest.fixture(scope="module")
-def jail() -> Iterator[Jail]:
-    process = Jail()
-    yield process
-    process.close()
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +96,7 @@ def beside(out: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def both(jail: Jail, inputs: Path) -> Callable[[str], tuple[Path, list[dict[str, bytes]], float]]:
+def both(inputs: Path) -> Callable[[str], tuple[Path, list[dict[str, bytes]], float]]:
     """A function: command -> (out, the content that each variant gives, seconds that it takes); the first stands there."""
     known: dict[str, tuple[Path, list[dict[str, bytes]], float]] = {}
 
@@ -113,14 +106,14 @@ def both(jail: Jail, inputs: Path) -> Callable[[str], tuple[Path, list[dict[str,
             contents, lengths = [], []
             for variant in (0, 1):
                 started = time.monotonic()
-                done = jail.run(*command(inputs, name, variant, out), memory=1 << 34, seconds=120)
+                done = jailed(*command(inputs, name, variant, out), memory=1 << 34, seconds=120)
                 assert done.code == 0, done.said
                 contents.append(content(out))
                 lengths.append(time.monotonic() - started)
             assert contents[0] != contents[1]
             known[name] = out, contents, min(lengths)
         if content(out) != known[name][1][0]:
-            done = jail.run(*command(inputs, name, 0, out), memory=1 << 34, seconds=120)
+            done = jailed(*command(inputs, name, 0, out), memory=1 << 34, seconds=120)
             assert (done.code, content(out)) == (0, known[name][1][0]), done.said
         return known[name]
 
@@ -128,12 +121,12 @@ def both(jail: Jail, inputs: Path) -> Callable[[str], tuple[Path, list[dict[str,
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_kill_at_any_moment_loses_nothing(jail: Jail, inputs: Path, both: Any, name: str) -> None:
+def test_a_kill_at_any_moment_loses_nothing(inputs: Path, both: Any, name: str) -> None:
     out, contents, length = both(name)
     seed, seen, current = random.Random(f"kill {name}"), Counter[str](), 0
     for _ in range(max(1, ROUNDS // STEPS.get(name, 1))):
         moment = seed.uniform(0, 1.1 * length)
-        done = jail.run(
+        done = jailed(
             *command(inputs, name, 1 - current, out), memory=1 << 34, seconds=120, stop=(moment, signal.SIGKILL)
         )
         found = content(out)
@@ -142,7 +135,7 @@ def test_a_kill_at_any_moment_loses_nothing(jail: Jail, inputs: Path, both: Any,
         seen["left something to clear"] += bool(beside(out))
         current = contents.index(found)
         assert done.code in (0, -signal.SIGKILL), done
-    done = jail.run(*command(inputs, name, current, out), memory=1 << 34, seconds=120)
+    done = jailed(*command(inputs, name, current, out), memory=1 << 34, seconds=120)
     assert (done.code, beside(out)) == (0, []), done.said
     print(f"{name}: {sum(seen.values()) - seen['left something to clear']} kills, {dict(seen)}, lost: nothing")
 
@@ -150,13 +143,13 @@ def test_a_kill_at_any_moment_loses_nothing(jail: Jail, inputs: Path, both: Any,
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("name", SOME[:1] + COMMANDS[4:] if SOME is not COMMANDS else COMMANDS)
 def test_a_signal_cleans_up_and_exits_with_its_number(
-    jail: Jail, inputs: Path, both: Any, name: str, number: signal.Signals, code: int
+    inputs: Path, both: Any, name: str, number: signal.Signals, code: int
 ) -> None:
     out, contents, length = both(name)
     seed, seen = random.Random(f"{number} {name}"), Counter[str]()
     for _ in range(max(1, ROUNDS // (4 * STEPS.get(name, 1)))):
         moment = seed.uniform(0, length)
-        done = jail.run(*command(inputs, name, 1, out), memory=1 << 34, seconds=120, stop=(moment, number), ready=True)
+        done = jailed(*command(inputs, name, 1, out), memory=1 << 34, seconds=120, stop=(moment, number), ready=True)
         assert done.code in (0, code), done
         assert content(out) in contents
         assert beside(out) == []
@@ -166,24 +159,24 @@ def test_a_signal_cleans_up_and_exits_with_its_number(
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_a_file_that_may_grow_no_further_loses_nothing(jail: Jail, inputs: Path, both: Any, name: str) -> None:
+def test_a_file_that_may_grow_no_further_loses_nothing(inputs: Path, both: Any, name: str) -> None:
     out, contents, _ = both(name)
     seed, refused = random.Random(f"limit {name}"), 0
     largest = max(len(data) for data in contents[1].values())
     rounds = max(1, ROUNDS // (2 * STEPS.get(name, 1)))
     for _ in range(rounds):
         limit = int(seed.uniform(0, 1.1 * largest))
-        done = jail.run(*command(inputs, name, 1, out), memory=1 << 34, seconds=120, file_bytes=limit)
+        done = jailed(*command(inputs, name, 1, out), memory=1 << 34, seconds=120, file_bytes=limit)
         assert done.clean, done
         assert content(out) == contents[0 if done.code else 1]
         assert beside(out) == []
         refused += done.code == 1
         if not done.code:
-            assert jail.run(*command(inputs, name, 0, out), memory=1 << 34).code == 0
+            assert jailed(*command(inputs, name, 0, out), memory=1 << 34).code == 0
     print(f"{name}: {rounds} times a file size limit, {refused} refused, lost: nothing")
 
 
-def test_a_full_disk_loses_nothing(jail: Jail, inputs: Path, tmp_path: Path) -> None:
+def test_a_full_disk_loses_nothing(inputs: Path, tmp_path: Path) -> None:
     seed, refused, rounds = random.Random("disk"), 0, max(2, ROUNDS // 4)
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -195,11 +188,11 @@ def test_a_full_disk_loses_nothing(jail: Jail, inputs: Path, tmp_path: Path) -> 
             pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
         try:
             out = disk / "out"
-            old = jail.run(*command(inputs, "mix", 0, out))
+            old = jailed(*command(inputs, "mix", 0, out))
             before = content(out) if old.code == 0 else {}
             fill = os.statvfs(disk).f_bavail * 4096 - int(seed.uniform(0, 200_000))
             (disk / "full").write_bytes(bytes(max(0, fill)))
-            ended = jail.run(*command(inputs, name, 1, out))
+            ended = jailed(*command(inputs, name, 1, out))
             assert ended.clean, ended
             if ended.code:
                 refused += 1

@@ -15,7 +15,7 @@ import random
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from support.hostile import SECONDS, Jail, Outcome, mutated_bytes, mutated_safetensors, mutated_table, spoil
+from support.hostile import SECONDS, Outcome, jailed, mutated_bytes, mutated_safetensors, mutated_table, spoil
 from support.models import make_adapter, tiny_bert, tiny_llama
 from support.shots import save_tokenizer
 
@@ -57,13 +57,6 @@ MIXTURE_KEYS = (
     "format_version", "base_model", "adapters", "granularity", "normalize", "delta_scale", "groups", "weights", "task", "config",
     "metrics", "modules_to_save", "prefixes", "data",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def jail() -> Iterator[Jail]:
-    process = Jail()
-    yield process
-    process.close()
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +161,8 @@ def test_any_recipe_is_read_or_refused(tmp_path: Path, table: dict[str, Any], te
 class Count:
     """Runs cases, keeps what ended badly, and counts the rest."""
 
-    def __init__(self, jail: Jail, tmp_path: Path) -> None:
-        self.jail, self.tmp, self.kinds, self.bad = jail, tmp_path, Counter[str](), list[str]()
+    def __init__(self, tmp_path: Path) -> None:
+        self.tmp, self.kinds, self.bad = tmp_path, Counter[str](), list[str]()
 
     def case(self, number: int, outcome: Outcome, why: str = "") -> None:
         """Record one case; `why` says what is wrong with a result or with what was left behind."""
@@ -240,12 +233,10 @@ def mixed(count: Count, seeds: Path, change: Callable[[Path, random.Random], Non
         change(at, seed)
         before = {p.name for p in at.iterdir()}
         inputs = ["--base", at / base, "--adapter", at / "a0", "--adapter", at / "a1"]
-        outcome = count.jail.run(
-            "mix", *inputs, "--weights", "0.25,0.5", "--out", at / "mixture", "--modules-to-save", "drop"
-        )
+        outcome = jailed("mix", *inputs, "--weights", "0.25,0.5", "--out", at / "mixture", "--modules-to-save", "drop")
         if outcome.code == 0:
             before.add("mixture")
-            outcome = count.jail.run("export", at / "mixture", "--format", "dense", "--out", at / "out")
+            outcome = jailed("export", at / "mixture", "--format", "dense", "--out", at / "out")
         why = left(at, before, outcome)
         if not why and outcome.code == 0:
             why = wrong_export(at, at / base)
@@ -260,27 +251,27 @@ def as_table(*keys: str) -> Callable[[bytes, random.Random], bytes]:
     return lambda data, seed: mutated_table(json.loads(data), seed, keys)
 
 
-def test_fuzzed_adapter_configs(jail: Jail, seeds: Path, tmp_path: Path) -> None:
-    count = Count(jail, tmp_path)
+def test_fuzzed_adapter_configs(seeds: Path, tmp_path: Path) -> None:
+    count = Count(tmp_path)
     mixed(count, seeds, lambda at, seed: rewrite(at / "a1/adapter_config.json", as_table(*LORA_FIELDS), seed))
     count.close("adapter_config.json")
 
 
-def test_fuzzed_adapter_weights(jail: Jail, seeds: Path, tmp_path: Path) -> None:
-    count = Count(jail, tmp_path)
+def test_fuzzed_adapter_weights(seeds: Path, tmp_path: Path) -> None:
+    count = Count(tmp_path)
     mixed(count, seeds, lambda at, seed: rewrite(at / "a1/adapter_model.safetensors", mutated_safetensors, seed))
     count.close("adapter_model.safetensors")
 
 
-def test_fuzzed_base_configs(jail: Jail, seeds: Path, tmp_path: Path) -> None:
-    count = Count(jail, tmp_path)
+def test_fuzzed_base_configs(seeds: Path, tmp_path: Path) -> None:
+    count = Count(tmp_path)
     mixed(count, seeds, lambda at, seed: rewrite(at / "base/config.json", as_table(*CONFIG_KEYS), seed))
     count.close("config.json")
 
 
-def test_fits_on_fuzzed_base_configs(jail: Jail, seeds: Path, tmp_path: Path) -> None:
+def test_fits_on_fuzzed_base_configs(seeds: Path, tmp_path: Path) -> None:
     """Also configs of far larger models than the files hold: those are refused before memory is taken."""
-    count = Count(jail, tmp_path)
+    count = Count(tmp_path)
     kinds = {"bert": ("shots.csv", "text-classification"), "llama": ("shots.jsonl", "causal-lm")}
     for number in range(FIRST, FIRST + CASES):
         seed = random.Random(number)
@@ -295,50 +286,50 @@ def test_fits_on_fuzzed_base_configs(jail: Jail, seeds: Path, tmp_path: Path) ->
         before = {p.name for p in at.iterdir()}
         inputs = ["--base", at / "base", "--adapter", at / "a0", "--adapter", at / "a1", "--data", at / data]
         short = ["--max-steps", 1, "--folds", 0, "--new-adapter", 0]
-        outcome = jail.run("fit", *inputs, "--task", task, "--out", at / "out", *short, seconds=2 * SECONDS)
+        outcome = jailed("fit", *inputs, "--task", task, "--out", at / "out", *short, seconds=2 * SECONDS)
         count.case(number, outcome, left(at, before, outcome))
     count.close("config.json, in a fit")
 
 
-def test_fuzzed_base_weights(jail: Jail, seeds: Path, tmp_path: Path) -> None:
-    count = Count(jail, tmp_path)
+def test_fuzzed_base_weights(seeds: Path, tmp_path: Path) -> None:
+    count = Count(tmp_path)
     mixed(count, seeds, lambda at, seed: rewrite(at / "base/model.safetensors", mutated_safetensors, seed))
     count.close("model.safetensors")
 
 
-def test_fuzzed_indexes_and_shards(jail: Jail, seeds: Path, tmp_path: Path) -> None:
+def test_fuzzed_indexes_and_shards(seeds: Path, tmp_path: Path) -> None:
     def change(at: Path, seed: random.Random) -> None:
         if seed.random() < 0.7:
             rewrite(at / "shards/model.safetensors.index.json", as_table("metadata", "weight_map"), seed)
         else:
             rewrite(seed.choice(sorted((at / "shards").glob("*.safetensors"))), mutated_safetensors, seed)
 
-    count = Count(jail, tmp_path)
+    count = Count(tmp_path)
     mixed(count, seeds, change, "shards")
     count.close("model.safetensors.index.json")
 
 
-def test_files_that_are_something_else(jail: Jail, seeds: Path, tmp_path: Path) -> None:
+def test_files_that_are_something_else(seeds: Path, tmp_path: Path) -> None:
     def change(at: Path, seed: random.Random) -> None:
         files = sorted(p for p in at.rglob("*") if p.is_file())
         spoil(seed.choice(files), seeds / "dense" / "model.safetensors", seed)
 
-    count = Count(jail, tmp_path)
+    count = Count(tmp_path)
     mixed(count, seeds, change)
     count.close("links, pipes, devices, folders")
 
 
-def test_fuzzed_cards(jail: Jail, seeds: Path, tmp_path: Path) -> None:
+def test_fuzzed_cards(seeds: Path, tmp_path: Path) -> None:
     def change(at: Path, seed: random.Random) -> None:
         rewrite(at / seed.choice(("base", "a0")) / "README.md", mutated_bytes, seed)
 
-    count = Count(jail, tmp_path)
+    count = Count(tmp_path)
     mixed(count, seeds, change)
     count.close("README.md of inputs")
 
 
-def test_fuzzed_mixtures(jail: Jail, seeds: Path, tmp_path: Path) -> None:
-    count = Count(jail, tmp_path)
+def test_fuzzed_mixtures(seeds: Path, tmp_path: Path) -> None:
+    count = Count(tmp_path)
     for number in range(FIRST, FIRST + CASES):
         at, seed = tree(seeds, tmp_path / "case", "base", "a0", "a1", "mixture"), random.Random(number)
         if seed.random() < 0.7:
@@ -347,19 +338,19 @@ def test_fuzzed_mixtures(jail: Jail, seeds: Path, tmp_path: Path) -> None:
             rewrite(at / "mixture/mixture.safetensors", mutated_safetensors, seed)
         before = {p.name for p in at.iterdir()}
         kind = seed.choice(("dense", "dense", "lora"))
-        outcome = count.jail.run("export", at / "mixture", "--format", kind, "--out", at / "out")
+        outcome = jailed("export", at / "mixture", "--format", kind, "--out", at / "out")
         why = left(at, before, outcome) or (
             wrong_export(at, at / "base") if outcome.code == 0 and kind == "dense" else ""
         )
         count.case(number, outcome, why)
-        outcome = count.jail.run("inspect", at / "mixture")
+        outcome = jailed("inspect", at / "mixture")
         count.case(number, outcome, left(at, before | {"out"}, outcome))
     count.close("mixture.json, mixture.safetensors")
 
 
-def test_fuzzed_exports(jail: Jail, seeds: Path, tmp_path: Path) -> None:
+def test_fuzzed_exports(seeds: Path, tmp_path: Path) -> None:
     """Also with a manifest that agrees with what was changed: an attacker writes both."""
-    count = Count(jail, tmp_path)
+    count = Count(tmp_path)
     for number in range(FIRST, FIRST + CASES):
         seed = random.Random(number)
         kind = seed.choice(("dense", "lora"))
@@ -371,9 +362,9 @@ def test_fuzzed_exports(jail: Jail, seeds: Path, tmp_path: Path) -> None:
             forge(folder, file)
         before = {p.name for p in at.iterdir()}
         inputs = ["--base", at / "base", "--adapter", f"a0={at / 'a0'}", "--adapter", f"a1={at / 'a1'}"]
-        outcome = count.jail.run("verify", folder, *(["--quick"] if seed.random() < 0.3 else inputs), "--json")
+        outcome = jailed("verify", folder, *(["--quick"] if seed.random() < 0.3 else inputs), "--json")
         count.case(number, outcome, left(at, before, outcome))
-        count.case(number, count.jail.run("inspect", folder))
+        count.case(number, jailed("inspect", folder))
     count.close("exports and wlora_merge.json")
 
 
@@ -384,8 +375,8 @@ def forge(folder: Path, file: Path) -> None:
     (folder / "wlora_merge.json").write_text(json.dumps(manifest))
 
 
-def test_fuzzed_recipes(jail: Jail, seeds: Path, tmp_path: Path) -> None:
-    count = Count(jail, tmp_path)
+def test_fuzzed_recipes(seeds: Path, tmp_path: Path) -> None:
+    count = Count(tmp_path)
     recipe = json.loads((seeds / "recipe.yaml").read_text())
     keys = (
         "fit",
@@ -410,7 +401,7 @@ def test_fuzzed_recipes(jail: Jail, seeds: Path, tmp_path: Path) -> None:
         )
         (at / "recipe.yaml").write_bytes(text)
         before = {p.name for p in at.iterdir()}
-        outcome = count.jail.run("run", at / "recipe.yaml", "--out", at / "out")
+        outcome = jailed("run", at / "recipe.yaml", "--out", at / "out")
         count.case(number, outcome, left(at, before, outcome))
     count.close("recipes")
 
@@ -443,8 +434,8 @@ def data_files() -> dict[str, tuple[str, bytes]]:
     }
 
 
-def test_fuzzed_data_files(jail: Jail, seeds: Path, tmp_path: Path) -> None:
-    count, files = Count(jail, tmp_path), data_files()
+def test_fuzzed_data_files(seeds: Path, tmp_path: Path) -> None:
+    count, files = Count(tmp_path), data_files()
     at = tree(seeds, tmp_path / "case", "base", "a0", "a1")
     for number in range(FIRST, FIRST + 2 * CASES):
         seed = random.Random(number)
@@ -461,12 +452,12 @@ def test_fuzzed_data_files(jail: Jail, seeds: Path, tmp_path: Path) -> None:
         recipe = {"base": "base", "adapters": {"a0": "a0", "a1": "a1"}, "fit": {"data": name, "task": task}}
         (at / "recipe.yaml").write_text(json.dumps(recipe))
         before = {p.name for p in at.iterdir()}
-        outcome = count.jail.run("run", at / "recipe.yaml", "--check")
+        outcome = jailed("run", at / "recipe.yaml", "--check")
         count.case(number, outcome, left(at, before, outcome))
     count.close("data files")
 
 
-def test_fuzzed_onnx_files(jail: Jail, seeds: Path, tmp_path: Path) -> None:
+def test_fuzzed_onnx_files(seeds: Path, tmp_path: Path) -> None:
     """As the base of a refold, parsed by this package; what the sound one gives, ONNX's own checker takes."""
     if CASES < 10:
         pytest.skip("tracing the seed takes longer than a few cases are worth: make test-trust")
@@ -474,14 +465,14 @@ def test_fuzzed_onnx_files(jail: Jail, seeds: Path, tmp_path: Path) -> None:
     from support.refold import onnx_of
 
     file = onnx_of(seeds / "base", tmp_path / "traced")
-    count = Count(jail, tmp_path)
+    count = Count(tmp_path)
     for number in range(FIRST, FIRST + CASES):
         at, seed = tree(seeds, tmp_path / "case", "base", "a0", "a1", "mixture"), random.Random(number)
         data = file.read_bytes()
         (at / "base.onnx").write_bytes(data if number == FIRST else mutated_bytes(data, seed))
         before = {p.name for p in at.iterdir()}
         line = ["export", at / "mixture", "--format", "onnx", "--onnx-base", at / "base.onnx", "--out", at / "out"]
-        outcome = count.jail.run(*line)
+        outcome = jailed(*line)
         why = left(at, before, outcome)
         if outcome.code == 0 and number == FIRST:
             onnx.checker.check_model(str(at / "out/onnx/model.onnx"))
