@@ -28,7 +28,7 @@ SLOW = (
 
 
 GRAPHS = ("onnx_tests/", "exporters_tests/test_onnx_", "documents/test_blocks.py", "features/")
-TRACED = ("test_trace.py", "test_trace_cache.py", "test_convert.py")
+TRACED = ("test_trace_cache.py", "test_convert.py")
 """Tests that export to ONNX, and those of them in which each export has to be traced."""
 
 
@@ -69,7 +69,7 @@ def _quick() -> Iterator[None]:
 def _own_cache(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a test leaves in the cache is forgotten after it, but for traced graphs of the tests of ONNX that are not about tracing."""
+    """What a test leaves in the cache is forgotten after it, but for graphs of those tests of ONNX that are not about tracing."""
     path = request.path.relative_to(Path(__file__).parent).as_posix()
     shares = path.startswith(GRAPHS) and not path.endswith(TRACED)
     folder = _common_cache(tmp_path_factory) if shares else tmp_path_factory.mktemp("cache")
