@@ -83,7 +83,7 @@ def _gains(given: Given, shots: Examples, labels: LabelSet | None, ranks: Team) 
         options=replace(given.options, delta_scale=0.0, granularity="global", normalize="none", packing=False),
     )
     ready = prepare(one, shots, None, labels, ranks, FitState(None, "", resume=False))
-    learner, rows = ready.learner, ready.trained
+    learner, rows = ready.learner, range(ready.learner.shots)
     if learner.head and not learner.situation.left_out:
         learner.train(Candidate(BASE, (0.0,), scale=0.0), Split(rows, MOST_STEPS, "screening", "screening"))
     detach(learner.model)
