@@ -88,17 +88,18 @@ def _lora(job: Job, shots: list[Row], seed: int) -> Trained:
     return _train(job, get_peft_model(model, config), shots, seed, rate=1e-3)
 
 
-def _embedded(scale: float) -> Method:
+def _embedded(scale: float, combined: str = "linear") -> Method:
     """scikit-learn's logistic regression on the model's frozen features: what is tried first.
 
     Of an encoder the mean of the tokens at unit norm; of a language model the last token two thirds up, standardized.
 
     Args:
         scale: how much of the adapters' uniform composition is in the model; 0: the base alone.
+        combined: how the adapters are combined, as `wlora-merge mix --method`.
     """
 
     def run(job: Job, shots: list[Row], seed: int) -> Trained:
-        embedder = Embedder(job, scale)
+        embedder = Embedder(job, scale, combined)
         embedder.fit(shots + [(words_of(label), label) for label in job.labels] * job.label_names)
         head = embedder.head[-1]
         return Trained(embedder, head.coef_.size + head.intercept_.size)
@@ -109,15 +110,17 @@ def _embedded(scale: float) -> Method:
 class Embedder:
     """A frozen model and a logistic regression on what it gives."""
 
-    def __init__(self, job: Job, scale: float) -> None:
+    def __init__(self, job: Job, scale: float, combined: str = "linear") -> None:
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import Normalizer, StandardScaler
         from transformers import AutoModel
 
         self.tokenizer, self.pooled = _tokenizer(job), _has_head(job)
-        self.model = AutoModel.from_pretrained(job.base, dtype=torch.float32).eval()
-        if scale:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = job.base if combined == "linear" else _combined(job, combined, Path(scratch))
+            self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        if scale and combined == "linear":
             wlora_merge.attach(
                 self.model, list(job.adapters.items()), normalize="none", delta_scale=scale, modules_to_save="drop"
             )
@@ -146,9 +149,18 @@ class Embedder:
         return states[round(2 * (len(states) - 1) / 3)][torch.arange(len(texts)), mask.sum(1) - 1].double().numpy()
 
 
+def _combined(job: Job, method: str, folder: Path) -> Path:
+    """The base with the adapters folded in, half of each adapter's delta weight kept."""
+    adapters = list(job.adapters.items())
+    mixture = wlora_merge.mix(job.base, adapters, method=method, density=0.5, modules_to_save="drop")
+    wlora_merge.export(mixture, "dense", folder / "dense")
+    return folder / "dense"
+
+
 METHODS: dict[str, Method] = {
     "logistic regression on the base's embedding": _embedded(0.0),
     "the same on uniform composition's": _embedded(1.0),
+    "the same on that of ties": _embedded(1.0, "ties"),
     "base with a new head": _fitted(method="fixed", weights=lambda n: [0.0] * n, folds=0),
     "full fine-tuning": _finetuned,
     "LoRA from scratch": _lora,
