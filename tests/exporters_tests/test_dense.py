@@ -390,3 +390,15 @@ def test_a_head_that_the_files_call_otherwise_takes_its_place(tmp_path: Path) ->
     assert mixture.head_tensors["classifier.weight"] == "model.classifier.weight"
     export(mixture, "dense", tmp_path / "out")
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == {k.removeprefix("model.") for k in load_file(file)}
+
+
+def test_files_that_are_not_hashed_are_the_same_files(zoo: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, folders = zoo
+    inputs = find_inputs(mix(base, folders))
+    files = dense_format.plan_dense(inputs, None).files
+    for name in ("hashed", "plain"):
+        (tmp_path / name).mkdir()
+    hashed = stream.write_files(files, tmp_path / "hashed", inputs.mixture)
+    assert stream.write_files(files, tmp_path / "plain", inputs.mixture, hashed=False) == {}
+    written = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (tmp_path / "plain").iterdir()}
+    assert written == hashed

@@ -53,6 +53,7 @@ def write_files(
     mixture: Mixture,
     *,
     read_back: bool = False,
+    hashed: bool = True,
 ) -> dict[str, str]:
     """Stream the planned files into the folder `out`, with a few blocks for each in memory.
 
@@ -61,9 +62,10 @@ def write_files(
         out: the folder to write into.
         mixture: the mixture.
         read_back: read what was written back from the disk at once, and compare.
+        hashed: hash the bytes as they pass; not for files that are gone before the export is done.
 
     Returns:
-        File name -> sha256, hashed as the bytes passed.
+        File name -> sha256; empty where they are not hashed.
 
     Raises:
         WloraMergeError: an input that cannot be read or changed meanwhile, or a NaN or infinity in a folded tensor.
@@ -79,11 +81,11 @@ def write_files(
         ThreadPoolExecutor(workers) as pool,
         ThreadPoolExecutor(side_by_side) as writers,
     ):
-        crew = Crew(pool, max(1, workers // side_by_side), disk, meter, stop, read_back)
+        crew = Crew(pool, max(1, workers // side_by_side), disk, meter, stop, read_back, hashed)
         odd: set[str] = set()
         jobs = [writers.submit(_write_file, file, out, mixture, crew, odd) for file in files]
         try:
-            digests = {file.name: job.result() for file, job in zip(files, jobs, strict=True)}
+            digests = [job.result() for job in jobs]
         except BaseException:
             stop.set()
             for job in jobs:
@@ -96,7 +98,7 @@ def write_files(
             WloraMergeWarning,
             stacklevel=3,
         )
-    return digests
+    return {file.name: digest for file, digest in zip(files, digests, strict=True) if digest is not None}
 
 
 @dataclass(frozen=True)
@@ -109,19 +111,21 @@ class Crew:
     meter: Meter
     stop: threading.Event
     read_back: bool
+    hashed: bool
 
 
-def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew, odd: set[str]) -> str:
-    """Stream one file; its digest. `odd` gets the names of copied tensors that hold an infinity."""
-    digest, space, at = hashlib.sha256(), Workspace(), 0
+def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew, odd: set[str]) -> str | None:
+    """Stream one file; its digest, where the crew hashes. `odd` gets the names of copied tensors that hold an infinity."""
+    digest, space, at = hashlib.sha256() if crew.hashed else None, Workspace(), 0
     ends = list(accumulate((piece.nbytes for piece in file.pieces), initial=len(file.header)))[1:]
     inputs: dict[Path, int] = {}
 
     def put(block: memoryview) -> None:
-        """Hash a block, write it, and give its memory back."""
+        """Hash a block where the crew does, write it, and give its memory back."""
         if crew.stop.is_set():
             raise OutputError(f"{out / file.name}: stopped, as another file failed.")
-        digest.update(block)
+        if digest is not None:
+            digest.update(block)
         stream.write(block)
         nonlocal at
         before, at = at, at + len(block)
@@ -136,7 +140,7 @@ def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew, odd: 
     finally:
         for fd in inputs.values():
             os.close(fd)
-    return digest.hexdigest()
+    return None if digest is None else digest.hexdigest()
 
 
 def _in_order(
