@@ -30,7 +30,7 @@ from .factors import Factors, Stored, TokenRows, used_ranks
 from .keys import PATTERN_SECONDS, check_adapter_name, parse_adapter_key, pattern_value
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -58,8 +58,8 @@ class WeightsFile:
         return sha256_file(self.path)
 
     @cached_property
-    def ranks(self) -> dict[Entry, torch.Tensor]:
-        """Which ranks of each factor are not all zero, [r] bool. It reads the file, every number of which must be finite.
+    def ranks(self) -> dict[Entry, int]:
+        """Which ranks of each factor are not all zero, a bit for each. It reads the file, every number of which must be finite.
 
         Raises:
             AdapterError: a NaN or an infinity, with the tensor.

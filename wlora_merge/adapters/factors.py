@@ -116,19 +116,23 @@ class Factors:
         """True where the product is zero: no rank has both its row of lora_A and its column of lora_B."""
         return self._is_zero(used_ranks(self.lora_A, 0), used_ranks(self.lora_B, 1))
 
-    def note_ranks(self, ranks: Mapping[Entry, torch.Tensor]) -> None:
+    def note_ranks(self, ranks: Mapping[Entry, int]) -> None:
         """Learn from who has read both tensors which ranks they use, so that `is_zero` need not read them again."""
         known = [ranks[s] for s in (self.stored_A, self.stored_B) if isinstance(s, Entry) and s in ranks]
         if len(known) == 2:
             self.is_zero = self._is_zero(*known)
 
-    def _is_zero(self, rows: torch.Tensor, columns: torch.Tensor) -> bool:
-        return self.scaling == 0 or not bool((rows & columns).any())
+    def _is_zero(self, rows: int, columns: int) -> bool:
+        return self.scaling == 0 or not rows & columns
 
 
-def used_ranks(factor: torch.Tensor, axis: int) -> torch.Tensor:
-    """[r] bool: which ranks of a factor are not all zero; they are its rows (axis 0, of lora_A) or columns (axis 1, of lora_B)."""
-    return factor.transpose(0, axis).flatten(1).any(1)
+def used_ranks(factor: torch.Tensor, axis: int) -> int:
+    """A bit for each rank of a factor that is not all zero; ranks are its rows (axis 0, of lora_A) or columns (axis 1, of lora_B).
+
+    Hundreds of adapters have a hundred thousand factors, and a tensor for each would be a megabyte an adapter.
+    """
+    used = factor.transpose(0, axis).flatten(1).any(1).tolist()
+    return sum(1 << rank for rank, is_used in enumerate(used) if is_used)
 
 
 def _held(stored: Stored) -> torch.Tensor:

@@ -40,6 +40,7 @@ from .run import FitProgress
 from .trackers import tracker_names
 
 if TYPE_CHECKING:
+    from ..data.labels import LabelSet
     from ..data.sources import Source
     from ..mixture.record import FitMetrics
     from .candidates import Candidate
@@ -92,10 +93,7 @@ def fit(
     given = Given(job, request, chosen, open_base(base), load_adapters(adapters, residual=request.residual), read)
     if out is not None:
         refuse_out(Path(out), force=force, inputs=given.sources)
-    stacked = _stacked(given)
-    shots, held = _examples(given)
-    labels = job.labels(shots, problem_type=chosen.problem_type)
-    stacked.check_numbers()  # what came before needs headers and data alone
+    shots, held, labels = _checked(given)
     from .preparation import prepare
     from .screening import screened
     from .stages import find_mixture
@@ -120,6 +118,15 @@ def fit(
             mixture.save(out, force=force, inputs=given.sources, beside=beside)
             state.remove()
     return mixture
+
+
+def _checked(given: Given) -> tuple[Examples, Examples | None, LabelSet | None]:
+    """The shots, the evaluation data and the labels. First what headers and data tell is refused, then what the numbers do."""
+    stacked = _stacked(given)
+    shots, held = _examples(given)
+    labels = given.task.labels(shots, problem_type=given.options.problem_type)
+    stacked.check_numbers()
+    return shots, held, labels
 
 
 def _stacked(given: Given) -> Stack:
