@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import AdapterError, UnsupportedError, WloraMergeError, WloraMergeWarning
 from ..io.digests import sha256_file
@@ -28,9 +28,6 @@ from .config import check_config
 from .conventions import by_expert
 from .factors import Factors, Stored, TokenRows, used_ranks
 from .keys import PATTERN_SECONDS, check_adapter_name, parse_adapter_key, pattern_value
-
-if TYPE_CHECKING:
-    pass
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

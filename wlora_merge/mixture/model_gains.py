@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..adapters.deltas import ModuleDelta
-from .weights import at_module, mixture_weights
+from .weights import at_module, gains, mixture_weights
 
 if TYPE_CHECKING:
     from .attachment import Attachment
@@ -101,8 +101,8 @@ class ModelGains:
         Args:
             places: device and dtype in which each part needs them.
         """
-        gains, sizes = self._make(slice(None), slice(None)), [part.stop - part.start for part in self.parts.values()]
-        cut = {place: _Cut.apply(gains.to(*place), sizes) for place in dict.fromkeys(places)}  # type: ignore[no-untyped-call]
+        made, sizes = self._make(slice(None), slice(None)), [part.stop - part.start for part in self.parts.values()]
+        cut = {place: _Cut.apply(made.to(*place), sizes) for place in dict.fromkeys(places)}  # type: ignore[no-untyped-call]
         found = {part: cut[place][i] for i, (part, place) in enumerate(zip(self.parts, places, strict=True))}
         self.running = _Running(found, torch.is_grad_enabled(), _version(self.attachment.weights))
 
@@ -134,7 +134,7 @@ class ModelGains:
         """Gains [rows] of these modules."""
         weights = self._weights(modules)
         index = self.index[rows] - (modules.start or 0) * weights.shape[1]
-        return self.attachment.delta_scale * weights.flatten()[index] * self.scaling[rows]
+        return gains(weights.flatten(), self.scaling[rows], index, self.attachment.delta_scale)
 
 
 class _Cut(torch.autograd.Function):

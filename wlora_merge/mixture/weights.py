@@ -19,7 +19,7 @@ def mixture_weights(logits: torch.Tensor, normalize: str, temperature: float = 1
 
 
 def at_module(weights: torch.Tensor, present: torch.Tensor, normalize: str) -> torch.Tensor:
-    """Mixture weights [N] as a module uses them: `present` renormalizes over the adapters that target it [N] bool."""
+    """Mixture weights [..., N] as modules use them: `present` renormalizes over the adapters that target each [..., N] bool."""
     if normalize != "present":
         return weights
     kept = weights * present
@@ -30,7 +30,14 @@ def at_module(weights: torch.Tensor, present: torch.Tensor, normalize: str) -> t
 def gains(
     weights: torch.Tensor, scaling: torch.Tensor, adapter_index: torch.Tensor, delta_scale: float | torch.Tensor
 ) -> torch.Tensor:
-    """gains [R] = delta_scale · mixture weight · scaling, one for each stacked row; differentiable in `weights` [N]."""
+    """gains [R] = delta_scale · mixture weight · scaling, one for each stacked row; differentiable in `weights`.
+
+    Args:
+        weights: [N] of one module, or flat those of several.
+        scaling: [R].
+        adapter_index: [R], which of the weights each row has.
+        delta_scale: of the whole delta weight.
+    """
     return delta_scale * weights[adapter_index] * scaling
 
 

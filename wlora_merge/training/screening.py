@@ -11,6 +11,7 @@ It knows the base with its task, and adapters one at a time. It knows nothing of
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..adapters.stacking import stack
+from ..adapters.stacking import Stack
 from ..errors import MixtureError
 from ..mixture.attach import detach
 from ..mixture.fold import fold_factor, fold_factors
@@ -89,7 +90,7 @@ def _gains(given: Given, shots: Examples, labels: LabelSet | None, ranks: Team) 
     detach(learner.model)
     found = module_gains(learner, given.base, given.adapters, rows)
     gains = {name: sum(of_modules.values()) for name, of_modules in found.items()}
-    if not all(map(torch.isfinite, map(torch.tensor, gains.values()))):
+    if not all(map(math.isfinite, gains.values())):
         raise MixtureError(
             "the loss of the shots has no finite gradient on the base: give --precision float32, or other shots."
         )
@@ -114,7 +115,7 @@ def module_gains(
     find, find_tensor = live_modules(names), live_tensors(names)
 
     def changes(adapter: Adapter) -> list[ModuleDelta]:
-        return stack([adapter], find, find_tensor, model_type=base.model_type)
+        return Stack.of([adapter], find, find_tensor, model_type=base.model_type).deltas()
 
     modules = sorted({delta.module for adapter in adapters for delta in changes(adapter)})
     found = {}
@@ -143,7 +144,7 @@ def weight_gradients(model: nn.Module, modules: Sequence[str]) -> Iterator[dict[
         else:
             zero = torch.zeros(layer.out_features, layer.in_features, device=layer.weight.device)
             probes[f"{name}.weight"] = nn.Parameter(zero)
-            hooks.append(layer.register_forward_hook(_beside(probes[f"{name}.weight"])))
+            hooks.append(layer.register_forward_hook(_adding(probes[f"{name}.weight"])))
         if isinstance(getattr(layer, "bias", None), nn.Parameter):
             probes[f"{name}.bias"] = layer.bias
     for probe in probes.values():
@@ -158,7 +159,7 @@ def weight_gradients(model: nn.Module, modules: Sequence[str]) -> Iterator[dict[
             probe.grad = None
 
 
-def _beside(weight: nn.Parameter) -> Any:
+def _adding(weight: nn.Parameter) -> Any:
     """A forward hook that adds the output of one more weight."""
     return lambda layer, args, output: output + F.linear(args[0].to(weight.dtype), weight).to(output.dtype)
 
