@@ -16,7 +16,10 @@ NEW_FOLDER = "new_adapter"
 """Where a mixture folder has it."""
 FIT_STATE = ".fit-state"
 NORMALIZE = ("all", "present", "none")
-COMBINATIONS, MAJORITY_SIGNS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"), ("total", "frequency")
+LINEAR, MAJORITY_SIGNS = "linear", ("total", "frequency")
+PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+"""The ways to combine delta weights that are not their weighted sum; each prunes them first."""
+COMBINATIONS = (LINEAR, *PRUNING)
 FORMATS = ("dense", "lora", "onnx")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What weights may be written in, and how safetensors calls it."""

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .constants import GRANULARITIES, NORMALIZE, PROBLEM_TYPES
+from .constants import GRANULARITIES, NORMALIZE, PROBLEM_TYPES, PRUNING
 from .data.tasks import FIT_TASKS
 from .errors import MixtureError
-from .mix_options import AdapterOptions
+from .mix_options import PRUNING_RULES, AdapterOptions, density_option, majority_sign_option
 from .option_fields import (
     ABOVE_0,
     AT_LEAST_0,
@@ -29,7 +29,7 @@ from .option_fields import (
 )
 
 POOLINGS = ("auto", "model", "mean", "cls", "last")
-METHODS = ("learned", "uniform", "best-single", "fixed", "search", "auto")
+METHODS = ("learned", "uniform", "best-single", "fixed", "search", "auto", *PRUNING)
 LEARNED = ("learned", "auto")
 """The methods that learn weights by gradients."""
 
@@ -74,9 +74,9 @@ class FitOptions:
     method: str = option(
         "learned", Topic.MIXED, common=True, choices=METHODS,
         help="learned: logits by gradient; uniform; best-single: the adapter best on held-out shots; fixed: --weights; search: "
-        "global weights without gradients; auto: the best of all on held-out shots.",
+        "global weights without gradients; auto: the best of all on held-out shots; ties and its kin: as mix --method.",
         detail="learned and uniform are those of Asadi et al. 2024. search is CMA-ES: it searches as LoraHub does, but sums in "
-        "delta-weight space.")
+        "delta-weight space. Of ties, dare_linear, dare_ties and magnitude_prune a fit finds the head alone.")
     select: str = option(
         "method", Topic.MIXED, choices=("method", "best"),
         help="best: keep uniform composition or one adapter where it is better, or as good within a standard error.",
@@ -88,8 +88,10 @@ class FitOptions:
         "--initial-logits.",
         detail="Each is scored by the first-order gain of adding it to the base: one backward pass serves any number of adapters.")
     weights: Sequence[float] | None = option(
-        None, Topic.MIXED, metavar="W,W,...", of=("fixed",),
-        help="For --method fixed: one mixture weight for each adapter.", detail="They are used as they are.")
+        None, Topic.MIXED, metavar="W,W,...", of=("fixed", *PRUNING),
+        help="One mixture weight for each adapter.", detail="They are used as they are.")
+    density: float | None = density_option()
+    majority_sign: str | None = majority_sign_option()
     granularity: str | None = option(
         None, Topic.MIXED, choices=GRANULARITIES, of=LEARNED,
         help="Which modules share mixture weights. Default: module; the folds try global too from --settings 4 on.")
@@ -192,7 +194,7 @@ class FitOptions:
         help="Tokens kept of an example. Default: what the tokenizer says, within the model's positions.")
     seed: int = option(
         0, Topic.TRAINED, bounds=SEED,
-        help="Of the head, the new adapter, the search, the order and the folds.")
+        help="Of the head, the new adapter, the search, the order, the folds, and what is kept at random.")
     device: str = option("auto", Topic.TRAINED, choices=("auto", "cpu", "cuda", "mps"), help="Where to run.")
     precision: str = option(
         "float32", Topic.TRAINED, choices=("float32", "bf16", "fp16"),
@@ -215,6 +217,14 @@ class FitOptions:
     report_to: str = option(
         "none", Topic.OUTPUT, help="Trackers of accelerate (tensorboard, wandb, ...), with commas.")
     # fmt: on
+
+    @property
+    def combination(self) -> dict[str, Any]:
+        """The options of a mix that combines delta weights as this fit does; empty where it sums them."""
+        if self.method not in PRUNING:
+            return {}
+        names = ("method", "density", "majority_sign", "weights", *(["seed"] if self.method.startswith("dare") else []))
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,8 +312,11 @@ _RULES: list[Rule] = [
      "epochs and max_steps both say how long to train: give one."),
     (lambda o: o.keep is not None and (o.weights is not None or o.initial_logits is not None),
      "keep chooses among the adapters, and weights and initial_logits are of all of them: leave keep out."),
-    (lambda o: (o.method == "fixed") != (o.weights is not None),
+    (lambda o: o.weights is None if o.method == "fixed" else o.weights is not None and o.method not in PRUNING,
      "--method fixed and --weights go together: give both, or neither."),
+    *PRUNING_RULES,
+    (lambda o: o.method in PRUNING and ("prune_below" if o.prune_below else "normalize" if o.normalize else ""),
+     "{found} is of mixture weights that are summed as they are, and method {o.method} does more: leave it out."),
     (lambda o: o.prune_below >= 1 and o.normalize != "none" and o.method not in ("fixed", "best-single"),
      "prune_below is {o.prune_below}, expected less than 1, as no weight of a softmax is larger; for free weights give "
      "--normalize none too."),

@@ -7,10 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .constants import COMBINATIONS, MAJORITY_SIGNS, NORMALIZE
+from .constants import COMBINATIONS, LINEAR, MAJORITY_SIGNS, NORMALIZE, PRUNING
 from .data.tasks import TASKS
 from .errors import MixtureError
 from .option_fields import SEED, SHARE, Rule, Topic, checked, option, refuse
+
+
+def density_option() -> Any:
+    """`density`, of a mix and of a fit."""
+    return option(
+        None, Topic.MIXED, bounds=SHARE, of=PRUNING,
+        help="The share of each adapter's delta weight, tensor by tensor, that is kept.")  # fmt: skip
+
+
+def majority_sign_option() -> Any:
+    """`majority_sign`, of a mix and of a fit."""
+    return option(
+        None, Topic.MIXED, choices=MAJORITY_SIGNS, of=("ties", "dare_ties"),
+        help="Elect by the total of the numbers, or by how many have a sign. Default: total.")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +43,14 @@ class WeightOptions:
         None, Topic.MIXED, choices=NORMALIZE[:2], help="For uniform composition. Default: all."
     )
     method: str = option(
-        "linear", Topic.MIXED, choices=COMBINATIONS,
+        LINEAR, Topic.MIXED, choices=COMBINATIONS,
         help="How delta weights become one: summed as they are; pruned first, to the largest (magnitude_prune) or at random "
         "(dare_linear); and of one sign where they disagree (ties, dare_ties).",
         detail="As PEFT's functions of these names do it, on the dense delta weight of each tensor and adapter. All but linear are "
         "exported dense or to ONNX, or come near as a LoRA of --rank K. ties and dare_ties average what agrees: their default "
         "weights are 1. TIES: https://arxiv.org/abs/2306.01708; DARE: https://arxiv.org/abs/2311.03099.")
-    density: float | None = option(
-        None, Topic.MIXED, bounds=SHARE, of=COMBINATIONS[1:],
-        help="The share of each adapter's delta weight, tensor by tensor, that is kept.")
-    majority_sign: str | None = option(
-        None, Topic.MIXED, choices=MAJORITY_SIGNS, of=("ties", "dare_ties"),
-        help="Elect by the total of the numbers, or by how many have a sign. Default: total.")
+    density: float | None = density_option()
+    majority_sign: str | None = majority_sign_option()
     seed: int | None = option(
         None, Topic.MIXED, bounds=SEED, of=("dare_linear", "dare_ties"), help="Of what is kept at random. Default: 0.")
     delta_scale: float = option(1.0, Topic.MIXED, common=True, help="Factor of the whole delta weight.")
@@ -75,13 +85,17 @@ class MixOptions(AdapterOptions, WeightOptions):
 
 
 # fmt: off
-_RULES: list[Rule] = [
-    (lambda o: o.method != "linear" and o.density is None,
+PRUNING_RULES: list[Rule] = [
+    (lambda o: o.method in PRUNING and o.density is None,
      "method {o.method} prunes the delta weights: say --density, the share of them that is kept, as 0.2."),
-    (lambda o: o.method == "linear" and o.density is not None,
-     "density is of a method that prunes ({found}), and method linear does not: say --method too, or leave it out."),
+    (lambda o: o.method not in PRUNING and o.density is not None,
+     "density is of a method that prunes, and method {o.method} does not: say --method ties too, or leave it out."),
     (lambda o: o.majority_sign is not None and not o.method.endswith("ties"),
      "majority_sign is of ties and dare_ties, and method {o.method} elects no sign: leave it out."),
+]
+"""What a mix and a fit ask of the numbers of a method that prunes."""
+_RULES: list[Rule] = [
+    *PRUNING_RULES,
     (lambda o: o.seed is not None and not o.method.startswith("dare"),
      "seed is of dare_linear and dare_ties, and method {o.method} draws nothing at random: leave it out."),
     (lambda o: o.normalize is not None and o.method.endswith("ties"),

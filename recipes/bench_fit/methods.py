@@ -43,7 +43,7 @@ def _fitted(**options: Any) -> Method:
     def run(job: Job, shots: list[Row], seed: int) -> Trained:
         chosen = {k: v(len(job.adapters)) if callable(v) else v for k, v in options.items()}
         mixture, model = fit_and_load(job, shots, seed, **chosen)
-        frozen = chosen.get("method") in ("fixed", "uniform", "best-single")
+        frozen = chosen.get("method") in ("fixed", "uniform", "best-single", "ties")
         learned = 0 if frozen else len(mixture.groups) * len(job.adapters)
         return Trained(model, learned + _new(mixture) + sum(t.numel() for t in mixture.head.values()))
 
@@ -166,6 +166,7 @@ METHODS: dict[str, Method] = {
     "LoRA from scratch": _lora,
     "best single adapter on the shots": _fitted(method="best-single"),
     "uniform composition": _fitted(method="uniform", folds=0),
+    "wlora-merge fit --method ties": _fitted(method="ties", density=0.5, folds=0),
     "plain learned composition": _fitted(
         normalize="all",
         granularity="module",

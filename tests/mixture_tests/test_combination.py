@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
-from support.models import EVERY_LINEAR, make_adapter, peft_changes, tiny_llama
+from support.combinations import METHODS, by_peft
+from support.models import EVERY_LINEAR, make_adapter, tiny_llama
 
 from wlora_merge.adapters.deltas import ModuleDelta
 from wlora_merge.errors import MixtureError, UnsupportedError
@@ -26,46 +24,7 @@ from wlora_merge.mixture.inputs import find_inputs
 from wlora_merge.mixture.mix import mix
 from wlora_merge.mixture.mixture import Mixture
 
-METHODS: list[dict[str, Any]] = [
-    {"method": "ties", "density": 0.2},
-    {"method": "ties", "density": 1.0},
-    {"method": "ties", "density": 0.5, "majority_sign": "frequency"},
-    {"method": "magnitude_prune", "density": 0.3},
-    {"method": "dare_linear", "density": 0.4, "seed": 3},
-    {"method": "dare_ties", "density": 0.4, "seed": 3},
-    {"method": "dare_ties", "density": 0.6, "majority_sign": "frequency"},
-]
 WEIGHTS = [0.75, -0.25, 1.125]  # which float32 holds
-
-
-def mask(seed: int, adapter: str, module: str, shape: torch.Size, density: float) -> torch.Tensor:
-    """Which numbers DARE keeps, from the definition: place n has the n-th draw of one Philox stream."""
-    key = int.from_bytes(hashlib.sha256(f"{seed}\0{adapter}\0{module}".encode()).digest()[:16], "big")
-    draws = np.random.Philox(key=key).random_raw(shape.numel()).reshape(shape)
-    return torch.from_numpy((draws >> np.uint64(11)) < np.uint64(density * 2**53))
-
-
-def by_peft(
-    model: Any, folders: list[Path], weights: list[float], monkeypatch: pytest.MonkeyPatch, **how: Any
-) -> dict[str, torch.Tensor]:
-    """The model's tensors in float64, and what PEFT's function of the method makes of each adapter's dense delta weight."""
-    changes = [peft_changes(model, folder) for folder in folders]
-    tensors = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    more = {"majority_sign_method": how["majority_sign"]} if "majority_sign" in how else {}
-    for name in {name for change in changes for name in change}:
-        present = [n for n, change in enumerate(changes) if name in change]
-        masks = iter(
-            mask(how.get("seed", 0), folders[n].name, name.removesuffix(".weight"), tensors[name].shape, how["density"])
-            for n in present
-        )
-        monkeypatch.setattr(torch, "bernoulli", lambda full, masks=masks: next(masks).to(full.dtype))
-        function = getattr(merge_utils, how["method"])
-        given = [changes[n][name] for n in present]
-        tensors[name] = tensors[name] + function(
-            given, torch.tensor([weights[n] for n in present], dtype=torch.float64), how["density"], **more
-        )
-        monkeypatch.undo()
-    return tensors
 
 
 def same_but_for_rounding(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -79,11 +79,21 @@ def _fit_row(inputs: Inputs, fit: FitRequest, examples: Examples, speed: float) 
         "step": f"fit (about {learned} trainings of at most {steps} steps)",
         "disk": 40 * len(inputs.mixture.groups) * len(inputs.adapters)
         + _new_adapter_bytes(inputs, options.new_adapter),
-        "memory": int(TRAINER_IMPORTS + parameters * BYTES_PER_PARAMETER[fit.quantize] + activations),
+        "memory": int(
+            TRAINER_IMPORTS + parameters * BYTES_PER_PARAMETER[fit.quantize] + activations + _combined_bytes(inputs)
+        ),
         "seconds": None
         if on_gpu
         else round(seconds if fit.max_minutes is None else min(seconds, 60 * fit.max_minutes), 1),
     }
+
+
+def _combined_bytes(inputs: Inputs) -> int:
+    """Of the combination of delta weights as a fit attaches it: of each module its matrix and an identity, in float32."""
+    if inputs.mixture.combination.is_linear:
+        return 0
+    shapes = [matrix_shape(d.shape) for d in inputs.deltas if isinstance(d, ModuleDelta) and d.R]
+    return sum(4 * (rows * columns + min(rows, columns) ** 2) for rows, columns in shapes)
 
 
 def _new_adapter_bytes(inputs: Inputs, r: int | None) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.find import find_adapters
+from ..constants import LINEAR, PRUNING
 from ..data.tasks import get_task
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ def mixable_adapters(base: str | Path, given: Sequence[AdapterSpec], options: Ma
     if options.get("weights") is not None:
         return list(given)
     asked: dict[str, Any] = {name: options.get(name) for name in ("modules_to_save", "resize_vocab", "residual")}
-    if "data" not in options:
-        return [*mixable(base, given, **asked, method=options.get("method") or "linear")]
-    if get_task(options["task"]).has_head:  # which the fit trains in the place of theirs
+    asked["method"] = options["method"] if options.get("method") in PRUNING else LINEAR
+    if "data" in options and get_task(options["task"]).has_head:  # which the fit trains in the place of theirs
         asked["modules_to_save"] = asked["modules_to_save"] or "drop"
     return [*mixable(base, given, **asked)]

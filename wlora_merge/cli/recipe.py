@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import default_name
+from ..constants import PRUNING
 from ..errors import RecipeError, WloraMergeError
 from ..export_options import ExportOptions, export_options
 from ..fit_options import FitRequest, fit_request
@@ -185,9 +186,15 @@ def _check(recipe: Recipe, path: Path) -> None:
     with _named(f"{path}: mix"):
         if recipe.mix is not None:
             mix_options(vars(recipe.mix))
+    made = recipe.fit or recipe.mix
     for i, entry in enumerate(recipe.exports):
         with _named(f"{path}: exports[{i}]"):
             export_options(options_of(entry, ExportOptions))
+        if entry.format == "lora" and not (entry.rank or entry.energy) and made is not None and made.method in PRUNING:
+            raise RecipeError(
+                f"{path}: exports[{i}]: delta weights that are combined by {made.method} are no products of two factors, so no LoRA "
+                "has them: say rank: K for one that is near, or format: dense."
+            )
 
 
 @contextmanager

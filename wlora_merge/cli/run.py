@@ -160,7 +160,9 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
 
     base = seen_from(recipe.base, where)
     adapters = _adapters(recipe, base, where)
-    fitted = {"modules_to_save": "drop", "residual": recipe.fit.residual} if recipe.fit is not None else {}
+    fitted: dict[str, Any] = {}
+    if recipe.fit is not None:
+        fitted = {"modules_to_save": "drop", "residual": recipe.fit.residual, **recipe.fit.options.combination}
     inputs = find_inputs(mix(base, adapters, **(fitted or _mix_options(recipe))))
     rows = [{"what": "base", "path": base}, *({"what": f"adapter {n}", "path": p} for n, p in adapters)]
     examples, read = (None, []) if recipe.fit is None else _read_data(recipe.fit, where)

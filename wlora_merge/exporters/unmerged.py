@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.tasks import get_task
-from ..errors import UnsupportedError, VerifyError
+from ..errors import VerifyError
 from ..io.tensors import matrix_shape
 from ..models.loading import class_for, library_errors, load
 from ..progress import Meter
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from ..adapters.adapter import Adapter
     from ..adapters.deltas import TensorDelta
-    from ..mixture.inputs import Inputs
     from ..mixture.mixture import Mixture
     from ..mixture.record import MixtureRecord
     from ..models.base_model import BaseModel
@@ -75,53 +74,6 @@ def unused_by(mixture: Mixture | MixtureRecord) -> Callable[[str], bool]:
 def head_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """What `from_pretrained` must be told of a mixture's config, so that the model has its head."""
     return {key: config[key] for key in HEAD_KEYS if key in config}
-
-
-def attachable(found: Inputs) -> tuple[Mixture, list[Adapter]]:
-    """The mixture and the adapters that can be attached to its base.
-
-    A weighted sum's are its own. Of another combination the delta weight is a dense matrix: then it is one adapter whose factors are
-    that matrix and the identity, in float32, with weight 1.
-
-    Raises:
-        UnsupportedError: such a matrix is a part of a module that no adapter names.
-    """
-    import torch
-
-    from ..adapters.adapter import Adapter
-    from ..adapters.deltas import ModuleDelta
-    from ..adapters.factors import Factors
-    from ..adapters.layouts import Layout, factors_to_file
-    from ..mixture.combination import Combination
-    from ..mixture.mixture import InputRef
-
-    mixture, modules, layouts = found.mixture, dict[str, Factors](), set[Layout]()
-    if mixture.combination.is_linear:
-        return mixture, found.adapters
-    for delta in found.deltas:
-        if not isinstance(delta, ModuleDelta) or not delta.name:
-            raise UnsupportedError(
-                f"{mixture.combination.method}: module {delta.module!r} is combined in parts, which no adapter can be attached to"
-            )
-        dense = mixture.fold_of(delta).dense()
-        dense = (dense.T if delta.layout.transposed else dense).float().contiguous()  # [out, in]
-        out, columns = dense.shape
-        pair = (dense, torch.eye(out)) if out < columns else (torch.eye(columns), dense)
-        stored = list(factors_to_file(delta.layout, *pair, delta.shape).values())
-        modules[delta.name] = Factors(stored[0], stored[1], 1.0, delta.layout is Layout.EMBEDDING)
-        layouts.add(delta.layout)
-    config = {"fan_in_fan_out": Layout.CONV1D in layouts}
-    weights = torch.ones(len(mixture.groups), 1)
-    alone = replace(
-        mixture,
-        adapters=[InputRef("", None, {}, mixture.combination.method)],
-        mixture_weights=weights,
-        wlora_weights=weights,
-        normalize="none",
-        delta_scale=1.0,
-        combination=Combination(),
-    )
-    return alone, [Adapter(mixture.combination.method, found.base.source, config, modules)]
 
 
 def attach_mixture(

@@ -19,7 +19,7 @@ from ..text import nearest
 from .formats import FORMATS
 from .manifest import Manifest, digest, read_manifest
 from .probe import outputs_of
-from .unmerged import attach_mixture, attachable, head_options, load_checked, unused_by
+from .unmerged import attach_mixture, head_options, load_checked, unused_by
 from .verify_files import check_files
 from .verify_outputs import Checked
 
@@ -104,6 +104,7 @@ def _unmerged(manifest: Manifest, found: Inputs) -> nn.Module:
         UnsupportedError: the adapters cannot be attached, or would do nothing there.
     """
     from ..mixture.attachment import attachment_of
+    from ..mixture.combined_adapter import attachable
     from ..mixture.live_model import refuse_uncalled
 
     mixture = found.mixture

@@ -11,6 +11,7 @@ groups          which modules share mixture weights
 inputs          a mixture's inputs, found again and checked: find_inputs, Inputs
 fold            the sum, and its low-rank forms: fold_*
 combination     what else can be done with delta weights than to sum them: Combination
+combined_adapter  such a combination as one adapter, to attach it
 mix             a mixture without fitting: mix
 told_task       what the mixture is for, where nobody says it: told_task
 compatibility   can these adapters be mixed on this base?

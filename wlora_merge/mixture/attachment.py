@@ -23,6 +23,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.deltas import ModuleDelta
 from ..constants import NORMALIZE, PARAMETER, SCALE_PARAMETER
 from ..errors import MixtureError
+from .combined_adapter import as_combination
 from .groups import make_groups, prefixes, rows_of
 from .live_base import refuse_other_weights, take_up
 from .live_model import LiveNames
@@ -50,6 +51,7 @@ class Attachment:
         new: the modules that a new adapter changes, with its factors.
         base_folder: of the base whose weights the model is known to have; None where it did not say which.
         stored: how the files of that base call each target module; empty where it is None.
+        combined: the mixture of the adapters before the last, whose delta weight the last has; None of those that have files.
     """
 
     adapters: list[Adapter]
@@ -64,6 +66,7 @@ class Attachment:
     modules_to_save: str | None = None
     base_folder: Path | None = None
     stored: dict[str, list[str]] = field(default_factory=dict)
+    combined: Mixture | None = None
     layers: dict[str, nn.Module] = field(default_factory=dict)
     new: dict[str, NewLora] = field(default_factory=dict)
     _hooks: list[RemovableHandle] = field(default_factory=list)
@@ -179,9 +182,9 @@ class Attachment:
         logits = self.weights.detach().float().cpu()[[row[modules[0]] for modules in groups.values()]]
         scale = self.delta_scale
         head = self._trained(model)
-        return Mixture(
+        mixture = Mixture(
             base=base_ref(opened),
-            adapters=[adapter_ref(a) for a in self.adapters],
+            adapters=[adapter_ref(a) for a in self.given],
             granularity=self.granularity,
             normalize=self.normalize,
             delta_scale=float(scale.detach() if isinstance(scale, torch.Tensor) else scale),
@@ -196,6 +199,12 @@ class Attachment:
             head=head,
             head_tensors=opened.stored_names(head),
         )
+        return mixture if self.combined is None else as_combination(mixture, self.combined)
+
+    @property
+    def given(self) -> list[Adapter]:
+        """The adapters that have files: all, but for one that stands for their combination."""
+        return self.adapters if self.combined is None else self.adapters[:-1]
 
     def _rows_of(self, names: Mapping[str, Sequence[str]]) -> dict[str, int]:
         """How the files call the target modules -> the row of their weights."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.deltas import TensorDelta
+from ..constants import LINEAR
 from ..errors import UnsupportedError
 from ..io.tensors import BLOCK_ELEMENTS
 from .fold import fold_factors
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
     from ..adapters.deltas import ModuleDelta
 
-LINEAR = "linear"
 ELECTING, DROPPING = ("ties", "dare_ties"), ("dare_linear", "dare_ties")
 """The methods that elect a sign for each number, and those that prune at random."""
 _TIES = "[Yadav et al. 2023](https://arxiv.org/abs/2306.01708)"

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Required, TypedDict
 
 from ..adapters.keys import check_adapter_name
-from ..constants import COMBINATIONS, GRANULARITIES, MAJORITY_SIGNS, NORMALIZE
+from ..constants import GRANULARITIES, MAJORITY_SIGNS, NORMALIZE, PRUNING
 from ..data.tasks import TASKS
 from ..errors import AdapterError
 from ..io.records import AS_WRITTEN, UNCHANGED, Record, checked_by, one_of
@@ -280,7 +280,7 @@ class CombinationRecord(Record):
         seed: of what is kept at random.
     """
 
-    method: Annotated[str, one_of(COMBINATIONS[1:])]
+    method: Annotated[str, one_of(PRUNING)]
     density: Annotated[float, checked_by(_check_density)]
     majority_sign: Annotated[str, one_of(MAJORITY_SIGNS)] | None = None
     seed: Annotated[int, checked_by(_check_seed)] | None = None

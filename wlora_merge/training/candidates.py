@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..constants import PRUNING
 from ..fit_options import FitOptions
 from ..mixture.weights import uniform_start
 
@@ -51,6 +52,10 @@ class Kind(enum.Enum):
     FIXED = "fixed"
     SEARCH = "search"
     LEARNED = "learned"
+    TIES = "ties"
+    DARE_LINEAR = "dare_linear"
+    DARE_TIES = "dare_ties"
+    MAGNITUDE_PRUNE = "magnitude_prune"
 
 
 @dataclass(frozen=True)
@@ -118,13 +123,21 @@ class Candidate:
 
 
 def fixed_candidates(names: Sequence[str], options: FitOptions) -> list[Candidate]:
-    """The base, uniform composition, each adapter alone, and the weights given."""
-    n, normalize = len(names), options.normalize or "all"
+    """The base, uniform composition, each adapter alone, and the weights given, or the combination of all.
+
+    Args:
+        names: of the adapters given; a combination of all is one more adapter of the model, behind them.
+        options: of the fit.
+    """
+    n, combines = len(names), options.method in PRUNING
+    normalize = "none" if combines else options.normalize or "all"
+    none, behind = (0.0,) * n, (0.0,) * combines
     return [
-        Candidate(BASE, (0.0,) * n, scale=0.0),
-        Candidate(UNIFORM, tuple(uniform_start(n, normalize)), normalize),
-        *(Candidate(single(name), tuple(float(i == j) for j in range(n))) for i, name in enumerate(names)),
-        *([Candidate(FIXED, tuple(map(float, options.weights)))] if options.weights is not None else []),
+        Candidate(BASE, none + behind, scale=0.0),
+        Candidate(UNIFORM, (*uniform_start(n, normalize), *behind), normalize),
+        *(Candidate(single(name), (*none[:i], 1.0, *none[i + 1 :], *behind)) for i, name in enumerate(names)),
+        *([Candidate(FIXED, tuple(map(float, options.weights or ())))] if options.method == FIXED.label else []),
+        *([Candidate(Contender(Kind(options.method)), (*none, 1.0))] if combines else []),
     ]
 
 

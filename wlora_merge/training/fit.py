@@ -28,6 +28,7 @@ from ..exporters.report import write_report
 from ..fit_options import FitOptions, fit_request
 from ..io.digests import sha256_file
 from ..io.staging import refuse_out
+from ..mixture.combination import Combination
 from ..mixture.inputs import find_inputs, stacked_inputs
 from ..mixture.mixture import Mixture, adapter_ref
 from ..models.base_model import BaseModel, open_base, refuse_attached, refuse_quantized
@@ -182,6 +183,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _check_adapters(adapters: list[Adapter], options: FitOptions) -> None:
+    if options.combination:
+        Combination(options.method).refuse_changes(adapters, ())
     if len(adapters) < 2:
         raise MixtureError(f"a fit needs two adapters or more, got {len(adapters)}: for one, see `wlora-merge mix`.")
     for name in ("weights", "initial_logits"):
@@ -228,7 +231,7 @@ def _mixture(learner: Learner, given: Given, shots: Examples, metrics: FitMetric
     logits = mixture.wlora_weights
     mixture.wlora_weights = torch.where(logits.isfinite(), logits, torch.finfo(torch.float32).min)
     used = [n for n in range(len(mixture.adapters)) if bool(mixture.mixture_weights[:, n].any())]
-    if used:
+    if used and not mixture.combination.elects:  # where one without weight has a vote
         mixture.adapters = [mixture.adapters[n] for n in used]
         mixture.mixture_weights, mixture.wlora_weights = (
             mixture.mixture_weights[:, used],

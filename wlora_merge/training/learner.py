@@ -67,7 +67,7 @@ class Learner:
         self.run, self.model, self.head = run, model, head
         self.rows, self.shots, self.enough = given.encoded, given.shots, given.enough
         self.placement = Placement(model, run.options, start)
-        self.names = self.placement.names
+        self.names = self.placement.given
         self.processor, self.metric = processor, run.task.metric(run.labels)
         self.collate = run.task.collator(processor)
         self.device = attachment_of(model).weights.device
@@ -182,7 +182,7 @@ class Learner:
         solved = self.solved
         if solved is None or not (self.situation.left_out and self.enough) or self.run.options.delta_scale is not None:
             return 1.0
-        even = uniform_start(len(self.names), "none")
+        even = self.placement.even_row()
 
         def loss(scale: float) -> float:
             state = self.placement.place_row([scale * weight for weight in even], "none")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data.labels import LabelSet
+    from ..mixture.mixture import Mixture
 
 SHOWN = 4
 """How many names of classes a message shows."""
@@ -43,6 +44,7 @@ def attached_model(
 ) -> tuple[nn.Module, list[str], LabelSet | None]:
     """The model with its adapters attached; the names of the head's modules, where it is new; the labels in the head's order."""
     from ..mixture.attach import attach_loaded
+    from ..mixture.attachment import attachment_of
 
     sharded = team.size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     if sharded and options.quantize == "8bit":
@@ -56,6 +58,10 @@ def attached_model(
     head = sorted({name.rpartition(".")[0] for name in new})
     if options.precision == "bf16":
         _widen(model, head)
+    combined = None
+    if options.combination:
+        combined, alone = _combined(base, adapters, task, new, options, modules_to_save)
+        adapters = [*adapters, alone]
     attach_loaded(
         model,
         adapters,
@@ -67,11 +73,30 @@ def attached_model(
         head=head,
         modules_to_save=modules_to_save,
     )
+    attachment_of(model).combined = combined
     if sharded:
         _shard(model, device_of(options), team.size)
     elif not options.quantize:
         model.to(device_of(options))
     return model, head, labels
+
+
+def _combined(
+    base: BaseModel,
+    adapters: list[Adapter],
+    task: Task,
+    new: Collection[str],
+    options: FitOptions,
+    modules_to_save: str | None,
+) -> tuple[Mixture, Adapter]:
+    """The adapters combined as `mix` does it, and that as one adapter more; the tensors of a new head replace theirs."""
+    from ..mixture.combined_adapter import combined_adapter
+    from ..mixture.inputs import stacked_inputs
+    from ..mixture.mix import mix
+
+    left = [replace(a, tensors={name: t for name, t in a.tensors.items() if name not in new}) for a in adapters]
+    mixture = mix(base.folder, left, task=task.name, modules_to_save=modules_to_save, **options.combination)
+    return mixture, combined_adapter(stacked_inputs(mixture, base, left))
 
 
 def quiet(model: nn.Module, gradient_checkpointing: bool) -> None:

@@ -29,6 +29,8 @@ class Placement:
         start: where the logits (free weights) and a learned delta_scale start.
 
     Attributes:
+        names: of the columns of weights.
+        given: of the adapters that have files; a combination of all is one more column.
         head_start: the head's parameters as they are when a candidate is placed, by name.
         everywhere: whether a new adapter lies on every linear layer of the blocks.
         scale_of: rows of a head -> how many times uniform composition free weights are, where nothing else is trained.
@@ -36,7 +38,9 @@ class Placement:
 
     def __init__(self, model: nn.Module, options: FitOptions, start: Start) -> None:
         self.model, self.options, self.start = model, options, start
-        self.names = [a.name for a in attachment_of(model).adapters]
+        attachment = attachment_of(model)
+        self.names = [a.name for a in attachment.adapters]
+        self.given = [a.name for a in attachment.given]
         self.head_start: dict[str, torch.Tensor] = {}
         self.everywhere = False
         self.scale_of: Callable[[Sequence[int]], float] = lambda rows: 1.0
@@ -76,7 +80,7 @@ class Placement:
     def start_row(self, rows: Sequence[int]) -> tuple[float, ...]:
         """The row of free weights where nothing is trained beside a head."""
         scale = self.scale_of(rows)
-        return tuple(scale * weight for weight in uniform_start(len(self.names), "none"))
+        return tuple(scale * weight for weight in self.even_row())
 
     def place_row(self, row: Sequence[float], normalize: str, scale: float | None = None) -> Hashable:
         """Put one row of weights for all modules on the model, without a new adapter; a name for this state of the model.
@@ -103,9 +107,14 @@ class Placement:
         row = (weights[0] * float(attachment.delta_scale)).tolist()
         return tuple(round(share, 7) for share in row), attachment.normalize == "present"
 
+    def even_row(self) -> list[float]:
+        """Free weights of uniform composition; where the model has the combination of all, that alone."""
+        combines = len(self.names) - len(self.given)
+        return [0.0] * len(self.given) + [1.0] if combines else uniform_start(len(self.names), "none")
+
     def place_uniform(self) -> Hashable:
-        """Put uniform composition on the model; a name for this state of it."""
-        return self.place_row(uniform_start(len(self.names), "none"), "none")
+        """Put uniform composition on the model, or the combination of all; a name for this state of it."""
+        return self.place_row(self.even_row(), "none")
 
     def _place_scale(self, candidate: Candidate) -> list[nn.Parameter]:
         attachment, given = attachment_of(self.model), self.options.delta_scale

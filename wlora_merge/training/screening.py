@@ -81,7 +81,9 @@ def _gains(given: Given, shots: Examples, labels: LabelSet | None, ranks: Team) 
         given,
         adapters=given.adapters[:1],
         request=replace(given.request, modules_to_save="drop"),
-        options=replace(given.options, delta_scale=0.0, granularity="global", normalize="none", packing=False),
+        options=replace(
+            given.options, method="uniform", delta_scale=0.0, granularity="global", normalize="none", packing=False
+        ),
     )
     ready = prepare(one, shots, None, labels, ranks, FitState(None, "", resume=False))
     learner, rows = ready.learner, range(ready.learner.shots)
