@@ -131,7 +131,7 @@ def fixed_candidates(names: Sequence[str], options: FitOptions) -> list[Candidat
     """
     n, combines = len(names), options.method in PRUNING
     normalize = "none" if combines else options.normalize or "all"
-    none, behind = (0.0,) * n, (0.0,) * combines
+    none, behind = (0.0,) * n, (0.0,) if combines else ()
     return [
         Candidate(BASE, none + behind, scale=0.0),
         Candidate(UNIFORM, (*uniform_start(n, normalize), *behind), normalize),
