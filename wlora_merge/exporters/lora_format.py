@@ -136,7 +136,7 @@ class LoraFormat(Format):
         if inputs.mixture.pooling is not None:
             raise UnsupportedError(
                 f"{inputs.base.folder}: the mixture's head sees {VECTORS[inputs.mixture.pooling]}, which no LoRA adds to a base: "
-                "export with --format dense or --format onnx."
+                "export with --format dense or --format onnx, or fit with --pooling model."
             )
         return LoraPlan(inputs, asked)
 
