@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .constants import DTYPES, FORMATS, ONNX_DTYPES, ONNX_PROVIDERS, ONNX_QUANTIZE, ONNX_RUNTIMES, SERVERS
+from .constants import DTYPES, FORMATS, ONNX_DTYPES, ONNX_PROVIDERS, ONNX_QUANTIZE, ONNX_RUNTIMES, PRUNING, SERVERS
 from .data.tasks import TASKS
 from .errors import UnsupportedError
 from .option_fields import REQUIRED, SHARE, Range, Rule, Topic, checked, flag, option, refuse, spec
@@ -81,6 +81,23 @@ def export_options(given: Mapping[str, Any]) -> ExportOptions:
     options: ExportOptions = checked(ExportOptions, given, "export", UnsupportedError, flag)
     refuse(_RULES, UnsupportedError, options)
     return options
+
+
+def refuse_without_rank(method: str, rank: int | None) -> None:
+    """Refuse a LoRA of delta weights that no two factors have, where no rank is asked for to come near them with.
+
+    Args:
+        method: how the delta weights are combined.
+        rank: of the LoRA; None: an exact one.
+
+    Raises:
+        UnsupportedError: with the method.
+    """
+    if method in PRUNING and rank is None:
+        raise UnsupportedError(
+            f"{method}: its delta weights are no products of two factors, so no LoRA has them: say --rank K for the nearest one of "
+            "rank K, whose error is told, or export with --format dense."
+        )
 
 
 def _foreign(options: ExportOptions) -> str:

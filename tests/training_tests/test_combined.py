@@ -156,5 +156,5 @@ def test_a_recipe_is_told_before_its_fit_that_no_lora_has_it(tmp_path: Path) -> 
     file.write_text(text + "exports: [{format: lora, rank: 4}]\n")
     assert read_recipe(file).fit is not None
     file.write_text(text + "exports: [{format: lora}]\n")
-    with pytest.raises(RecipeError, match=r"exports\[0\]: delta weights that are combined by ties are no products"):
+    with pytest.raises(RecipeError, match=r"exports\[0\]: ties: its delta weights are no products of two factors"):
         read_recipe(file)

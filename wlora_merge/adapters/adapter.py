@@ -336,7 +336,7 @@ def _sort_tensors(
             continue
         known = tensors if parsed.part == "tensor" else parts.setdefault(parsed.name, {})
         slot = parsed.name if parsed.part == "tensor" else parsed.part
-        if slot in known and parsed.part == "tensor" and _same(entry, known[slot]):
+        if slot in known and parsed.part == "tensor" and _have_same_numbers(entry, known[slot]):
             continue  # with bias="all" PEFT saves a saved module's bias twice
         if slot in known:
             raise AdapterError(f"tensor {key!r} names the same thing as another tensor of the file.")
@@ -344,12 +344,12 @@ def _sort_tensors(
         if parsed.part in FACTORS and len(entry.shape) > 1:
             axes[entry] = 0 if parsed.part.endswith("A") else 1
     deadline = time.monotonic() + PATTERN_SECONDS
-    modules = {module: _factors(module, own, config, deadline) for module, own in by_expert(parts).items()}
+    modules = {module: _factors_of_parts(module, own, config, deadline) for module, own in by_expert(parts).items()}
     weights = WeightsFile(header.file, header.entries, axes)
     return weights, modules, {**tensors}, _token_rows(trained, config)
 
 
-def _same(one: Entry, other: Entry) -> bool:
+def _have_same_numbers(one: Entry, other: Entry) -> bool:
     """Whether two tensors of a file are one, saved twice."""
     return (one.dtype, one.shape) == (other.dtype, other.shape) and tensor_bytes(one) == tensor_bytes(other)
 
@@ -366,7 +366,9 @@ def _token_rows(trained: Mapping[str, Entry], config: dict[str, Any]) -> dict[st
     told = {module: _told_indices(module, config) for module in trained}
     for module, values in trained.items():
         if told[module] is None:
-            told[module] = next((told[m] for m, other in trained.items() if told[m] and _same(other, values)), None)
+            told[module] = next(
+                (told[m] for m, other in trained.items() if told[m] and _have_same_numbers(other, values)), None
+            )
     return {m: TokenRows(_checked_indices(m, values, told[m] or []), values) for m, values in trained.items()}
 
 
@@ -394,7 +396,7 @@ def _checked_indices(module: str, values: Entry, told: Any) -> tuple[int, ...]:
     return tuple(indices)
 
 
-def _factors(module: str, parts: dict[str, Entry], config: dict[str, Any], deadline: float) -> Factors:
+def _factors_of_parts(module: str, parts: dict[str, Entry], config: dict[str, Any], deadline: float) -> Factors:
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     told = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "use_dora"}

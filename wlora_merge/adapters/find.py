@@ -41,7 +41,7 @@ def find_adapters(path: str | Path) -> list[tuple[str, str]]:
         raise AdapterError(
             f"{path}: no such folder or file: give a folder with adapters in it, or a text file with one [NAME=]PATH_OR_ID on a line."
         )
-    found = _below(where) if where.is_dir() else _listed(where)
+    found = _below(where) if where.is_dir() else _adapters_in_list(where)
     refuse_same_names(name for name, _ in found)
     return found
 
@@ -79,7 +79,7 @@ def _peft_folders(root: Path, parts: tuple[str, ...], above: frozenset[str] = fr
             yield from _peft_folders(root, (*parts, entry.name), above | {real})
 
 
-def _listed(file: Path) -> list[tuple[str, str]]:
+def _adapters_in_list(file: Path) -> list[tuple[str, str]]:
     try:
         text = read_bytes(file, AdapterError, MAX_LIST_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:

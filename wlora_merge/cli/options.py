@@ -16,7 +16,7 @@ COLUMNS = "\b\nColumns of --data by task; --column NAME=COLUMN where the file ca
     f"  {name:<22}{', or '.join(map(str, task.forms))}" for name, task in FIT_TASKS.items()
 )
 """What stands under the help of `fit`."""
-LONG = 10
+MANY_OPTIONS = 10
 """A command with more options than this has a short `--help`, of its common options."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -60,7 +60,7 @@ class Command(click.Command):
     def __init__(self, *args: Any, topic: str, **facts: Any) -> None:
         super().__init__(*args, **facts)
         self.topic = topic
-        if len(self.params) > LONG:
+        if len(self.params) > MANY_OPTIONS:
             self.context_settings = {**self.context_settings, "help_option_names": ["--help-all"]}
             self.params.append(_short_help())
 
@@ -178,7 +178,7 @@ def _type(f: Field) -> Any:
     if kind == ["str"]:
         return click.Choice(known.choices) if known.choices else click.STRING
     if kind not in (["int"], ["float"]):
-        several = _numbers if "Sequence[float]" in kind else float
+        several = _parse_numbers if "Sequence[float]" in kind else float
         return _or_text(several) if "str" in kind else several
     if (bounds := known.bounds) is None:
         return int if kind == ["int"] else float
@@ -186,7 +186,7 @@ def _type(f: Field) -> Any:
     return between(bounds.low, None if math.isinf(bounds.high) else bounds.high, min_open=bounds.open)
 
 
-def _numbers(text: str) -> list[float]:
+def _parse_numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import default_name
-from ..constants import PRUNING
 from ..errors import RecipeError, WloraMergeError
-from ..export_options import ExportOptions, export_options
+from ..export_options import ExportOptions, export_options, refuse_without_rank
 from ..fit_options import FitRequest, fit_request
 from ..io.untrusted import is_plain_file_name, parse_yaml, read_bytes
 from ..mix_options import MixOptions, mix_options
@@ -190,11 +189,8 @@ def _check(recipe: Recipe, path: Path) -> None:
     for i, entry in enumerate(recipe.exports):
         with _named(f"{path}: exports[{i}]"):
             export_options(options_of(entry, ExportOptions))
-        if entry.format == "lora" and not (entry.rank or entry.energy) and made is not None and made.method in PRUNING:
-            raise RecipeError(
-                f"{path}: exports[{i}]: delta weights that are combined by {made.method} are no products of two factors, so no LoRA "
-                "has them: say rank: K for one that is near, or format: dense."
-            )
+            if entry.format == "lora" and made is not None:
+                refuse_without_rank(made.method, entry.rank)
 
 
 @contextmanager

@@ -26,21 +26,21 @@ HEADINGS = ["option", "value", "default", "what it does"]
 def reference() -> str:
     """The page, as Markdown."""
     commands = [c for c in main.commands.values() if isinstance(c, Command)]
-    return "\n\n".join([HEAD, _table(main.params), *map(_command, commands)]) + "\n"
+    return "\n\n".join([HEAD, _markdown_table(main.params), *map(_command, commands)]) + "\n"
 
 
 def _command(command: Command) -> str:
     said, _, example = cleandoc(command.help or "").partition("\b\n")
     parts = [f"## wlora-merge {command.name}", said.strip(), f"```sh\n{example}\n```"]
     for topic, parameters in command.by_topic(click.Context(command, help_option_names=[])).items():
-        parts += [f"### {topic.value}", _table(parameters)]
+        parts += [f"### {topic.value}", _markdown_table(parameters)]
     if command.epilog:
         title, _, rows = command.epilog.removeprefix("\b\n").partition("\n")
         parts += [title, f"```\n{rows}\n```"]
     return "\n\n".join(parts)
 
 
-def _table(parameters: Iterable[click.Parameter]) -> str:
+def _markdown_table(parameters: Iterable[click.Parameter]) -> str:
     rows = [[text.replace("|", "\\|") for text in _row(p)] for p in parameters]
     return "\n".join(f"| {' | '.join(row)} |" for row in [HEADINGS, ["---"] * len(HEADINGS), *rows])
 

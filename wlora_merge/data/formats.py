@@ -127,7 +127,7 @@ def read_file(path: Path, name: str | None = None) -> Table:
         UnsupportedError: a suffix that is not known.
     """
     readers: dict[str, Callable[[str, bytes], Table]] = {
-        ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".txt": _text,
+        ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".txt": _read_text,
         ".parquet": _parquet, ".arrow": _arrow, ".feather": _arrow,
     }  # fmt: skip
     called = name or str(path)
@@ -184,7 +184,7 @@ def decode(name: str, data: bytes) -> str:
     return text
 
 
-def _table(name: str, rows: Rows, columns: Sequence[str], lines: Sequence[int] | None = None) -> Table:
+def _table_of(name: str, rows: Rows, columns: Sequence[str], lines: Sequence[int] | None = None) -> Table:
     def where(index: int) -> str:
         return f"{name}, line {lines[index]}" if lines else f"{name}, example {index + 1}"
 
@@ -211,7 +211,7 @@ def _json_lines(name: str, data: bytes) -> Table:
             )
         rows.append(row)
         lines.append(number)
-    return _table(name, rows, names_in(rows), lines)
+    return _table_of(name, rows, names_in(rows), lines)
 
 
 def _parsed(text: str) -> Any:
@@ -244,7 +244,7 @@ def _json(name: str, data: bytes) -> Table:
         content = _rows_of_object(name, content)
     if not _is_rows(content):
         raise DataError(f"{name}: expected a list of objects [{{...}}, ...], got {type(content).__name__}.")
-    return _table(name, content, names_in(content))
+    return _table_of(name, content, names_in(content))
 
 
 def _rows_of_object(name: str, content: dict[str, Any]) -> Any:
@@ -350,7 +350,7 @@ def _of_lines(name: str, lines: Lines) -> Table:
         if len(fields) != len(header):
             raise DataError(f"{name}, line {line}: the header has {len(header)} fields, this line {len(fields)}.")
     rows = [dict(zip(header, fields, strict=True)) for _, fields in others]
-    return _table(name, rows, header, [line for line, _ in others])
+    return _table_of(name, rows, header, [line for line, _ in others])
 
 
 def _header(name: str, record: Sequence[str]) -> list[str]:
@@ -364,11 +364,11 @@ def _header(name: str, record: Sequence[str]) -> list[str]:
     return list(record)
 
 
-def _text(name: str, data: bytes) -> Table:
+def _read_text(name: str, data: bytes) -> Table:
     """One example for each line that is not blank."""
     lines = enumerate(decode(name, data).replace("\r\n", "\n").split("\n"), start=1)
     kept = [(n, line) for n, line in lines if line.strip()]
-    return _table(name, [{"text": line} for _, line in kept], ("text",), [number for number, _ in kept])
+    return _table_of(name, [{"text": line} for _, line in kept], ("text",), [number for number, _ in kept])
 
 
 def _parquet(name: str, data: bytes) -> Table:
@@ -382,7 +382,7 @@ def _parquet(name: str, data: bytes) -> Table:
         rows = datasets.Dataset(pyarrow.parquet.read_table(pyarrow.BufferReader(data)))
     except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
         raise DataError(f"{name} cannot be read as Parquet: {first_line(error)}.") from error
-    return _table(name, rows, rows.column_names)
+    return _table_of(name, rows, rows.column_names)
 
 
 def _arrow(name: str, data: bytes) -> Table:
@@ -406,7 +406,7 @@ def _arrow(name: str, data: bytes) -> Table:
         rows = datasets.Dataset(pyarrow.Table.from_batches(batches, reader.schema))
     except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
         raise DataError(f"{name} cannot be read as Arrow: {first_line(error)}.") from error
-    return _table(name, rows, rows.column_names)
+    return _table_of(name, rows, rows.column_names)
 
 
 def _too_large(name: str) -> DataError:

@@ -48,7 +48,7 @@ def take_tokenizer(inputs: Inputs, name: str | None) -> None:
     adapter = next((a for a in inputs.adapters if a.name == name), None)
     if adapter is None:
         raise AdapterError(f"--tokenizer-from {name}: expected one of {', '.join(a.name for a in inputs.adapters)}.")
-    inputs.base.tokenizer = tokenizer_files(adapter, _rows(inputs), "--tokenizer-from")
+    inputs.base.tokenizer = tokenizer_files(adapter, _vocabulary_rows(inputs), "--tokenizer-from")
     warn_of_end(inputs.base)
 
 
@@ -64,7 +64,7 @@ def left_out(inputs: Inputs) -> str:
     return " ".join(filter(None, lines))
 
 
-def _rows(inputs: Inputs) -> int | None:
+def _vocabulary_rows(inputs: Inputs) -> int | None:
     """Rows of the model's embedding as its config says; None where it does not say."""
     config = {**inputs.base.config, **inputs.mixture.config}
     tables = [config, *(value for value in config.values() if isinstance(value, dict))]
@@ -81,14 +81,14 @@ def _files_of(adapter: Adapter) -> dict[str, Path]:
 
 def _tokenizer_facts(files: Mapping[str, Path]) -> dict[str, str]:
     """What tells two tokenizers apart: chat template, special tokens, and its vocabulary where it is here."""
-    config = _table(files.get("tokenizer_config.json"))
-    special = _table(files.get("special_tokens_map.json"))
-    facts = {what: _text(config.get(key, special.get(key))) for key, what in TOKENS.items()}
-    template = config.get("chat_template") or _table(files.get("chat_template.json")).get("chat_template")
+    config = _json_of(files.get("tokenizer_config.json"))
+    special = _json_of(files.get("special_tokens_map.json"))
+    facts = {what: _content_of(config.get(key, special.get(key))) for key, what in TOKENS.items()}
+    template = config.get("chat_template") or _json_of(files.get("chat_template.json")).get("chat_template")
     if "chat_template.jinja" in files:
         template = read_bytes(files["chat_template.jinja"], AdapterError).decode("utf-8", errors="replace")
     facts["chat template"] = json.dumps(template) if template else ""
-    tokenizer = _table(files.get("tokenizer.json"))
+    tokenizer = _json_of(files.get("tokenizer.json"))
     vocabulary = tokenizer.get("model", {}).get("vocab") if isinstance(tokenizer.get("model"), dict) else None
     if isinstance(vocabulary, dict):  # in which a special token may stand twice
         rows = [row for row in tokenizer.get("added_tokens") or [] if isinstance(row, dict)]
@@ -97,13 +97,13 @@ def _tokenizer_facts(files: Mapping[str, Path]) -> dict[str, str]:
     return {what: value for what, value in facts.items() if value}
 
 
-def _text(token: Any) -> str:
+def _content_of(token: Any) -> str:
     """A token as a tokenizer's config has it: text, or a table with its content."""
     found = token.get("content") if isinstance(token, dict) else token
     return found if isinstance(found, str) else ""
 
 
-def _table(file: Path | None) -> dict[str, Any]:
+def _json_of(file: Path | None) -> dict[str, Any]:
     """A JSON file's table; empty where there is none, or it cannot be read as one."""
     try:
         return read_json(file, AdapterError) if file is not None else {}
@@ -149,7 +149,7 @@ def _others_line(adapter: Adapter, carried: Mapping[str, Path]) -> str:
     if (modules := find_file(adapter.source.folder, MODULES, AdapterError)) is not None:
         found[MODULES] = modules
     told = [*OTHERS, MODULES, *(name for name in found if "/" in name and not name.startswith(CHAT_TEMPLATES))]
-    left = [name for name in told if name in found and not _same(found[name], carried.get(name))]
+    left = [name for name in told if name in found and not _have_same_content(found[name], carried.get(name))]
     if not left:
         return ""
     return (
@@ -161,7 +161,7 @@ def _others_line(adapter: Adapter, carried: Mapping[str, Path]) -> str:
 def _end_line(adapter: Adapter, base: Mapping[str, Any]) -> str:
     """That a config beside an adapter ends a text with another token, where no generation config says so."""
     told, own = (
-        _table(find_file(adapter.source.folder, CONFIG, AdapterError)).get("eos_token_id"),
+        _json_of(find_file(adapter.source.folder, CONFIG, AdapterError)).get("eos_token_id"),
         base.get("eos_token_id"),
     )
     if told is None or told == own or GENERATION in _files_of(adapter):
@@ -172,12 +172,12 @@ def _end_line(adapter: Adapter, base: Mapping[str, Any]) -> str:
     )
 
 
-def _same(one: Path | None, other: Path | None) -> bool:
+def _have_same_content(one: Path | None, other: Path | None) -> bool:
     """Whether two files say the same; of JSON, but for the version that wrote them."""
     if one is None or other is None:
         return False
     if one.suffix != ".json":
         return filecmp.cmp(one, other, shallow=False)
     bytes_of = [read_bytes(file, AdapterError) for file in (one, other)]
-    tables = [{k: v for k, v in _table(file).items() if k not in VERSIONS} for file in (one, other)]
+    tables = [{k: v for k, v in _json_of(file).items() if k not in VERSIONS} for file in (one, other)]
     return bytes_of[0] == bytes_of[1] or (bool(tables[0]) and tables[0] == tables[1])

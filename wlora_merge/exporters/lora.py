@@ -23,6 +23,7 @@ from ..adapters.layouts import Layout, factors_to_file
 from ..adapters.targets import ATTENTION
 from ..data.tasks import get_task
 from ..errors import UnsupportedError, WloraMergeError
+from ..export_options import refuse_without_rank
 from ..io.safetensors_file import read_header, write_tensors
 from ..io.tensors import all_finite, one_torch_thread, overflow_advice
 from ..mixture.fold import lora_product, pad_rank, truncate
@@ -164,11 +165,7 @@ def as_one_lora(
     deltas = _products(changes)
     exact = max(delta.R for delta in deltas)
     how = mixture.combination
-    if not how.is_linear and rank is None:
-        raise UnsupportedError(
-            f"{how.method}: the delta weights of this mixture are no products of two factors, so no LoRA has them: say --rank K for "
-            "the nearest one of rank K, whose error is told, or export with --format dense."
-        )
+    refuse_without_rank(how.method, rank)
     if how.is_linear and energy is None and (rank is None or rank >= exact):
         r = rank or exact
         products = [(d, pad_rank(*lora_product(d, mixture.gains_of(d)), r)) for d in deltas]

@@ -243,7 +243,7 @@ def _weights(mixture: Mixture) -> _Drawing:
     if same[shown].all():
         draw = partial(dots, labels, {"in all layers": table[0].tolist()}, "mixture weight, the same in all layers")
     left = [f"The new adapter, {new}, is not drawn: its weight is {whole[0, i]:g} in all layers." for i in left_out]
-    return _Drawing(draw, weights, _listed(groups, names), " ".join(left))
+    return _Drawing(draw, weights, _members_of(groups, names), " ".join(left))
 
 
 def _similarity(mixture: Mixture, deltas: Deltas) -> _Drawing:
@@ -260,7 +260,7 @@ def _similarity(mixture: Mixture, deltas: Deltas) -> _Drawing:
     }
     draw = partial(heatmap, mean_cosines(cosines, groups), labels, labels, "cosine", signed=True)
     beside = _said_of_pairs(pairs) if len(names) > FEW and pairs else ""
-    return _Drawing(draw, list(pairs.values()), _listed(groups, names), beside)
+    return _Drawing(draw, list(pairs.values()), _members_of(groups, names), beside)
 
 
 def _said_of_pairs(pairs: Mapping[tuple[str, str], float]) -> str:
@@ -274,7 +274,7 @@ def _mean_weights(mixture: Mixture) -> NDArray[np.float64]:
     return mixture.mixture_weights.double().mean(0).numpy()
 
 
-def _listed(groups: Sequence[Group], names: Sequence[str]) -> list[tuple[str, str]]:
+def _members_of(groups: Sequence[Group], names: Sequence[str]) -> list[tuple[str, str]]:
     """Of each group of several adapters its label and its members."""
     return [(g.label, ", ".join(names[i] for i in g.members)) for g in groups if len(g.members) > 1]
 

@@ -109,7 +109,7 @@ def _change(
         raise BaseModelError(
             f"{base.folder}: tensor {name!r}, which the adapters change, is not in the base and the export."
         )
-    rows = _rows(matrix_shape(entry.shape)[0])
+    rows = _block_rows(matrix_shape(entry.shape)[0])
     before, after = _sampled(entry, rows), _sampled(written[name], rows)
     return Change(name, _ratio(after - before, before), _lost(before, after, rows, delta, mixture))
 
@@ -135,7 +135,7 @@ def _ratio(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(one.norm() / other.norm()) if bool(other.any()) else 0.0
 
 
-def _rows(count: int) -> list[int]:
+def _block_rows(count: int) -> list[int]:
     """The rows that are looked at, ascending."""
     if count <= BLOCKS * ROWS:
         return list(range(count))

@@ -151,9 +151,9 @@ def _compare(name: str, tensor: torch.Tensor, parts: list[Part]) -> None:
             _refuse(name, part.entry, f"{list(tensor.shape)} in the model, {list(part.entry.shape)} in the file")
         if (len(matrix), matrix.shape[1]) != (rows, width):
             _refuse(name, part.entry, f"{list(tensor.shape)} in the model, {rows} rows of {width} in the files")
-        chosen = _rows(len(part.rows), width)
+        chosen = _sampled_rows(len(part.rows), width)
         live = matrix[part.rows[chosen].to(matrix.device)].cpu()
-        if not _same(live, _read(part.entry, [part.start + row for row in chosen], width)):
+        if not _are_as_loaded(live, _read_sample(part.entry, [part.start + row for row in chosen], width)):
             _refuse(name, part.entry, "not the file's numbers")
 
 
@@ -164,13 +164,13 @@ def _refuse(name: str, entry: Entry, what: str) -> None:
     )
 
 
-def _rows(count: int, width: int) -> list[int]:
+def _sampled_rows(count: int, width: int) -> list[int]:
     """Rows from the first to the last, all of a small tensor."""
     few = count if count * width <= WHOLE else min(ROWS, count)
     return sorted({round(i * (count - 1) / max(few - 1, 1)) for i in range(few)})
 
 
-def _read(entry: Entry, rows: list[int], width: int) -> torch.Tensor:
+def _read_sample(entry: Entry, rows: list[int], width: int) -> torch.Tensor:
     """Some rows of a tensor of the files, [n, width] in its own dtype."""
     size = width * torch_dtype(entry.dtype).itemsize
     data, descriptor = bytearray(size * len(rows)), opened(entry)
@@ -182,7 +182,7 @@ def _read(entry: Entry, rows: list[int], width: int) -> torch.Tensor:
     return torch.frombuffer(data, dtype=torch_dtype(entry.dtype)).reshape(len(rows), width)
 
 
-def _same(live: torch.Tensor, stored: torch.Tensor) -> bool:
+def _are_as_loaded(live: torch.Tensor, stored: torch.Tensor) -> bool:
     """Whether a model's numbers are the file's, as they are in the model's dtype, or were when it was loaded in 16 bits."""
     loaded = (stored.dtype, torch.bfloat16, torch.float16)
     return any(torch.equal(stored.to(dtype).to(live.dtype), live) for dtype in loaded)

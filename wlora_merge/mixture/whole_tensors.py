@@ -46,7 +46,7 @@ def with_whole_tensors(
             target = find(delta.tensor)
             if target is None or target.read is None or leaf != "weight":
                 raise _unsupported(delta.tensor, layers.get(module))
-            factors = _factors(delta.tensor, saved.double() - target.read().cpu().double(), layers[module])
+            factors = _factors_of_change(delta.tensor, saved.double() - target.read().cpu().double(), layers[module])
             same = next(
                 (name for name in adapter.modules if (t := find(f"{name}.weight")) and t.module == delta.tensor), None
             )
@@ -56,7 +56,7 @@ def with_whole_tensors(
     return result
 
 
-def _factors(name: str, change: torch.Tensor, layer: nn.Module) -> Factors:
+def _factors_of_change(name: str, change: torch.Tensor, layer: nn.Module) -> Factors:
     """A change of a layer's weight as lora_B @ lora_A, one of them an identity, whichever is smaller."""
     embedding = isinstance(layer, nn.Embedding)
     if not embedding and not isinstance(layer, (nn.Linear, Conv1D, *CONVOLUTIONS)):

@@ -194,8 +194,8 @@ def _last_layer(model: Any, inputs: dict[str, Any], *, classifies: bool) -> tupl
     found = "", False
     for name, (_, result) in seen.items():
         every = mask is not None and result.ndim == 3 and result.shape[:2] == mask.shape
-        last = mask is not None and every and _same(pool_tokens(result, mask, "lasttoken"), logits)
-        if last or _same(result, logits):
+        last = mask is not None and every and _are_close(pool_tokens(result, mask, "lasttoken"), logits)
+        if last or _are_close(result, logits):
             found = name, last
     return found
 
@@ -220,10 +220,10 @@ def _find_reader(model: Any, out: str, inputs: dict[str, Any]) -> _Reader | None
     read = seen[out][0].float()
     read = pool_tokens(read, mask, "lasttoken") if read.ndim == 3 else read
     for first, vector in ((True, noise[:, 0]), (False, pool_tokens(noise, mask, "lasttoken"))):
-        if _same(read, vector):
+        if _are_close(read, vector):
             return _Reader(first)
         for name, (given, result) in seen.items():
-            between = _same(given, vector) and result.shape == vector.shape
+            between = _are_close(given, vector) and result.shape == vector.shape
             if between and (kind := _activation(model.get_submodule(name), result, read)):
                 return _Reader(first, name, kind)
     return None
@@ -233,7 +233,7 @@ def _activation(layer: nn.Module, result: torch.Tensor, read: torch.Tensor) -> s
     """What stands between a layer with a bias and what is read: a key of `ACTIVATIONS`, or an empty text."""
     if layer.bias is None:
         return ""
-    return next((kind for kind, function in ACTIVATIONS.items() if _same(read, function(result.float()))), "")
+    return next((kind for kind, function in ACTIVATIONS.items() if _are_close(read, function(result.float()))), "")
 
 
 @contextmanager
@@ -276,7 +276,7 @@ def _watched(model: nn.Module, wanted: Any) -> Iterator[dict[str, tuple[torch.Te
             handle.remove()
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _are_close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and bool(torch.allclose(one.float(), other.float(), rtol=1e-3, atol=1e-4))
 
 

@@ -40,7 +40,7 @@ class FitState:
         self.table: dict[str, Any] = {"fingerprint": fingerprint, "done": {}, "current": None}
         if file is None:
             return
-        found = _read(file) if os.path.lexists(file) else None
+        found = _read_state(file) if os.path.lexists(file) else None
         if not resume:
             if found:
                 LOG.info("%s: a fit to this folder was stopped; it starts over, as --resume is not given.", file)
@@ -125,7 +125,7 @@ def only_fit(out: str | Path | None) -> Iterator[None]:
         yield
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read_state(file: Path) -> dict[str, Any]:
     import torch
 
     again = "move it away, or choose another --out, as a fit keeps its state there."
