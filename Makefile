@@ -51,9 +51,9 @@ real-models: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python recipes/bench_export.py --size $(or $(SIZE),1b)
 
-# A refold against exporting to ONNX again, on SmolLM2 and four adapters of the shared zoo; ROUNDS=3 is shorter.
+# A refold and a kept graph against exporting to ONNX again, on SmolLM2 and four adapters of the shared zoo; ROUNDS=2 is shorter.
 bench-onnx: $(VENV)/.ready real-models
-	$(BIN)/python recipes/bench_onnx.py --base $(REAL)/smollm2 --rounds $(or $(ROUNDS),5) \
+	$(BIN)/python recipes/bench_onnx.py --base $(REAL)/smollm2 --rounds $(or $(ROUNDS),4) \
 		$(foreach name,mpqa sst2 subj trec,--adapter $(SHARED)/zoo/smollm2-tasks/$(name))
 
 # From Enter to the answer: common mistakes and inspect, on SmolLM2 and four adapters of the shared zoo.

@@ -33,12 +33,12 @@ def disk() -> Iterator[ThreadPoolExecutor]:
         [5] * 1000,
     ],
 )
-@pytest.mark.parametrize("refusal", ["none", "open", "open and leave the file", "write", "read"])
+@pytest.mark.parametrize("refusal", ["none", "open", "open and leave the file", "write"])
 def test_the_file_holds_what_was_written(
     tmp_path: Path, disk: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, sizes: list[int], refusal: str
 ) -> None:
     """Also where the file system refuses O_DIRECT: when the file is opened, or only when it is written."""
-    real_open, real_write, real_read = os.open, os.write, os.preadv
+    real_open, real_write = os.open, os.write
 
     def refuse_open(path: str | Path, flags: int, mode: int = 0o777) -> int:
         if flags & direct.O_DIRECT:
@@ -52,19 +52,12 @@ def test_the_file_holds_what_was_written(
             raise OSError(errno.EINVAL, "Invalid argument")
         return real_write(fd, block)
 
-    def refuse_read(fd: int, buffers: list[memoryview], offset: int) -> int:
-        if direct.fcntl.fcntl(fd, direct.fcntl.F_GETFL) & direct.O_DIRECT:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return real_read(fd, buffers, offset)
-
-    if refusal == "read":
-        monkeypatch.setattr(direct.os, "preadv", refuse_read)
     if refusal.startswith("open"):
         monkeypatch.setattr(direct.os, "open", refuse_open)
     if refusal == "write":
         monkeypatch.setattr(direct.os, "write", refuse_write)
     blocks = [Random(size).randbytes(size) for size in sizes]
-    with DirectFile(tmp_path / "f", disk, read_back=refusal in ("none", "read", "open")) as file:
+    with DirectFile(tmp_path / "f", disk) as file:
         for block in blocks:
             scratch = bytearray(block)
             file.write(memoryview(scratch))
@@ -97,26 +90,6 @@ def test_the_error_of_any_write_reaches_the_caller(
         DirectFile(tmp_path / "f", disk) as file,
     ):
         file.write(memoryview(bytes(2 * BUFFER_BYTES + 5)))
-
-
-@pytest.mark.parametrize("at", [0, BUFFER_BYTES - 1, BUFFER_BYTES, 2 * BUFFER_BYTES + 4])
-def test_a_disk_that_gives_back_another_byte_is_found_out(
-    tmp_path: Path, disk: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, at: int
-) -> None:
-    real = os.preadv
-
-    def flip(fd: int, buffers: list[memoryview], offset: int) -> int:
-        count = real(fd, buffers, offset)
-        if offset <= at < offset + count:
-            buffers[0][at - offset] ^= 1
-        return count
-
-    monkeypatch.setattr(direct.os, "preadv", flip)
-    with (
-        pytest.raises(OSError, match="gives back other bytes"),
-        DirectFile(tmp_path / "f", disk, read_back=True) as file,
-    ):
-        file.write(memoryview(Random(0).randbytes(2 * BUFFER_BYTES + 5)))
 
 
 def test_the_callers_own_error_is_the_one_that_is_seen(

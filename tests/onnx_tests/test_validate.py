@@ -16,11 +16,11 @@ from onnx.reference import ReferenceEvaluator
 from support.models import inputs_of, make_adapter, tiny_llama
 from support.onnx_models import LLAMA, TEXT, Exported, make_dense
 
-from wlora_merge.errors import NotFiniteError, WloraMergeWarning
+from wlora_merge.errors import NotFiniteError, VerifyError, WloraMergeWarning
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mix import mix
-from wlora_merge.onnx import convert, validate
+from wlora_merge.onnx import convert, session, validate
 from wlora_merge.onnx.convert import check_onnx
 from wlora_merge.onnx.genai import compare_genai
 from wlora_merge.onnx.session import has_half_weights
@@ -147,6 +147,28 @@ def test_a_quantized_graph_whose_outputs_are_nan_is_not_reported_as_near(
 
     with pytest.raises(NotFiniteError, match=r"model_q4\.onnx: output 'logits'.*export without --quantize"):
         quantize_onnx(tmp_path / "out", made.dense, task=get_task("causal-lm"), kind="int4")
+
+
+@pytest.mark.parametrize(("name", "given"), [("llama", 4), ("t5", 1)])
+@pytest.mark.parametrize("broken", [0, 7, 15, 16])
+def test_a_graph_that_chooses_another_token_than_pytorch_fails_from_the_first_to_the_last(
+    exported: Callable[[str], Exported], monkeypatch: pytest.MonkeyPatch, name: str, given: int, broken: int
+) -> None:
+    def next_scores(*arguments: Any) -> Any:
+        steps, number, token = session.next_scores(*arguments), 0, None
+        while True:
+            scores = next(steps) if token is None else steps.send(token)
+            token = yield -scores if number == broken else scores
+            number += 1
+
+    made = exported(name)  # which checks, too
+    monkeypatch.setattr(validate, "next_scores", next_scores)
+    task = "seq2seq-lm" if name == "t5" else "causal-lm"
+    if broken == 16:  # behind the last token
+        assert check_onnx(made.out, made.dense, task=task) < 1e-4
+        return
+    with pytest.raises(VerifyError, match=rf"greedy generation differs at token {given + broken}: ONNX Runtime gives"):
+        check_onnx(made.out, made.dense, task=task)
 
 
 def test_an_infinite_effect_does_not_widen_the_tolerance_of_a_lora(tmp_path: Path) -> None:

@@ -78,14 +78,14 @@ class CardFacts:
 
 def write_card(folder: Path, facts: CardFacts) -> None:
     """Write README.md into an export folder."""
-    from huggingface_hub import ModelCard
+    from jinja2 import Template
 
     mixture, metrics = facts.mixture, facts.mixture.metrics
     fronts = [_front(folder) for folder in facts.folders]
     candidates = metrics.get("candidates") or {}
-    card = ModelCard.from_template(
-        _metadata(facts, fronts),
-        template_path=str(TEMPLATE),
+    # as ModelCard.from_template would, which imports the hub's client: as long as the rest of the card takes
+    card = Template(TEMPLATE.read_text(encoding="utf-8")).render(
+        card_data=_metadata(facts, fronts).to_yaml(),
         **vars(facts) | {"figures": [{"caption": CAPTIONS[n], "file": f"{FIGURES}/{n}.png"} for n in facts.figures]},
         measured=facts.measures.card(),
         serving=_serving(facts, dtype_for_js(folder)),

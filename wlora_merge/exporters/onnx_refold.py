@@ -160,17 +160,17 @@ def _place_weights(
 
 
 def write_refold(refold: Refold, out: Path, mixture: Mixture) -> dict[str, str]:
-    """Stream the files into the folder `out`; what is on the disk is what was folded, at the place where the base's weight was.
+    """Stream the files into the folder `out`, each weight at the place where the base's was.
 
     Returns:
         File name -> sha256, hashed as the bytes passed.
 
     Raises:
         BaseModelError: a weight of the graph is not the base's.
-        OutputError: the disk is full or refuses, or gives back other bytes than it was given.
+        OutputError: the disk is full or refuses.
         VerifyError: the new graph's weights do not lie where the base's do.
     """
-    written = write_files(refold.files, out, mixture, read_back=True)
+    written = write_files(refold.files, out, mixture)
     for graph in refold.graphs:
         new = read_onnx(out / refold.names[graph.path])
         if [replace(e, file=out / refold.names.get(e.file, e.file.name)) for e in graph.tensors] != new.tensors:

@@ -52,7 +52,6 @@ def write_files(
     out: Path,
     mixture: Mixture,
     *,
-    read_back: bool = False,
     hashed: bool = True,
 ) -> dict[str, str]:
     """Stream the planned files into the folder `out`, with a few blocks for each in memory.
@@ -61,7 +60,6 @@ def write_files(
         files: what `plan` laid out.
         out: the folder to write into.
         mixture: the mixture.
-        read_back: read what was written back from the disk at once, and compare.
         hashed: hash the bytes as they pass; not for files that are gone before the export is done.
 
     Returns:
@@ -81,7 +79,7 @@ def write_files(
         ThreadPoolExecutor(workers) as pool,
         ThreadPoolExecutor(side_by_side) as writers,
     ):
-        crew = Crew(pool, max(1, workers // side_by_side), disk, meter, stop, read_back, hashed)
+        crew = Crew(pool, max(1, workers // side_by_side), disk, meter, stop, hashed)
         odd: set[str] = set()
         jobs = [writers.submit(_write_file, file, out, mixture, crew, odd) for file in files]
         try:
@@ -110,7 +108,6 @@ class Crew:
     disk: ThreadPoolExecutor
     meter: Meter
     stop: threading.Event
-    read_back: bool
     hashed: bool
 
 
@@ -133,7 +130,7 @@ def _write_file(file: OutputFile, out: Path, mixture: Mixture, crew: Crew, odd: 
         space.give_back(block)
 
     try:
-        with DirectFile(out / file.name, crew.disk, read_back=crew.read_back) as stream:
+        with DirectFile(out / file.name, crew.disk) as stream:
             _in_order(_jobs(space, file, mixture, inputs, odd), put, crew.pool, crew.each)
     except OSError as error:
         raise OutputError(f"{out / file.name}: cannot be written ({error.strerror or error}).") from error

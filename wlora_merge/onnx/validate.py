@@ -1,7 +1,7 @@
 """An ONNX folder against the dense folder that it was made from.
 
-Knows what must be equal: every output at several shapes, and for decoders a greedy generation. Must not know how the graph
-was made, nor how it is run (`onnx_run`); the oracle is the PyTorch model with its default attention.
+Knows what must be equal: every output at several shapes, and for decoders each token of a greedy generation. Must not know how the
+graph was made, nor how it is run (`session`); the oracle is the PyTorch model with its default attention.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def check_onnx(onnx_folder: Path, dense: Path, *, task: str, pooling: str | None
     """Run the graph of `onnx_folder` and the PyTorch model of `dense` on the same inputs and compare all that they give.
 
     It runs `onnx.checker`, and looks for missing and left-over data files. It compares each output in float32 at several batch
-    sizes, sequence lengths and past lengths, masked positions left out. A float32 decoder also generates greedily, token by token.
+    sizes, sequence lengths and past lengths, masked positions left out. A float32 decoder also generates greedily, token by token,
+    and each token must be PyTorch's choice after those before it.
 
     Args:
         onnx_folder: the root of an ONNX export (`onnx/model.onnx` below it).
@@ -242,46 +243,61 @@ def _within(model: torch.nn.Module, shape: tuple[int, int, int, int]) -> tuple[i
 def _compare_generation(
     sessions: Mapping[str, Any], model: torch.nn.Module, task: Task, tokens: Sequence[int] | None, noise: float
 ) -> None:
-    """A greedy generation by the graph, one token at a time, against `generate()`.
+    """A greedy generation by the graph, one token at a time; PyTorch then reads all of it, and must choose each token too.
+
+    Where both choose the same token after the same tokens, from the first to the last, both generate the same.
 
     Raises:
-        VerifyError: a token differs, where PyTorch's best two logits are further apart than the noise between the two.
+        VerifyError: a token is not PyTorch's, and its logit is further from PyTorch's best than the noise between the two.
     """
-    prompt = sample_inputs(model, task, 1, 4, tokens=tokens)
-    expected = _generate(model, prompt)
-    feed = {name: value.numpy() for name, value in prompt.items()}
-    steps = next_scores(sessions, feed, expected[0])
-    given = 1 if task.is_encoder_decoder else prompt["input_ids"].shape[1]
-    token = -1
-    for position in range(given, len(expected)):
-        scores = next(steps) if position == given else steps.send(token)
-        token = int(scores.argmax())
-        if token == expected[position]:
-            continue
-        if abs(float(scores[token] - scores[expected[position]])) <= 4 * noise:
-            return  # a tie: either token is the greedy one, and from here on the two differ rightly
-        raise VerifyError(
-            f"greedy generation differs at token {position}: ONNX Runtime gives {token}, PyTorch {expected[position]};"
-            " the ONNX graph does not compute the model: export to `--format dense`."
-        )
+    inputs = sample_inputs(model, task, 1, 4, tokens=tokens)
+    start = getattr(model.config, "decoder_start_token_id", None) or 0
+    row = [start] if task.is_encoder_decoder else inputs["input_ids"][0].tolist()
+    given = len(row)
+    steps = next_scores(sessions, {name: value.numpy() for name, value in inputs.items()}, start)
+    scores = [next(steps)]
+    for _ in range(GENERATED - 1):
+        row.append(int(scores[-1].argmax()))
+        scores.append(steps.send(row[-1]))
+    read = _read(model, task, inputs, row, given)
+    for position, (wanted, got) in enumerate(zip(read[given - 1 :], scores, strict=True), given):
+        token, expected = int(got.argmax()), int(wanted.argmax())
+        if not float(wanted[expected] - wanted[token]) <= 4 * noise:  # else a tie: either token is the greedy one
+            raise VerifyError(
+                f"greedy generation differs at token {position}: ONNX Runtime gives {token}, PyTorch {expected};"
+                " the ONNX graph does not compute the model: export to `--format dense`."
+            )
 
 
-def _generate(model: Any, prompt: dict[str, torch.Tensor]) -> list[int]:
-    """Prompt (of an encoder-decoder: its start token) and `GENERATED` greedy tokens, whatever the model's defaults are."""
-    import transformers
+def _read(
+    model: torch.nn.Module, task: Task, inputs: dict[str, torch.Tensor], row: Sequence[int], given: int
+) -> torch.Tensor:
+    """PyTorch's logits `[sequence, vocabulary]` of a sequence: what it generates, given the tokens before each.
 
-    plain: Callable[..., Any] = transformers.GenerationConfig
-    kept = model.generation_config
-    start = getattr(model.config, "decoder_start_token_id", None)
-    model.generation_config = plain(decoder_start_token_id=0 if start is None else start)
-    asked: Callable[..., Any] = model.generate
-    try:
-        tokens = asked(
-            input_ids=prompt["input_ids"],
-            attention_mask=prompt["attention_mask"],
-            do_sample=False,
-            max_new_tokens=GENERATED,
-        )
-    finally:
-        model.generation_config = kept
-    return [int(token) for token in tokens[0]]
+    It is read in one run. From a length at which the rotary frequencies change, each token is a run of its own, as in a
+    generation: a key in the cache keeps the frequencies of its own run. The run before is shorter than that length: only then does
+    dynamic NTK forget an earlier, longer sequence.
+
+    Args:
+        model: the PyTorch model.
+        task: what the model is for.
+        inputs: the prompt; of an encoder-decoder what its encoder reads.
+        row: the sequence.
+        given: how many of its tokens are not generated.
+    """
+    import torch
+
+    first = max(given, min(lengths_that_matter(model), default=len(row) + 1) - 1)
+    whole = inputs if task.is_encoder_decoder else sample_inputs(model, task, 1, len(row))
+    scores, cache, at = [], None, 0
+    for end in [*range(first, len(row)), len(row)]:
+        new = torch.tensor([row[at:end]])
+        if task.is_encoder_decoder:
+            part = {**whole, "decoder_input_ids": new}
+        else:
+            part = {name: value[:, at:end] for name, value in whole.items()}
+            part |= {"input_ids": new, "attention_mask": whole["attention_mask"][:, :end]}
+        read = model(**part, past_key_values=cache, use_cache=True)
+        cache, at = read.past_key_values, end
+        scores.append(read.logits[0])
+    return torch.cat(scores)
