@@ -259,7 +259,7 @@ def _compare_generation(
     for _ in range(GENERATED - 1):
         row.append(int(scores[-1].argmax()))
         scores.append(steps.send(row[-1]))
-    read = _read(model, task, inputs, row, given)
+    read = _read_by_torch(model, task, inputs, row, given)
     for position, (wanted, got) in enumerate(zip(read[given - 1 :], scores, strict=True), given):
         token, expected = int(got.argmax()), int(wanted.argmax())
         if not float(wanted[expected] - wanted[token]) <= 4 * noise:  # else a tie: either token is the greedy one
@@ -269,7 +269,7 @@ def _compare_generation(
             )
 
 
-def _read(
+def _read_by_torch(
     model: torch.nn.Module, task: Task, inputs: dict[str, torch.Tensor], row: Sequence[int], given: int
 ) -> torch.Tensor:
     """PyTorch's logits `[sequence, vocabulary]` of a sequence: what it generates, given the tokens before each.

@@ -7,7 +7,7 @@ every number that a module keeps.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,32 +74,54 @@ def take_weights(graph: onnx_ir.Graph, model: torch.nn.Module) -> list[str]:
         The names of floating constants that may come from weights, so that the graph is of these weights alone: of several
         numbers, and neither weights nor known to `structure_of`; or of the number that a weight of one number holds.
     """
-    import torch
-
+    weights = weights_of(model)
     first: dict[Any, str] = {}
-    for name, tensor in weights_of(model).items():
+    for name, tensor in weights.items():
         if tensor.numel():
             first.setdefault(_place(tensor), name)
     known = {_digest(tensor) for _, tensor in _constants(model)}
-    single = {float(tensor) for tensor in weights_of(model).values() if tensor.numel() == 1}
+    single = {float(tensor) for tensor in weights.values() if tensor.numel() == 1}
     strange = []
+    for value in _floating(graph):
+        held = _held(value)
+        if held is not None and _place(held) in first:
+            Weight(first[_place(held)]).mark(value)
+        elif not _is_explained(value, held, known, single):
+            strange.append(str(value.name))
+    return strange + [str(node.outputs[0].name) for node in graph.all_nodes() if _is_floating_literal(node)]
+
+
+def _floating(graph: onnx_ir.Graph) -> Iterator[onnx_ir.Value]:
+    """The initializers that hold floating numbers."""
     for value in graph.initializers.values():
         constant = value.const_value
-        if constant is None or not constant.size or not constant.dtype.is_floating_point():
-            continue
-        held: Any = getattr(constant, "raw", None)
-        own = isinstance(held, torch.Tensor)
-        if own and _place(held) in first:
-            Weight(first[_place(held)]).mark(value)
-            continue
-        explained = constant.numpy().item() not in single if constant.size == 1 else own and _digest(held) in known
-        if not explained:
-            strange.append(str(value.name))
-    for node in graph.all_nodes():
-        literal = node.attributes.get("value") if node.op_type == "Constant" else None
-        if literal is not None and literal.value.dtype.is_floating_point() and literal.value.size > 1:
-            strange.append(str(node.outputs[0].name))
-    return strange
+        if constant is not None and constant.size and constant.dtype.is_floating_point():
+            yield value
+
+
+def _held(value: onnx_ir.Value) -> torch.Tensor | None:
+    """The tensor of torch that an initializer holds, where it holds one."""
+    import torch
+
+    raw: Any = getattr(value.const_value, "raw", None)
+    return raw if isinstance(raw, torch.Tensor) else None
+
+
+def _is_explained(
+    value: onnx_ir.Value, held: torch.Tensor | None, known: Collection[str], single: Collection[float]
+) -> bool:
+    """Whether a constant that is no weight comes from none either: `known` are the digests of the model's other tensors, `single`
+    the numbers of weights that have one number."""
+    constant: Any = value.const_value
+    if constant.size == 1:
+        return constant.numpy().item() not in single
+    return held is not None and _digest(held) in known
+
+
+def _is_floating_literal(node: onnx_ir.Node) -> bool:
+    """Whether a node is a constant of several floating numbers."""
+    literal = node.attributes.get("value") if node.op_type == "Constant" else None
+    return literal is not None and bool(literal.value.dtype.is_floating_point()) and literal.value.size > 1
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
