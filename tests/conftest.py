@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,8 +30,19 @@ SLOW = (
 
 
 GRAPHS = ("onnx_tests/", "exporters_tests/test_onnx_", "documents/test_blocks.py", "features/")
-TRACED = ("test_trace_cache.py", "test_convert.py")
-"""Tests that export to ONNX, and those of them in which each export has to be traced."""
+TRACED = "test_trace_cache.py"
+"""Tests that export to ONNX, and those of them that begin without a kept graph."""
+
+
+def pytest_configure() -> None:
+    """Imports make a million objects that stay: nothing walks them while tests are collected, nor with each test's own."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,12 +78,28 @@ def _quick() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def _signatures_read_once() -> Iterator[None]:
+    """At each trace, onnxscript reads the signatures of its functions off their source texts: a tenth of a small trace."""
+    try:
+        values: Any = importlib.import_module("onnxscript.values")
+    except ImportError:  # of the extra `onnx`, without which nothing is traced
+        yield
+        return
+    read_once = property(functools.cache(values.TracedOnnxFunction.function_ir.fget))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(values.TracedOnnxFunction, "function_ir", read_once)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a test leaves in the cache is forgotten after it, but for graphs of those tests of ONNX that are not about tracing."""
     path = request.path.relative_to(Path(__file__).parent).as_posix()
+    if path.startswith(GRAPHS):
+        request.getfixturevalue("_signatures_read_once")
     shares = path.startswith(GRAPHS) and not path.endswith(TRACED)
     folder = _common_cache(tmp_path_factory) if shares else tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("WLORA_MERGE_CACHE", str(folder))

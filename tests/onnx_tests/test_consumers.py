@@ -66,7 +66,7 @@ def test_transformers_js_finds_a_float16_graph_under_its_own_dtype(
     exported: Callable[[str], Exported], library: Path, name: str, kind: str, tmp_path: Path
 ) -> None:
     made, ids = exported(name), torch.tensor([[5, 9, 23, 42]])
-    write_onnx(made.dense, tmp_path, task=made.task, dtype="float16")
+    write_onnx(made.dense, tmp_path, task=made.task, dtype="float16", cached_as=name)
     (tmp_path / "onnx" / "model.onnx").unlink(missing_ok=True)  # so that no other file can be what it finds
     got = in_node(library, kind, tmp_path, ids.tolist(), dtype="fp16")
     if kind == "SequenceClassification":
@@ -98,7 +98,7 @@ def test_transformers_js_embeds_sentences(library: Path, tmp_path: Path) -> None
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w1", pad_token="w0")
     tokenizer.save_pretrained(dense)
     (tmp_path / "out").mkdir()
-    write_onnx(dense, tmp_path / "out", task="feature-extraction")
+    write_onnx(dense, tmp_path / "out", task="feature-extraction", cached_as="mean")
     texts = ["w5 w9 w23", "w90 w3 w7 w61 w12"]
     batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
