@@ -29,7 +29,9 @@ SLOW = (
 """Files that trace graphs, start processes or train many times; `make test-fast` leaves them out."""
 
 
-GRAPHS = ("onnx_tests/", "exporters_tests/test_onnx_", "documents/test_blocks.py", "features/")
+GRAPHS = (
+    "onnx_tests/", "exporters_tests/", "documents/", "features/", "mixture_tests/test_told_task.py", "training_tests/test_fit.py",
+)  # fmt: skip
 TRACED = "test_trace_cache.py"
 """Tests that export to ONNX, and those of them that begin without a kept graph."""
 
