@@ -69,14 +69,18 @@ def _common_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _quick() -> Iterator[None]:
     """What costs much and no test looks at, once or never.
 
-    PEFT writes a card with each adapter, and compiles its template each time. No test cuts the power, so that a file that lies in
-    the system's cache is as good as one on the disk; processes that are killed keep their own fsync.
+    PEFT writes a card with each adapter, and compiles its template each time. Transformers spells each config that it reads for a
+    log that nobody sees. No test cuts the power, so that a file that lies in the system's cache is as good as one on the disk;
+    processes that are killed keep their own fsync.
     """
     import jinja2
+    import transformers
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jinja2.Environment, "compile", functools.lru_cache(jinja2.Environment.compile))
         patch.setattr(os, "fsync", lambda file: None)
+        for config in (transformers.PreTrainedConfig, transformers.GenerationConfig):
+            patch.setattr(config, "__repr__", object.__repr__)
         yield
 
 

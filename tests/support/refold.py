@@ -18,7 +18,8 @@ def onnx_of(dense: Path, out: Path, task: str = "causal-lm", **options: Any) -> 
     """
     dense = shutil.copytree(dense, out.with_name(f"{out.name}-dense"))
     config = json.loads((dense / "config.json").read_text())
-    (dense / "config.json").write_text(json.dumps(config | older_spellings(config)))
+    config |= older_spellings(config) | ({"dtype": options["dtype"]} if "dtype" in options else {})
+    (dense / "config.json").write_text(json.dumps(config))
     out.mkdir(parents=True)
     write_onnx(dense, out, task=task, cached_as=dense.name, **options)
     return out / "onnx" / "model.onnx"
