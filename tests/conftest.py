@@ -70,17 +70,23 @@ def _quick() -> Iterator[None]:
     """What costs much and no test looks at, once or never.
 
     PEFT writes a card with each adapter, and compiles its template each time. Transformers spells each config that it reads for a
-    log that nobody sees. No test cuts the power, so that a file that lies in the system's cache is as good as one on the disk;
-    processes that are killed keep their own fsync.
+    log that nobody sees. Layers draw numbers on the meta device, which keeps none. No test cuts the power, so that a file that lies
+    in the system's cache is as good as one on the disk; processes that are killed keep their own fsync.
     """
     import jinja2
+    import torch
     import transformers
+
+    def only_with_numbers(reset: Callable[[torch.nn.Module], None]) -> Callable[[torch.nn.Module], None]:
+        return lambda layer: None if layer.weight.is_meta else reset(layer)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jinja2.Environment, "compile", functools.lru_cache(jinja2.Environment.compile))
         patch.setattr(os, "fsync", lambda file: None)
         for config in (transformers.PreTrainedConfig, transformers.GenerationConfig):
             patch.setattr(config, "__repr__", object.__repr__)
+        for kind in (torch.nn.Linear, torch.nn.Embedding):
+            patch.setattr(kind, "reset_parameters", only_with_numbers(kind.reset_parameters))
         yield
 
 

@@ -120,9 +120,9 @@ def sentence_folder(
     return folder
 
 
-def export_once(name: str, root: Path) -> Exported:
+def export_once(name: str, root: Path, **options: Any) -> Exported:
     """Make the tiny model and export it, both below `root`; a graph that another process of this run has traced is filled."""
     class_name, config, task = MODELS[name]
     dense, out = make_dense(root / "dense", class_name, config), root / "out"
     out.mkdir()
-    return Exported(dense, out, task, write_onnx(dense, out, task=task, cached_as=name))
+    return Exported(dense, out, task, write_onnx(dense, out, task=task, cached_as=name, **options))
