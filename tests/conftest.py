@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +29,21 @@ SLOW = (
 """Files that trace graphs, start processes or train many times; `make test-fast` leaves them out."""
 
 
-GRAPHS = ("onnx_tests/", "exporters_tests/test_onnx_", "documents/test_blocks.py", "features/")
-TRACED = ("test_trace_cache.py", "test_convert.py")
-"""Tests that export to ONNX, and those of them in which each export has to be traced."""
+GRAPHS = (
+    "onnx_tests/", "exporters_tests/", "documents/", "features/", "mixture_tests/test_told_task.py", "training_tests/test_fit.py",
+)  # fmt: skip
+TRACED = "test_trace_cache.py"
+"""Tests that export to ONNX, and those of them that begin without a kept graph."""
+
+
+def pytest_configure() -> None:
+    """Imports make half a million objects that stay: the collector walks them neither while tests are collected nor later."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,14 +68,38 @@ def _common_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _quick() -> Iterator[None]:
     """What costs much and no test looks at, once or never.
 
-    PEFT writes a card with each adapter, and compiles its template each time. No test cuts the power, so that a file that lies in
-    the system's cache is as good as one on the disk; processes that are killed keep their own fsync.
+    PEFT writes a card with each adapter, and compiles its template each time. Transformers spells each config that it reads for a
+    log that nobody sees. Layers draw numbers on the meta device, which keeps none. No test cuts the power, so that a file that lies
+    in the system's cache is as good as one on the disk; processes that are killed keep their own fsync.
     """
     import jinja2
+    import torch
+    import transformers
+
+    def only_with_numbers(reset: Callable[[torch.nn.Module], None]) -> Callable[[torch.nn.Module], None]:
+        return lambda layer: None if layer.weight.is_meta else reset(layer)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jinja2.Environment, "compile", functools.lru_cache(jinja2.Environment.compile))
         patch.setattr(os, "fsync", lambda file: None)
+        for config in (transformers.PreTrainedConfig, transformers.GenerationConfig):
+            patch.setattr(config, "__repr__", object.__repr__)
+        for kind in (torch.nn.Linear, torch.nn.Embedding):
+            patch.setattr(kind, "reset_parameters", only_with_numbers(kind.reset_parameters))
+        yield
+
+
+@pytest.fixture(scope="session")
+def _signatures_read_once() -> Iterator[None]:
+    """At each trace, onnxscript reads the signatures of its functions off their source texts: a tenth of a small trace."""
+    try:
+        values: Any = importlib.import_module("onnxscript.values")
+    except ImportError:  # of the extra `onnx`, without which nothing is traced
+        yield
+        return
+    read_once = property(functools.cache(values.TracedOnnxFunction.function_ir.fget))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(values.TracedOnnxFunction, "function_ir", read_once)
         yield
 
 
@@ -71,6 +109,8 @@ def _own_cache(
 ) -> None:
     """What a test leaves in the cache is forgotten after it, but for graphs of those tests of ONNX that are not about tracing."""
     path = request.path.relative_to(Path(__file__).parent).as_posix()
+    if path.startswith(GRAPHS):
+        request.getfixturevalue("_signatures_read_once")
     shares = path.startswith(GRAPHS) and not path.endswith(TRACED)
     folder = _common_cache(tmp_path_factory) if shares else tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("WLORA_MERGE_CACHE", str(folder))

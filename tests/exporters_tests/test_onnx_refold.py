@@ -123,8 +123,8 @@ def test_weights_in_data_files_are_rewritten_there(
 def test_a_float16_file_of_a_bfloat16_base_gets_the_sum_rounded_once_to_float16(llama_zoo: Zoo, tmp_path: Path) -> None:
     source, adapters = llama_zoo(torch.bfloat16)
     mix(source, adapters, tmp_path / "mixture", task="causal-lm")
-    onnx_of(source, tmp_path / "base", dtype="float16")
     export(tmp_path / "mixture", "onnx", tmp_path / "traced", dtype="float16")
+    onnx_of(source, tmp_path / "base", dtype="float16")
     export(tmp_path / "mixture", "onnx", tmp_path / "out", onnx_base=tmp_path / "base")
     got, expected = (weights_of(tmp_path / name / "onnx/model.onnx") for name in ("out", "traced"))
     for name in expected:
@@ -381,9 +381,9 @@ def test_a_head_is_replaced_where_the_graph_has_the_bases(tmp_path: Path) -> Non
     head = {"classifier.weight": torch.randn(3, 32), "classifier.bias": torch.randn(3)}
     mixture.head = head
     mixture.save(tmp_path / "mixture")
+    export(tmp_path / "mixture", "onnx", tmp_path / "traced")
     file = onnx_of(tmp_path / "base", tmp_path / "base_onnx", "text-classification")
     export(tmp_path / "mixture", "onnx", tmp_path / "out", onnx_base=file)
-    export(tmp_path / "mixture", "onnx", tmp_path / "traced")
     np.testing.assert_array_equal(
         logits_of(tmp_path / "out/onnx/model.onnx"), logits_of(tmp_path / "traced/onnx/model.onnx")
     )

@@ -115,7 +115,7 @@ def test_a_recipe_of_ten_lines_that_means_ten_billion_values_is_refused_at_once(
     recipe.write_text(ALIASES + "base: x\nadapters: *j\nmix: {}\n")
     with pytest.raises(RecipeError) as caught:
         read_recipe(recipe)
-    assert len(str(caught.value)) < 500
+    assert len(str(caught.value).removeprefix(str(tmp_path))) < 430
     (tmp_path / "README.md").write_text(f"---\n{ALIASES}license: *j\n---\n")
     assert _named(_front(tmp_path), "license", _LICENSE) == []
 

@@ -168,7 +168,7 @@ def test_large_weights_lie_in_one_data_file_that_the_graph_names(
 ) -> None:
     made = exported("bert")
     monkeypatch.setattr(convert, "INLINE_LIMIT", 1000)
-    report = write_onnx(made.dense, tmp_path, task=made.task)
+    report = write_onnx(made.dense, tmp_path, task=made.task, cached_as="bert")
     assert set(report.sizes) == {"model.onnx", "model.onnx_data"}
     assert report.sizes["model.onnx_data"] > 10 * 32 * 64
     tensors = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph.initializer
@@ -201,7 +201,7 @@ def test_an_export_says_nothing_of_its_own(
 
 def test_float16_halves_the_weights_and_stays_near(exported: Callable[[str], Exported], tmp_path: Path) -> None:
     made = exported("llama")
-    report = write_onnx(made.dense, tmp_path, task=made.task, dtype="float16")
+    report = write_onnx(made.dense, tmp_path, task=made.task, dtype="float16", cached_as="llama")
     weights = [t for t in onnx.load(tmp_path / "onnx" / "model.onnx").graph.initializer if len(t.dims) == 2]
     assert {tensor.data_type for tensor in weights if min(tensor.dims) >= 16} == {onnx.TensorProto.FLOAT16}
     assert 0 < report.largest_difference < 0.05

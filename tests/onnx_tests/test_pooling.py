@@ -96,7 +96,7 @@ def test_a_sentence_transformers_folder_becomes_a_graph_with_both_outputs(
     dense = sentence_folder(tmp_path / "dense", {"word_embedding_dimension": HIDDEN, **config}, ["Normalize"])
     out = tmp_path / "out"
     out.mkdir()
-    report = write_onnx(dense, out, task="feature-extraction")
+    report = write_onnx(dense, out, task="feature-extraction", cached_as="pooled")
     assert report.output_names == ("last_hidden_state", "token_embeddings", "sentence_embedding")
     assert report.input_names == ("input_ids", "attention_mask", "token_type_ids")
     assert json.loads((out / "1_Pooling/config.json").read_text())["word_embedding_dimension"] == HIDDEN
@@ -128,7 +128,7 @@ def test_a_dense_module_has_its_weights_in_the_graph(tmp_path: Path) -> None:
     )
     assert {p.name for p in (tmp_path / "folded/2_Dense").iterdir()} == {"config.json", "model.safetensors"}
     (tmp_path / "base").mkdir()
-    write_onnx(dense, tmp_path / "base", task="feature-extraction")
+    write_onnx(dense, tmp_path / "base", task="feature-extraction", cached_as="pooled")
     export(tmp_path / "mixture", "onnx", tmp_path / "refolded", onnx_base=tmp_path / "base")
     for name, value in given(tmp_path / "refolded", mask, ids).items():
         np.testing.assert_array_equal(value, got[name])

@@ -60,7 +60,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Traced:
         root = tmp_path_factory.mktemp(kind)
         dense, out = make_dense(root / "dense", "LlamaForCausalLM", config_of(kind)), root / "out"
         out.mkdir()
-        write_onnx(dense, out, task="causal-lm")
+        write_onnx(dense, out, task="causal-lm", cached_as=kind)
         return dense, out
 
     return make
@@ -109,7 +109,8 @@ def test_an_encoder_with_a_kind_for_each_type_of_layer_is_exported(tmp_path: Pat
         "sliding_attention": default,
     }
     config = transformers.ModernBertConfig(
-        **TEXT, vocab_size=VOCABULARY, max_position_embeddings=SHORT, pad_token_id=0, rope_parameters=ropes,
+        **(TEXT | {"num_hidden_layers": 2}), vocab_size=VOCABULARY, max_position_embeddings=SHORT, pad_token_id=0,
+        rope_parameters=ropes,
         layer_types=["full_attention", "sliding_attention"], local_attention=8,
     )  # fmt: skip
     dense, out = make_dense(tmp_path / "dense", "ModernBertForSequenceClassification", config), tmp_path / "out"

@@ -32,7 +32,7 @@ IN_HALF = r"'logits' in float16: \d+ of \d+ numbers are NaN or infinite, .*expor
 
 def write_onnx(dense: Path, out: Path, **options: Any) -> None:
     out.mkdir()
-    convert.write_onnx(dense, out, **options)
+    convert.write_onnx(dense, out, cached_as=dense.name, **options)
 
 
 def overflowing(folder: Path, factor: float = 3e5) -> Path:

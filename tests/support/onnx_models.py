@@ -15,20 +15,24 @@ from wlora_merge.data.tasks import get_task
 from wlora_merge.onnx.convert import OnnxReport, write_onnx
 
 VOCABULARY = 99
-TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+"""Of one layer, as tracing costs what the layers cost; decoders have two, whose caches must not change places."""
 BERT = transformers.BertConfig(**TEXT, vocab_size=VOCABULARY, num_labels=3)
 VIT = transformers.ViTConfig(**TEXT, image_size=16, patch_size=8, num_labels=3)
 LLAMA = transformers.LlamaConfig(
-    **TEXT, num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=64, tie_word_embeddings=True
+    **(TEXT | {"num_hidden_layers": 2}),
+    num_key_value_heads=2,
+    vocab_size=VOCABULARY,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
 )
 GPT2 = transformers.GPT2Config(
     n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, bos_token_id=1, eos_token_id=2
 )
-T5 = transformers.T5Config(
-    d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0
-)
+T5_SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "vocab_size": VOCABULARY, "decoder_start_token_id": 0}
+T5 = transformers.T5Config(**T5_SIZES, num_layers=2)
 BART = transformers.BartConfig(
-    d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+    d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
     decoder_ffn_dim=64, vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=2,
     decoder_start_token_id=2, forced_eos_token_id=None,
 )  # fmt: skip
@@ -54,6 +58,7 @@ MODELS: dict[str, tuple[str, Any, str]] = {
     "clip text": ("CLIPTextModel", CLIP_TEXT, "feature-extraction"),
     "clip vision": ("CLIPVisionModel", CLIP_VISION, "feature-extraction"),
     "t5": ("T5ForConditionalGeneration", T5, "seq2seq-lm"),
+    "t5 of one layer": ("T5ForConditionalGeneration", transformers.T5Config(**T5_SIZES, num_layers=1), "seq2seq-lm"),
     "bart": ("BartForConditionalGeneration", BART, "seq2seq-lm"),
     "gpt2": ("GPT2LMHeadModel", GPT2, "causal-lm"),
 }
@@ -115,9 +120,9 @@ def sentence_folder(
     return folder
 
 
-def export_once(name: str, root: Path) -> Exported:
-    """Make the tiny model and export it, both below `root`."""
+def export_once(name: str, root: Path, **options: Any) -> Exported:
+    """Make the tiny model and export it, both below `root`; a graph that another process of this run has traced is filled."""
     class_name, config, task = MODELS[name]
     dense, out = make_dense(root / "dense", class_name, config), root / "out"
     out.mkdir()
-    return Exported(dense, out, task, write_onnx(dense, out, task=task))
+    return Exported(dense, out, task, write_onnx(dense, out, task=task, cached_as=name, **options))

@@ -110,12 +110,13 @@ def pooled(
     prefix: bool = False,
     dtype: torch.dtype = torch.float32,
     weights: tuple[float, float] = (0.75, 0.5),
+    layers: int = 2,
 ) -> Pooled:
     """A mixture of two adapters on a tiny base, with a head on the pooled tokens.
 
-    `prefix`: the base's files put `bert.` before the names of its body.
+    `layers`: of the base; `prefix`: the base's files put `bert.` before the names of its body.
     """
-    model = model_of(family)
+    model = model_of(family, **{"n_layers" if family == "DistilBert" else "num_hidden_layers": layers})
     model.to(dtype)
     (model if prefix else model.base_model).save_pretrained(root / "base", max_shard_size="30kB")
     model.float()

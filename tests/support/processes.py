@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 IMPORTED = [
-    "accelerate", "datasets", "peft", "pyarrow.parquet", "torch", "transformers.models.auto.modeling_auto",
+    "accelerate", "datasets", "peft", "pyarrow.parquet", "rich.console", "torch", "transformers.models.auto.modeling_auto",
     "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "wlora_merge.cli.inspect_tables",
     "wlora_merge.cli.main", "wlora_merge.cli.run", "wlora_merge.exporters.export", "wlora_merge.mixture.attach",
     "wlora_merge.training.comparison", "wlora_merge.training.fit", "wlora_merge.training.model",

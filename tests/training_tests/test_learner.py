@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from wlora_merge.errors import MixtureError
 from wlora_merge.exporters.export import export
 from wlora_merge.exporters.verify import verify
 from wlora_merge.mixture.mixture import Mixture
+from wlora_merge.training import preparation, run
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "model"])
@@ -237,6 +240,16 @@ def test_a_time_budget_drops_folds_first_and_then_stops(
     assert mixture.metrics["note"].startswith("Not estimated: no time was left for base; uniform")
 
 
+@pytest.fixture
+def a_second_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock for the fit's budget that goes on by a second when it is looked at, however fast the machine is."""
+    looks = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: float(next(looks)))
+    for module in (preparation, run):
+        monkeypatch.setattr(module, "time", clock)
+
+
+@pytest.mark.usefixtures("a_second_a_look")
 def test_a_time_budget_leaves_time_to_train_what_is_kept(llamas: Zoo, zoo: Zoo, tmp_path: Path) -> None:
     held = others(llamas[2], tmp_path)
     seen: list[tuple[str, int]] = []
@@ -244,7 +257,7 @@ def test_a_time_budget_leaves_time_to_train_what_is_kept(llamas: Zoo, zoo: Zoo, 
         llamas,
         eval_data=held,
         max_steps=10**6,
-        max_minutes=0.1,
+        max_minutes=1,
         progress=lambda name, step, *_: seen.append((name, step)),
     )
     steps = [step for name, step in seen if name == "learned"]
@@ -253,7 +266,7 @@ def test_a_time_budget_leaves_time_to_train_what_is_kept(llamas: Zoo, zoo: Zoo, 
     assert "learned" in stopped.metrics["candidates"]
     assert stopped.metrics["chosen"]["steps"] == steps[-1]
     assert bool(stopped.wlora_weights.any())
-    halves = fitted(zoo, folds=0, interpolation=0.5, max_steps=10**6, max_minutes=0.05)
+    halves = fitted(zoo, folds=0, interpolation=0.5, max_steps=10**6, max_minutes=1)
     assert "Stopped after " in halves.metrics["note"]
     assert bool((halves.wlora_weights - 1 / 3).any())
     unjudged = fitted(zoo, folds=0, eval_data=others(zoo[2], tmp_path), method="uniform", max_minutes=10, max_steps=1)

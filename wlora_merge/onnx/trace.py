@@ -220,7 +220,11 @@ def _respell(graph_module: torch.fx.GraphModule, translated: set[Any]) -> bool:
 
     aten = torch.ops.aten
     casts = {aten.to.dtype, aten.to.dtype_layout, aten.to.device}
-    renamed = {aten.__and__.Tensor: aten.bitwise_and.Tensor, aten.__or__.Tensor: aten.bitwise_or.Tensor}
+    renamed = {
+        aten.__and__.Tensor: aten.bitwise_and.Tensor,
+        aten.__or__.Tensor: aten.bitwise_or.Tensor,
+        aten.min.other: aten.minimum.default,  # in the positions of a T5's decoder
+    }
     nodes = [node for node in graph_module.graph.nodes if node.op == "call_function"]
     for target in {node.target for node in nodes}:
         if isinstance(target, torch._ops.HigherOrderOperator):
