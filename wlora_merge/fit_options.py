@@ -40,6 +40,8 @@ def _tasks(fact: str) -> tuple[str, ...]:
 
 
 _PACKING, _LABEL_NAMES = _tasks("takes_packing"), _tasks("takes_label_names")
+POOLED_TASKS = _tasks("classifies_examples")
+"""The tasks whose new head sees one vector of an example."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,7 @@ class FitOptions:
         detail="As in WiSE-FT (https://arxiv.org/abs/2109.01903); uniform composition has its own trained head. It is always 1 from "
         "initial logits.")
     pooling: str = option(
-        "auto", Topic.MIXED, choices=POOLINGS, tasks=_tasks("classifies_examples"),
+        "auto", Topic.MIXED, choices=POOLINGS, tasks=POOLED_TASKS,
         help="What a new head sees of a text: the mean of its tokens, the first (cls), the last, or what the model's class reads "
         "(model). Default: what modules.json says, else what tells the shots apart best.",
         detail="Decoders and image models: model. A mean is one more layer in a dense export of BERT, RoBERTa, ELECTRA and "
@@ -312,8 +314,12 @@ _RULES: list[Rule] = [
      "epochs and max_steps both say how long to train: give one."),
     (lambda o: o.keep is not None and (o.weights is not None or o.initial_logits is not None),
      "keep chooses among the adapters, and weights and initial_logits are of all of them: leave keep out."),
-    (lambda o: o.weights is None if o.method == "fixed" else o.weights is not None and o.method not in PRUNING,
-     "--method fixed and --weights go together: give both, or neither."),
+    (lambda o: o.method == "fixed" and o.weights is None,
+     "method fixed takes the weights that are given: say --weights too."),
+    (lambda o: o.method not in ("fixed", *PRUNING) and o.weights is not None,
+     "method {o.method} finds its own weights: leave --weights out, or say --method fixed."),
+    (lambda o: o.method in PRUNING and o.weights is not None and not any(o.weights),
+     "weights are all 0, so method {o.method} combines nothing: give others, or say --method fixed, which keeps the base."),
     *PRUNING_RULES,
     (lambda o: o.method in PRUNING and ("prune_below" if o.prune_below else "normalize" if o.normalize else ""),
      "{found} is of mixture weights that are summed as they are, and method {o.method} does more: leave it out."),

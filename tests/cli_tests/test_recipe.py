@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from support.fits import Zoo
+from support.fits import zoo as zoo
 from support.shots import save_tokenizer
 
 from wlora_merge.cli.main import main
 from wlora_merge.cli.recipe import read_recipe
-from wlora_merge.cli.run import run
+from wlora_merge.cli.run import check_paths, run
 from wlora_merge.errors import RecipeError, WloraMergeError
 from wlora_merge.io.untrusted import parse_yaml
 from wlora_merge.mixture.mixture import Mixture
@@ -111,7 +113,7 @@ def test_what_is_wrong_with_a_recipe_is_named(recipe: Path, override: str, messa
         ("problem_type: regression", "problem_type is of text-classification"),
         ("early_stopping: 2", "early_stopping needs eval_data"),
         ("eval_split: test", "eval_split is of eval_data"),
-        ("method: fixed", "--method fixed and --weights go together"),
+        ("method: fixed", "method fixed takes the weights that are given"),
     ],
 )
 def test_options_that_a_fit_would_refuse_are_refused_when_the_recipe_is_read(
@@ -191,3 +193,30 @@ def test_a_run_verifies_what_its_fit_kept_a_new_adapter_or_one_of_those_given(
     kept = done.mixture.adapter_names
     assert kept == ["first", "second", "new"] if "new_adapter" in options else len(kept) == 1
     assert {name: checked.skipped for name, checked in done.checked.items()} == {"dense": {}, "lora-3": {}}
+
+
+@pytest.mark.parametrize("pooling", ["auto", "mean", "cls"])
+def test_a_lora_that_the_fits_pooling_would_leave_without_its_head_is_refused_before_the_fit(
+    zoo: Zoo, tmp_path: Path, pooling: str
+) -> None:
+    base, folders, shots = zoo
+    table = {
+        "base": str(base),
+        "adapters": {folder.name: str(folder) for folder in folders},
+        "fit": {"data": str(shots), "task": "text-classification", "method": "uniform", "folds": 0, "pooling": pooling},
+        "exports": [{"format": "dense"}, {"format": "lora"}],
+        "report": False,
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(table))
+    recipe = read_recipe(file)
+    if pooling == "cls":
+        check_paths(recipe, tmp_path)
+        assert sorted(run(recipe, tmp_path / "tree", where=tmp_path).exports) == ["dense", "lora"]
+        return
+    for call in (lambda: check_paths(recipe, tmp_path), lambda: run(recipe, tmp_path / "tree", where=tmp_path)):
+        with pytest.raises(
+            RecipeError, match=rf"exports\[1\]: fit has pooling: {pooling}, so its head may see the mean"
+        ):
+            call()
+    assert not (tmp_path / "tree").exists()

@@ -130,7 +130,8 @@ def test_of_many_it_combines_those_that_screening_keeps(zoo: Zoo) -> None:
         ({**TIES, "weights": [1.0, 2.0]}, "weights has 2 numbers, expected one for each of the 3 adapters"),
         ({**TIES, "granularity": "layer"}, "method ties learns no weights by gradients, so granularity would have no effect"),
         ({**TIES, "delta_scale": "learned"}, "method ties learns no weights by gradients, so delta_scale: learned"),
-        ({"weights": [1.0, 2.0, 3.0]}, "--method fixed and --weights go together"),
+        ({"weights": [1.0, 2.0, 3.0]}, "method learned finds its own weights: leave --weights out"),
+        ({**TIES, "weights": [0.0, 0.0, 0.0]}, "weights are all 0, so method ties combines nothing"),
     ],
 )  # fmt: skip
 def test_what_it_does_not_have_is_refused(zoo: Zoo, options: dict[str, Any], message: str) -> None:

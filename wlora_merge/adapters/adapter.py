@@ -247,7 +247,7 @@ def refuse_same_names(names: Iterable[str]) -> None:
     for name in names:
         if name in seen:
             raise AdapterError(
-                f"two adapters are called {name!r}: name them, as in --adapter first=PATH --adapter second=PATH."
+                f"two adapters are called {name!r}: name them, as in --adapter first=PATH, or in a list first=PATH."
             )
         seen.add(name)
 

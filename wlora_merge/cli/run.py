@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.adapter import called
 from ..adapters.find import find_adapters
 from ..constants import NEW_FOLDER
+from ..errors import RecipeError
 from ..export_options import ExportOptions
 from ..exporters.export import ExportResult, export
+from ..exporters.pooling_layer import KINDS
 from ..exporters.verify import verify
 from ..exporters.verify_outputs import Checked
-from ..fit_options import FitRequest
+from ..fit_options import POOLED_TASKS, FitRequest
 from ..io.hub import is_here, seen_from
 from ..io.staging import staged
 from ..mixture.inputs import find_inputs
 from ..mixture.mixture import Mixture
+from ..models.base_model import BaseModel, open_base
+from ..models.pooling import LAYER_POOLINGS
+from ..onnx.pooling import own_pooling
 from ..text import human_bytes
 from .given_adapters import mixable_adapters
 from .recipe import Recipe, options_of
@@ -64,6 +69,7 @@ def run(
         WloraMergeError: from any step; nothing is left in `out`.
     """
     base = seen_from(recipe.base, where)
+    _refuse_unfit_lora(recipe, open_base(base))
     adapters = _adapters(recipe, base, where)
     exports: dict[str, ExportResult] = {}
     checked: dict[str, Checked] = {}
@@ -143,6 +149,24 @@ def _mix_options(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in asdict(recipe.mix).items() if value is not None} if recipe.mix else {}
 
 
+def _refuse_unfit_lora(recipe: Recipe, base: BaseModel) -> None:
+    """Refuse a LoRA that the fit's pooling would leave without its head: that is known before the fit, or likely.
+
+    Raises:
+        RecipeError: with the place in the recipe.
+    """
+    fit = recipe.fit
+    if fit is None or fit.task not in POOLED_TASKS:
+        return
+    likely = fit.pooling == "auto" and base.model_type in KINDS and own_pooling(base.folder) != "cls"
+    for i, entry in enumerate(recipe.exports):
+        if entry.format == "lora" and (likely or fit.pooling in LAYER_POOLINGS):
+            raise RecipeError(
+                f"exports[{i}]: fit has pooling: {fit.pooling}, so its head may see the mean of a text's tokens, which no LoRA adds "
+                f"to {base.folder}: say pooling: cls, or leave this export out."
+            )
+
+
 def _keeps_all(fit: FitRequest | None) -> bool:
     """Whether every adapter will be in the mixture, whatever the data say."""
     return fit is None or (
@@ -159,6 +183,7 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
     from ..mixture.mix import mix
 
     base = seen_from(recipe.base, where)
+    _refuse_unfit_lora(recipe, open_base(base))
     adapters = _adapters(recipe, base, where)
     fitted: dict[str, Any] = {}
     if recipe.fit is not None:

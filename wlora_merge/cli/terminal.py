@@ -70,7 +70,7 @@ def fit_progress() -> Iterator[Callable[[str, int, int, float, dict[str, float]]
                 known[name] = bars.add_task(name, total=steps, loss=loss, weights=text)
             bars.update(known[name], completed=step, total=steps, loss=loss, weights=text)
             if _plain() and step == steps:
-                say(f"{name}: {steps} steps, loss {loss:.4f}, {text}")
+                say(f"{name}: {steps} step{'s' if steps != 1 else ''}, loss {loss:.4f}, {text}")
 
         yield update
 

@@ -95,11 +95,12 @@ class Combination:
         for adapter in adapters:
             if found := _beside(adapter):
                 raise UnsupportedError(
-                    f"{adapter.where}: it {found}, {advice}: leave this adapter out, or say --method {LINEAR}."
+                    f"{adapter.where}: it {found}, {advice}: leave this adapter out, or take another --method."
                 )
         for delta in tensors:
             raise UnsupportedError(
-                f"tensor {delta.tensor!r}: adapters change it as a whole, {advice}: say --modules-to-save drop, or --method {LINEAR}."
+                f"tensor {delta.tensor!r}: adapters change it as a whole, {advice}: say --modules-to-save drop, or take another "
+                "--method."
             )
 
     def join(self, deltas: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ of headers; norms, where they are asked for, of the factors. No delta weight is 
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -91,7 +92,8 @@ def mixable(
             left[adapter.name] = error
         meter.add(0, 1)
     if not kept:
-        reasons = "; ".join(f"{name}: {str(why).rstrip('.')}" for name, why in left.items())
+        told = _grouped((name, _without_name(str(why), name).rstrip(".")) for name, why in left.items())
+        reasons = "; ".join(f"{row['adapter']}: {row['reason']}" for row in told)
         raise AdapterError(f"{opened.folder}: none of the {len(given)} adapters can be mixed on this base ({reasons}).")
     for name, why in left.items():
         warnings.warn(f"adapter {name!r} is left out: {why}", WloraMergeWarning, stacklevel=2)
@@ -172,6 +174,11 @@ def adapter_tables(given: Sequence[AdapterSpec], base: BaseModel | None, *, norm
     if features := [feature_row(a) for a in adapters]:
         tables["Targets and features"] = features
     return tables
+
+
+def _without_name(reason: str, name: str) -> str:
+    """A reason without the adapter's name and place before it, so that it is the same sentence for another."""
+    return re.sub(rf"^adapter {re.escape(repr(name))} \([^)]*\): ", "", reason)
 
 
 def _grouped(found: Iterable[tuple[str, str]]) -> Rows:

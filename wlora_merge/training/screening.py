@@ -10,6 +10,7 @@ It knows the base with its task, and adapters one at a time. It knows nothing of
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 from collections.abc import Iterator, Sequence
@@ -67,12 +68,20 @@ def screened(given: Given, shots: Examples, labels: LabelSet | None, ranks: Team
         return given, None
     gains = ranks.share(_gains(given, shots, labels, ranks))
     gc.collect()  # the model that was screened on goes before the fit loads its own
+    _give_memory_back()
     always = {given.request.modules_to_save, given.request.residual}  # without these the fit would be another
     order = sorted(gains, key=lambda name: (name not in always, -gains[name]))
     kept = [adapter for adapter in adapters if adapter.name in order[:keep]]
     return replace(given, adapters=kept), Screening(
         kept=[adapter.name for adapter in kept], gains={name: float(f"{gain:.6g}") for name, gain in gains.items()}
     )
+
+
+def _give_memory_back() -> None:
+    """Let glibc hand freed memory to the system, which it keeps in pieces otherwise; another C library is left alone."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _gains(given: Given, shots: Examples, labels: LabelSet | None, ranks: Team) -> dict[str, float]:
