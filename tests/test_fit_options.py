@@ -16,7 +16,7 @@ from wlora_merge.fit_options import fit_options
     ("options", "message"),
     [
         ({"method": "best"}, "expected one of learned"),
-        ({"method": "fixed"}, "go together"),
+        ({"method": "fixed"}, "method fixed takes the weights"),
         ({"delta_scale": "big"}, "or learned"),
         ({"prune_below": 1.0}, "less than 1"),
         ({"temperature": 0}, "above 0"),

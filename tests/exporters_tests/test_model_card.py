@@ -202,7 +202,7 @@ def test_the_card_says_how_the_mixture_weights_came_about(tmp_path: Path) -> Non
         ({"method": "given"}, {}, "with mixture weights that were given"),
         ({"method": "training loop"}, {}, "learned in a training loop"),
         ({"method": "learned"}, {"kept": "learned"}, "learned composition, [Asadi"),
-        ({"method": "learned"}, {"kept": "a"}, "what its fit kept: a;"),
+        ({"method": "learned"}, {"kept": "a"}, "what its fit kept: a)"),
     ):
         text = card(tmp_path, mixture(data=data, metrics=metrics, **one)).text
         assert said in text
