@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.fits import Zoo
+from support.fits import zoo as zoo
 from support.models import make_adapter, tiny_llama
 
 from wlora_merge import find_adapters, mixable
@@ -151,3 +153,12 @@ def test_trying_many_tells_of_itself_and_of_no_step_of_it(many: tuple[Path, Path
         "opening adapters", "trying adapters on the base",
     ]  # fmt: skip
     assert (told[-1].items, told[-1].total_items) == (5, 5)
+
+
+def test_a_reason_that_holds_for_several_is_told_once(zoo: Zoo) -> None:
+    base, folders, _ = zoo
+    with pytest.raises(
+        AdapterError, match=r"none of the 3 adapters can be mixed on this base \(a0 a1 a2: it carries"
+    ) as error:
+        mixable(base, folders)
+    assert str(error.value).count("it carries its own copy") == 1
