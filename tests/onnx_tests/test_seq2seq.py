@@ -41,7 +41,7 @@ def decode(decoder: Any, feed: dict[str, Array], ids: Array, cache: dict[str, Ar
     return run(decoder, {**feed, **past, "input_ids": ids, "use_cache_branch": np.array([cache is not None])})
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", "t5 of a deeper decoder", "bart"])
 @pytest.mark.parametrize(
     ("batch", "source", "past", "sequence"), [(1, 1, 0, 1), (3, 9, 0, 4), (2, 6, 5, 1), (1, 4, 1, 3)]
 )

@@ -59,6 +59,11 @@ MODELS: dict[str, tuple[str, Any, str]] = {
     "clip vision": ("CLIPVisionModel", CLIP_VISION, "feature-extraction"),
     "t5": ("T5ForConditionalGeneration", T5, "seq2seq-lm"),
     "t5 of one layer": ("T5ForConditionalGeneration", transformers.T5Config(**T5_SIZES, num_layers=1), "seq2seq-lm"),
+    "t5 of a deeper decoder": (  # which transformers' own `generate` does not take
+        "T5ForConditionalGeneration",
+        transformers.T5Config(**T5_SIZES, num_layers=1, num_decoder_layers=2),
+        "seq2seq-lm",
+    ),
     "bart": ("BartForConditionalGeneration", BART, "seq2seq-lm"),
     "gpt2": ("GPT2LMHeadModel", GPT2, "causal-lm"),
 }
