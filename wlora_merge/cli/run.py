@@ -21,7 +21,7 @@ from ..io.hub import is_here, seen_from
 from ..io.staging import staged
 from ..mixture.inputs import find_inputs
 from ..mixture.mixture import Mixture
-from ..models.base_model import BaseModel, open_base
+from ..models.base_model import open_base
 from ..models.pooling import LAYER_POOLINGS
 from ..onnx.pooling import own_pooling
 from ..text import human_bytes
@@ -69,7 +69,7 @@ def run(
         WloraMergeError: from any step; nothing is left in `out`.
     """
     base = seen_from(recipe.base, where)
-    _refuse_unfit_lora(recipe, open_base(base))
+    _refuse_unfit_lora(recipe, base)
     adapters = _adapters(recipe, base, where)
     exports: dict[str, ExportResult] = {}
     checked: dict[str, Checked] = {}
@@ -149,22 +149,22 @@ def _mix_options(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in asdict(recipe.mix).items() if value is not None} if recipe.mix else {}
 
 
-def _refuse_unfit_lora(recipe: Recipe, base: BaseModel) -> None:
+def _refuse_unfit_lora(recipe: Recipe, base: str) -> None:
     """Refuse a LoRA that the fit's pooling would leave without its head: that is known before the fit, or likely.
 
     Raises:
         RecipeError: with the place in the recipe.
     """
-    fit = recipe.fit
-    if fit is None or fit.task not in POOLED_TASKS:
+    fit, lora = recipe.fit, next((i for i, entry in enumerate(recipe.exports) if entry.format == "lora"), None)
+    if fit is None or lora is None or fit.task not in POOLED_TASKS:
         return
-    likely = fit.pooling == "auto" and base.model_type in KINDS and own_pooling(base.folder) != "cls"
-    for i, entry in enumerate(recipe.exports):
-        if entry.format == "lora" and (likely or fit.pooling in LAYER_POOLINGS):
-            raise RecipeError(
-                f"exports[{i}]: fit has pooling: {fit.pooling}, so its head may see the mean of a text's tokens, which no LoRA adds "
-                f"to {base.folder}: say pooling: cls, or leave this export out."
-            )
+    opened = open_base(base)
+    likely = fit.pooling == "auto" and opened.model_type in KINDS and own_pooling(opened.folder) != "cls"
+    if likely or fit.pooling in LAYER_POOLINGS:
+        raise RecipeError(
+            f"exports[{lora}]: fit has pooling: {fit.pooling}, so its head may see the mean of a text's tokens, which no LoRA adds "
+            f"to {opened.folder}: say pooling: cls, or leave this export out."
+        )
 
 
 def _keeps_all(fit: FitRequest | None) -> bool:
@@ -183,7 +183,7 @@ def check_paths(recipe: Recipe, where: str | Path) -> tuple[list[dict[str, Any]]
     from ..mixture.mix import mix
 
     base = seen_from(recipe.base, where)
-    _refuse_unfit_lora(recipe, open_base(base))
+    _refuse_unfit_lora(recipe, base)
     adapters = _adapters(recipe, base, where)
     fitted: dict[str, Any] = {}
     if recipe.fit is not None:

@@ -83,7 +83,7 @@ def take_weights(graph: onnx_ir.Graph, model: torch.nn.Module) -> list[str]:
     single = {float(tensor) for tensor in weights.values() if tensor.numel() == 1}
     strange = []
     for value in _floating(graph):
-        held = _held(value)
+        held = _torch_tensor(value)
         if held is not None and _place(held) in first:
             Weight(first[_place(held)]).mark(value)
         elif not _is_explained(value, held, known, single):
@@ -99,7 +99,7 @@ def _floating(graph: onnx_ir.Graph) -> Iterator[onnx_ir.Value]:
             yield value
 
 
-def _held(value: onnx_ir.Value) -> torch.Tensor | None:
+def _torch_tensor(value: onnx_ir.Value) -> torch.Tensor | None:
     """The tensor of torch that an initializer holds, where it holds one."""
     import torch
 
