@@ -88,7 +88,7 @@ class FitOptions:
         None, Topic.MIXED, common=True, metavar="K", bounds=SEVERAL,
         help="Adapters to mix at most: of more, those that help most on the shots are kept. Default: 16, or all with --weights or "
         "--initial-logits.",
-        detail="Each is scored by the first-order gain of adding it to the base: one backward pass serves any number of adapters.")
+        detail="Each is scored by how far its modules agree that it lowers the loss, by one backward pass for all adapters.")
     weights: Sequence[float] | None = option(
         None, Topic.MIXED, metavar="W,W,...", of=("fixed", *PRUNING),
         help="One mixture weight for each adapter.", detail="They are used as they are.")

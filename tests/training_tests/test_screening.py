@@ -28,7 +28,7 @@ from wlora_merge.training.fit import fit
 from wlora_merge.training.given import Given
 from wlora_merge.training.preparation import prepare
 from wlora_merge.training.resume import FitState
-from wlora_merge.training.screening import module_gains, weight_gradients
+from wlora_merge.training.screening import module_gains, score_of, weight_gradients
 from wlora_merge.training.solver import left_out_objective
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -198,16 +198,62 @@ def test_a_fit_keeps_what_lowers_the_loss_of_the_shots(llamas: Zoo, tmp_path: Pa
     assert mixture.adapter_names == ["down-1", "down-2"]
     screening = mixture.metrics["screening"]
     assert screening["kept"] == ["down-1", "down-2"]
-    assert set(screening["gains"]) == set(folders)
+    assert set(screening["scores"]) == set(folders)
     assert (
-        min(screening["gains"][n] for n in ("down-1", "down-2"))
+        min(screening["scores"][n] for n in ("down-1", "down-2"))
         > 0
-        > max(screening["gains"][n] for n in ("up-1", "up-2"))
+        > max(screening["scores"][n] for n in ("up-1", "up-2"))
     )
     assert "2 of 8 adapters were kept (down-1, down-2)" in mixture.metrics["note"]
     assert set(mixture.data["adapters"]) == set(folders)
     mixture.save(tmp_path / "mixture")
     assert Mixture.load(tmp_path / "mixture").metrics == mixture.metrics
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ([1.0, 1.0, 1.0, 1.0], 2.0),
+        ([-3.0, -3.0], -(2.0**0.5)),
+        ([5.0], 1.0),
+        ([1e-200, 1e-200], 2.0**0.5),
+        ([4.0, -3.0], 0.2),
+        ([0.0, 0.0], 0.0),
+        ([], 0.0),
+    ],
+)
+def test_a_score_says_how_far_modules_agree_and_nothing_of_size(gains: list[float], expected: float) -> None:
+    assert score_of(gains) == pytest.approx(expected)
+    assert score_of([1e6 * gain for gain in gains]) == pytest.approx(expected)
+
+
+def test_a_larger_adapter_is_no_better_for_its_size(llamas: Zoo, tmp_path: Path) -> None:
+    """Two random adapters of a thousand times the norm gain more than those that go down the gradient in every module."""
+    from safetensors.torch import load_file, save_file
+
+    base, _, data = llamas
+    folders = helpful(llamas, tmp_path)
+    options: dict[str, Any] = {"keep": 2, "folds": 0, "method": "uniform"}
+    scores = fit(base, list(folders.values()), data, "causal-lm", **options).metrics["screening"]["scores"]
+    for name in folders:
+        if name.startswith("random"):
+            file = folders[name] / "adapter_model.safetensors"
+            tensors = load_file(file)
+            save_file({key: 1000 * value if "lora_B" in key else value for key, value in tensors.items()}, file)
+    screening = fit(base, list(folders.values()), data, "causal-lm", **options).metrics["screening"]
+    assert screening["kept"] == ["down-1", "down-2"]
+    assert screening["scores"] == pytest.approx(scores, rel=1e-3)
+
+
+def test_a_screened_mixture_is_not_doubled_as_its_shots_chose_it(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, folders, data = zoo
+    options: dict[str, Any] = {"pooling": "mean", "new_adapter": 0, "folds": 0, "label_names": False}
+    monkeypatch.setattr("wlora_merge.training.learner.START_SCALES", (2.0,))
+    every = fit(base, folders, data, "text-classification", **options)
+    assert every.mixture_weights.sum(-1).flatten().tolist() == pytest.approx([2.0] * len(every.mixture_weights))
+    screened = fit(base, folders, data, "text-classification", keep=2, **options)
+    sums = screened.mixture_weights.sum(-1).flatten().tolist()
+    assert set(map(round, sums)) <= {0, 1}
 
 
 def test_up_to_sixteen_adapters_are_all_mixed(zoo: Zoo) -> None:
@@ -251,6 +297,6 @@ def test_a_head_that_is_trained_or_solved_on_the_base_comes_before_the_gains(zoo
     mixture = fit(
         base, folders, data, "text-classification", keep=2, method="uniform", folds=0, max_steps=3, pooling=pooling
     )
-    gains = mixture.metrics["screening"]["gains"]
-    assert len(gains) == 3
-    assert all(gains.values())
+    scores = mixture.metrics["screening"]["scores"]
+    assert len(scores) == 3
+    assert all(scores.values())

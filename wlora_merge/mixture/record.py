@@ -169,11 +169,11 @@ class Screening(TypedDict):
 
     Attributes:
         kept: names of those.
-        gains: of every adapter, by how much a little of it lowers the loss of the shots, to first order.
+        scores: of every adapter, how far its modules agree that it lowers the loss of the shots.
     """
 
     kept: list[str]
-    gains: dict[str, float]
+    scores: dict[str, float]
 
 
 def _check_point(point: list[float]) -> None:

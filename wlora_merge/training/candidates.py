@@ -31,6 +31,9 @@ nothing near the adapters, and has most of the gain far from them (recipes/bench
 START_SCALES = (1.0, 0.0, 2.0)
 """What weights under a solved head are, times uniform composition, where nothing is trained beside them: of these the one whose head
 predicts each shot best from the others; on one shot per class the first (recipes/bench_fit/README.md)."""
+SCREENED_SCALES = (1.0, 0.0)
+"""The same of adapters that were chosen on these shots: they predict these better for that alone, and twice as much misleads
+(recipes/bench_fit/README.md)."""
 NEAR = 0.8
 """The mean accuracy of the classes, each shot given to the nearest mean of the others, from which on a solved head has no new
 adapter: the adapters know the task, and what is trained on few shots loses what they know (recipes/bench_fit/README.md)."""

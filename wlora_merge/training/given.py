@@ -27,6 +27,8 @@ class Given:
     adapters: list[Adapter]
     read: tuple[Source, Source | None]
     """The shots and the evaluation data, which the request has by their names."""
+    screened: bool = False
+    """Whether the adapters were chosen on the shots."""
 
     @property
     def sources(self) -> list[Path]:

@@ -24,7 +24,7 @@ from ..mixture.attachment import attachment_of
 from ..mixture.live_model import refuse_uncalled
 from ..mixture.weights import uniform_start
 from ..text import first_line
-from .candidates import BATCH, START_SCALES, UNIFORM, Candidate, Situation, batch_size
+from .candidates import BATCH, SCREENED_SCALES, START_SCALES, UNIFORM, Candidate, Situation, batch_size
 from .completions import Completions, find_completions, next_token_loss
 from .head_inputs import MODEL, find_head_inputs, pool_by_config, refuse_pooling
 from .initial_logits import Start
@@ -188,7 +188,7 @@ class Learner:
             state = self.placement.place_row([scale * weight for weight in even], "none")
             return float(solved.left_out(solved.features(rows, state), rows).mean())
 
-        return min(START_SCALES, key=loss)
+        return min(SCREENED_SCALES if self.run.screened else START_SCALES, key=loss)
 
     # -------------------------------------------------------------------------------------------------- training
 

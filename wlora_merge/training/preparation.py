@@ -99,7 +99,7 @@ def prepare(
     start = find_start(options, [a.name for a in given.adapters], base)
     whole = len(shots) == n  # else an example is several rows
     classes, twins = (shots.classes(labels), shots.twins) if whole else ([("",)] * n, list(range(n)))
-    run = Run(task, labels, options, ranks, state, clock, progress)
+    run = Run(task, labels, options, ranks, state, clock, progress, given.screened)
     encoded = Rows(every, n, classes, enough(classes, twins, head=bool(head)))  # type: ignore[arg-type]
     learner = Learner(run, model, processor, encoded, head, start, own_pooling(base.folder))
     if learner.solved and options.head_learning_rate != FitOptions.head_learning_rate:

@@ -117,7 +117,7 @@ def said_of_pruning(pruned: Pruned, *, scored: bool) -> str:
 
 def said_of_screening(screening: Screening) -> str:
     """How many adapters were kept, of how many, and which."""
-    kept, of = screening["kept"], len(screening["gains"])
+    kept, of = screening["kept"], len(screening["scores"])
     return f"Screened on the shots: {len(kept)} of {of} adapters were kept ({', '.join(kept)})."
 
 

@@ -47,6 +47,7 @@ class Run:
         labels: in the head's order; None for a task without labels.
         team: the processes that share the work.
         state: what has been trained, so that a killed fit can go on.
+        screened: whether the adapters were chosen on the shots.
     """
 
     task: Task
@@ -56,6 +57,7 @@ class Run:
     state: FitState
     clock: Clock
     progress: FitProgress | None = None
+    screened: bool = False
 
     def is_over(self, deadline: float | None) -> bool:
         """Whether a deadline has passed, as the leading process sees it."""

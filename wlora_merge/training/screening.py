@@ -1,9 +1,12 @@
 """Screening: which of many adapters a fit mixes.
 
-Each adapter is scored by the first-order gain of adding it to the base: minus the derivative of the shots' loss by its mixture
-weight, where all weights are zero. For a module with inputs x_t and output gradients g_t that is -s·Σ_t ⟨Bᵀ g_t, A x_t⟩ =
+An adapter's first-order gain through a module is what a little of it lowers the shots' loss there: minus the derivative by its
+mixture weight, where all weights are zero. With the module's inputs x_t and output gradients g_t it is -s·Σ_t ⟨Bᵀ g_t, A x_t⟩ =
 -⟨G, s·B A⟩, where G = Σ_t g_t x_tᵀ is the gradient of the base's weight. So one backward pass of the base serves any number of
 adapters. Each adapter's factors are read once, one adapter after another, and memory does not grow with their number.
+
+The sum of the gains favours large adapters: on a few shots a large change gains much by chance. So an adapter's score is that sum
+in units of the gains' own size, the root of the sum of their squares: high where most modules agree that it helps.
 
 It knows the base with its task, and adapters one at a time. It knows nothing of mixtures.
 """
@@ -66,14 +69,14 @@ def screened(given: Given, shots: Examples, labels: LabelSet | None, ranks: Team
     keep = options.keep or (KEEP if chooses else len(adapters))
     if len(adapters) <= keep:
         return given, None
-    gains = ranks.share(_gains(given, shots, labels, ranks))
+    scores = ranks.share(_scores(given, shots, labels, ranks))
     gc.collect()  # the model that was screened on goes before the fit loads its own
     _give_memory_back()
     always = {given.request.modules_to_save, given.request.residual}  # without these the fit would be another
-    order = sorted(gains, key=lambda name: (name not in always, -gains[name]))
+    order = sorted(scores, key=lambda name: (name not in always, -scores[name]))
     kept = [adapter for adapter in adapters if adapter.name in order[:keep]]
-    return replace(given, adapters=kept), Screening(
-        kept=[adapter.name for adapter in kept], gains={name: float(f"{gain:.6g}") for name, gain in gains.items()}
+    return replace(given, adapters=kept, screened=True), Screening(
+        kept=[adapter.name for adapter in kept], scores={name: float(f"{score:.6g}") for name, score in scores.items()}
     )
 
 
@@ -84,8 +87,8 @@ def _give_memory_back() -> None:
         trim(0)
 
 
-def _gains(given: Given, shots: Examples, labels: LabelSet | None, ranks: Team) -> dict[str, float]:
-    """The first-order gain of each adapter."""
+def _scores(given: Given, shots: Examples, labels: LabelSet | None, ranks: Team) -> dict[str, float]:
+    """The score of each adapter."""
     one = replace(  # the task's model and head as a fit has them, with no change of any adapter
         given,
         adapters=given.adapters[:1],
@@ -100,12 +103,22 @@ def _gains(given: Given, shots: Examples, labels: LabelSet | None, ranks: Team) 
         learner.train(Candidate(BASE, (0.0,), scale=0.0), Split(rows, MOST_STEPS, "screening", "screening"))
     detach(learner.model)
     found = module_gains(learner, given.base, given.adapters, rows)
-    gains = {name: sum(of_modules.values()) for name, of_modules in found.items()}
-    if not all(map(math.isfinite, gains.values())):
+    scores = {name: score_of(list(of_modules.values())) for name, of_modules in found.items()}
+    if not all(map(math.isfinite, scores.values())):
         raise MixtureError(
             "the loss of the shots has no finite gradient on the base: give --precision float32, or other shots."
         )
-    return gains
+    return scores
+
+
+def score_of(gains: Sequence[float]) -> float:
+    """How worth mixing an adapter is, by its gain through each of its M modules.
+
+    Returns:
+        Σ gains / √Σ gains², from -√M to √M, whatever the adapter's size; 0 where no gain is.
+    """
+    size = math.hypot(*gains)
+    return sum(gains) / size if size else 0.0
 
 
 def module_gains(
