@@ -365,7 +365,7 @@ def test_label_names_are_what_a_row_of_each_name_would_be_but_never_held_out(
     assert trained[-1] == ([0, 1, 2, 3, 4, 5], [])
     assert all({4, 5} < set(rows) and not {4, 5} & set(held) for rows, held in trained)
     assert (
-        "(2 folds of 6 shots, 4 of them held out: a label's name or the only one of a class never is)"
+        "(2 folds of 4 shots and 2 labels' names, 4 of them held out: a label's name or the only one of a class never is)"
         in mixture.metrics["note"]
     )
     assert mixture.data["fit"]["label_names"] is True

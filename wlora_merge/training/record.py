@@ -42,6 +42,12 @@ class FitJob:
         return len(self.shots) > self.learner.shots
 
     @property
+    def counted(self) -> str:
+        """How many rows it trains on, in words."""
+        names = len(self.shots) - self.learner.shots
+        return f"{self.learner.shots} shots" + (f" and {names} labels' names" if names else "")
+
+    @property
     def options(self) -> FitOptions:
         """Its options."""
         return self.run.options
@@ -204,13 +210,13 @@ def _not_estimated(job: FitJob, comparison: Comparison, candidate: Candidate) ->
 def _how_judged(job: FitJob) -> str:
     """What the scores were measured on."""
     if job.held:
-        return f"on {len(job.held)} evaluation examples, every candidate trained on all {len(job.shots)} shots"
+        return f"on {len(job.held)} evaluation examples, every candidate trained on all {job.counted}"
     if not job.parts:
         return "on the shots themselves, which flatters every candidate"
     tested = sum(len(held) for _, held in job.parts)
     never = "a label's name or the only one of a class" if job.named else "the only one of a class"
     rest = "" if tested == len(job.shots) else f", {tested} of them held out: {never} never is"
-    return f"out of fold ({len(job.parts)} folds of {len(job.shots)} shots{rest}); what is kept was then trained on all shots"
+    return f"out of fold ({len(job.parts)} folds of {job.counted}{rest}); what is kept was then trained on all shots"
 
 
 def _said_of_kept(job: FitJob, rivals: Sequence[Contender], asked: Contender, candidate: Candidate) -> list[str]:
