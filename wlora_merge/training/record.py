@@ -37,15 +37,14 @@ class FitJob:
         return self.learner.run
 
     @property
-    def named(self) -> bool:
-        """Whether names of classes are among the rows that it trains on."""
-        return len(self.shots) > self.learner.shots
+    def names(self) -> int:
+        """How many names of classes are among the rows that it trains on."""
+        return len(self.shots) - self.learner.shots
 
     @property
     def counted(self) -> str:
         """How many rows it trains on, in words."""
-        names = len(self.shots) - self.learner.shots
-        return f"{self.learner.shots} shots" + (f" and {names} labels' names" if names else "")
+        return f"{self.learner.shots} shots" + (f" and {self.names} labels' names" if self.names else "")
 
     @property
     def options(self) -> FitOptions:
@@ -197,7 +196,7 @@ def _not_estimated(job: FitJob, comparison: Comparison, candidate: Candidate) ->
     each = "a second example of more classes" if job.learner.enough else fewer
     more = "--folds 2 or more" if job.options.folds == 0 else each
     skipped = "; ".join(comparison.skipped)
-    words = not (job.learner.enough or job.named) and job.run.labels and job.run.labels.names
+    words = not (job.learner.enough or job.names) and job.run.labels and job.run.labels.names
     if job.run.task.takes_label_names and words:
         more += ". If the labels are words, --label-names makes an example of each"
     why = f"no time was left for {skipped}." if skipped else f"nothing was held out. Give --eval-data, or {more}."
@@ -214,7 +213,7 @@ def _how_judged(job: FitJob) -> str:
     if not job.parts:
         return "on the shots themselves, which flatters every candidate"
     tested = sum(len(held) for _, held in job.parts)
-    never = "a label's name or the only one of a class" if job.named else "the only one of a class"
+    never = "a label's name or the only one of a class" if job.names else "the only one of a class"
     rest = "" if tested == len(job.shots) else f", {tested} of them held out: {never} never is"
     return f"out of fold ({len(job.parts)} folds of {job.counted}{rest}); what is kept was then trained on all shots"
 
@@ -235,7 +234,7 @@ def _said_of_kept(job: FitJob, rivals: Sequence[Contender], asked: Contender, ca
 def _said_of_names(job: FitJob) -> list[str]:
     """That the labels' names are examples, where nobody asked for it."""
     said = "The labels' names tell the shots apart, and are examples too (--no-label-names leaves them out)."
-    return [said] if job.named and job.options.label_names is None else []
+    return [said] if job.names and job.options.label_names is None else []
 
 
 def _said_of_unjudged(kept: Contender, comparison: Comparison) -> list[str]:
